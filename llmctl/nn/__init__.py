@@ -1,0 +1,1 @@
+"""What the model is: configuration, the transformer, Hugging Face interchange."""

@@ -1,0 +1,1 @@
+"""How an exported model answers: ONNX Runtime sessions, KV cache, sampling. Never imports torch."""

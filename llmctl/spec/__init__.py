@@ -1,0 +1,1 @@
+"""What the user asked for: YAML with positions, merged, interpolated, validated."""

@@ -1,0 +1,32 @@
+"""The base of every stage's parameters: strict, frozen, every field with a help text and its part in the cache key."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from pydantic import Field as _field
+from pydantic_core import PydanticUndefined
+
+Affects = Literal["output", "extent", "nothing"]
+
+
+class Params(BaseModel):
+    """Parameters of one stage. `"8"` is no int, unknown keys are errors, NaN and infinity are refused."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    def outputs(self) -> set[str] | None:
+        """The output ports this configuration produces; None (the default) means all of them."""
+        return None
+
+
+def Field(  # noqa: N802  # reads as pydantic's own
+    default: Any = PydanticUndefined, *, description: str, affects: Affects = "output", **constraints: Any
+) -> Any:
+    """A parameter: pydantic's `Field` with a help text and `affects`.
+
+    `output` (default) is part of the action key; `extent` ("how far", e.g. `max_steps`) too, but not of the resume
+    key; `nothing` (speed, logging) is in neither.
+    """
+    return _field(default, description=description, json_schema_extra={"affects": affects}, **constraints)

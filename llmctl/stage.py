@@ -1,0 +1,182 @@
+"""A stage: its declaration (`Stage`), what it receives (`Artifact`) and one execution of it (`Context`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import LlmctlError, MachineError, TempFail
+
+Emit = Callable[[str, Mapping[str, Any]], None]
+NAME = re.compile(r"[a-z][a-z0-9-]*\Z")
+
+
+@dataclass(frozen=True)
+class In:
+    """An input port: which artifact types it takes, whether it may stay unbound, whether it takes several."""
+
+    types: tuple[str, ...]
+    optional: bool
+    many: bool
+    help: str
+
+    def __init__(self, *types: str, optional: bool = False, many: bool = False, help: str = "") -> None:
+        for name, value in (("types", types), ("optional", optional), ("many", many), ("help", help)):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True)
+class Out:
+    """An output port: its artifact type, or `same_as` an input port (`quantize`: a bundle in, a bundle out)."""
+
+    type: str = ""
+    same_as: str = ""
+    help: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """The declaration of a stage. It imports nothing heavy: `params` and `run` are strings, `"module:name"`.
+
+    `rev` is raised when equal inputs would give another result. `extra` is the pip extra that installs what `run`
+    imports. `headline` names the metrics shown first in tables, best first. `effect` marks a stage that acts on the
+    world: never cached, run only when targeted.
+    """
+
+    name: str
+    help: str
+    params: str
+    run: str
+    inputs: Mapping[str, In] = field(default_factory=dict)
+    outputs: Mapping[str, Out] = field(default_factory=dict)
+    extra: str = ""
+    rev: int = 1
+    key_deps: tuple[str, ...] = ()
+    effect: bool = False
+    headline: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not NAME.match(self.name):
+            raise ValueError(f"stage name {self.name!r} must match {NAME.pattern}")
+
+    def load_params(self) -> Any:
+        """Import and return the stage's `Params` class."""
+        return load_string(self.params)
+
+    def load_run(self) -> Callable[..., None]:
+        """Import and return the implementation; a missing third-party module becomes the line that installs it."""
+        try:
+            return load_string(self.run)  # type: ignore[no-any-return]  # a plugin's callable
+        except ModuleNotFoundError as error:
+            raise missing_module(error, self.extra, f"stage `{self.name}`") from error
+
+
+def load_string(target: str) -> Any:
+    """The object named by `"package.module:attribute"`."""
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def missing_module(error: ModuleNotFoundError, extra: str, who: str) -> LlmctlError | ModuleNotFoundError:
+    """Turn a missing third-party module into the install line; a missing module of ours keeps its traceback."""
+    name = (error.name or "").partition(".")[0]
+    if not extra or name.startswith("llmctl"):
+        return error
+    return MachineError(f"{who} needs the module `{name}`", hint=f"pip install 'llmctl[{extra}]'")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed, read-only directory of plain files that a stage receives. `metadata` is derived from the files."""
+
+    path: Path
+    type: str
+    id: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+
+class Context:
+    """One execution of a stage: where to write, how to report, when to stop.
+
+    `emit(kind, fields)` sends an event to the runner; the kinds a stage causes are `progress`, `metric`, `log`,
+    `warning` and `checkpoint`.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        outputs: Mapping[str, Path],
+        resume_dir: Path,
+        emit: Emit,
+        stop: Callable[[], bool] = lambda: False,
+        title: str = "",
+    ) -> None:
+        self.stage = stage
+        """Instance id, e.g. `sft` or `sft[lr=3e-5]`."""
+        self.title = title or stage
+        self.resume_dir = resume_dir
+        """Survives crashes; cleared when the stage has committed. Create it when needed."""
+        self.metadata: dict[str, dict[str, Any]] = {port: {} for port in outputs}
+        self.reported: dict[str, float | int | str | bool] = {}
+        self._outputs = dict(outputs)
+        self._emit = emit
+        self._stop = stop
+
+    def output(self, port: str) -> Path:
+        """The staging directory of an output port; what lies in it when `run` returns is committed."""
+        path = self._outputs[port]
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def wants(self, port: str) -> bool:
+        """Whether this configuration produces the output `port` (see `Params.outputs`)."""
+        return port in self._outputs
+
+    def describe(self, port: str, **metadata: Any) -> None:
+        """Add facts derivable from the files (parameters, vocabulary, tokenizer id) to the output's manifest."""
+        self.metadata[port].update(metadata)
+
+    def progress(self, step: int, total: int | None = None, **fields: float | int | str) -> None:
+        """Say how far the work is; `fields` (loss, tokens_per_s, …) are shown beside the bar. Cheap: call it often."""
+        self._emit("progress", {"step": step, "total": total, **fields})
+
+    def metric(self, name: str, value: float, step: int | None = None) -> None:
+        """Record one number now: events, the run's `metrics.jsonl` and every `log_metrics` sink."""
+        self._emit("metric", {"name": name, "value": value, **({} if step is None else {"step": step})})
+
+    def report(self, values: Mapping[str, float | int | str | bool]) -> None:
+        """Final numbers of the stage; gates and tables read them. Repeated calls add up; dotted names are usual."""
+        self.reported.update(values)
+        for name, value in values.items():
+            self._emit("metric", {"name": name, "value": value})
+        if "metrics" in self._outputs:
+            text = json.dumps(self.reported, indent=2, sort_keys=True)
+            (self.output("metrics") / "metrics.json").write_text(text + "\n", encoding="utf-8")
+
+    def log(self, text: str) -> None:
+        """One line for a person."""
+        self._emit("log", {"text": text})
+
+    def warn(self, text: str) -> None:
+        """One line that a person should not miss; it stays visible in the run's summary."""
+        self._emit("warning", {"text": text})
+
+    def checkpointed(self, step: int) -> None:
+        """Say that a complete checkpoint of `step` lies in `resume_dir`."""
+        self._emit("checkpoint", {"step": step})
+
+    def should_stop(self) -> bool:
+        """True after SIGTERM, SIGINT or SIGUSR1: write a checkpoint, then call `stopped`."""
+        return self._stop()
+
+    def stopped(self, step: int) -> TempFail:
+        """The exception to raise after a checkpoint that was written because of `should_stop`."""
+        return TempFail(f"`{self.stage}` stopped at step {step} with a checkpoint", hint="run the same command again")

@@ -1,0 +1,1 @@
+"""What exists: artifacts by content id, committed atomically, found again by action key."""

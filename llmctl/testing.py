@@ -1,0 +1,63 @@
+"""Help for plugin authors: run one stage without a store, a runner or a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmctl.stage import Artifact, Context, Stage
+
+
+@dataclass
+class StageResult:
+    """What a stage left: its outputs as artifacts, its final numbers and every event it emitted."""
+
+    outputs: dict[str, Artifact]
+    metrics: dict[str, Any]
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """The (step, value) pairs of a metric that was recorded step by step."""
+        rows = (event for kind, event in self.events if kind == "metric")
+        return [(row["step"], row["value"]) for row in rows if row["name"] == name and "step" in row]
+
+
+def run_stage(
+    stage: Stage,
+    directory: Path,
+    params: Mapping[str, Any] | None = None,
+    stop_after: int | None = None,
+    **inputs: Artifact | list[Artifact] | None,
+) -> StageResult:
+    """Run `stage` in `directory` with `params` as a spec would give them.
+
+    Outputs land in `directory/<port>`; `directory/.resume` is the resume directory, so a second call in the same
+    directory resumes. `stop_after=n` makes `should_stop` true from the n-th time it is asked, as a signal would.
+    """
+    values = stage.load_params().model_validate(dict(params or {}))
+    ports = values.outputs() or set(stage.outputs)
+    events: list[tuple[str, dict[str, Any]]] = []
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return stop_after is not None and asked >= stop_after
+
+    context = Context(
+        stage.name,
+        {port: directory / port for port in ports},
+        directory / ".resume",
+        lambda kind, fields: events.append((kind, dict(fields))),
+        stop,
+    )
+    stage.load_run()(context, values, **{port: inputs.get(port) for port in stage.inputs})
+    outputs = {}
+    for port in sorted(ports):
+        out = stage.outputs[port]
+        same = inputs.get(out.same_as)
+        kind = out.type or (same.type if isinstance(same, Artifact) else "")
+        outputs[port] = Artifact(directory / port, kind, "", context.metadata[port])
+    return StageResult(outputs, dict(context.reported), events)

@@ -1,0 +1,1 @@
+"""How the model learns: one loop, many objectives."""

@@ -1,0 +1,31 @@
+"""Read a corpus and derive text, conversations and preferences from it."""
+
+from __future__ import annotations
+
+from llmctl import In, Out, Stage, hookimpl
+
+DATA = Stage(
+    name="data",
+    help="Read a corpus and derive text, conversations and preferences from it.",
+    inputs={
+        "files": In("files", optional=True, many=True, help="text, Markdown, JSONL or Parquet files"),
+        "text": In("dataset.text", optional=True, help="text to work on instead of reading files"),
+    },
+    outputs={
+        "text": Out("dataset.text"),
+        "chat": Out("dataset.chat"),
+        "preference": Out("dataset.preference"),
+        "metrics": Out("metrics"),
+    },
+    params="llmctl_data.params:DataParams",
+    run="llmctl_data.run:run",
+    extra="data",
+    key_deps=("python",),  # the reader `python-stdlib` reads the running interpreter's library
+    headline=("text.documents",),
+)
+
+
+@hookimpl
+def register_stages() -> list[Stage]:
+    """Offer the stage `data`."""
+    return [DATA]

@@ -1,0 +1,26 @@
+"""Train a student to give its teacher's answers."""
+
+from __future__ import annotations
+
+from llmctl import In, Out, Stage, hookimpl
+
+DISTILL = Stage(
+    name="distill",
+    help="Train a student to give its teacher's answers.",
+    inputs={
+        "teacher": In("model.hf"),
+        "student": In("model.hf"),
+        "data": In("dataset.chat", "dataset.tokens"),
+    },
+    outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
+    params="llmctl_distill.params:DistillParams",
+    run="llmctl_distill.run:run",
+    extra="train",
+    headline=("kl.validation", "kl.train"),
+)
+
+
+@hookimpl
+def register_stages() -> list[Stage]:
+    """Offer the stage `distill`."""
+    return [DISTILL]

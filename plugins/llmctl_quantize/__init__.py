@@ -1,0 +1,25 @@
+"""Store a model's weights in fewer bits and measure what that costs."""
+
+from __future__ import annotations
+
+from llmctl import In, Out, Stage, hookimpl
+
+QUANTIZE = Stage(
+    name="quantize",
+    help="Store a model's weights in fewer bits and measure what that costs.",
+    inputs={
+        "model": In("model.onnx"),
+        "data": In("dataset.tokens", "dataset.chat", optional=True, help="held-out text for the quality check"),
+    },
+    outputs={"model": Out(same_as="model"), "metrics": Out("metrics")},
+    params="llmctl_quantize.params:QuantizeParams",
+    run="llmctl_quantize.run:run",
+    extra="optimum",
+    headline=("bytes.ratio",),
+)
+
+
+@hookimpl
+def register_stages() -> list[Stage]:
+    """Offer the stage `quantize`."""
+    return [QUANTIZE]

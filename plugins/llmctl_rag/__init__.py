@@ -1,0 +1,26 @@
+"""Index documents, find passages, answer with citations or refuse."""
+
+from __future__ import annotations
+
+from llmctl import In, Out, Stage, hookimpl
+
+RAG = Stage(
+    name="rag",
+    help="Index documents, find passages, answer with citations or refuse.",
+    inputs={
+        "text": In("dataset.text"),
+        "questions": In("dataset.chat", optional=True, help="questions whose right document is known"),
+        "model": In("model.onnx", "model.hf", optional=True, help="writes the answers from what was found"),
+    },
+    outputs={"index": Out("index.rag"), "metrics": Out("metrics")},
+    params="llmctl_rag.params:RagParams",
+    run="llmctl_rag.run:run",
+    extra="rag",
+    headline=("recall@5.value", "chunks"),
+)
+
+
+@hookimpl
+def register_stages() -> list[Stage]:
+    """Offer the stage `rag`."""
+    return [RAG]

@@ -1,0 +1,26 @@
+"""Serve a model over HTTP with an OpenAI-type API, and chat with it in the terminal."""
+
+from __future__ import annotations
+
+from llmctl import In, Out, Stage, hookimpl
+
+SERVE = Stage(
+    name="serve",
+    help="Serve a model over HTTP with an OpenAI-type API.",
+    inputs={
+        "model": In("model.onnx", "model.hf"),
+        "index": In("index.rag", optional=True, help="answer from these documents, with citations"),
+    },
+    outputs={"receipt": Out("deployment"), "metrics": Out("metrics")},
+    params="llmctl_serve.params:ServeParams",
+    run="llmctl_serve.run:run",
+    extra="serve",
+    effect=True,
+    headline=("smoke.answered",),
+)
+
+
+@hookimpl
+def register_stages() -> list[Stage]:
+    """Offer the stage `serve`."""
+    return [SERVE]
