@@ -35,7 +35,7 @@ def check_python():
 
 def make_venv():
     """Create the virtual environment, or explain what is missing for it."""
-    if (BIN / "python").exists() and subprocess.call([str(BIN / "python"), "-m", "pip", "--version"], stdout=-3) == 0:
+    if (BIN / "python").exists() and subprocess.call([str(BIN / "python"), "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0:
         return
     try:
         import ensurepip  # noqa: F401  # Debian ships venv without it
@@ -70,7 +70,7 @@ def has_nvidia_driver():
 def installed_torch():
     """The version of torch in the environment, empty if there is none."""
     code = "import importlib.metadata as m; print(m.version('torch'))"
-    run = subprocess.run([str(BIN / "python"), "-c", code], stdout=-1, stderr=-3, check=False)
+    run = subprocess.run([str(BIN / "python"), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     return run.stdout.decode().strip()
 
 
