@@ -1,4 +1,4 @@
-"""The whole transformer in one file, read from top to bottom: model, block, attention, feed-forward, norms, initialisation.
+"""The whole transformer in one file, read top to bottom: model, block, attention, feed-forward, norm, initialisation.
 
 Built from `ModelConfig`; which norm, positions and feed-forward a family uses are its `Traits`. Notable:
 
@@ -220,14 +220,14 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def initialise(model: Transformer) -> None:
     """Fresh weights.
 
-    | Parameter                       | Value                                    | Why                                   |
-    |---------------------------------|------------------------------------------|---------------------------------------|
-    | embedding, untied head          | normal, std 0.02                         | tied logits start near 0              |
-    | learned positions               | normal, std 0.02                         | GPT-2                                 |
-    | q, k, v, gate, up               | normal, std 1 / sqrt(D)                  | keeps the scale at any width          |
-    | out, down                       | normal, std 1 / sqrt(fan-in * 2 layers)  | residual stream grows with depth only |
-    | norms                           | 1 (bias 0)                               |                                       |
-    | biases                          | 0                                        |                                       |
+    | Parameter                | Value                                   | Why                                   |
+    |--------------------------|-----------------------------------------|---------------------------------------|
+    | embedding, untied head   | normal, std 0.02                        | tied logits start near 0              |
+    | learned positions        | normal, std 0.02                        | GPT-2                                 |
+    | q, k, v, gate, up        | normal, std 1 / sqrt(D)                 | keeps the scale at any width          |
+    | out, down                | normal, std 1 / sqrt(fan-in * 2 layers) | residual stream grows with depth only |
+    | norms                    | 1 (bias 0)                              |                                       |
+    | biases                   | 0                                       |                                       |
     """
     depth = 2 * model.config.layers
     for name, parameter in model.named_parameters():
