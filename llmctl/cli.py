@@ -1,0 +1,327 @@
+"""The command line: lazily loaded commands, and the one place where an error becomes a line, a hint, an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from llmctl import __version__
+from llmctl.errors import InputError, LlmctlError, StageError, UsageError
+from llmctl.hookspecs import Command
+from llmctl.registry import DISABLE, Failure, get_registry
+from llmctl.stage import load_string, missing_module
+
+if TYPE_CHECKING:
+    from llmctl.registry import Plugin
+
+CORE = (
+    Command(
+        name="run",
+        help="Run a pipeline; what is done already is not done again.",
+        target="llmctl.pipeline.commands:run",
+    ),
+    Command(name="plan", help="Say what a run would do, and why.", target="llmctl.pipeline.commands:plan"),
+    Command(name="check", help="Check spec files without running anything.", target="llmctl.spec.commands:check"),
+    Command(name="ls", help="List the artifacts in the store.", target="llmctl.store.commands:ls"),
+    Command(
+        name="show", help="Show an artifact: what it is, its numbers, its files.", target="llmctl.store.commands:show"
+    ),
+    Command(name="lineage", help="Show what an artifact was made from.", target="llmctl.store.commands:lineage"),
+    Command(name="get", help="Copy an artifact out of the store.", target="llmctl.store.commands:get"),
+    Command(name="plugins", help="List plugins: stages, hooks, failures.", target="llmctl.cli:plugins"),
+)
+HIDDEN = (Command(name="stage", help="Run one stage of a request (internal).", target="llmctl.launch.commands:stage"),)
+
+ORDER = (
+    "data", "tokenize", "embed", "train-pretrain", "sft", "rlhf", "prune", "distill", "quantize", "export-onnx",
+    "serve", "eval", "rag", "prompt", "monitor",
+)  # fmt: skip
+"""The order of stages in `--help`; others follow by name."""
+
+EPILOG = (
+    "`llmctl COMMAND --help` shows the options of a command. Stages read and write references, so they can be piped."
+)
+
+
+class Root(click.Group):
+    """The root group: core commands from `CORE`, stages and further commands from the registry, stubs for failures."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every name that `--help` shows."""
+        registry = get_registry()
+        names = [*(command.name for command in CORE), *stage_order(registry.stages), *sorted(registry.commands)]
+        return names + [name for name in sorted(registry.failures) if name not in names]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load one command; nothing else is imported."""
+        for command in (*CORE, *HIDDEN):
+            if command.name == cmd_name:
+                return _load(command)
+        registry = get_registry()
+        if cmd_name in registry.stages:
+            from llmctl.stage_command import StageCommand
+
+            return StageCommand(registry.stages[cmd_name])
+        if cmd_name in registry.commands:
+            return _load(registry.commands[cmd_name])
+        if cmd_name in registry.failures:
+            return _stub(cmd_name, registry.failures[cmd_name])
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Sections from the declarations alone: no implementation is imported for `--help`."""
+        registry = get_registry()
+        sections = {
+            "Commands": [(command.name, command.help) for command in CORE],
+            "Stages": [(name, registry.stages[name].help) for name in stage_order(registry.stages)],
+            "More commands": [(name, registry.commands[name].help) for name in sorted(registry.commands)],
+            "Unavailable": [(name, f"{why.reason} ({why.hint})") for name, why in sorted(registry.failures.items())],
+        }
+        for title, rows in sections.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+
+
+def stage_order(names: Sequence[str] | dict[str, object]) -> list[str]:
+    """Stage names in pipeline order, then the others by name."""
+    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+
+def _load(command: Command) -> click.Command:
+    try:
+        loaded = load_string(command.target)
+    except ModuleNotFoundError as error:
+        raise missing_module(error, command.extra, f"`llmctl {command.name}`") from error
+    if not isinstance(loaded, click.Command):
+        raise TypeError(f"{command.target} is no click command but {type(loaded).__name__}")
+    return loaded
+
+
+def _stub(name: str, failure: Failure) -> click.Command:
+    """A command that takes any arguments and explains why it is not there."""
+
+    def explain() -> NoReturn:
+        raise failure.error()
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, callback=explain, context_settings=settings, add_help_option=False, help=failure.reason)
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        click.echo(f"llmctl {__version__}")
+        ctx.exit()
+
+
+@click.group(
+    cls=Root,
+    invoke_without_command=True,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version."
+)
+@click.pass_context
+def root(ctx: click.Context) -> None:
+    """From raw text to a served ONNX language model."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@click.command()
+@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print the list.")
+def plugins(format_: str) -> None:
+    """List the plugins: distribution, version, stages, commands, hooks and failures."""
+    registry = get_registry()
+    contested = [
+        (name, why) for name, why in registry.failures.items() if not any(p.failure is why for p in registry.plugins)
+    ]
+    if format_ == "json":
+        import json
+
+        rows = [_plugin_record(plugin) for plugin in registry.plugins]
+        refused = [
+            {"name": n, "reason": w.reason, "hint": w.hint, "distributions": w.distributions} for n, w in contested
+        ]
+        click.echo(json.dumps({"plugins": rows, "refused": refused}, indent=2))
+        return
+    from llmctl.console import table
+
+    headers = ("PLUGIN", "DISTRIBUTION", "VERSION", "STAGES", "COMMANDS", "HOOKS", "STATE")
+    click.echo(table(headers, [tuple(_plugin_row(plugin)) for plugin in registry.plugins]))
+    problems = [(p.name, p.failure) for p in registry.plugins if p.failure] + contested
+    for name, failure in problems:
+        click.echo(f"\n{name}: {failure.reason}\n  hint: {failure.hint}")
+    if registry.unknown_disabled:
+        click.echo(f"\n{DISABLE} names no installed plugin: {', '.join(registry.unknown_disabled)}")
+
+
+def _plugin_record(plugin: Plugin) -> dict[str, object]:
+    return {
+        "name": plugin.name,
+        "distribution": plugin.dist_name,
+        "version": plugin.version,
+        "stages": [stage.name for stage in plugin.stages],
+        "commands": [command.name for command in plugin.commands],
+        "hooks": list(plugin.hooks),
+        "disabled": plugin.disabled,
+        "failure": plugin.failure and plugin.failure.reason,
+    }
+
+
+def _plugin_row(plugin: Plugin) -> list[str]:
+    record = _plugin_record(plugin)
+    lists = [", ".join(record[key]) or "-" for key in ("stages", "commands", "hooks")]  # type: ignore[arg-type]  # str lists
+    state = "disabled" if plugin.disabled else "broken" if plugin.failure else "ok"
+    return [plugin.name, plugin.dist_name, plugin.version or "-", *lists, state]
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with the exit code of `pipeline.md` 3.6."""
+    args = list(sys.argv[1:] if args is None else args)
+    try:
+        code = _invoke(args)
+    except BaseException as error:  # the edge of the program: everything becomes a line and a code here
+        code = _explain(error)
+    sys.exit(_finish(args, code))
+
+
+def _invoke(args: list[str]) -> int:
+    """Parse and run; a command may return None (0) or an exit code, or raise."""
+    instruction = os.environ.get("_LLMCTL_COMPLETE")
+    if instruction:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(root, {}, "llmctl", "_LLMCTL_COMPLETE", instruction)
+    try:
+        with root.make_context("llmctl", args) as ctx:
+            result = root.invoke(ctx)
+            return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else 0 if leave.code is None else _say(str(leave.code)) or 1
+
+
+def _explain(error: BaseException) -> int:
+    """Print what went wrong on stderr and return the exit code."""
+    if isinstance(error, KeyboardInterrupt | click.Abort | EOFError):
+        _say("interrupted")
+        return 130
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return 141
+    expected = _expected(error)
+    if expected is None:
+        return _save_traceback(error)
+    if os.environ.get("LLMCTL_DEBUG"):
+        import traceback
+
+        traceback.print_exception(error)
+    _say_error(expected)
+    return expected.exit_code
+
+
+def _expected(error: BaseException) -> LlmctlError | None:
+    """The domain error behind an exception, or None for a bug."""
+    if isinstance(error, LlmctlError):
+        return error
+    if isinstance(error, click.exceptions.FileError):
+        return InputError(f"cannot open {error.ui_filename}: {error.message}")
+    if isinstance(error, click.ClickException):
+        return _from_click(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return StageError(
+            f"no space left on the device{where}", hint="free some space, or put the store on another disk"
+        )
+    return None
+
+
+def _from_click(error: click.ClickException) -> LlmctlError:
+    """click's message in our form: lower case, no full stop, the near names as the hint."""
+    message = error.message
+    near = list(getattr(error, "possibilities", None) or ())
+    if isinstance(error, click.exceptions.NoSuchCommand):
+        message = f"no such command `{error.command_name}`"
+        near = [name for name in near if " " not in name]
+    elif not isinstance(error, click.NoSuchOption):
+        message = error.format_message()
+    path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "llmctl"
+    hint = f"did you mean {' or '.join(f'`{name}`' for name in near[:3])}?" if near else f"see `{path} --help`"
+    message = message[:1].lower() + message[1:].rstrip(".")
+    return UsageError(message, hint=getattr(error, "hint", None) or hint)
+
+
+def _say(text: str) -> None:
+    """One line on stderr; a closed stderr is nobody's problem."""
+    try:
+        click.echo(text, err=True)
+    except OSError:
+        return
+
+
+def _say_error(error: LlmctlError) -> None:
+    """`error: message`, `  hint: …`; a message with its own layout (several spec errors) is printed as it is."""
+    if error.message.startswith("error"):
+        _say(error.message)
+    else:
+        label = f"error[{error.code}]" if error.code else "error"
+        _say(f"{click.style(label, fg='red', bold=True) if sys.stderr.isatty() else label}: {error.message}")
+    if error.hint:
+        _say(f"  hint: {error.hint}")
+
+
+def _save_traceback(error: BaseException) -> int:
+    """A bug: keep the whole traceback in a file and name it on one line; `LLMCTL_DEBUG=1` prints it instead."""
+    import platform
+    import tempfile
+    import traceback
+
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get("LLMCTL_DEBUG"):
+        _say(text)
+        return 1
+    last = " ".join(str(error).split())
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="llmctl-", suffix=".log", delete=False, encoding="utf-8") as file:
+            file.write(f"llmctl {__version__}, Python {platform.python_version()}, {sys.argv}\n{text}")
+    except OSError:
+        _say(text)
+        return 1
+    _say(f"error: unexpected {type(error).__name__}: {last}")
+    _say(f"  hint: this is a bug in llmctl or in a plugin; the traceback is in {file.name}")
+    return 1
+
+
+def _finish(args: list[str], code: int) -> int:
+    """Close the records of a stage, flush, and turn a lost reader into 141."""
+    name = args[0] if args else ""
+    try:
+        if name and not name.startswith("-") and name not in {command.name for command in (*CORE, *HIDDEN)}:
+            code = _end_records(name, args, code)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        code = code or 141
+    if code == 141:
+        # Python flushes stdout once more on exit; let it go nowhere instead of printing a traceback.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+    return code
+
+
+def _end_records(name: str, args: list[str], code: int) -> int:
+    """Every exit path of a stage writes `end`, also one that failed before `hello` (an unknown option, a typo)."""
+    from llmctl import shell
+
+    if name in get_registry().commands:
+        return code
+    return shell.finish(name, args, code)
