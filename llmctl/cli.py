@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -88,7 +88,7 @@ class Root(click.Group):
                     formatter.write_dl(rows)
 
 
-def stage_order(names: Sequence[str] | dict[str, object]) -> list[str]:
+def stage_order(names: Iterable[str]) -> list[str]:
     """Stage names in pipeline order, then the others by name."""
     return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
@@ -207,7 +207,10 @@ def _invoke(args: list[str]) -> int:
     except click.exceptions.Exit as leave:
         return leave.exit_code
     except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else 0 if leave.code is None else _say(str(leave.code)) or 1
+        if leave.code is None or isinstance(leave.code, int):
+            return leave.code or 0
+        _say(str(leave.code))
+        return 1
 
 
 def _explain(error: BaseException) -> int:

@@ -76,6 +76,11 @@ class Plugin:
     disabled: bool = False
 
     @property
+    def offers(self) -> tuple[Stage | Command, ...]:
+        """Stages and commands together: both take a name on the command line."""
+        return (*self.stages, *self.commands)
+
+    @property
     def package(self) -> str:
         """The import package that the entry point names."""
         return self.target.partition(":")[0].partition(".")[0]
@@ -109,7 +114,7 @@ class Registry:
                 name = plugin.name if plugin.name not in self.failures else f"{plugin.name} ({plugin.dist_name})"
                 self.failures[name] = plugin.failure
         self._owners: dict[str, Plugin] = {}
-        offers = [(item.name, item, plugin) for plugin in self.plugins for item in (*plugin.stages, *plugin.commands)]
+        offers = [(item.name, item, plugin) for plugin in self.plugins for item in plugin.offers]
         claims: dict[str, list[Plugin]] = {}
         for name, _, plugin in offers:
             claims.setdefault(name, []).append(plugin)
@@ -167,7 +172,7 @@ class Registry:
         while trace is not None:
             plugin = packages.get(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
             if plugin:
-                extra = next((item.extra for item in (*plugin.stages, *plugin.commands) if item.extra), extra)
+                extra = next((item.extra for item in plugin.offers if item.extra), extra)
             trace = trace.tb_next
         return extra
 
