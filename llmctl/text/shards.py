@@ -1,0 +1,174 @@
+"""Token shards: one flat array of ids per split, memory-mapped, with the offsets of its documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from llmctl.errors import InputError
+from llmctl.stage import Artifact
+
+FORMAT = "dataset.tokens"
+OFFSET = np.dtype("<u8")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest type that holds every id: uint16, or uint32 for a vocabulary above 65535."""
+    return np.dtype("<u2" if vocab_size <= 65535 else "<u4")
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """The documents of one split. `tokens` is a read-only memory map, shape `(n_tokens,)`; `offsets` is
+    uint64, shape `(n_documents + 1,)`: document `i` is `tokens[offsets[i]:offsets[i + 1]]`."""
+
+    name: str
+    tokens: np.ndarray
+    offsets: np.ndarray
+    bytes: int
+    """UTF-8 bytes of the source text of all documents."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """The ids of one document, BOS and EOS included."""
+        return self.tokens[int(self.offsets[index]) : int(self.offsets[index + 1])]
+
+
+class TokenShards:
+    """An opened `dataset.tokens` directory."""
+
+    def __init__(self, directory: Path, meta: dict[str, Any]) -> None:
+        self.directory = directory
+        self.meta = meta
+        self.vocab_size: int = meta["vocab_size"]
+        self.tokenizer: str = meta["tokenizer"]
+
+    @classmethod
+    def open(cls, source: Artifact | Path | str) -> TokenShards:
+        """Open shards; InputError if they are missing or damaged."""
+        directory = source.path if isinstance(source, Artifact) else Path(source)
+        path = directory / "meta.json"
+        if not path.is_file():
+            raise InputError(f"{directory} holds no token shards", hint="make them with `llmctl tokenize`")
+        try:
+            meta = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is no valid JSON: {error}", hint="make the tokens again") from error
+        missing = {"dtype", "vocab_size", "tokenizer", "splits"} - set(meta) if isinstance(meta, dict) else {"dtype"}
+        if missing:
+            raise InputError(f"{path} lacks {', '.join(sorted(missing))}", hint="make the tokens again")
+        return cls(directory, meta)
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits."""
+        return list(self.meta["splits"])
+
+    def split(self, name: str) -> SplitTokens:
+        """Open one split; InputError if it is missing, or its files do not fit what `meta.json` says."""
+        if name not in self.meta["splits"]:
+            raise InputError(f"{self.directory} has no split `{name}`", hint=f"it has: {', '.join(self.splits)}")
+        entry = self.meta["splits"][name]
+        stem = self.directory / f"{name}-00000"
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        tokens = _map(stem.with_suffix(".bin"), dtype, entry["tokens"])
+        offsets = _map(stem.with_suffix(".idx"), OFFSET, entry["documents"] + 1)
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or np.any(offsets[1:] < offsets[:-1]):
+            raise InputError(f"{stem.with_suffix('.idx')} is damaged: offsets do not rise from 0 to {len(tokens)}")
+        return SplitTokens(name, tokens, offsets, entry["bytes"])
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
+    """`count` values of a file as a read-only map; InputError if it holds another number of bytes."""
+    if not path.is_file():
+        raise InputError(f"{path} is missing", hint="make the tokens again")
+    size = path.stat().st_size
+    if size != count * dtype.itemsize:
+        raise InputError(
+            f"{path} has {size} bytes, expected {count * dtype.itemsize}", hint="it is damaged; make the tokens again"
+        )
+    if count == 0:
+        return np.empty(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, mode="r", shape=(count,))
+
+
+@dataclass
+class _Open:
+    tokens: BinaryIO
+    index: BinaryIO
+    count: int = 0
+    documents: int = 0
+    bytes: int = 0
+    files: list[str] = field(default_factory=list)
+
+
+class ShardWriter:
+    """Writes token shards document by document; memory does not grow. Use as a context manager or call `close`.
+
+    Every split in `splits` exists when closed, empty if nothing was added to it.
+    """
+
+    def __init__(self, directory: Path, *, vocab_size: int, tokenizer: str, splits: Sequence[str] = ()) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory, self._vocab_size, self._tokenizer = directory, vocab_size, tokenizer
+        self._dtype = token_dtype(vocab_size)
+        self._splits: dict[str, _Open] = {}
+        for split in splits:
+            self._open(split)
+
+    def _open(self, split: str) -> _Open:
+        names = [f"{split}-00000.bin", f"{split}-00000.idx"]
+        tokens, index = ((self._directory / name).open("wb") for name in names)
+        index.write(np.zeros(1, OFFSET).tobytes())
+        self._splits[split] = _Open(tokens, index, files=names)
+        return self._splits[split]
+
+    def add(self, split: str, ids: Sequence[int], bytes: int) -> None:
+        """Append a document of `ids` (below `vocab_size`, BOS and EOS included) that stands for `bytes` of text."""
+        values = np.asarray(ids, dtype=np.int64)
+        if len(values) and not 0 <= values.min() <= values.max() < self._vocab_size:
+            raise ValueError(f"token id {values.max()} in a vocabulary of {self._vocab_size}")
+        part = self._splits.get(split) or self._open(split)
+        part.tokens.write(values.astype(self._dtype).tobytes())
+        part.count += len(values)
+        part.index.write(np.array([part.count], OFFSET).tobytes())
+        part.documents += 1
+        part.bytes += bytes
+
+    def close(self) -> Mapping[str, Any]:
+        """Close the files, write `meta.json` and return its contents."""
+        self._release()
+        meta = {
+            "format": FORMAT,
+            "dtype": self._dtype.newbyteorder("=").name,
+            "vocab_size": self._vocab_size,
+            "tokenizer": self._tokenizer,
+            "splits": {
+                name: {"tokens": part.count, "documents": part.documents, "bytes": part.bytes, "files": part.files}
+                for name, part in self._splits.items()
+            },
+        }
+        text = json.dumps(meta, indent=2, sort_keys=True) + "\n"
+        (self._directory / "meta.json").write_text(text, encoding="utf-8")
+        return meta
+
+    def _release(self) -> None:
+        for part in self._splits.values():
+            part.tokens.close()
+            part.index.close()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._release()

@@ -1,0 +1,145 @@
+"""Token ids to text while they arrive: no half characters, stop strings honoured across tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmctl.generator import Generator, Sampling
+from llmctl.text.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+UNFINISHED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What came since the last one: `text` to show, the ids consumed, and on the last one why it ended."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer. `token_ids` are all that were generated, those of a stop string included."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+
+
+class Detokenizer:
+    """Turns ids into text one by one; the parts joined are `tokenizer.decode` of all ids.
+
+    A part is held back while it ends within a UTF-8 character. Only the ids since the last clean cut are decoded
+    again, with one part of context before them, because a decoder may treat the first token differently.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that this id completes, perhaps none."""
+        self._pending.append(token)
+        return self._cut(hold=True)
+
+    def flush(self) -> str:
+        """The rest, an unfinished character as U+FFFD."""
+        return self._cut(hold=False)
+
+    def _cut(self, hold: bool) -> str:
+        whole = self._tokenizer.decode(self._context + self._pending)
+        if hold and whole.endswith(UNFINISHED):
+            return ""
+        text = whole[len(self._tokenizer.decode(self._context)) :]
+        if text:
+            # Tokens without text (special ones) stay pending, so that there is always a visible context.
+            self._context, self._pending = self._pending, []
+        return text
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string, holding back what may be the beginning of one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = [text for text in stop if text]
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """(what may be shown, whether a stop string was met)."""
+        self._held += text
+        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def flush(self) -> str:
+        """What was held back and turned out to be no stop string."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def stream_text(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+) -> Iterator[Delta]:
+    """Generate after `prompt_ids` and yield text as it becomes final; the last delta has a `finish_reason`.
+
+    `stop` after an EOS id or a stop string (neither is shown), `length` at `max_new_tokens` or the end of the context.
+    The texts joined are `tokenizer.decode` of all ids, cut before the first stop string.
+    """
+    words, stops = Detokenizer(tokenizer), StopStrings(stop)
+    limit = min(sampling.max_new_tokens, generator.context_length - len(prompt_ids))
+    count, fresh = 0, list[int]()
+    tokens = generator.stream(prompt_ids, sampling)
+    try:
+        for token in tokens:
+            count += 1
+            fresh.append(token)
+            text, stopped = stops.add(words.add(token))
+            if stopped:
+                yield Delta(text, fresh, "stop")
+                return
+            if text:
+                yield Delta(text, fresh)
+                fresh = []
+    finally:
+        close = getattr(tokens, "close", None)
+        if close is not None:
+            close()  # a stop string ends the generation too
+    text, stopped = stops.add(words.flush())
+    if not stopped:
+        text += stops.flush()
+    yield Delta(text, fresh, "length" if count >= limit and not stopped else "stop")
+
+
+def complete(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+) -> Completion:
+    """The whole answer of `stream_text`."""
+    parts = list(stream_text(generator, tokenizer, prompt_ids, sampling, stop))
+    reason = parts[-1].finish_reason
+    assert reason is not None  # stream_text's last delta has one
+    return Completion("".join(part.text for part in parts), [i for part in parts for i in part.token_ids], reason)

@@ -1,0 +1,241 @@
+"""Text to token ids and back: a Hugging Face tokenizer directory, its chat template and its assistant-only loss mask.
+
+What a user types never becomes a special token: plain text is encoded with special tokens switched off, and in a chat
+only the template's own text may produce them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.errors import InputError
+
+if TYPE_CHECKING:
+    from llmctl.text.template import ChatTemplate
+
+Message = Mapping[str, Any]
+"""{"role": …, "content": str or [{"type": "text", "text": …}, …], …}"""
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.json",
+)
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class ChatIds:
+    """An encoded conversation: `ids`, and a `mask` of equal length that is 1 on what the assistant says."""
+
+    ids: list[int]
+    mask: list[int]
+
+
+class Tokenizer:
+    """A tokenizer directory as transformers writes it (`tokenizer.json` is required). Thread-safe, free of torch."""
+
+    def __init__(self, directory: Path) -> None:
+        import tokenizers
+
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise InputError(
+                f"no tokenizer.json in {directory}", hint="give a directory that holds a Hugging Face fast tokenizer"
+            )
+        raw = path.read_bytes()
+        try:
+            # Two copies, because whether special tokens are recognised is a switch of the whole object.
+            self._special = tokenizers.Tokenizer.from_buffer(raw)
+            self._plain = tokenizers.Tokenizer.from_buffer(raw)
+        except Exception as error:  # the Rust side raises bare Exception
+            raise InputError(f"{path} is damaged: {error}", hint="make the tokenizer again") from error
+        for tokenizer in (self._special, self._plain):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self._plain.encode_special_tokens = True
+        self.directory = directory
+        self.digest = "sha256:" + hashlib.sha256(raw).hexdigest()
+        added = self._special.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.vocab_size: int = 1 + max(self._special.get_vocab(with_added_tokens=True).values())
+        self._config = _read_config(directory)
+        self._names = _token_names(self._config)
+        self.bos_id = self._named("bos_token")
+        self.eos_id = self._named("eos_token")
+        self.pad_id = self._named("pad_token")
+        self._chat: ChatTemplate | None = None
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Tokenizer:
+        """Open the tokenizer in `directory`; InputError if there is none or it is damaged."""
+        return cls(Path(directory))
+
+    def _named(self, name: str) -> int | None:
+        text = self._names.get(name)
+        if text is None:
+            return None
+        found: int | None = self._special.token_to_id(text)
+        return found
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`, without BOS. With `special=True` the text of a special token becomes that token."""
+        tokenizer = self._special if special else self._plain
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts, in parallel."""
+        return [found.ids for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_document(self, text: str) -> list[int]:
+        """Ids of one training document: BOS, the text, EOS (each where the tokenizer has one)."""
+        return self.frame_document(self.encode(text))
+
+    def frame_document(self, ids: list[int]) -> list[int]:
+        """`ids` between BOS and EOS."""
+        bos = [] if self.bos_id is None else [self.bos_id]
+        eos = [] if self.eos_id is None else [self.eos_id]
+        return bos + ids + eos
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._special.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def token_bytes(self) -> list[int]:
+        """UTF-8 bytes of source text that each id stands for, 0 for special tokens, shape `(vocab_size,)`.
+
+        Never by decoding single tokens: half a character would decode to the three bytes of U+FFFD.
+        """
+        sizes = [0] * self.vocab_size
+        added = self._special.get_added_tokens_decoder()
+        byte_level = _is_byte_level(json.loads(self._special.to_str()))
+        for token, index in self._special.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                sizes[index] = 0 if added[index].special else len(token.encode())
+            elif byte_level:
+                sizes[index] = len(token)  # one character of the byte alphabet per byte
+            else:
+                sizes[index] = _piece_bytes(token)
+        return sizes
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The chat template; InputError if the tokenizer has none."""
+        if self._chat is None:
+            from llmctl.text.template import ChatTemplate
+
+            self._chat = ChatTemplate(_template_text(self.directory, self._config), self._names, self.special_tokens())
+        return self._chat
+
+    def special_tokens(self) -> dict[str, int]:
+        """Text of every special token, with its id."""
+        added = self._special.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> ChatIds:
+        """Ids of a conversation and the mask of what the assistant says, its closing token included.
+
+        Equal to transformers' `apply_chat_template(tokenize=True)` unless a message holds the text of a special token:
+        there it stays ordinary text. With `add_generation_prompt` the ids end where the assistant's answer begins.
+        """
+        pieces = self.chat_template.pieces(messages, add_generation_prompt)
+        ids: list[int] = []
+        mask: list[int] = []
+        for piece in pieces:
+            if piece.token is not None:
+                ids.append(piece.token)
+                mask.append(int(piece.assistant_at(0, 1)))
+                continue
+            found = (self._special if piece.special else self._plain).encode(piece.text, add_special_tokens=False)
+            ids += found.ids
+            mask += [int(piece.assistant_at(start, end)) for start, end in found.offsets]
+        if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            raise InputError(
+                f"the chat template of {self.directory} writes BOS twice", hint="remove one `bos_token` from it"
+            )
+        return ChatIds(ids, mask)
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the tokenizer's files byte for byte, the chat template included."""
+    found = [name for name in FILES if (source / name).is_file()]
+    if "tokenizer.json" not in found:
+        raise InputError(f"no tokenizer.json in {source}", hint="give a directory that holds a tokenizer")
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in found:
+        shutil.copyfile(source / name, destination / name)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = directory / name
+        if path.is_file():
+            try:
+                config.update(json.loads(path.read_text(encoding="utf-8")))
+            except ValueError as error:
+                raise InputError(f"{path} is no valid JSON: {error}") from error
+    return config
+
+
+def _token_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens by role, as transformers hands them to a chat template."""
+
+    def text(value: Any) -> Any:
+        return value["content"] if isinstance(value, dict) else value
+
+    names: dict[str, Any] = {name: text(config[name]) for name in NAMED if text(config.get(name)) is not None}
+    if extra := config.get("additional_special_tokens"):
+        names["additional_special_tokens"] = [text(value) for value in extra]
+    return names
+
+
+def _template_text(directory: Path, config: Mapping[str, Any]) -> str:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # the old form: several named templates
+        named = {entry["name"]: entry["template"] for entry in found}
+        found = named.get("default")
+    if not isinstance(found, str):
+        raise InputError(
+            f"the tokenizer in {directory} has no chat template",
+            hint="add a chat_template.jinja, or use a tokenizer made by `llmctl tokenize`",
+        )
+    return found
+
+
+def _is_byte_level(state: Mapping[str, Any]) -> bool:
+    def kinds(part: Any) -> Iterator[str]:
+        if isinstance(part, dict):
+            yield str(part.get("type"))
+            for value in part.values():
+                yield from kinds(value)
+        elif isinstance(part, list):
+            for value in part:
+                yield from kinds(value)
+
+    return "ByteLevel" in kinds(state.get("decoder"))
+
+
+def _piece_bytes(token: str) -> int:
+    """Bytes of one SentencePiece or WordPiece token."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return 1
+    return len(token.removeprefix("##").replace("▁", " ").encode())
