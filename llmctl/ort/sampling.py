@@ -1,0 +1,50 @@
+"""How the next token is chosen from logits: one definition, in numpy.
+
+The order is temperature, then top-k, then top-p, as in transformers (`generation/logits_process.py`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmctl.generator import Sampling
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may be drawn, likeliest first, and their probabilities (float64, summing to 1).
+
+    `logits (V,)`; `sampling.temperature` must be positive. Top-k keeps the k largest (Fan et al. 1805.04833), top-p the
+    smallest set whose mass reaches p, the token that crosses p included (Holtzman et al. 1904.09751).
+    """
+    count = len(logits)
+    ids = np.arange(count)
+    if 0 < sampling.top_k < count:
+        ids = np.sort(np.argpartition(-logits, sampling.top_k - 1)[: sampling.top_k])
+    # Stable, so that among equal logits the smaller id comes first.
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    below = logits[ids].astype(np.float64) - float(logits[ids[0]])
+    with np.errstate(over="ignore"):  # a temperature near 0 takes all but the best to -inf, which is right
+        weights = np.exp(below / sampling.temperature)
+    probabilities = weights / weights.sum()
+    if sampling.top_p < 1:
+        before = np.cumsum(probabilities) - probabilities
+        kept = max(1, int(np.count_nonzero(before < sampling.top_p)))
+        ids, probabilities = ids[:kept], probabilities[:kept] / probabilities[:kept].sum()
+    return ids, probabilities
+
+
+class Sampler:
+    """Draws one token after another for one sequence; equal seeds give equal draws."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.random = np.random.default_rng(sampling.seed)
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """The next token of `logits (V,)`: the argmax at temperature 0, else a draw."""
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        ids, probabilities = candidates(logits, self.sampling)
+        drawn = np.searchsorted(np.cumsum(probabilities), self.random.random(), side="right")
+        # The sum may end a rounding error below 1 and below the draw.
+        return int(ids[min(int(drawn), len(ids) - 1)])
