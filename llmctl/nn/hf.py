@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from llmctl.errors import InputError, StageError
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.transformer import Transformer
+from llmctl.text.tokenizer import copy_tokenizer
 
 _LLAMA_NAMES = {
     "embedding": "model.embed_tokens",
@@ -73,12 +75,8 @@ def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None 
     try:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise StageError(
-            f"cannot write {directory / 'model.safetensors'}: {error}", hint="is the disk full?"
-        ) from error
+        raise StageError(f"cannot write model.safetensors: {error}", hint="is the disk full?") from error
     if tokenizer_from is not None:
-        from llmctl.text.tokenizer import copy_tokenizer
-
         copy_tokenizer(tokenizer_from, directory)
 
 
@@ -103,17 +101,20 @@ def load_model(
 
 
 def load_config(directory: Path) -> ModelConfig:
-    """The configuration of a Hugging Face directory, without its weights."""
-    path = Path(directory) / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{directory} is no model: it has no config.json", hint="give a model.hf directory") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} is no JSON object")
-    return ModelConfig.from_hf(values)
+    """The configuration of a Hugging Face directory, without its weights.
+
+    Ids that only `generation_config.json` lists as end of text (Qwen, Llama 3) become `other_eos_ids`.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} is no model: it has no config.json", hint="give a model.hf directory")
+    config = ModelConfig.from_hf(_read_json(directory / "config.json"))
+    if not (directory / "generation_config.json").is_file():
+        return config
+    ids = _read_json(directory / "generation_config.json").get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [ids]
+    others = [id for id in listed if isinstance(id, int) and id not in config.eos_ids and 0 <= id < config.vocab_size]
+    return replace(config, other_eos_ids=(*config.other_eos_ids, *others)) if others else config
 
 
 def hf_name(config: ModelConfig, name: str) -> str:
@@ -211,10 +212,9 @@ def _read_tensors(directory: Path, device: torch.device | str) -> dict[str, Tens
         raise InputError(f"{directory} has no model.safetensors")
     if single.exists():
         return _read_file(single, device)
-    try:
-        weight_map: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} cannot be read: {error!r}") from error
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index} has no `weight_map`")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         tensors.update(_read_file(directory / Path(shard).name, device))
@@ -231,6 +231,16 @@ def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged: {error}", hint="copy or download it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is no JSON object")
+    return values
 
 
 def _few(names: list[str]) -> str:

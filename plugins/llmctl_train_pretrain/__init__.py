@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from llmctl import In, Out, Stage, hookimpl
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmctl import Artifact, In, Out, Stage, hookimpl
+
+if TYPE_CHECKING:
+    from llmctl.generator import Generator
 
 TRAIN_PRETRAIN = Stage(
     name="train-pretrain",
@@ -24,3 +30,15 @@ TRAIN_PRETRAIN = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `train-pretrain`."""
     return [TRAIN_PRETRAIN]
+
+
+@hookimpl
+def open_generator(artifact: Artifact, options: Mapping[str, Any]) -> Generator | None:
+    """Generate with torch from a `model.hf` directory."""
+    if artifact.type != "model.hf":
+        return None
+    from llmctl.train.generate import open_model
+
+    return open_model(
+        artifact.path, options.get("device", "auto"), options.get("threads", 0), options.get("dtype", "auto")
+    )
