@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmctl.spec.resolved import Pipeline, Ref, StageSpec
     from llmctl.store import Store
 
-PARAM, PORT = "param:", "port:"
+PARAM, PORT = "param__", "port__"
 RESERVED = frozenset(
     ("config", "set", "input", "output", "print-spec", "format", "store", "events", "cache", "on-busy", "help")
     + ("stop-on-reader-exit",)
@@ -109,7 +109,7 @@ def port_options(stage: Stage, fields: Mapping[str, Any]) -> list[click.Paramete
                 click.Option([f"--{_flag(name)}", PORT + name], metavar="REF", multiple=port.many, help=help_)
             )
     generic = "Bind an input: a path, sha256:<id>, name@tag, or - for stdin; may be repeated."
-    options.append(click.Option(["-i", "--input", PORT], metavar="PORT=REF", multiple=True, help=generic))
+    options.append(click.Option(["-i", "--input", "port__"], metavar="PORT=REF", multiple=True, help=generic))
     options.append(click.Argument(["rest"], nargs=-1, metavar="[-]"))
     return options
 

@@ -1,0 +1,90 @@
+"""Fixtures for every test that drives the real command line or really installed plugins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+Install = Callable[..., Path]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def write_distribution(
+    site: Path,
+    name: str,
+    entry_points: Mapping[str, str],
+    files: Mapping[str, str],
+    version: str = "0.1",
+    record: bool = False,
+) -> Path:
+    """Lay out `site` as `pip install --target` would: the modules and `name-version.dist-info`."""
+    info = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = [f"{key} = {value}" for key, value in entry_points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[llmctl]", *lines]) + "\n")
+    if record:
+        (info / "RECORD").write_text("")
+    for path, text in files.items():
+        target = site / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(textwrap.dedent(text))
+    return site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A directory on the PYTHONPATH of `llmctl_env`."""
+    path = tmp_path / "site"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def install(site: Path) -> Install:
+    """Install a plugin into `site`: `install("acme", {"acme": "acme_plugin"}, {"acme_plugin.py": "…"})`."""
+
+    def put(name: str, entry_points: Mapping[str, str], files: Mapping[str, str], **options: object) -> Path:
+        return write_distribution(site, name, entry_points, files, **options)
+
+    return put
+
+
+@pytest.fixture
+def llmctl_env(site: Path) -> dict[str, str]:
+    """A clean environment for child processes: no colour or terminal settings of the developer's shell."""
+    dropped = ("LLMCTL_", "NO_COLOR", "CLICOLOR", "FORCE_COLOR", "CI", "TERM", "COLUMNS", "PYTHONPATH")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return {**env, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+
+@pytest.fixture
+def llmctl(llmctl_env: dict[str, str], tmp_path: Path) -> Run:
+    """Run the real command line in `tmp_path/work`: `llmctl("check", "spec.yaml")`; `stdin` is /dev/null."""
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def run(
+        *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60, **kw
+    ):
+        command: Sequence[str] = [sys.executable, "-m", "llmctl", *map(str, args)]
+        kw.setdefault("stdin", subprocess.DEVNULL)
+        if "input" in kw:
+            del kw["stdin"]
+        return subprocess.run(
+            command,
+            env={**llmctl_env, **(env or {})},
+            cwd=cwd or work,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            **kw,
+        )
+
+    return run
