@@ -10,6 +10,7 @@ EVAL = Stage(
     inputs={
         "model": In("model.hf", "model.onnx"),
         "data": In("dataset.tokens", "dataset.chat", "dataset.preference", many=True),
+        "reference": In("model.hf", "model.onnx", optional=True, help="report the rise over this model, paired"),
     },
     outputs={"metrics": Out("metrics")},
     params="llmctl_eval.params:EvalParams",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmctl import In, Out, Stage, hookimpl
+from llmctl import Command, In, Out, Stage, hookimpl
 
 SERVE = Stage(
     name="serve",
@@ -24,3 +24,12 @@ SERVE = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `serve`."""
     return [SERVE]
+
+
+@hookimpl
+def register_commands() -> list[Command]:
+    """Offer `chat` and `generate`."""
+    return [
+        Command(name="chat", help="Talk to a model in the terminal.", target="llmctl_serve.chat:chat"),
+        Command(name="generate", help="Continue a text with a model.", target="llmctl_serve.chat:generate"),
+    ]

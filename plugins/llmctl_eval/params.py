@@ -1,0 +1,52 @@
+"""Parameters of `eval`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from llmctl.spec.params import Field, Params
+
+Task = Literal["perplexity", "exact-match", "accuracy", "ranking"]
+
+
+class EvalParams(Params):
+    """Measure a model: perplexity, exact match, accuracy, ranking, with intervals."""
+
+    tasks: list[Task] = Field(
+        default=[],
+        description="perplexity (token shards), exact-match and accuracy (chat), ranking (preference); "
+        "default: one for each kind of data given",
+    )
+    split: str = Field(default="validation", min_length=1, description="split of the data that is measured on")
+    splits: dict[Task, str] = Field(default={}, description="another split for single tasks: {exact-match: test}")
+    limit: int | None = Field(default=None, ge=1, description="measure on the first rows only")
+    max_tokens: int | None = Field(
+        default=None, ge=2, description="perplexity: whole documents from the start up to this many tokens"
+    )
+    baselines: list[Literal["kneser-ney-bigram", "xz"]] = Field(
+        default=[], description="perplexity: what the same tokens cost without the model"
+    )
+    match: Literal["squad", "strict"] = Field(
+        default="squad",
+        description="exact-match: squad ignores case, ASCII punctuation, articles, spacing; strict only outer spaces",
+    )
+    max_new_tokens: int = Field(default=64, ge=1, description="exact-match: longest answer")
+    candidates: int = Field(default=4, ge=2, description="accuracy: answers to choose from, the right one included")
+    resamples: int = Field(default=2000, ge=100, description="bootstrap resamples of an interval")
+    confidence: float = Field(default=0.95, gt=0, lt=1, description="confidence level of an interval")
+    seed: int = Field(default=1, ge=0, description="seed of the bootstrap and of the wrong candidates")
+    batch_size: int = Field(
+        default=16, ge=1, affects="nothing", description="prompts generated together; changes speed, not numbers"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", affects="nothing", description="where the model runs"
+    )
+    threads: int = Field(default=0, ge=0, affects="nothing", description="threads of the model; 0 takes all cores")
+
+    @model_validator(mode="after")
+    def _no_task_twice(self) -> EvalParams:
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"tasks names a task twice: {', '.join(self.tasks)}")
+        return self

@@ -1,0 +1,52 @@
+"""Parameters of `serve`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from llmctl.spec.params import Field, Params
+
+
+class ServeParams(Params):
+    """Serve a model over HTTP with an OpenAI-type API."""
+
+    mode: Literal["foreground", "smoke"] = Field(
+        default="foreground",
+        description="foreground: serve until stopped; smoke: start, ask smoke_questions over HTTP, stop",
+    )
+    smoke_questions: list[str] = Field(default=[], description="questions that mode smoke asks; all must be answered")
+    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
+    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    model_name: str | None = Field(
+        default=None, min_length=1, description="model id that clients see; default: name of the model's directory"
+    )
+    max_queue: int = Field(default=64, ge=1, description="requests that may wait; a further one is answered with 429")
+    max_new_tokens: int = Field(
+        default=256, ge=1, description="tokens of an answer when the request does not limit them"
+    )
+    max_request_bytes: int = Field(default=1 << 20, ge=1024, description="a larger request body is answered with 413")
+    drain_seconds: int = Field(
+        default=30, ge=0, description="time that running requests get to finish after a stop signal"
+    )
+    api_key_env: str | None = Field(
+        default=None, min_length=1, description="environment variable that holds the key clients must send"
+    )
+    answers: Literal["model", "extractive"] = Field(
+        default="model", description="with an index: the model writes the answer, or the best sentence is quoted"
+    )
+    top_k_passages: int = Field(default=3, ge=1, le=20, description="with an index: passages that an answer may use")
+    refuse_below: float = Field(
+        default=0.5, ge=0, le=1, description="with an index: refuse if the best passage supports less of the question"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
+    threads: int = Field(default=0, ge=0, description="threads of the model; 0 takes all cores")
+
+    @model_validator(mode="after")
+    def _smoke_needs_questions(self) -> ServeParams:
+        if (self.mode == "smoke") != bool(self.smoke_questions):
+            raise ValueError("mode smoke and smoke_questions go together: give both or neither")
+        if any(not question.strip() for question in self.smoke_questions):
+            raise ValueError("smoke_questions must not hold an empty question")
+        return self
