@@ -253,13 +253,24 @@ def _from_click(error: click.ClickException) -> LlmctlError:
     near = list(getattr(error, "possibilities", None) or ())
     if isinstance(error, click.exceptions.NoSuchCommand):
         message = f"no such command `{error.command_name}`"
-        near = [name for name in near if " " not in name]
-    elif not isinstance(error, click.NoSuchOption):
+        near = near_names(error.command_name, root.list_commands(click.Context(root)))
+    elif isinstance(error, click.NoSuchOption):
+        message = f"no such option `{error.option_name}`"
+    else:
         message = error.format_message()
     path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "llmctl"
     hint = f"did you mean {' or '.join(f'`{name}`' for name in near[:3])}?" if near else f"see `{path} --help`"
     message = message[:1].lower() + message[1:].rstrip(".")
     return UsageError(message, hint=getattr(error, "hint", None) or hint)
+
+
+def near_names(word: str, names: Sequence[str]) -> list[str]:
+    """Names that `word` may have meant: similar ones, else those with a similar part (`train` in `train-pretrain`)."""
+    from difflib import get_close_matches
+
+    parts = {part: name for name in reversed(names) for part in name.split("-")}
+    close = get_close_matches(word, names) or [parts[part] for part in get_close_matches(word, parts, cutoff=0.7)]
+    return list(dict.fromkeys(close))
 
 
 def _say(text: str) -> None:

@@ -77,7 +77,13 @@ class StageCommand(click.Command):
             record = param.get_help_record(ctx)
             if record is not None:
                 name = str(param.name)
-                title = "Inputs" if name.startswith(PORT) else "Parameters" if name.startswith(PARAM) else "Options"
+                title = (
+                    "Inputs"
+                    if name.startswith(PORT) or name == "rest"
+                    else "Parameters"
+                    if name.startswith(PARAM)
+                    else "Options"
+                )
                 groups[title].append(record)
         sections = {
             "Inputs": groups["Inputs"],
@@ -110,7 +116,9 @@ def port_options(stage: Stage, fields: Mapping[str, Any]) -> list[click.Paramete
             )
     generic = "Bind an input: a path, sha256:<id>, name@tag, or - for stdin; may be repeated."
     options.append(click.Option(["-i", "--input", "port__"], metavar="PORT=REF", multiple=True, help=generic))
-    options.append(click.Argument(["rest"], nargs=-1, metavar="[-]"))
+    options.append(
+        click.Argument(["rest"], nargs=-1, metavar="[-]", help="Read references from stdin, and insist on it.")
+    )
     return options
 
 
@@ -124,7 +132,10 @@ def param_options(fields: Mapping[str, FieldInfo]) -> list[click.Parameter]:
             continue
         names = [f"--{flag}/--no-{flag}" if kind is click.BOOL else f"--{flag}", PARAM + name]
         stated = "required" if info.is_required() else _plain(info.get_default())
-        options.append(ParamOption(names, type=kind, default=None, stated=stated, help=info.description))
+        metavar = {"integer range": "INTEGER", "float range": "FLOAT"}.get(kind.name)
+        options.append(
+            ParamOption(names, type=kind, default=None, stated=stated, metavar=metavar, help=info.description)
+        )
     return options
 
 
@@ -169,13 +180,19 @@ def _number(kind: type, metadata: Sequence[Any]) -> click.ParamType[Any]:
     )
 
 
-def by_set(fields: Mapping[str, FieldInfo]) -> list[tuple[str, str]]:
-    """Help rows of the parameters that have no flag."""
+def by_set(fields: Mapping[str, FieldInfo], prefix: str = "") -> list[tuple[str, str]]:
+    """Help rows of the parameters that have no flag; a nested model gives a row for each of its own."""
     rows = []
     for name, info in fields.items():
-        if option_type(info) is None or _flag(name) in RESERVED:
-            default = "required" if info.is_required() else _plain(info.get_default(call_default_factory=True))
-            rows.append((name, f"{info.description or ''}  [default: {default}]".strip()))
+        if not prefix and option_type(info) is not None and _flag(name) not in RESERVED:
+            continue
+        nested = getattr(info.annotation, "model_fields", None)
+        if nested:
+            rows += by_set(nested, f"{prefix}{name}.")
+            continue
+        default = None if info.is_required() else _plain(info.get_default(call_default_factory=True))
+        stated = "required" if info.is_required() else "" if default in (None, "[]", "") else f"default: {default}"
+        rows.append((prefix + name, f"{info.description or ''}{f'  [{stated}]' if stated else ''}"))
     return rows
 
 
@@ -183,7 +200,9 @@ def _plain(value: Any) -> Any:
     """A default as one would type it."""
     if isinstance(value, list | tuple | set | frozenset):
         return f"[{', '.join(str(_plain(item)) for item in value)}]"
-    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
+    return value
 
 
 def _flag(name: str) -> str:
