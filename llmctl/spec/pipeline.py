@@ -1,4 +1,7 @@
-"""From a spec file or a command line to a `Pipeline`: read, merge, interpolate, validate, wire."""
+"""From a spec file or a command line to a `Pipeline`: read, merge, interpolate, validate, wire.
+
+pydantic and PyYAML are imported when a spec is read, not with this module.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +58,19 @@ class Registry(Protocol):
 def load_pipeline(
     path_or_name: str | Path, profiles: Sequence[str] = (), sets: Sequence[str] = (), *, registry: Registry
 ) -> Pipeline:
-    """Read a spec: an existing file, or the name of a shipped spec.
+    """Read a spec: an existing file, or the name of a shipped spec, which then counts as lying in `./specs`.
 
-    `sets` are `KEY=VALUE` texts. Raises `SpecError` (a `UsageError`) with every mistake found.
+    `profiles` are overlays in order, `sets` are `KEY=VALUE` texts on top; relative paths in those start from the
+    current directory. Raises `SpecError` (a `UsageError`) with every mistake found.
     """
-    raise NotImplementedError
+    from llmctl.spec.files import find, read
+    from llmctl.spec.reading import Reading
+
+    found = find(path_or_name)
+    reading = Reading(read(found), registry, single=None)
+    reading.overlay(profiles)
+    reading.overrides().set(sets)
+    return reading.finish(found.path, found.base, tuple(profiles))
 
 
 def single_stage(
@@ -75,13 +86,30 @@ def single_stage(
 ) -> Pipeline:
     """A pipeline of one stage from a stage command: `-c file` < flags < `--set`.
 
-    `inputs` are `PORT=REF` texts. `flags` maps parameter names to values: a text is read like that of `--set`, None
-    means not given. With `stdin` a required input may stay unbound (`StageSpec.unbound` names them), because a
-    reference for it can still arrive on stdin. Raises `SpecError`.
+    `inputs` are `PORT=REF` texts; one that names a port of the file replaces what the file says. `flags` maps
+    parameter names to values: a text is read like that of `--set`, None means not given. With `stdin` a required
+    input may stay unbound (`StageSpec.unbound` names them), because a reference for it can still arrive on stdin.
+    Raises `SpecError`.
     """
-    raise NotImplementedError
+    from llmctl.spec.files import Found, find_file, read
+    from llmctl.spec.reading import Reading, bare_stage
+
+    found = find_file(file) if file else Found(path=None, base=Path.cwd(), name="")
+    reading = Reading(read(found) if file else bare_stage(stage), registry, single=stage)
+    overrides = reading.overrides()
+    overrides.inputs(inputs)
+    overrides.flags(flags or {})
+    if output is not None:
+        overrides.text("output", "--output", output)
+    overrides.set(sets)
+    return reading.finish(found.path, found.base, (), stdin=stdin)
 
 
 def print_spec(pipeline: Pipeline) -> str:
-    """The YAML text that gives the same pipeline when read from its `base` directory."""
-    raise NotImplementedError
+    """The YAML text that gives the same pipeline when it is read from a file in `pipeline.base`.
+
+    Parameters that were not given stay out; profiles, variables and `--set` are worked in.
+    """
+    from llmctl.spec.printing import spec_text
+
+    return spec_text(pipeline)

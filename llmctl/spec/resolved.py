@@ -190,4 +190,4 @@ class Pipeline:
 
     def resolve(self, uri: str) -> Path:
         """The absolute path of a `uri` of this spec; globs stay globs."""
-        return (self.base / Path(uri).expanduser()).absolute()
+        return (self.base / uri).absolute()

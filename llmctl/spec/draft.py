@@ -1,0 +1,48 @@
+"""A stage between the phases: what is known of it so far, and where it stands in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmctl.spec.diagnostics import Mark
+from llmctl.spec.nodes import Map, Node
+from llmctl.spec.params import Params
+from llmctl.spec.resolved import Gate, Ref
+from llmctl.spec.skeleton import StageModel
+from llmctl.stage import Stage
+
+
+@dataclass
+class Draft:
+    """Phase A fills `model`, phase B `stage` and `params`, phase C the rest; None where a phase found mistakes."""
+
+    id: str
+    key: Mark
+    node: Map
+    path: str
+    """How messages call it: `stages.train`, empty in a single-stage file."""
+    model: StageModel | None = None
+    stage: Stage | None = None
+    params: Params | None = None
+    inputs: dict[str, tuple[Ref, ...]] = field(default_factory=dict)
+    gates: list[Gate] = field(default_factory=list)
+
+    def entry(self, key: str) -> tuple[Mark, Node | None]:
+        """The mark of a key of the stage (its own mark if the key is absent) and the value."""
+        entry = self.node.entries.get(key)
+        return (entry.key, entry.value) if entry else (self.key, None)
+
+    def where(self, *path: str) -> str:
+        """A path below this stage, for messages."""
+        return ".".join(part for part in (self.path, *path) if part)
+
+    def ports(self) -> Mapping[str, str] | None:
+        """The declared type of every output that this configuration produces, or None if that is unknown.
+
+        The type is empty for `Out(same_as=…)`.
+        """
+        if self.stage is None or self.params is None or self.model is None:
+            return None
+        produced = self.params.outputs()
+        return {name: out.type for name, out in self.stage.outputs.items() if produced is None or name in produced}

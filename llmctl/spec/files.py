@@ -1,0 +1,83 @@
+"""Which file a spec is, by path or by name, and its bytes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.spec.diagnostics import Mark, Text, suggest
+from llmctl.spec.nodes import Map, fail, parse
+
+_SHIPPED_NAME = re.compile(r"[A-Za-z0-9][\w-]*\Z")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A spec file, and the absolute directory that its relative paths start from."""
+
+    path: Path | None
+    base: Path
+    name: str
+    """As a person knows it."""
+
+
+def shipped() -> dict[str, Path]:
+    """The specs that come with llmctl, by name: those of the installed package, else those of the checkout."""
+    package = Path(__file__).parent.parent
+    for directory in (package / "specs", package.parent / "specs"):
+        if directory.is_dir():
+            return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+    return {}
+
+
+def find(path_or_name: str | Path) -> Found:
+    """An existing file wins; else a shipped spec of that name, which acts as if it lay in `./specs`.
+
+    Raises SpecError (E011) for what is neither.
+    """
+    text = str(path_or_name)
+    if Path(text).is_file() or not _SHIPPED_NAME.match(text):
+        return find_file(Path(text))
+    known = shipped()
+    if text not in known:
+        hint = suggest(text, list(known), "shipped specs")
+        fail("E011", f"no file and no shipped spec is called `{text}`", None, hint)
+    return Found(known[text], Path.cwd() / "specs", _display(known[text]))
+
+
+def find_file(path: Path) -> Found:
+    """A spec by its path. Raises SpecError (E011)."""
+    if not path.is_file():
+        problem = "is a directory" if path.is_dir() else "no such file"
+        near = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        fail("E011", f"cannot read {path}: {problem}", None, suggest(path.name, sorted(near), "specs there"))
+    return Found(path, path.absolute().parent, str(path))
+
+
+def read(found: Found) -> Map:
+    """The map in a spec file. Raises SpecError (E001 to E004, E011, E012)."""
+    assert found.path is not None
+    try:
+        data = found.path.read_bytes()
+    except OSError as error:
+        fail("E011", f"cannot read {found.name}: {error.strerror}", None)
+    try:
+        content = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start].decode("utf-8-sig").split("\n")
+        line, column = len(before), len(before[-1]) + 1
+        text = Text(found.name, data.decode("utf-8-sig", "replace"), found.base)
+        mark = Mark(text, line, column, line, column + 1)
+        fail("E011", f"{found.name} is not UTF-8 (byte 0x{data[error.start]:02x})", mark, "save it as UTF-8")
+    text = Text(found.name, content.replace("\r\n", "\n"), found.base)
+    node = parse(text)
+    if node is None:
+        fail("E012", f"{found.name} is empty", None, "start it with `llmctl: 1` and `name:`")
+    if not isinstance(node, Map):
+        fail("E012", "a spec is a map of keys, such as `llmctl: 1`", node.mark)
+    return node
+
+
+def _display(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

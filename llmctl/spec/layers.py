@@ -1,0 +1,84 @@
+"""Layers of a spec, low to high: the file, its `--profile` overlays in order, `--set`. Every value keeps its mark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmctl.spec.diagnostics import Mark, Report, Text, suggest
+from llmctl.spec.nodes import Entry, Map, Node, fail
+
+DEFAULT_KEYS = ("env", "resources")
+
+
+def merge(low: Node, high: Node) -> Node:
+    """`high` over `low`: maps merge key by key, scalars and lists replace."""
+    if not (isinstance(low, Map) and isinstance(high, Map)):
+        return high
+    entries = dict(low.entries)
+    for key, entry in high.entries.items():
+        below = entries.get(key)
+        if below is None:
+            entries[key] = entry
+        else:
+            value = merge(below.value, entry.value)
+            entries[key] = Entry(below.key if isinstance(value, Map) else entry.key, value)
+    return Map(low.mark, entries)
+
+
+def merge_maps(low: Map, high: Map) -> Map:
+    """`merge` of two maps, which is a map."""
+    merged = merge(low, high)
+    assert isinstance(merged, Map)
+    return merged
+
+
+def without(node: Map, *keys: str) -> Map:
+    """`node` without some of its keys."""
+    return Map(node.mark, {key: entry for key, entry in node.entries.items() if key not in keys})
+
+
+def at(path: Sequence[tuple[str, Mark]], value: Node) -> Map:
+    """The map that holds `value` at `path`, a key and its mark per step."""
+    node: Node = value
+    for key, mark in reversed(path):
+        node = Map(mark, {key: Entry(mark, node)})
+    assert isinstance(node, Map)
+    return node
+
+
+def apply_profiles(document: Map, names: Sequence[str], report: Report) -> Map:
+    """`document` with the overlays of `names` on it, without its section `profiles`; E022 for an unknown name."""
+    section = document.get("profiles")
+    profiles = section.entries if isinstance(section, Map) else {}
+    merged = without(document, "profiles")
+    for number, name in enumerate(names, 1):
+        if name not in profiles:
+            mark = option(f"--profile#{number}", name, number).whole
+            report.add("E022", f"no profile `{name}`", mark, suggest(name, list(profiles), "profiles"))
+        elif isinstance(overlay := profiles[name].value, Map):
+            merged = merge_maps(merged, overlay)
+    return merged
+
+
+def apply_defaults(document: Map) -> Map:
+    """`document` with the section `defaults` merged under every stage."""
+    defaults, stages = document.get("defaults"), document.get("stages")
+    if not (isinstance(defaults, Map) and isinstance(stages, Map)):
+        return document
+    shared = Map(defaults.mark, {key: defaults.entries[key] for key in DEFAULT_KEYS if key in defaults.entries})
+    filled = {
+        name: Entry(entry.key, merge(shared, entry.value) if isinstance(entry.value, Map) else entry.value)
+        for name, entry in stages.entries.items()
+    }
+    section = Entry(document.entries["stages"].key, Map(stages.mark, filled))
+    return Map(document.mark, {**document.entries, "stages": section})
+
+
+def option(name: str, content: str, number: int) -> Text:
+    """The text of a command-line option; relative paths in it start from the current directory."""
+    readable = content.encode(errors="replace").decode()
+    text = Text(name, readable, Path.cwd(), rank=number)
+    if readable != content:  # bytes that are not UTF-8 reach Python as lone surrogates
+        fail("E001", f"{name} is not UTF-8", text.whole)
+    return text
