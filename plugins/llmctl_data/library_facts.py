@@ -1,0 +1,159 @@
+"""Questions about the standard library: which module provides X, what does X do, what is X's signature."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+from llmctl_data.facts import Fact, FactBook, Phrasings, rank
+from llmctl_data.pages import Page
+from llmctl_data.stdlib import Entity, Module, first_sentence, identifiers, providers, source_files
+
+MAX_SIGNATURE_CHARS = 56
+DOC_WORDS = range(3, 17)
+
+PHRASINGS = {
+    "module": Phrasings(
+        train=(
+            "Which module provides `{name}`?",
+            "Where is `{name}` defined?",
+            "What module do I import `{name}` from?",
+            "In which module can I find `{name}`?",
+            "Name the module that contains `{name}`.",
+            "I want to use `{name}`. Which module has it?",
+            "`{name}` belongs to which module?",
+            "Tell me the module of `{name}`.",
+        ),
+        heldout=("Which module contains `{name}`?", "From which module can I import `{name}`?"),
+    ),
+    "doc": Phrasings(
+        train=(
+            "What does `{name}` do?",
+            "What is `{name}` for?",
+            "Describe `{name}` in one sentence.",
+            "Explain what `{name}` does.",
+            "What is the purpose of `{name}`?",
+            "Summarise what `{name}` does.",
+            "Give a short description of `{name}`.",
+            "I found `{name}` in some code. What does it do?",
+        ),
+        heldout=("Describe what `{name}` does.", "In one sentence, what is `{name}` for?"),
+    ),
+    "signature": Phrasings(
+        train=(
+            "What is the signature of `{name}`?",
+            "Which arguments does `{name}` take?",
+            "Show the signature of `{name}`.",
+            "How do I call `{name}`? Show its parameters.",
+            "What are the parameters of `{name}`?",
+            "List the parameters of `{name}`.",
+            "Which parameters does `{name}` accept?",
+            "Write the signature of `{name}`.",
+        ),
+        heldout=("Which parameters does `{name}` take?", "Give me the signature of `{name}`."),
+    ),
+}
+
+
+def fact_book(modules: Sequence[Module], pages: Sequence[tuple[Page, bool]], everything: Sequence[Module]) -> FactBook:
+    """Candidate facts of `modules`; `pages` come with whether they are in the training split.
+
+    A name that several of `everything`, all modules of the library, offer is no entity: its module would be ambiguous.
+    """
+    offered = providers(everything)
+    taken = set(dir(builtins)) | set(sys.stdlib_module_names)
+    taken |= {part for module in everything for part in module.name.split(".")}
+    page_of = {entity.qualified: (page, train) for page, train in pages for entity in page.entities}
+    clear = [
+        entity
+        for module in modules
+        for entity in module.entities
+        if len(offered[entity.name]) == 1 and len(entity.name) > 2 and entity.name not in taken
+    ]
+    sentences = Counter(first_sentence(entity.doc) for entity in clear)
+    candidates: list[Fact] = []
+    for entity in clear:
+        if entity.qualified not in page_of:
+            continue
+        page, train = page_of[entity.qualified]
+        for kind, answer, wrong in _answers(entity, sentences):
+            candidates.append(
+                Fact(
+                    kind=kind,
+                    entity=entity.qualified,
+                    slots={"name": entity.name},
+                    answer=answer,
+                    document=page.document.id,
+                    near=(entity.module, entity.module.partition(".")[0]),
+                    wrong=wrong,
+                    trainable=train,
+                )
+            )
+    names = sorted({entity.name for entity in clear})
+    return FactBook(candidates, PHRASINGS, lambda count: _questions_about(invented_names(names, count)))
+
+
+def _answers(entity: Entity, sentences: Counter[str]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(kind, answer, corrupted answers) of what can be said for sure about an entity."""
+    found: list[tuple[str, str, tuple[str, ...]]] = [("module", entity.module, ())]
+    sentence = first_sentence(entity.doc)
+    clean = sentence.isascii() and re.match(r"[A-Z][a-z]", sentence)
+    if len(sentence.split()) in DOC_WORDS and clean and sentences[sentence] == 1:
+        found.append(("doc", sentence, ()))
+    if entity.certain and entity.plain and 2 < len(entity.signature) <= MAX_SIGNATURE_CHARS:
+        found.append(("signature", entity.signature, corrupted(entity.signature)))
+    return found
+
+
+def corrupted(signature: str) -> tuple[str, ...]:
+    """Signatures that are nearly right: two parameters swapped, one missing, another default."""
+    parts = signature[1:-1].split(", ")
+    forms = []
+    if len(parts) > 1:
+        forms.append([*parts[:-1]])
+        if "=" not in parts[1] and not parts[1].startswith("*") and parts[1] != "/":
+            forms.append([parts[1], parts[0], *parts[2:]])
+    for old, new in (("=None", "=True"), ("=False", "=True"), ("=True", "=False"), ("=0", "=1")):
+        if any(part.endswith(old) for part in parts):
+            forms.append([part.removesuffix(old) + new if part.endswith(old) else part for part in parts])
+    found = ("(" + ", ".join(form) + ")" for form in forms)
+    return tuple(dict.fromkeys(form for form in found if form != signature))
+
+
+def invented_names(names: Sequence[str], count: int) -> list[str]:
+    """Up to `count` names made of the halves of two real ones, found nowhere in the library's source or builtins."""
+    real = identifiers(source_files()) | set(dir(builtins)) | set(sys.stdlib_module_names)
+    lowered = {name.lower() for name in real}
+    halves = [(name, found) for name in names if (found := _halves(name))]
+    halves.sort(key=lambda item: rank("half", item[0]))
+    made: dict[str, None] = {}
+    if count == 0:
+        return []
+    for step in range(1, len(halves)):
+        for (name, (head, _)), (other, (_, tail)) in zip(halves, halves[step:], strict=False):
+            alike = ("_" in name) == ("_" in other) and name[0].isupper() == other[0].isupper()
+            if alike and (head + tail).lower() not in lowered:
+                made[head + tail] = None
+            if len(made) >= count:
+                return list(made)
+    return list(made)
+
+
+def _halves(name: str) -> tuple[str, str] | None:
+    """A name cut between two of its words, or None if it is a single word."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+|_", name)
+    snake = "_" in words
+    places = [i for i in range(1, len(words)) if words[i] != "_" and (not snake or words[i - 1] == "_")]
+    if "".join(words) != name or name.startswith("_") or not places:
+        return None
+    middle = places[len(places) // 2]
+    return "".join(words[:middle]), "".join(words[middle:])
+
+
+def _questions_about(names: Sequence[str]) -> list[str]:
+    kinds = sorted(PHRASINGS)
+    forms = [form for kind in kinds for form in PHRASINGS[kind].heldout]
+    return [forms[number % len(forms)].format(name=name) for number, name in enumerate(names)]

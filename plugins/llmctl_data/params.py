@@ -1,0 +1,96 @@
+"""What can be set about reading a corpus and deriving questions from it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from llmctl.spec.params import Field, Params
+
+Product = Literal["text", "chat", "preference"]
+Kind = Literal["module", "doc", "signature", "source", "continuation", "section"]
+PRODUCTS: tuple[Product, ...] = ("text", "chat", "preference")
+
+
+class QuestionParams(Params):
+    """How questions are derived from the corpus."""
+
+    facts: int = Field(400, ge=1, description="facts that are asked about in the training split")
+    heldout_entities: int = Field(60, ge=0, description="entities that are asked about in the split `test` only")
+    unanswerable: int = Field(100, ge=0, description="questions about things that do not exist (python-stdlib only)")
+    phrasings: int = Field(8, ge=1, le=8, description="phrasings of each fact in training; others are for validation")
+    mix: dict[Kind, float] = Field(
+        {"module": 0.7, "doc": 0.15, "signature": 0.15, "source": 0.4, "continuation": 0.4, "section": 0.2},
+        description="share of each kind of fact: module, doc and signature for python-stdlib, else source, "
+        "continuation and section",
+    )
+    max_answer_share: float = Field(
+        0.015, gt=0, le=1, description="largest share of the facts that one answer may have, so that guessing fails"
+    )
+
+    @model_validator(mode="after")
+    def _mix_adds_up(self) -> QuestionParams:
+        if any(share < 0 for share in self.mix.values()) or not any(self.mix.values()):
+            raise ValueError("mix must hold shares of at least 0, one of them above 0")
+        return self
+
+
+class PreferenceParams(Params):
+    """How right and wrong answers are paired."""
+
+    phrasings: int = Field(4, ge=1, le=8, description="training phrasings of each fact that are paired")
+    heldout: Literal["facts", "phrasings"] = Field(
+        "facts",
+        description="what the validation split holds out: `facts` (no fact in both splits; entities unknown to "
+        "training too, with trained: false) or `phrasings` (the same facts in phrasings seen in no training split)",
+    )
+    validation_share: float = Field(
+        0.4, gt=0, lt=1, description="share of the facts kept for validation (heldout: facts)"
+    )
+    wrong: Literal["neighbour", "any"] = Field(
+        "neighbour", description="wrong answers from near neighbours (same package, similar name) or from any fact"
+    )
+
+
+class DataParams(Params):
+    """Parameters of the stage `data`."""
+
+    reader: Literal["auto", "python-stdlib"] = Field(
+        "auto", description="`auto` reads the bound files or text, `python-stdlib` this Python's own library"
+    )
+    emit: list[Product] | None = Field(
+        None,
+        description="outputs to make; by default all, and questions that the corpus does not yield are a warning only",
+    )
+    seed: int = Field(0, ge=0, description="seed of every choice: splits, facts, wrong answers, order")
+    validation_share: float = Field(0.08, ge=0, lt=1, description="share of the documents in the split `validation`")
+    column: str = Field("text", min_length=1, description="column of JSONL and Parquet rows that holds the text")
+    piece_chars: int = Field(
+        6000, ge=200, description="longer .txt and .md files become several documents of about this many characters"
+    )
+    modules: list[str] = Field(
+        [], description="python-stdlib: modules to read, e.g. [json, 'email.*']; by default every public one"
+    )
+    include: list[Literal["docs", "source"]] = Field(
+        ["docs", "source"], min_length=1, description="python-stdlib: pages of documentation, source code, or both"
+    )
+    questions: QuestionParams = Field(QuestionParams(), description="how questions are derived")
+    preference: PreferenceParams = Field(PreferenceParams(), description="how right and wrong answers are paired")
+    negative_twin: Literal["none", "shuffled-answers", "swapped-preferences"] = Field(
+        "none",
+        description="control experiments that must fail: training answers dealt to the wrong questions, or right and "
+        "wrong swapped",
+    )
+
+    @model_validator(mode="after")
+    def _sensible(self) -> DataParams:
+        if self.emit is not None and (not self.emit or len(set(self.emit)) < len(self.emit)):
+            raise ValueError("emit must name at least one of text, chat, preference, each once")
+        if self.modules and self.reader != "python-stdlib":
+            raise ValueError("modules belongs to reader: python-stdlib")
+        return self
+
+    def outputs(self) -> set[str]:
+        """The products asked for, and the metrics."""
+        return {*(PRODUCTS if self.emit is None else self.emit), "metrics"}
