@@ -1,0 +1,112 @@
+"""Answers from passages: the prompt that holds them, the sentence that answers, citations that resolve, and refusal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmctl.text.retrieval import Index, Passage, best_support
+from llmctl.text.template import plain_content
+from llmctl.text.tokenizer import Message, Tokenizer
+
+REFUSAL = "I cannot answer that from these documents."
+MARK = re.compile(r"\[(\d+)\]")
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
+INSTRUCTION = "Answer from these passages and cite them by number, as in [1]."
+
+
+@dataclass(frozen=True)
+class Citation:
+    """`[number]` in an answer, and the passage it stands for."""
+
+    number: int
+    passage: Passage
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the chunk with its place in the document, score and support."""
+        chunk = self.passage.chunk
+        place = {"id": chunk.id, "document": chunk.document, "start": chunk.start, "end": chunk.end}
+        scores = {"score": round(self.passage.score, 4), "support": round(self.passage.support, 4)}
+        return {"number": self.number, **place, "text": chunk.text, **scores}
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """What was found for a question: the passages that an answer may use, none if it should be refused."""
+
+    question: str
+    passages: list[Passage]
+    support: float
+    refused: bool
+
+
+@dataclass(frozen=True)
+class GroundedPrompt:
+    """The ids of a conversation whose last question comes with passages, and the passages that fitted in."""
+
+    ids: list[int]
+    passages: list[Passage] = field(default_factory=list)
+
+
+def find_grounds(index: Index, question: str, k: int, refuse_below: float) -> Grounds:
+    """Search; refuse if nothing is found or the best passage supports less than `refuse_below` of the question."""
+    passages = index.search(question, k)
+    support = best_support(passages)
+    refused = not passages or support < refuse_below
+    # What supports the question most comes first, because a short context may hold no more than one.
+    ranked = sorted(passages, key=lambda passage: -passage.support)
+    return Grounds(question, [] if refused else ranked, support, refused)
+
+
+def quote(index: Index, grounds: Grounds) -> str:
+    """The sentence that supports the question most, from the first passage, with its citation; or the refusal."""
+    if grounds.refused:
+        return REFUSAL
+    sentences = [text.strip() for text in SENTENCE.split(grounds.passages[0].chunk.text) if text.strip()]
+    best = max(sentences, key=lambda text: index.support(grounds.question, text), default="")
+    return f"{best} [1]"
+
+
+def grounded_prompt(
+    messages: Sequence[Message], passages: Sequence[Passage], tokenizer: Tokenizer, room: int
+) -> GroundedPrompt:
+    """Put passages before the last message, as many from the front as fit into `room` tokens of prompt.
+
+    Without room for a single one `passages` is empty, and the answer should be refused.
+    """
+    best = GroundedPrompt([])
+    for count in range(1, len(passages) + 1):
+        shown = list(passages[:count])
+        last = {**messages[-1], "content": grounded_content(plain_content(messages[-1].get("content")), shown)}
+        ids = tokenizer.encode_chat([*messages[:-1], last], add_generation_prompt=True).ids
+        if len(ids) > room:
+            break
+        best = GroundedPrompt(ids, shown)
+    return best
+
+
+def grounded_content(question: str, passages: Sequence[Passage]) -> str:
+    """The text of a question with numbered passages."""
+    numbered = [f"[{number}] {passage.chunk.text.strip()}" for number, passage in enumerate(passages, start=1)]
+    return "\n\n".join([*numbered, INSTRUCTION, question])
+
+
+def citations(answer: str, passages: Sequence[Passage]) -> list[Citation]:
+    """The citations in `answer` that stand for one of `passages`, each once, in order of first appearance."""
+    numbers = dict.fromkeys(int(mark) for mark in MARK.findall(answer))
+    return [Citation(number, passages[number - 1]) for number in numbers if 1 <= number <= len(passages)]
+
+
+def attribute(index: Index, answer: str, passages: Sequence[Passage]) -> str:
+    """`answer` with a citation: as it is if one resolves, else marked with the passage that supports its words most.
+
+    An answer that no passage supports gets no citation. Marks that stand for nothing are taken out.
+    """
+    cleaned = MARK.sub(lambda mark: mark.group() if 1 <= int(mark.group(1)) <= len(passages) else "", answer).strip()
+    if citations(cleaned, passages) or not cleaned:
+        return cleaned
+    supports = [index.support(cleaned, passage.chunk.searched) for passage in passages]
+    best = max(range(len(supports)), key=supports.__getitem__, default=0)
+    return f"{cleaned} [{best + 1}]" if supports and supports[best] > 0 else cleaned
