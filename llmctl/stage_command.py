@@ -44,7 +44,7 @@ class ParamOption(click.Option):
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Click's own extra (the range), and the parameter's default."""
         extra = super().get_help_extra(ctx)
-        if self.stated is not None:
+        if self.stated not in (None, ""):
             extra["default"] = str(self.stated).lower() if isinstance(self.stated, bool) else str(self.stated)
         return extra
 
@@ -132,10 +132,7 @@ def param_options(fields: Mapping[str, FieldInfo]) -> list[click.Parameter]:
             continue
         names = [f"--{flag}/--no-{flag}" if kind is click.BOOL else f"--{flag}", PARAM + name]
         stated = "required" if info.is_required() else _plain(info.get_default())
-        metavar = {"integer range": "INTEGER", "float range": "FLOAT"}.get(kind.name)
-        options.append(
-            ParamOption(names, type=kind, default=None, stated=stated, metavar=metavar, help=info.description)
-        )
+        options.append(ParamOption(names, type=kind, default=None, stated=stated, help=info.description))
     return options
 
 
@@ -172,12 +169,14 @@ def _number(kind: type, metadata: Sequence[Any]) -> click.ParamType[Any]:
     }
     if not bounds:
         return click.INT if kind is int else click.FLOAT
-    return (click.IntRange if kind is int else click.FloatRange)(
+    ranged: click.ParamType[Any] = (click.IntRange if kind is int else click.FloatRange)(
         min=bounds.get("ge", bounds.get("gt")),
         max=bounds.get("le", bounds.get("lt")),
         min_open="gt" in bounds,
         max_open="lt" in bounds,
     )
+    ranged.name = "integer" if kind is int else "float"  # the help says `x>=1` beside it; "integer range" reads badly
+    return ranged
 
 
 def by_set(fields: Mapping[str, FieldInfo], prefix: str = "") -> list[tuple[str, str]]:
