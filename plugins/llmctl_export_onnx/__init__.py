@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from llmctl import In, Out, Stage, hookimpl
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmctl import Artifact, In, Out, Stage, hookimpl
+
+if TYPE_CHECKING:
+    from llmctl.generator import Generator
 
 EXPORT_ONNX = Stage(
     name="export-onnx",
@@ -23,3 +29,13 @@ EXPORT_ONNX = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `export-onnx`."""
     return [EXPORT_ONNX]
+
+
+@hookimpl
+def open_generator(artifact: Artifact, options: Mapping[str, Any]) -> Generator | None:
+    """Open `model.onnx` bundles; needs nothing but the base installation."""
+    if artifact.type != "model.onnx":
+        return None
+    from llmctl.ort import open_bundle
+
+    return open_bundle(artifact.path, options.get("device", "auto"), options.get("threads", 0))

@@ -1,0 +1,117 @@
+"""The files beside the graph: configuration, generation defaults, tokenizer, and what onnxruntime-genai reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import InputError
+from llmctl.text.tokenizer import FILES
+
+# onnxruntime-genai's names of decoder-only models. They pick its token loop; the graph speaks for itself, so a family
+# it does not know runs under the plainest name.
+_GENAI_TYPES = {"llama": "llama", "qwen3": "qwen3", "gpt2": "gpt2"}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The model's `config.json`; InputError if it is missing or damaged."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing", hint="give a Hugging Face model directory") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return config
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy configuration and tokenizer files as they are; write `generation_config.json` where there is none."""
+    for name in ("config.json", "generation_config.json", *FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    generation = target / "generation_config.json"
+    if not generation.is_file():
+        config = read_config(source)
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        _write(generation, {key: config[key] for key in keys if config.get(key) is not None})
+
+
+def write_genai_config(
+    target: Path,
+    config: dict[str, Any],
+    *,
+    context: int,
+    head_size: int,
+    kv_heads: int,
+    in_place: bool,
+    positions: bool,
+) -> None:
+    """Write `genai_config.json`, from which onnxruntime-genai (0.18) loads the bundle.
+
+    `head_size` and `kv_heads` are the cache's. `in_place`: past and present share one buffer of `context` slots.
+    `positions`: the graph has an input `position_ids`.
+    """
+    generation = target / "generation_config.json"
+    ids = {**config, **(json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {})}
+    eos = ids.get("eos_token_id")
+    pad = ids.get("pad_token_id")
+    first_eos = eos[0] if isinstance(eos, list) and eos else eos
+    inputs = {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        **({"position_ids": "position_ids"} if positions else {}),
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    }
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        "head_size": head_size,
+        "hidden_size": _first(config, "hidden_size", "n_embd"),
+        "inputs": inputs,
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": _first(config, "num_attention_heads", "n_head"),
+        "num_hidden_layers": _first(config, "num_hidden_layers", "n_layer"),
+        "num_key_value_heads": kv_heads,
+    }
+    model = {
+        # onnxruntime-genai refuses null.
+        "bos_token_id": ids.get("bos_token_id") or 0,
+        "eos_token_id": eos if eos is not None else 0,
+        "pad_token_id": pad if pad is not None else (first_eos or 0),
+        "context_length": context,
+        "decoder": decoder,
+        "type": _GENAI_TYPES.get(str(config.get("model_type")), "llama"),
+        "vocab_size": config["vocab_size"],
+    }
+    search = {
+        "do_sample": False,
+        "early_stopping": True,
+        "max_length": context,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": in_place,
+        "repetition_penalty": 1.0,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+    }
+    _write(target / "genai_config.json", {"model": model, "search": search})
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _first(config: dict[str, Any], *keys: str) -> Any:
+    return next(config[key] for key in keys if key in config)

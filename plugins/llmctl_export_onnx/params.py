@@ -1,0 +1,31 @@
+"""Parameters of `export-onnx`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from llmctl import Field, Params
+
+Task = Literal[
+    "auto",
+    "text-generation-with-past",
+    "feature-extraction",
+    "fill-mask",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+]
+
+
+class ExportParams(Params):
+    """How the graph is made, and how close to the model it must be."""
+
+    exporter: Literal["auto", "native", "optimum"] = Field(
+        "auto", description="native: our transformer, fused; optimum: any other architecture; auto: by config.json"
+    )
+    task: Task = Field("auto", description="what an Optimum export computes; auto: by the architecture's name")
+    opset: int = Field(23, ge=18, le=23, description="version of the ONNX operator set; Optimum is given at most 18")
+    tolerance: float = Field(1e-4, gt=0, description="largest difference of any logit from the torch model's")
+    parity_prompts: int = Field(20, ge=1, description="prompts on which logits and 64 greedy tokens are compared")
+    seed: int = Field(0, ge=0, description="draws the prompts of the comparison where there is no `data`")
+    threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes all cores")
