@@ -79,6 +79,7 @@ class Stream:
         self.cause = ""
         """The stage at fault if it is not this one; the `end` record passes it on."""
         self._said_hello = 0.0
+        self._told = False
         self._ended = False
 
     @property
@@ -128,6 +129,14 @@ class Stream:
             poller.register(STDOUT, 0)
             self.reader_gone = any(event & (select.POLLERR | select.POLLNVAL) for _, event in poller.poll(0))
         return self.reader_gone
+
+    def tell_lost(self, *, stops: bool = False) -> bool:
+        """Warn, once, that the reader is gone and what follows from it; True if this call did."""
+        first, self._told = not self._told, True
+        if first:
+            then = "stops with a checkpoint" if stops else "finishes and keeps its result"
+            _tell(f"warning: the next command of the pipe has ended; this stage {then}")
+        return first
 
     def wait_for_reader(self) -> None:
         """Give the reader `READER_WAIT` seconds after `hello` to die of its own mistakes; raises ReaderGone."""

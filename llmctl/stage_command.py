@@ -7,8 +7,6 @@ makes a pipeline of one stage and runs it as `llmctl run` would: same store, sam
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,34 +17,14 @@ from llmctl import shell
 from llmctl.errors import InputError, UsageError
 from llmctl.registry import get_registry
 from llmctl.stage import In, Stage, missing_module
+from llmctl.stage_flags import PARAM, PORT, by_set, common_options, flag_name, param_options, port_options
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from llmctl.launch.signals import Stop
     from llmctl.spec.resolved import Pipeline, Ref, StageSpec
     from llmctl.store import Store
-
-PARAM, PORT = "param__", "port__"
-RESERVED = frozenset(
-    ("config", "set", "input", "output", "print-spec", "format", "store", "events", "cache", "on-busy", "help")
-    + ("stop-on-reader-exit",)
-)
-"""Flags of every stage command; a parameter or port of that name is reached by `--set` or `--input`."""
-
-
-class ParamOption(click.Option):
-    """A flag whose absence means "not given", although its help names the default that the parameter has."""
-
-    def __init__(self, *args: Any, stated: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.stated = stated
-
-    def get_help_extra(self, ctx: click.Context) -> Any:
-        """Click's own extra (the range), and the parameter's default."""
-        extra = super().get_help_extra(ctx)
-        if self.stated not in (None, ""):
-            extra["default"] = str(self.stated).lower() if isinstance(self.stated, bool) else str(self.stated)
-        return extra
 
 
 class StageCommand(click.Command):
@@ -101,154 +79,10 @@ class StageCommand(click.Command):
         return run_stage_command(self.stage, values)
 
 
-# -- options ----------------------------------------------------------------------------------------------------------
-
-
-def port_options(stage: Stage, fields: Mapping[str, Any]) -> list[click.Parameter]:
-    """`--model REF` for every input port whose name is free, and the generic `--input PORT=REF`, `-`."""
-    options: list[click.Parameter] = []
-    taken = RESERVED | {_flag(name) for name in fields}
-    for name, port in stage.inputs.items():
-        if _flag(name) not in taken:
-            help_ = f"{port.help or ', '.join(port.types)}{'' if port.optional else '  [required unless piped]'}"
-            options.append(
-                click.Option([f"--{_flag(name)}", PORT + name], metavar="REF", multiple=port.many, help=help_)
-            )
-    generic = "Bind an input: a path, sha256:<id>, name@tag, or - for stdin; may be repeated."
-    options.append(click.Option(["-i", "--input", "port__"], metavar="PORT=REF", multiple=True, help=generic))
-    options.append(
-        click.Argument(["rest"], nargs=-1, metavar="[-]", help="Read references from stdin, and insist on it.")
-    )
-    return options
-
-
-def param_options(fields: Mapping[str, FieldInfo]) -> list[click.Parameter]:
-    """A flag for each parameter of a simple type: bool as `--x/--no-x`, choices listed, bounds shown and checked."""
-    options: list[click.Parameter] = []
-    for name, info in fields.items():
-        kind = option_type(info)
-        flag = _flag(name)
-        if kind is None or flag in RESERVED:
-            continue
-        names = [f"--{flag}/--no-{flag}" if kind is click.BOOL else f"--{flag}", PARAM + name]
-        stated = "required" if info.is_required() else _plain(info.get_default())
-        options.append(ParamOption(names, type=kind, default=None, stated=stated, help=info.description))
-    return options
-
-
-def option_type(info: FieldInfo) -> click.ParamType[Any] | None:
-    """The click type of a parameter, None if it is no scalar. `None` beside one other type is left aside."""
-    kinds = [kind for kind in _members(info.annotation) if kind is not type(None)]
-    literals = [value for kind in kinds if typing.get_origin(kind) is typing.Literal for value in typing.get_args(kind)]
-    if literals and len(kinds) == 1:
-        return click.Choice([str(value) for value in literals])
-    kinds = [kind for kind in kinds if typing.get_origin(kind) is not typing.Literal]
-    if any(kind not in (bool, int, float, str, Path) for kind in kinds):
-        return None
-    if len(kinds) > 1 or literals:
-        return click.STRING
-    if kinds[0] is bool:
-        return click.BOOL
-    if kinds[0] in (int, float):
-        return _number(kinds[0], info.metadata)
-    return click.STRING
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def _number(kind: type, metadata: Sequence[Any]) -> click.ParamType[Any]:
-    """A range type from pydantic's constraints `ge gt le lt`."""
-    bounds = {
-        name: value
-        for item in metadata
-        for name in ("ge", "gt", "le", "lt")
-        if (value := getattr(item, name, None)) is not None
-    }
-    if not bounds:
-        return click.INT if kind is int else click.FLOAT
-    ranged: click.ParamType[Any] = (click.IntRange if kind is int else click.FloatRange)(
-        min=bounds.get("ge", bounds.get("gt")),
-        max=bounds.get("le", bounds.get("lt")),
-        min_open="gt" in bounds,
-        max_open="lt" in bounds,
-    )
-    ranged.name = "integer" if kind is int else "float"  # the help says `x>=1` beside it; "integer range" reads badly
-    return ranged
-
-
-def by_set(fields: Mapping[str, FieldInfo], prefix: str = "") -> list[tuple[str, str]]:
-    """Help rows of the parameters that have no flag; a nested model gives a row for each of its own."""
-    rows = []
-    for name, info in fields.items():
-        if not prefix and option_type(info) is not None and _flag(name) not in RESERVED:
-            continue
-        nested = getattr(info.annotation, "model_fields", None)
-        if nested:
-            rows += by_set(nested, f"{prefix}{name}.")
-            continue
-        default = None if info.is_required() else _plain(info.get_default(call_default_factory=True))
-        stated = "required" if info.is_required() else "" if default in (None, "[]", "") else f"default: {default}"
-        rows.append((prefix + name, f"{info.description or ''}{f'  [{stated}]' if stated else ''}"))
-    return rows
-
-
-def _plain(value: Any) -> Any:
-    """A default as one would type it."""
-    if isinstance(value, list | tuple | set | frozenset):
-        return f"[{', '.join(str(_plain(item)) for item in value)}]"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_plain(item)}" for key, item in value.items()) + "}"
-    return value
-
-
-def _flag(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def common_options() -> list[click.Parameter]:
-    """What every stage command takes."""
-    from llmctl.spec.resolved import CACHE_MODES
-
-    path = click.Path(path_type=Path)
-    return [
-        click.Option(["-c", "--config"], type=path, metavar="FILE", help="A single-stage spec; flags and --set win."),
-        click.Option(
-            ["--set", "sets"], multiple=True, metavar="NAME=VALUE", help="Set any parameter; may be repeated."
-        ),
-        click.Option(["-o", "--output"], metavar="DIR", help="Also copy the result here."),
-        click.Option(["--print-spec"], is_flag=True, help="Print this command as a spec file, run nothing."),
-        click.Option(
-            ["--format", "format_"],
-            type=click.Choice(shell.FORMATS),
-            default="auto",
-            show_default=True,
-            help="What stdout gets: references for the next stage, a line for a person, the path or the id.",
-        ),
-        click.Option(["--store"], metavar="DIR", help="The store; by default that of the nearest .llmctl directory."),
-        click.Option(
-            ["--events"], metavar="FILE|fd:N", envvar="LLMCTL_EVENTS", help="Also write events as JSON lines."
-        ),
-        click.Option(["--cache"], type=click.Choice(CACHE_MODES), help="auto: reuse; off: do not look; refresh: redo."),
-        click.Option(
-            ["--on-busy"],
-            type=click.Choice(["wait", "fail", "run"]),
-            default="wait",
-            show_default=True,
-            help="When another process does the same work.",
-        ),
-        click.Option(["--stop-on-reader-exit"], is_flag=True, help="Stop when the next command of the pipe ends."),
-    ]
-
-
-# -- one invocation ---------------------------------------------------------------------------------------------------
-
-
 def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
     """Validate, say hello, read stdin, run, write references: the order of `pipeline.md` 3.3."""
     from llmctl.spec.pipeline import print_spec
+    from llmctl.store import Store
 
     explicit, inputs = given_inputs(stage, values)
     piped = shell.is_pipe(shell.STDIN)
@@ -260,12 +94,13 @@ def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
     spec = _only(pipeline)
     explicit = explicit or any(_is_stdin(ref) for refs in spec.inputs.values() for ref in refs)
     reads = explicit or (piped and (bool(spec.unbound()) or not spec.inputs))
+    store = Store.open(Path(values["store"]) if values["store"] else None)
     stream = shell.open_stream(stage.name, values["format_"])
     stream.hello(announced(spec), stdin=reads)
     if reads:
-        pipeline = bind_upstream(pipeline, stream, build, values["store"], explicit=explicit)
+        pipeline = bind_upstream(pipeline, store, stream, build, explicit=explicit)
     stream.wait_for_reader()
-    return execute(pipeline, stream, values)
+    return execute(pipeline, store, stream, values)
 
 
 def given_inputs(stage: Stage, values: Mapping[str, Any]) -> tuple[bool, list[str]]:
@@ -276,7 +111,7 @@ def given_inputs(stage: Stage, values: Mapping[str, Any]) -> tuple[bool, list[st
         port = next(iter(stage.inputs), "PORT")
         raise UsageError(
             f"unexpected argument `{word}`",
-            hint=f"give inputs as --{_flag(port)} REF or --input {port}=REF; quote patterns: '*.md'",
+            hint=f"give inputs as --{flag_name(port)} REF or --input {port}=REF; quote patterns: '*.md'",
         )
     pairs = list(values[PORT])
     for name in stage.inputs:
@@ -359,12 +194,7 @@ def announced(spec: StageSpec) -> dict[str, str]:
 
 
 def bind_upstream(
-    pipeline: Pipeline,
-    stream: shell.Stream,
-    build: Callable[[bool], Pipeline],
-    store_path: str | None,
-    *,
-    explicit: bool,
+    pipeline: Pipeline, store: Store, stream: shell.Stream, build: Callable[[bool], Pipeline], *, explicit: bool
 ) -> Pipeline:
     """Read stdin to its end and put the references into the open ports; raises what is missing."""
     spec = _only(pipeline)
@@ -375,18 +205,17 @@ def bind_upstream(
     bound = upstream.bind()
     if not upstream.records and spec.unbound():
         return build(False)  # an empty pipe is no pipe: the same message as without one
-    refs = {port: tuple(_ref(found, store_path) for found in bound[port]) for port in bound}
+    refs = {port: tuple(_ref(found, store) for found in bound[port]) for port in bound}
     inputs = {port: refs.get(port) or spec.inputs.get(port) for port in spec.stage.inputs}
     return _replace(pipeline, inputs={port: value for port, value in inputs.items() if value})
 
 
-def _ref(found: shell.Reference, store_path: str | None) -> Ref:
+def _ref(found: shell.Reference, store: Store) -> Ref:
     """By id if it lies in our store, else by its path: the two sides of a pipe may use different stores."""
     from llmctl.spec.resolved import IdRef, PathRef
-    from llmctl.store import Store
 
     try:
-        Store.open(store_path and Path(store_path)).get(found.id)
+        store.get(found.id)
     except InputError:
         if not found.path or not Path(found.path).exists():
             raise InputError(
@@ -396,13 +225,26 @@ def _ref(found: shell.Reference, store_path: str | None) -> Ref:
     return IdRef(id=found.id, type=found.type)
 
 
-def execute(pipeline: Pipeline, stream: shell.Stream, values: Mapping[str, Any]) -> int:
-    """Run the one stage and write its references."""
-    raise NotImplementedError
+def execute(pipeline: Pipeline, store: Store, stream: shell.Stream, values: Mapping[str, Any]) -> int:
+    """Run the one stage and write its references; a reader that is lost on the way costs no finished work."""
+    from llmctl.pipeline.session import run_session
 
+    def watch(stop: Stop) -> None:
+        stops = values["stop_on_reader_exit"]
+        if stream.lost() and stream.tell_lost(stops=stops) and stops:
+            stop.request(shell.ReaderGone.exit_code)
 
-def open_store(path: str | None) -> Store:
-    """The store given by `--store`, else that of the nearest `.llmctl`."""
-    from llmctl.store import Store
-
-    return Store.open(path and Path(path))
+    spec = _only(pipeline)
+    result = run_session(
+        pipeline, store, events=values["events"], watch=watch, to=(spec.id,), on_busy=values["on_busy"]
+    )
+    error = result.error()
+    if error is not None:
+        raise error
+    stream.refs(
+        shell.Reference(port=port, type=item.type, id=item.id, store=store.root.as_uri(), path=str(item.path))
+        for port, item in result.stages[spec.id].outputs.items()
+    )
+    if stream.reader_gone:
+        stream.tell_lost()
+    return shell.ReaderGone.exit_code if stream.reader_gone else 0

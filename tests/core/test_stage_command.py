@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from llmctl import Field, In, InputError, Out, Params, Stage, UsageError
-from llmctl.stage_command import PARAM, PORT, StageCommand, by_set, given_inputs, option_type, param_options
+from llmctl.stage_command import StageCommand, given_inputs
+from llmctl.stage_flags import PARAM, PORT, by_set, option_type, param_options
 
 
 class Colour(Enum):
