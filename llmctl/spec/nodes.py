@@ -123,7 +123,8 @@ def fail(code: str, message: str, mark: Mark | None, hint: str = "") -> NoReturn
 
 
 def _at(text: Text, line: int, column: int) -> Mark:
-    line = min(line, len(text.lines) - 1)  # libyaml may point behind the last line
+    if line >= len(text.lines):  # libyaml points behind the last line where something is missing at the end
+        line, column = len(text.lines) - 1, len(text.lines[-1])
     return Mark(text, line + 1, column + 1, line + 1, column + 2)
 
 
@@ -178,7 +179,7 @@ class _Reader:
         self.refuse_tag(event)
         mark = self.mark(event)
         value: object = event.value
-        if event.style is None:
+        if not event.style:  # plain; libyaml gives "", the pure-Python reader None
             try:
                 value = scalar_value(event.value)
             except ValueError:

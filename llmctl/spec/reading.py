@@ -19,7 +19,7 @@ from llmctl.spec.resolved import EnvValue, Pipeline, Resources, Source, StageSpe
 from llmctl.spec.skeleton import FORMAT, SECTIONS, PipelineModel, SingleModel, SourceModel, StageModel
 from llmctl.spec.validate import validate
 from llmctl.spec.wiring import Wiring, output_types
-from llmctl.stage import NAME, Stage
+from llmctl.stage import NAME, Stage, missing_module
 
 if TYPE_CHECKING:
     from llmctl.spec.pipeline import Registry
@@ -212,8 +212,9 @@ class Reading:
         try:
             model = stage.load_params()
         except Exception as error:  # a plugin's import
-            problem = f"{type(error).__name__}: {error}"
-            self.report.add("E110", f"the parameters of stage `{name}` cannot be imported: {problem}", uses.mark)
+            problem = f"the parameters of stage `{name}` cannot be imported: {type(error).__name__}: {error}"
+            missing = missing_module(error, stage.extra, name) if isinstance(error, ModuleNotFoundError) else None
+            self.report.add("E110", problem, uses.mark, getattr(missing, "hint", None) or "")
             return
         draft.stage = stage
         mark, node = draft.entry("with")

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=BaseModel)
 Path = tuple[str | int, ...]
+_WORDS = {
+    "valid array": "list",
+    "valid list": "list",
+    "an object": "a map",
+    "valid dictionary": "map",
+    "Dictionary should": "Map should",
+    " after validation": "",
+}
+_QUOTED: Mapping[str, tuple[type, ...]] = {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}
 
 
 def plain(node: Node) -> Any:
@@ -50,7 +59,8 @@ def validate(model: type[T], node: Node, owner: Mark, path: str, report: Report)
     if isinstance(node, Scalar) and node.value is None and node.text == "":
         node = Map(node.mark)  # `with:` and nothing behind it
     if not isinstance(node, Map):
-        report.add("E102", f"{path}: should be a map (got {_shown(node)})", node.mark)
+        problem = f"Input should be a map (got {_shown(node)})"
+        report.add("E102", f"{path}: {problem}", node.mark, essence=problem)
         return None
     try:
         result = model.model_validate_json(json.dumps(plain(node)))
@@ -76,7 +86,7 @@ class _Errors:
             path = self.real(error["loc"])
             if error["type"] == "extra_forbidden":
                 self.unknown_key(path)
-            elif error["type"] == "missing":
+            elif error["type"] == "missing" and isinstance(self.look(path)[1], Map):
                 self.missing_key(path, str(error["loc"][-1]))
             elif not (incomplete and isinstance(self.look(path)[1], Map)):  # a rule about values we do not all know
                 wrong.setdefault(path, []).append(error)
@@ -153,7 +163,12 @@ def _step(node: Node | None, step: str | int) -> Node | None:
 def _message(error: ErrorDetails) -> str:
     if error["type"] in ("value_error", "assertion_error"):
         return str(error["ctx"]["error"]) or "Value error"
-    return error["msg"].replace("valid array", "list").replace("an object", "a map").replace("valid dictionary", "map")
+    if error["type"] == "missing":  # of a tuple
+        return f"item {error['loc'][-1]} is missing"
+    text = error["msg"]
+    for pydantic_word, word in _WORDS.items():
+        text = text.replace(pydantic_word, word)
+    return text
 
 
 def _shown(node: Node) -> str:
@@ -176,16 +191,12 @@ def _hint(error: ErrorDetails, node: Node) -> str:
     if kind == "string_type" and isinstance(node.value, bool | int | float):
         return f'quote it: "{node.text}"'
     if kind in ("int_type", "float_type", "bool_type") and isinstance(node.value, str):
-        if (
-            type(scalar_value(node.text))
-            in {"int_type": (int,), "float_type": (int, float), "bool_type": (bool,)}[kind]
-        ):
+        if type(scalar_value(node.text)) in _QUOTED[kind]:
             return "remove the quotes"
         if kind == "bool_type":
             return "write true or false"
     choices: Mapping[str, Any] = error.get("ctx") or {}
     if kind in ("literal_error", "enum") and isinstance(node.value, str):
-        return did_you_mean(
-            node.value, [part.strip("' ") for part in str(choices["expected"]).replace(" or ", ",").split(",")]
-        )
+        expected = str(choices["expected"]).replace(" or ", ",").split(",")
+        return did_you_mean(node.value, [part.strip("' ") for part in expected])
     return ""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from llmctl.spec.diagnostics import Mark, Report, did_you_mean, suggest
 from llmctl.spec.draft import Draft
-from llmctl.spec.interpolate import UNKNOWN
 from llmctl.spec.nodes import Map, Node, Scalar, Sequence
 from llmctl.spec.references import NotAReference, parse_reference
 from llmctl.spec.resolved import Gate, Ref, Source, SourceRef, StageRef
@@ -280,9 +279,7 @@ def output_types(wiring: Wiring, draft: Draft) -> dict[str, str]:
 def _scalars(node: Node | None) -> list[Scalar]:
     """The texts of a scalar or a list; anything else was reported in phase A."""
     items = node.items if isinstance(node, Sequence) else [node]
-    return [
-        item for item in items if isinstance(item, Scalar) and isinstance(item.value, str) and item.value is not UNKNOWN
-    ]
+    return [item for item in items if isinstance(item, Scalar) and isinstance(item.value, str)]
 
 
 def _maps(node: Node | None) -> list[Map]:
