@@ -12,7 +12,8 @@ from llmctl.text.template import plain_content
 from llmctl.text.tokenizer import Message, Tokenizer
 
 REFUSAL = "I cannot answer that from these documents."
-MARK = re.compile(r"\[(\d+)\]")
+MARK = re.compile(r"(?<![\w\])])\[(\d+)\]")
+"""A citation; the index in `argv[1]` is none."""
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 INSTRUCTION = "Answer from these passages and cite them by number, as in [1]."
 
@@ -65,7 +66,9 @@ def quote(index: Index, grounds: Grounds) -> str:
     if grounds.refused:
         return REFUSAL
     sentences = [text.strip() for text in SENTENCE.split(grounds.passages[0].chunk.text) if text.strip()]
-    best = max(sentences, key=lambda text: index.support(grounds.question, text), default="")
+    # A list such as [1] in the text itself would read as a citation.
+    plain = [text for text in sentences if not MARK.search(text)] or [MARK.sub(r"(\1)", text) for text in sentences]
+    best = max(plain, key=lambda text: index.support(grounds.question, text), default="")
     return f"{best} [1]"
 
 

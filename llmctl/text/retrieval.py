@@ -30,6 +30,8 @@ ASKING = (
     "on or please should tell that the their them there these they this those to was were what when where which who "
     "whom whose why will with would you your"
 )
+QUOTED = re.compile(r"`([^`]+)`")
+EMPHASIS = 3
 QUESTION_WORDS = frozenset(ASKING.split())
 """English words that ask instead of naming a thing; left out of questions, where a code corpus makes them look rare."""
 
@@ -65,15 +67,17 @@ def terms(text: str) -> list[str]:
     return [term for match in NAME.finditer(text) for term in _terms_of(match.group())]
 
 
-def groups(question: str) -> list[tuple[str, ...]]:
-    """What a question names: one group per name, of the parts that a passage must all hold (`json.loads`: both)."""
-    return list(dict.fromkeys(tuple(map(_term, name.split("."))) for name in asked(question)))
+def asked(question: str) -> dict[str, int]:
+    """The names in a question, each with its weight: `EMPHASIS` if marked as a name (backticks, a dot, `_`), else 1.
 
-
-def asked(question: str) -> list[str]:
-    """The names in a question without the words that only ask, unless there are no others ("What is `any`?")."""
-    names = [match.group() for match in NAME.finditer(question)]
-    return [name for name in names if name.lower() not in QUESTION_WORDS] or names
+    Words that only ask are left out, unless there are no others ("What is any?").
+    """
+    marked = {name for part in QUOTED.findall(question) for name in NAME.findall(part)}
+    names = dict.fromkeys(NAME.findall(question))
+    weights = {name: EMPHASIS if name in marked or "." in name or "_" in name else 1 for name in names}
+    return {
+        name: weight for name, weight in weights.items() if weight > 1 or name.lower() not in QUESTION_WORDS
+    } or weights
 
 
 @lru_cache(CACHED)
@@ -187,11 +191,16 @@ class Index:
         return math.log1p((len(self.chunks) - count + 0.5) / (count + 0.5))
 
     def scores(self, question: str) -> np.ndarray:
-        """BM25 score of every chunk, float32, shape `(len(chunks),)`; each term of the question counts once."""
-        known = {term: None for name in asked(question) for term in _terms_of(name) if term in self._vocabulary}
+        """BM25 score of every chunk, float32, shape `(len(chunks),)`; terms of names count by `asked`."""
+        weights: dict[str, int] = {}
+        for name, weight in asked(question).items():
+            for term in _terms_of(name):
+                if term in self._vocabulary:
+                    weights[term] = max(weight, weights.get(term, 0))
+        known = [term for term, weight in weights.items() for _ in range(weight)]
         if not known:
             return np.zeros(len(self.chunks), np.float32)
-        scores: np.ndarray = self._ranking.get_scores(list(known))
+        scores: np.ndarray = self._ranking.get_scores(known)
         return scores
 
     def search(self, question: str, k: int = 5) -> list[Passage]:
@@ -211,10 +220,13 @@ class Index:
         squared length that remains when only names found in the text are kept. Rare names decide: one that no
         document knows outweighs all the common words around it. Dotted names count only with all their parts.
         """
-        named, held = groups(question), set(terms(text))
-        weights = [max(self.rarity(part) for part in group) ** 2 for group in named]
-        total = sum(weights)
-        kept = sum(weight for weight, group in zip(weights, named, strict=True) if held.issuperset(group))
+        held = set(terms(text))
+        kept = total = 0.0
+        for name, weight in asked(question).items():
+            parts = [_term(part) for part in name.split(".")]
+            length = (weight * max(map(self.rarity, parts))) ** 2
+            total += length
+            kept += length * held.issuperset(parts)
         return kept / total if total else 0.0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -142,10 +142,9 @@ class ShardWriter:
         part.documents += 1
         part.bytes += bytes
 
-    def close(self) -> Mapping[str, Any]:
-        """Close the files, write `meta.json` and return its contents."""
-        self._release()
-        meta = {
+    def meta(self) -> dict[str, Any]:
+        """What `meta.json` says, for the documents added so far."""
+        return {
             "format": FORMAT,
             "dtype": self._dtype.newbyteorder("=").name,
             "vocab_size": self._vocab_size,
@@ -155,9 +154,12 @@ class ShardWriter:
                 for name, part in self._splits.items()
             },
         }
-        text = json.dumps(meta, indent=2, sort_keys=True) + "\n"
+
+    def close(self) -> None:
+        """Close the files and write `meta.json`."""
+        self._release()
+        text = json.dumps(self.meta(), indent=2, sort_keys=True) + "\n"
         (self._directory / "meta.json").write_text(text, encoding="utf-8")
-        return meta
 
     def _release(self) -> None:
         for part in self._splits.values():
