@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -75,9 +76,8 @@ def asked(question: str) -> dict[str, int]:
     marked = {name for part in QUOTED.findall(question) for name in NAME.findall(part)}
     names = dict.fromkeys(NAME.findall(question))
     weights = {name: EMPHASIS if name in marked or "." in name or "_" in name else 1 for name in names}
-    return {
-        name: weight for name, weight in weights.items() if weight > 1 or name.lower() not in QUESTION_WORDS
-    } or weights
+    kept = {name: weight for name, weight in weights.items() if weight > 1 or name.lower() not in QUESTION_WORDS}
+    return kept or weights
 
 
 @lru_cache(CACHED)
@@ -130,15 +130,16 @@ def _missing(name: str) -> MachineError:
 
 
 class Index:
-    """A BM25 index (Lucene's variant, as in bm25s) over chunks."""
+    """A BM25 index (Lucene's variant, as in bm25s) over chunks; a search finds `per_document` of each document."""
 
-    def __init__(self, chunks: Sequence[Chunk], ranking: Any) -> None:
+    def __init__(self, chunks: Sequence[Chunk], ranking: Any, per_document: int) -> None:
         self.chunks = list(chunks)
+        self.per_document = per_document
         self._ranking = ranking
         self._vocabulary: dict[str, int] = ranking.vocab_dict
 
     @classmethod
-    def build(cls, chunks: Sequence[Chunk], *, k1: float = 1.5, b: float = 0.75) -> Index:
+    def build(cls, chunks: Sequence[Chunk], *, k1: float = 0.9, b: float = 0.4, per_document: int = 2) -> Index:
         """Index `chunks`; InputError if there is nothing in them to search."""
         corpus = [terms(chunk.searched) for chunk in chunks]
         # bm25s numbers a vocabulary of its own by the order of a set, which changes with the hash seed.
@@ -148,7 +149,7 @@ class Index:
         ranking = _bm25s().BM25(k1=k1, b=b, method="lucene")
         ids = [[vocabulary[term] for term in row] for row in corpus]
         ranking.index((ids, vocabulary), create_empty_token=False, show_progress=False)
-        return cls(chunks, ranking)
+        return cls(chunks, ranking, per_document)
 
     def save(self, directory: Path, **facts: Any) -> None:
         """Write `chunks.jsonl`, bm25s' own files, and last `index.json` with `facts`."""
@@ -157,7 +158,8 @@ class Index:
             for chunk in self.chunks:
                 file.write(json.dumps(asdict(chunk), ensure_ascii=False) + "\n")
         self._ranking.save(directory, show_progress=False)
-        text = json.dumps({"format": FORMAT, "chunks": len(self.chunks), **facts}, indent=2, sort_keys=True)
+        described = {"format": FORMAT, "chunks": len(self.chunks), "per_document": self.per_document, **facts}
+        text = json.dumps(described, indent=2, sort_keys=True)
         (directory / INFO).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -168,6 +170,7 @@ class Index:
         try:
             described = json.loads((directory / INFO).read_text(encoding="utf-8"))
             ranking = _bm25s().BM25.load(directory, mmap=True, show_progress=False)
+            per_document = int(described["per_document"])
             counts = {described["chunks"], ranking.scores["num_docs"], len(chunks)}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
@@ -175,7 +178,7 @@ class Index:
             ) from error
         if len(counts) > 1:
             raise InputError(f"the index in {directory} is damaged: its files count {sorted(counts)} chunks")
-        return cls(chunks, ranking)
+        return cls(chunks, ranking, per_document)
 
     def frequency(self, term: str) -> int:
         """In how many chunks `term` stands."""
@@ -206,12 +209,16 @@ class Index:
     def search(self, question: str, k: int = 5) -> list[Passage]:
         """The `k` best chunks, best first, equal ones in order of the corpus; fewer if fewer share a term with it."""
         scores = self.scores(question)
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [
-            Passage(self.chunks[i], float(scores[i]), self.support(question, self.chunks[i].searched))
-            for i in map(int, best)
-            if scores[i] > 0
-        ]
+        taken: Counter[str] = Counter()
+        found: list[Passage] = []
+        for i in map(int, np.argsort(-scores, kind="stable")):
+            chunk = self.chunks[i]
+            if scores[i] <= 0 or len(found) == k:
+                break
+            taken[chunk.document] += 1
+            if taken[chunk.document] <= self.per_document:
+                found.append(Passage(chunk, float(scores[i]), self.support(question, chunk.searched)))
+        return found
 
     def support(self, question: str, text: str) -> float:
         """How much of what a question names stands in `text`, 0 to 1.

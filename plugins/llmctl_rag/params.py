@@ -19,9 +19,10 @@ class RagParams(Params):
         default=96, ge=8, description="longest chunk, in tokens of the model, or in words without one"
     )
     chunk_overlap: int = Field(default=0, ge=0, description="tokens that a chunk repeats from the one before")
-    k1: float = Field(default=1.5, ge=0, description="BM25: how fast repetitions of a word stop counting")
-    b: float = Field(default=0.75, ge=0, le=1, description="BM25: how much long chunks are discounted")
+    k1: float = Field(default=0.9, ge=0, description="BM25: how fast repetitions of a word stop counting")
+    b: float = Field(default=0.4, ge=0, le=1, description="BM25: how much long chunks are discounted")
     top_k: int = Field(default=5, ge=1, description="passages found per question; recall@k is measured at this k")
+    per_document: int = Field(default=2, ge=1, description="passages that one document may contribute to top_k")
     refuse_below: float = Field(
         default=0.5,
         ge=0,
