@@ -189,7 +189,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     try:
         code = _invoke(args)
     except BaseException as error:  # the edge of the program: everything becomes a line and a code here
-        code = _explain(error)
+        code = _explain(error, args)
     sys.exit(_finish(args, code))
 
 
@@ -213,14 +213,14 @@ def _invoke(args: list[str]) -> int:
         return 1
 
 
-def _explain(error: BaseException) -> int:
+def _explain(error: BaseException, args: Sequence[str]) -> int:
     """Print what went wrong on stderr and return the exit code."""
     if isinstance(error, KeyboardInterrupt | click.Abort | EOFError):
         _say("interrupted")
         return 130
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         return 141
-    expected = _expected(error)
+    expected = _expected(error, args)
     if expected is None:
         return _save_traceback(error)
     if os.environ.get("LLMCTL_DEBUG"):
@@ -231,14 +231,14 @@ def _explain(error: BaseException) -> int:
     return expected.exit_code
 
 
-def _expected(error: BaseException) -> LlmctlError | None:
+def _expected(error: BaseException, args: Sequence[str]) -> LlmctlError | None:
     """The domain error behind an exception, or None for a bug."""
     if isinstance(error, LlmctlError):
         return error
     if isinstance(error, click.exceptions.FileError):
         return InputError(f"cannot open {error.ui_filename}: {error.message}")
     if isinstance(error, click.ClickException):
-        return _from_click(error)
+        return _from_click(error, args)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return StageError(
@@ -247,18 +247,19 @@ def _expected(error: BaseException) -> LlmctlError | None:
     return None
 
 
-def _from_click(error: click.ClickException) -> LlmctlError:
+def _from_click(error: click.ClickException, args: Sequence[str]) -> LlmctlError:
     """click's message in our form: lower case, no full stop, the near names as the hint."""
     message = error.message
     near = list(getattr(error, "possibilities", None) or ())
+    known = root.list_commands(click.Context(root))
     if isinstance(error, click.exceptions.NoSuchCommand):
         message = f"no such command `{error.command_name}`"
-        near = near_names(error.command_name, root.list_commands(click.Context(root)))
+        near = near_names(error.command_name, known)
     elif isinstance(error, click.NoSuchOption):
         message = f"no such option `{error.option_name}`"
     else:
         message = error.format_message()
-    path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "llmctl"
+    path = f"llmctl {args[0]}" if args and args[0] in known else "llmctl"
     hint = f"did you mean {' or '.join(f'`{name}`' for name in near[:3])}?" if near else f"see `{path} --help`"
     message = message[:1].lower() + message[1:].rstrip(".")
     return UsageError(message, hint=getattr(error, "hint", None) or hint)

@@ -57,11 +57,12 @@ def install(site: Path) -> Install:
 
 
 @pytest.fixture
-def llmctl_env(site: Path) -> dict[str, str]:
+def llmctl_env(site: Path, tmp_path: Path) -> dict[str, str]:
     """A clean environment for child processes: no colour or terminal settings of the developer's shell."""
     dropped = ("LLMCTL_", "NO_COLOR", "CLICOLOR", "FORCE_COLOR", "CI", "TERM", "COLUMNS", "PYTHONPATH")
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**env, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    own = {"PYTHONPATH": str(site), "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    return {**env, **own}
 
 
 @pytest.fixture

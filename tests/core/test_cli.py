@@ -76,7 +76,7 @@ def ends(install, llmctl):
             "  hint: free some space, or put the store on another disk\n",
         ),
         ("abort", 130, "interrupted\n"),
-        ("click", 2, "error: said by click\n  hint: see `llmctl --help`\n"),
+        ("click", 2, "error: said by click\n  hint: see `llmctl end --help`\n"),
         ("file", 5, "error: cannot open x.yaml: no such file\n"),
     ],
 )
