@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llmctl_data.facts import Fact, FactBook, Phrasings, rank
 from llmctl_data.pages import Page
-from llmctl_data.stdlib import Entity, Module, first_sentence, identifiers, providers, source_files
+from llmctl_data.stdlib import Entity, Module, compiled_names, first_sentence, identifiers, providers, source_files
 
 MAX_SIGNATURE_CHARS = 56
 DOC_WORDS = range(3, 17)
@@ -61,18 +61,10 @@ PHRASINGS = {
 def fact_book(modules: Sequence[Module], pages: Sequence[tuple[Page, bool]], everything: Sequence[Module]) -> FactBook:
     """Candidate facts of `modules`; `pages` come with whether they are in the training split.
 
-    A name that several of `everything`, all modules of the library, offer is no entity: its module would be ambiguous.
+    `everything` is the whole library, because a name is asked about only if it means one thing in all of it.
     """
-    offered = providers(everything)
-    taken = set(dir(builtins)) | set(sys.stdlib_module_names)
-    taken |= {part for module in everything for part in module.name.split(".")}
     page_of = {entity.qualified: (page, train) for page, train in pages for entity in page.entities}
-    clear = [
-        entity
-        for module in modules
-        for entity in module.entities
-        if len(offered[entity.name]) == 1 and len(entity.name) > 2 and entity.name not in taken
-    ]
+    clear = _clear_entities(modules, everything)
     sentences = Counter(first_sentence(entity.doc) for entity in clear)
     candidates: list[Fact] = []
     for entity in clear:
@@ -87,7 +79,7 @@ def fact_book(modules: Sequence[Module], pages: Sequence[tuple[Page, bool]], eve
                     slots={"name": entity.name},
                     answer=answer,
                     document=page.document.id,
-                    near=(entity.module, entity.module.partition(".")[0]),
+                    near=(entity.module, _package(entity.module)),
                     wrong=wrong,
                     trainable=train,
                 )
@@ -96,12 +88,35 @@ def fact_book(modules: Sequence[Module], pages: Sequence[tuple[Page, bool]], eve
     return FactBook(candidates, PHRASINGS, lambda count: _questions_about(invented_names(names, count)))
 
 
+def _clear_entities(modules: Sequence[Module], everything: Sequence[Module]) -> list[Entity]:
+    """Entities whose bare name means one thing: one module offers it, and no module, builtin or method is called so."""
+    offered = providers(everything)
+    taken = set(dir(builtins)) | set(sys.stdlib_module_names) | compiled_names()
+    taken |= {part for module in everything for part in module.name.split(".")}
+    methods: dict[str, set[str]] = {}
+    for module in everything:
+        methods.setdefault(_package(module.name), set()).update(module.methods)
+    return [
+        entity
+        for module in modules
+        for entity in module.entities
+        if len(offered[entity.name]) == 1
+        and len(entity.name) > 2
+        and entity.name not in taken
+        and entity.name not in methods[_package(module.name)]
+    ]
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def _answers(entity: Entity, sentences: Counter[str]) -> list[tuple[str, str, tuple[str, ...]]]:
     """(kind, answer, corrupted answers) of what can be said for sure about an entity."""
     found: list[tuple[str, str, tuple[str, ...]]] = [("module", entity.module, ())]
     sentence = first_sentence(entity.doc)
     clean = sentence.isascii() and re.match(r"[A-Z][a-z]", sentence)
-    if len(sentence.split()) in DOC_WORDS and clean and sentences[sentence] == 1:
+    if entity.certain and len(sentence.split()) in DOC_WORDS and clean and sentences[sentence] == 1:
         found.append(("doc", sentence, ()))
     if entity.certain and entity.plain and 2 < len(entity.signature) <= MAX_SIGNATURE_CHARS:
         found.append(("signature", entity.signature, corrupted(entity.signature)))
@@ -125,7 +140,7 @@ def corrupted(signature: str) -> tuple[str, ...]:
 
 def invented_names(names: Sequence[str], count: int) -> list[str]:
     """Up to `count` names made of the halves of two real ones, found nowhere in the library's source or builtins."""
-    real = identifiers(source_files()) | set(dir(builtins)) | set(sys.stdlib_module_names)
+    real = identifiers(source_files()) | compiled_names() | set(dir(builtins)) | set(sys.stdlib_module_names)
     lowered = {name.lower() for name in real}
     halves = [(name, found) for name in names if (found := _halves(name))]
     halves.sort(key=lambda item: rank("half", item[0]))

@@ -8,8 +8,10 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
 
 from llmctl import InputError, MachineError, UsageError
@@ -22,6 +24,11 @@ EXCLUDED = FOREIGN | {
     *("mailcap", "nntplib", "pipes", "sndhdr", "sunau", "telnetlib", "uu", "xdrlib"),
 }
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+COMPILED = (
+    *("sys", "os", "time", "math", "cmath", "itertools", "gc", "array", "binascii", "zlib", "unicodedata", "select"),
+    *("errno", "faulthandler", "marshal", "mmap", "fcntl", "resource", "termios", "atexit", "pyexpat", "winreg"),
+)
+"""Modules without source, or (os) with names from one; they are harmless to import, so the interpreter is asked."""
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -42,6 +49,7 @@ class Entity:
     certain: bool
     plain: bool
     methods: tuple[tuple[str, str], ...] = ()
+    """Signature and first paragraph of the documented public methods."""
 
     @property
     def qualified(self) -> str:
@@ -58,6 +66,8 @@ class Module:
     source: str
     entities: tuple[Entity, ...]
     offers: frozenset[str]
+    methods: frozenset[str]
+    """Names of the methods of all its classes, private ones included."""
     stars: tuple[str, ...] = ()
     """Modules whose public names it offers too (`from .tasks import *`)."""
 
@@ -141,12 +151,21 @@ def read_module(name: str, path: Path) -> Module:
         if isinstance(node, Definition) and _public(node.name, exported)
     )
     offers = exported if exported is not None else {n for n in offered if not n.startswith("_")}
+    if exported is None and "__all__" in bound:  # computed, so any name that it mentions may be among them
+        offers |= {part.value for part in ast.walk(tree) if isinstance(part, ast.Constant) and type(part.value) is str}
     return Module(
         name=name,
         doc=inspect.cleandoc(ast.get_docstring(tree) or ""),
         source=source,
         entities=_last_of_each(entities),
         offers=frozenset(offers | {entity.name for entity in entities}),
+        methods=frozenset(
+            part.name
+            for owner in ast.walk(tree)
+            if isinstance(owner, ast.ClassDef)
+            for part in owner.body
+            if isinstance(part, FUNCTION)
+        ),
         stars=tuple(origin for _, origin in stars),
     )
 
@@ -192,8 +211,9 @@ def _origin(node: ast.ImportFrom, package: str) -> str:
 
 
 def _exported(tree: ast.Module) -> set[str] | None:
-    """The names in `__all__`, as far as they stand there literally; None without `__all__`."""
-    names: set[str] | None = None
+    """The names in `__all__` if all of them stand there literally, else None: then every public name counts."""
+    names: set[str] = set()
+    known = False
     for node in _statements(tree.body):
         value: ast.expr | None = None
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
@@ -203,11 +223,15 @@ def _exported(tree: ast.Module) -> set[str] | None:
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             call = node.value
             if isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "__all__" and call.args:
-                value = call.args[0]
-        if value is not None:
-            parts = (part.value for part in ast.walk(value) if isinstance(part, ast.Constant))
-            names = (names or set()) | {part for part in parts if isinstance(part, str)}
-    return names
+                value = ast.List(call.args) if call.func.attr == "append" else call.args[0]
+        if value is None:
+            continue
+        try:
+            names |= set(ast.literal_eval(value))
+        except (ValueError, TypeError):
+            return None
+        known = True
+    return names if known else None
 
 
 def _entity(node: Definition, module: str, certain: bool) -> Entity:
@@ -289,6 +313,15 @@ def providers(modules: Sequence[Module]) -> dict[str, set[str]]:
         for name in offers(module, frozenset({module.name})):
             found.setdefault(name, set()).add(module.name)
     return found
+
+
+def compiled_names() -> set[str]:
+    """Public names of the modules that have no source to read, as far as this platform has them."""
+    names: set[str] = set()
+    for module in COMPILED:
+        with suppress(ImportError):
+            names |= {name for name in dir(import_module(module)) if not name.startswith("_")}
+    return names
 
 
 def identifiers(paths: Sequence[Path]) -> set[str]:
