@@ -10,9 +10,9 @@ from typing import Any
 from llmctl.errors import InputError
 from llmctl.text.tokenizer import FILES
 
-# onnxruntime-genai's names of decoder-only models. They pick its token loop; the graph speaks for itself, so a family
-# it does not know runs under the plainest name.
-_GENAI_TYPES = {"llama": "llama", "qwen3": "qwen3", "gpt2": "gpt2"}
+GENAI_TYPE = "llama"
+"""onnxruntime-genai's plainest decoder-only type. The type picks its token loop, not the mathematics, which are in the
+graph; "gpt2" there means another kind of graph, with one past tensor per layer."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def write_genai_config(
         "pad_token_id": pad if pad is not None else (first_eos or 0),
         "context_length": context,
         "decoder": decoder,
-        "type": _GENAI_TYPES.get(str(config.get("model_type")), "llama"),
+        "type": GENAI_TYPE,
         "vocab_size": config["vocab_size"],
     }
     search = {

@@ -98,7 +98,8 @@ def _prove_generator(
         positions=layout.position_ids,
     )
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+        model.eval()
 
     def reference(tokens: list[int]) -> np.ndarray:
         with torch.inference_mode(), _quiet():

@@ -7,7 +7,6 @@ import hashlib
 import io
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,21 +115,25 @@ def count_operators(model: ir.Model, name: str) -> int:
     return sum(node.op_type == name for node in model.graph)
 
 
-def check_stored_once(graph: ir.Model, model: nn.Module) -> None:
-    """StageError, naming the weight, unless the graph holds every weight of `model` and none of them twice.
+def account_weights(graph: ir.Model, model: nn.Module) -> None:
+    """Name every stored weight after its parameter of `model`.
 
-    Transposed counts as the same weight; equal weights (fresh norms) may share a place.
+    StageError, naming the parameter, unless each is stored and none of them twice. Transposed counts as the same
+    weight; equal weights (fresh norms) may share a place.
     """
-    stored = Counter(
-        _digest(value.const_value.numpy())
-        for value in graph.graph.initializers.values()
-        if value.const_value is not None and value.const_value.dtype.is_floating_point()
-    )
-    weights = {name: _digest(weight.detach().numpy()) for name, weight in model.named_parameters()}
-    allowed = Counter(weights.values())
-    for name, digest in weights.items():
-        if not 1 <= stored[digest] <= allowed[digest]:
-            raise StageError(f"the graph holds the weight {name} {stored[digest]} times instead of once")
+    stored: dict[str, list[ir.Value]] = {}
+    for value in graph.graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype.is_floating_point():
+            stored.setdefault(_digest(value.const_value.numpy()), []).append(value)
+    weights: dict[str, list[str]] = {}
+    for name, weight in model.named_parameters():
+        weights.setdefault(_digest(weight.detach().numpy()), []).append(name)
+    for digest, names in weights.items():
+        values = stored.get(digest, [])
+        if not 1 <= len(values) <= len(names):
+            raise StageError(f"the graph holds the weight {names[0]} {len(values)} times instead of once")
+        for value, name in zip(values, names, strict=False):
+            value.name = name
 
 
 def _digest(array: np.ndarray) -> str:
@@ -141,14 +144,22 @@ def _digest(array: np.ndarray) -> str:
 
 def _drop_reshapes(model: ir.Model) -> None:
     """Leave out splitting into heads and joining again where nothing happens in between."""
-    for attention in (node for node in model.graph if node.op_type == "GroupQueryAttention"):
+    for attention in _attentions(model):
         for index in range(3):
             joined = attention.inputs[index]
             split = _reshaped(joined)
             source = _reshaped(split)
-            if source is not None and joined is not None and source.shape and source.shape[-1] == joined.shape[-1]:
+            if source is not None and joined is not None and _same_width(source, joined):
                 attention.replace_input_with(index, source)
     RemoveUnusedNodesPass()(model)
+
+
+def _same_width(a: ir.Value, b: ir.Value) -> bool:
+    return a.shape is not None and b.shape is not None and a.shape[-1] == b.shape[-1]
+
+
+def _attentions(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "GroupQueryAttention"]
 
 
 def _reshaped(value: ir.Value | None) -> ir.Value | None:
@@ -160,6 +171,9 @@ def _reshaped(value: ir.Value | None) -> ir.Value | None:
 def _tidy(model: ir.Model) -> ir.Model:
     """Drop what the exporter notes about its work (half of a small file) and name what the tracer left open."""
     _drop_reshapes(model)
+    for name, table in zip(("cos_cache", "sin_cache"), _attentions(model)[0].inputs[7:], strict=False):
+        if table is not None:
+            table.name = name
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.name = "decoder"

@@ -60,7 +60,7 @@ def _native(
     target, shape = ctx.output("model"), model.config
     ctx.progress(0, params.parity_prompts)
     traced = graph.trace(model, params.opset)
-    graph.check_stored_once(traced, model)
+    graph.account_weights(traced, model)
     graph.save(traced, target)
     bundle.copy_files(source, target)
     bundle.write_genai_config(

@@ -1,0 +1,104 @@
+"""Quantize, write, measure; a bundle that became too much worse is not left behind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from llmctl import Artifact, Context, InputError, StageError
+from llmctl.ort import open_bundle
+from llmctl_quantize import quality, weights
+from llmctl_quantize.params import QuantizeParams
+
+DATA = "model.onnx.data"
+
+
+def run(ctx: Context, params: QuantizeParams, model: Artifact, data: Artifact | None) -> None:
+    """Quantize the bundle `model`, compare it with the original and report."""
+    target = ctx.output("model")
+    try:
+        values = _quantize(ctx, params, model, target)
+        values |= _compare(ctx, params, model.path, target, data)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+    ctx.report(values)
+    ctx.describe("model", parameters=values["parameters"], bits=params.bits)
+    rise = values.get("bits_per_byte.ratio", 1.0) - 1
+    if not rise <= params.budget:
+        shutil.rmtree(target, ignore_errors=True)
+        raise StageError(
+            f"{params.bits} bits raise bits per byte by {rise:.2%}, the budget is {params.budget:.2%}",
+            hint="try a smaller `block_size`, `method: hqq` or more bits, or raise `max_bits_per_byte_rise`",
+        )
+
+
+def _quantize(ctx: Context, params: QuantizeParams, artifact: Artifact, target: Path) -> dict[str, float]:
+    ctx.progress(0, 1)
+    source = artifact.path
+    model = _load(source)
+    parameters = artifact.metadata.get("parameters") or _parameters(model)
+    quantized = weights.quantize(
+        model,
+        bits=params.bits,
+        block=params.block,
+        method=params.method,
+        symmetric=params.symmetric,
+        embedding_bits=params.embedding_bits,
+        accuracy=params.accuracy_level,
+    )
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith("model.onnx"):
+            shutil.copyfile(path, target / path.name)
+    try:
+        onnx.save_model(
+            quantized, target / "model.onnx", save_as_external_data=True, location=DATA, size_threshold=1024
+        )
+    except OSError as error:
+        raise StageError(f"cannot write {target / 'model.onnx'}: {error}", hint="is the disk full?") from error
+    before, after = _bytes(source), _bytes(target)
+    return {"parameters": parameters, "bytes": after, "bytes.before": before, "bytes.ratio": after / before}
+
+
+def _compare(
+    ctx: Context, params: QuantizeParams, source: Path, target: Path, data: Artifact | None
+) -> dict[str, float]:
+    try:
+        before = open_bundle(source, "cpu", params.threads)
+    except InputError as error:
+        ctx.warn(f"neither quality nor speed were measured: {error.message}")
+        return {}
+    after = open_bundle(target, "cpu", params.threads)
+    values = quality.speed(before, after, params.speed_rounds)
+    if data is None:
+        ctx.warn("no `data`: what quantization costs in quality was not measured, and no budget applied")
+        return values
+    texts = quality.held_out(data, source, before.context_length, before.vocab_size, params.eval_tokens)
+    return values | quality.measure(before, after, texts, lambda done, total: ctx.progress(done, total))
+
+
+def _load(source: Path) -> onnx.ModelProto:
+    path = source / "model.onnx"
+    if not path.is_file():
+        raise InputError(f"{path} is missing", hint="give an ONNX bundle, as `llmctl export-onnx` makes it")
+    try:
+        return onnx.load(path)
+    except Exception as error:  # protobuf, onnx and the file system each have their own
+        raise InputError(f"{path} cannot be read: {error}", hint="export the model again") from error
+
+
+def _parameters(model: onnx.ModelProto) -> int:
+    """Float weights of the graph; rotary tables (`cos_cache`, `sin_cache`) are no parameters."""
+    return sum(
+        int(np.prod(tensor.dims))
+        for tensor in model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims and not tensor.name.endswith("_cache")
+    )
+
+
+def _bytes(directory: Path) -> int:
+    """The graph and its weights."""
+    return sum(path.stat().st_size for path in directory.glob("model.onnx*"))
