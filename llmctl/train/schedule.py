@@ -1,0 +1,31 @@
+"""Learning-rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def lr_factor(
+    step: int, *, total: int, warmup: int, schedule: str, min_ratio: float = 0.0, decay_share: float = 0.5
+) -> float:
+    """Share of the peak rate at `step`, counted from 0, of `total` steps.
+
+    Warm-up gives (step + 1) / warmup, so no step is taken at rate 0; it never covers more than the whole run. After it,
+    with p from 0 to 1 over the rest: `cosine` falls as (1 + cos(pi p)) / 2 (1608.03983), `linear` as 1 - p, `wsd`
+    stays at 1 and falls linearly over the last `decay_share` of all steps (MiniCPM, 2404.06395), `constant` stays. All
+    but `constant` end at `min_ratio`.
+    """
+    warmup = min(warmup, total)
+    if step < warmup:
+        return (step + 1) / warmup
+    start = max(warmup, total - math.ceil(decay_share * total)) if schedule == "wsd" else warmup
+    progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+    if schedule == "constant":
+        fall = 1.0
+    elif schedule == "cosine":
+        fall = 0.5 * (1.0 + math.cos(math.pi * progress))
+    elif schedule in ("linear", "wsd"):
+        fall = 1.0 - progress
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}")
+    return min_ratio + (1.0 - min_ratio) * fall
