@@ -1,4 +1,4 @@
-"""Stop requests: which signal asked, and a descriptor to wait on. Handlers are installed by commands, never on import."""
+"""Stop requests: which signal asked, and a descriptor to wait on. Only commands install handlers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Stop:
 
 @contextlib.contextmanager
 def signals_stop() -> Iterator[Stop]:
-    """Turn SIGINT, SIGTERM, SIGHUP and SIGUSR1 into requests; one that was ignored on entry stays ignored (nohup, &)."""
+    """Turn SIGINT, SIGTERM, SIGHUP and SIGUSR1 into requests; one ignored on entry stays ignored (`nohup`, `&`)."""
     with Stop() as stop:
 
         def handler(number: int, _: FrameType | None) -> None:

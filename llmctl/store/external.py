@@ -1,0 +1,229 @@
+"""Inputs from outside the store: which files they are, their content ids, and whether they changed since.
+
+A file is hashed once: digests are kept by (path, device, inode, size, mtime, ctime), and trusted only if the file was
+at rest for two seconds when it was hashed (git's rule for racy timestamps).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.errors import InputError
+from llmctl.stage import Artifact
+from llmctl.store import types
+from llmctl.store.hashing import hash_files
+from llmctl.store.layout import Layout
+from llmctl.store.manifest import NAME, BadManifest, FileEntry, Manifest, content_id, sort_files
+
+RACY_NS = 2_000_000_000
+MAGIC = frozenset("*?[")
+TABLE = "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, stat TEXT, sha256 TEXT, hashed INTEGER)"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files of an external input as they were when it was read; `changed` compares with now."""
+
+    path: Path
+    stats: Mapping[str, str]
+
+    def changed(self) -> str:
+        """The first file that is new, gone or different, empty if all is as it was."""
+        try:
+            now = {name: _fingerprint(path.stat()) for name, path in list_files(self.path).items()}
+        except (OSError, InputError):
+            return str(self.path)
+        names = sorted(set(now) | set(self.stats))
+        return next((str(self.path / name) for name in names if now.get(name) != self.stats.get(name)), "")
+
+    def to_json(self) -> dict[str, Any]:
+        """For the request of a stage."""
+        return {"path": str(self.path), "stats": dict(self.stats)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Snapshot:
+        """The reverse of `to_json`."""
+        return cls(Path(raw["path"]), dict(raw["stats"]))
+
+
+@dataclass(frozen=True)
+class External:
+    """An external input: what the stage receives, and how to see whether it has changed since."""
+
+    artifact: Artifact
+    snapshot: Snapshot
+
+
+def expand(path: Path) -> list[Path]:
+    """A path itself if it exists, else the files of a glob, sorted; hidden ones only where the pattern names them."""
+    if path.exists():
+        return [path]
+    parts = path.parts
+    first = next((i for i, part in enumerate(parts) if MAGIC & set(part)), None)
+    if first is None:
+        return []
+    base, pattern = Path(*parts[:first]), Path(*parts[first:])
+    if not base.is_dir():
+        return []
+    hidden = any(part.startswith(".") for part in pattern.parts)
+    found = [file for file in base.glob(str(pattern)) if file.is_file()]
+    return sorted(file for file in found if hidden or not _hidden(file.relative_to(base)))
+
+
+def list_files(path: Path) -> dict[str, Path]:
+    """Files of an input by name: a file by its own name, those below a directory but hidden ones and the manifest."""
+    if path.is_file():
+        return {path.name: path}
+    if not path.is_dir():
+        raise InputError(f"no such file or directory: {path}")
+    found = {}
+    for file in path.rglob("*"):
+        relative = file.relative_to(path)
+        if not _hidden(relative) and file.is_file() and str(relative) != NAME:
+            found[relative.as_posix()] = file
+    return dict(sorted(found.items()))
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str = "") -> External:
+    """The file or directory `path` as an artifact of one of the `accepted` types (any type if there are none).
+
+    `name` is how a single file is called in the content id. Raises InputError: missing, empty, of another type, or an
+    artifact whose bytes are no longer those of its manifest.
+    """
+    manifest = _manifest(path)
+    type = manifest.type if manifest else _choose(path, accepted)
+    files = list_files(path)
+    if not files:
+        raise InputError(f"{path} is empty")
+    metadata = _checked(type, path)
+    stats = {file: _fingerprint(found.stat()) for file, found in files.items()}
+    digests = DigestCache(layout).digests(list(files.values()))
+    rows = [
+        FileEntry(name if name and path.is_file() else file, files[file].stat().st_size, digest)
+        for file, digest in zip(files, digests, strict=True)
+    ]
+    if manifest:
+        _compare(path, manifest, rows)
+        id, metadata = manifest.id, dict(manifest.metadata)
+    else:
+        id = content_id(type, sort_files(rows))
+    return External(Artifact(path, type, id, metadata), Snapshot(path, stats))
+
+
+def _manifest(path: Path) -> Manifest | None:
+    if not path.is_dir():
+        return None
+    try:
+        return Manifest.read(path)
+    except FileNotFoundError:
+        return None
+    except (BadManifest, OSError) as error:
+        raise InputError(
+            f"{path / NAME} is damaged: {error}", hint=f"delete {NAME} to use the files as they are"
+        ) from None
+
+
+def _choose(path: Path, accepted: Sequence[str]) -> str:
+    """The one accepted type, or that among several which the files look like; a bare guess if any is welcome."""
+    if len(accepted) == 1:
+        return accepted[0]
+    guessed = types.guess(path)
+    if not accepted or guessed in accepted:
+        return guessed
+    looks = f", it looks like {guessed}" if guessed != "files" else ""
+    raise InputError(f"{path} is none of {', '.join(accepted)}{looks}", hint="check which input it was given to")
+
+
+def _checked(type: str, path: Path) -> dict[str, Any]:
+    try:
+        return types.check(type, path)
+    except types.Unfit as error:
+        guessed = types.guess(path)
+        looks = f"it looks like {guessed}" if guessed not in ("files", type) else f"a {type} is needed here"
+        raise InputError(f"{path} is no {type}: {error}", hint=looks) from error
+
+
+def _compare(path: Path, manifest: Manifest, rows: Sequence[FileEntry]) -> None:
+    """An edited copy must not pass for the artifact that its manifest names."""
+    now = {row.path: row for row in rows}
+    for file in manifest.files:
+        found = now.pop(file.path, None)
+        if found != file:
+            what = "is missing" if found is None else "is damaged: its bytes are not those of its manifest"
+            raise InputError(
+                f"{path / file.path} {what}", hint=f"restore it, or delete {path / NAME} to use the files as they are"
+            )
+    if now:
+        raise InputError(
+            f"{path / next(iter(now))} does not belong to the artifact",
+            hint=f"remove it, or delete {path / NAME} to use the files as they are",
+        )
+
+
+def _fingerprint(status: Any) -> str:
+    """What changes when a file does; directories and devices never are inputs."""
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError("an input is no regular file")
+    return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+class DigestCache:
+    """Digests of files that did not change since; a cache that cannot be used (disk full, locked) is no error."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._path = layout.digests
+
+    def digests(self, paths: Sequence[Path]) -> list[str]:
+        """Hexadecimal sha256 of every file, in order."""
+        names = [str(path.absolute()) for path in paths]
+        stats = [path.stat() for path in paths]
+        known = self._known(names)
+        found = [self._match(known.get(name), status) for name, status in zip(names, stats, strict=True)]
+        missing = [index for index, digest in enumerate(found) if digest is None]
+        fresh = dict(zip(missing, hash_files([paths[index] for index in missing]), strict=True))
+        now = time.time_ns()
+        self._store([(names[i], _fingerprint(stats[i]), digest, now) for i, digest in fresh.items()])
+        return [digest or fresh[index] for index, digest in enumerate(found)]
+
+    def _match(self, row: tuple[str, str, int] | None, status: Any) -> str | None:
+        if row is None or row[0] != _fingerprint(status):
+            return None
+        at_rest = max(status.st_mtime_ns, status.st_ctime_ns) + RACY_NS < row[2]
+        return row[1] if at_rest else None
+
+    def _known(self, names: Sequence[str]) -> dict[str, tuple[str, str, int]]:
+        known: dict[str, tuple[str, str, int]] = {}
+        with contextlib.suppress(sqlite3.Error), self._open() as database:
+            for name in names:
+                row = database.execute("SELECT stat, sha256, hashed FROM digests WHERE path = ?", (name,)).fetchone()
+                if row:
+                    known[name] = row
+        return known
+
+    def _store(self, rows: Sequence[tuple[str, str, str, int]]) -> None:
+        if rows and self._path.parent.is_dir():
+            with contextlib.suppress(sqlite3.Error), self._open() as database:
+                database.executemany("INSERT OR REPLACE INTO digests VALUES (?, ?, ?, ?)", rows)
+                database.commit()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        if not self._path.parent.is_dir():
+            raise sqlite3.OperationalError("no store yet")
+        database = sqlite3.connect(self._path, timeout=10)
+        try:
+            database.execute(TABLE)
+            yield database
+        finally:
+            database.close()

@@ -1,0 +1,146 @@
+"""Where everything lies in a store (`pipeline.md` 2.3), and how its directory is found, checked and created."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.errors import InputError
+
+FORMAT = 1
+ENVIRONMENT = "LLMCTL_STORE"
+HOME = ".llmctl"
+STAGING = re.compile(r"(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}\Z")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Paths below `root`. Ids and keys are `sha256:` and 64 hexadecimal digits."""
+
+    root: Path
+
+    def artifact(self, id: str) -> Path:
+        """`artifacts/sha256/f6/f6d3…`: the directory of a committed artifact."""
+        return self.root / "artifacts" / "sha256" / _hex(id)[:2] / _hex(id)
+
+    def key(self, key: str) -> Path:
+        """`keys/8e/8e0c….json`: the pointer of an action key."""
+        return self.root / "keys" / _hex(key)[:2] / f"{_hex(key)}.json"
+
+    def request(self, key: str) -> Path:
+        """`requests/8e/8e0c….json`: what `stage exec` must do."""
+        return self.root / "requests" / _hex(key)[:2] / f"{_hex(key)}.json"
+
+    def record(self, id: str, key: str) -> Path:
+        """`records/<id>/<key>.json`: a later producer of the same bytes."""
+        return self.root / "records" / _hex(id) / f"{_hex(key)}.json"
+
+    def work(self, resume_key: str, number: int = 1) -> Path:
+        """`work/<resume key>`: unfinished state that survives crashes; `.2` for a second runner at the same time."""
+        return self.root / "work" / (_hex(resume_key) + _numbered(number))
+
+    def lock(self, resume_key: str, number: int = 1) -> Path:
+        """`locks/<resume key>.lock`: guards the work directory of the same number."""
+        return self.root / "locks" / f"{_hex(resume_key)}{_numbered(number)}.lock"
+
+    def run(self, id: str) -> Path:
+        """`runs/<run id>`."""
+        return self.root / "runs" / id
+
+    @property
+    def refs(self) -> Path:
+        """`refs/<pipeline>/<stage>.<port>.json`: names of latest results."""
+        return self.root / "refs"
+
+    @property
+    def digests(self) -> Path:
+        """The cache of digests of files outside the store."""
+        return self.root / "digests.sqlite"
+
+    @property
+    def durations(self) -> Path:
+        """How long stages took."""
+        return self.root / "durations.json"
+
+    def staging(self) -> Path:
+        """A new directory under `tmp/`, on the file system of the artifacts; named after its process for `sweep`."""
+        path = self.root / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+        path.mkdir(parents=True)
+        return path
+
+    def sweep(self) -> None:
+        """Remove what killed processes of this host left under `tmp/`."""
+        for path in (self.root / "tmp").glob("*"):
+            match = STAGING.match(path.name)
+            if match and match["host"] == socket.gethostname() and not _alive(int(match["pid"])):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def create(self) -> None:
+        """Make the store's directory; a directory that holds something else is refused (InputError)."""
+        marker = self.root / "store.json"
+        if marker.exists():
+            return
+        check_free(self.root)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if self.root.parent.name == HOME and not (self.root.parent / ".gitignore").exists():
+                (self.root.parent / ".gitignore").write_text("*\n")
+            temporary = self.root / f".store-{uuid.uuid4().hex}"
+            temporary.write_text(json.dumps({"format": FORMAT}) + "\n")
+            temporary.replace(marker)
+        except (PermissionError, NotADirectoryError, FileExistsError) as error:
+            raise InputError(
+                f"cannot write the store {self.root}: {error.strerror}",
+                hint=f"choose another: --store or {ENVIRONMENT}",
+            ) from error
+
+
+def locate(path: Path | None) -> Path:
+    """The store's directory: `path`, else `$LLMCTL_STORE`, else that of the nearest parent with `.llmctl/`, else here."""
+    if path is not None:
+        return path.absolute()
+    if named := os.environ.get(ENVIRONMENT):
+        return Path(named).expanduser().absolute()
+    here = Path.cwd()
+    home = next((parent for parent in (here, *here.parents) if (parent / HOME).is_dir()), here)
+    return home / HOME / "store"
+
+
+def check_free(root: Path) -> None:
+    """Refuse a directory that is no store and not empty, and a store of a newer llmctl."""
+    marker = root / "store.json"
+    if marker.is_file():
+        try:
+            format = json.loads(marker.read_text())["format"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{marker} is damaged", hint='it should hold {"format": 1}') from None
+        if format != FORMAT:
+            raise InputError(f"{root} is a store of format {format}, this llmctl knows {FORMAT}", hint="upgrade llmctl")
+    elif root.is_file():
+        raise InputError(f"the store {root} is a file", hint="give a directory")
+    elif root.is_dir() and any(not entry.name.startswith(".store-") for entry in root.iterdir()):
+        raise InputError(f"{root} is no llmctl store", hint="give an empty or a new directory")
+
+
+def _hex(id: str) -> str:
+    return id.removeprefix("sha256:")
+
+
+def _numbered(number: int) -> str:
+    return f".{number}" if number > 1 else ""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
