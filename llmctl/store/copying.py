@@ -44,7 +44,12 @@ def materialise(artifact: Artifact, target: Path, *, force: bool = False) -> Non
 
 
 def check_target(target: Path, *, force: bool = False) -> None:
-    """Refuse to replace what llmctl did not write."""
+    """Refuse to replace what llmctl did not write, and a place that cannot be written."""
+    parent = next(path for path in target.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(
+            f"cannot write {target}: {parent} is not a writable directory", hint="choose another directory"
+        )
     if force or not os.path.lexists(target) or (target / NAME).is_file():
         return
     if target.is_dir() and not any(target.iterdir()):

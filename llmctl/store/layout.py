@@ -102,7 +102,7 @@ class Layout:
 
 
 def locate(path: Path | None) -> Path:
-    """The store's directory: `path`, else `$LLMCTL_STORE`, else that of the nearest parent with `.llmctl/`, else here."""
+    """`path`, else `$LLMCTL_STORE`, else the store of the nearest parent that has `.llmctl/`, else one here."""
     if path is not None:
         return path.absolute()
     if named := os.environ.get(ENVIRONMENT):

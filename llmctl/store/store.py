@@ -40,14 +40,13 @@ class Pointer:
     def read(cls, path: Path) -> Pointer | None:
         """The pointer in a file; None if there is none or it is damaged: both are a miss."""
         raw = names.read_json(path)
-        try:
-            return cls(**{name: raw[name] for name in cls.__dataclass_fields__}) if raw else None
-        except (KeyError, TypeError):
+        if not all(name in raw for name in cls.__dataclass_fields__) or not isinstance(raw["outputs"], dict):
             return None
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
 
 
 class Store(Layout):
-    """A directory laid out as `pipeline.md` 2.3 says; it may not exist before `create`. Every method is safe to race."""
+    """A directory laid out as `pipeline.md` 2.3 says, absent before `create`. Every method is safe to race."""
 
     @classmethod
     def open(cls, path: Path | None = None) -> Store:
