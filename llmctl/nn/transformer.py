@@ -67,14 +67,19 @@ class Transformer(nn.Module):
         """
         if context is None:
             context = self.attention_context(tokens, positions, documents, cache)
-        x = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions(self._positions(tokens, positions, context.slots))
+        x = self.embed(tokens, positions, context.slots)
         for block in self.blocks:
             x = block(x, context)
         if cache is not None and context.slots is not None:
             cache.length = max(cache.length, context.slots.end)
         return self.norm(x)  # type: ignore[no-any-return]
+
+    def embed(self, tokens: Tensor, positions: Tensor | None = None, slots: Slots | None = None) -> Tensor:
+        """What enters the first block, `(B, T, D)`: token embeddings and, where they are learned, positions."""
+        x: Tensor = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(self._positions(tokens, positions, slots))
+        return x
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `(…, V)` of states `(…, D)`; training may select the supervised positions before."""

@@ -27,17 +27,22 @@ def open_model(directory: Path, device: str = "auto", threads: int = 0, dtype: s
     `auto` is CUDA where there is one, and float32 on a CPU, bfloat16 on CUDA. `threads > 0` sets torch's number of
     threads for the whole process. Raises MachineError without the device, InputError for a damaged model.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MachineError("no CUDA device is available to torch", hint="use --device cpu")
+    where = pick_device(device)
     if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
+        dtype = "float32" if where.type == "cpu" else "bfloat16"
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
     if threads > 0:
         torch.set_num_threads(threads)
-    return TorchGenerator(load_model(directory, device, DTYPES[dtype]))
+    return TorchGenerator(load_model(directory, where, DTYPES[dtype]))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; MachineError if CUDA is asked for and missing."""
+    has_cuda = torch.cuda.is_available()
+    if name.startswith("cuda") and not has_cuda:
+        raise MachineError("no CUDA device is available to torch", hint="use the device cpu or auto")
+    return torch.device(name if name != "auto" else "cuda" if has_cuda else "cpu")
 
 
 class TorchGenerator:

@@ -1,0 +1,92 @@
+"""How much each layer and each MLP channel matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmctl.nn.attention import AttentionContext
+from llmctl.nn.transformer import Block, FeedForward, Transformer
+from llmctl.train.batches import Batch
+
+
+@dataclass
+class Stream:
+    """One batch on its way through the blocks: what it is now, `(B, T, D)`, and the positions that count."""
+
+    x: Tensor
+    context: AttentionContext
+    picks: Tensor
+
+    def picked(self, x: Tensor) -> Tensor:
+        """`x (B, T, C)` at the positions that count, `(N, C)`; padding is none of them."""
+        return x.flatten(0, 1)[self.picks]
+
+
+def streams(model: Transformer, batches: Sequence[Batch]) -> list[Stream]:
+    """Every batch as it enters the first block."""
+    result = []
+    for batch in batches:
+        context = model.attention_context(batch.tokens, batch.positions, batch.documents, None)
+        result.append(Stream(model.embed(batch.tokens, batch.positions), context, batch.picks))
+    return result
+
+
+def block_influence(model: Transformer, batches: Sequence[Batch]) -> list[float]:
+    """1 - cosine of what enters and what leaves each block, mean over tokens (ShortGPT, arXiv 2403.03853)."""
+    flow = streams(model, batches)
+    influence = []
+    for block in _blocks(model):
+        total, count = 0.0, 0
+        for stream in flow:
+            before, stream.x = stream.x, block(stream.x, stream.context)
+            cosine = torch.cosine_similarity(stream.picked(before), stream.picked(stream.x), dim=-1)
+            total, count = total + float((1 - cosine).sum()), count + len(cosine)
+        influence.append(total / count)
+    return influence
+
+
+def layer_magnitude(model: Transformer) -> list[float]:
+    """L2 norm of what each block can write to the residual stream: its attention's and its MLP's output matrix."""
+    return [
+        float(torch.linalg.vector_norm(torch.cat((block.attention.out.weight, block.ffn.down.weight), dim=1)))
+        for block in _blocks(model)
+    ]
+
+
+def channel_activation(block: Block, flow: Sequence[Stream]) -> Tensor:
+    """mean |input of down| times the norm of down's column, `(F,)`; `flow` is what enters the block.
+
+    The activation-based importance of Minitron (arXiv 2407.14679), weighted by what the channel can write.
+    """
+    columns: Tensor = block.ffn.down.weight.norm(dim=0).double()
+    total = torch.zeros_like(columns)
+    count = 0
+    for stream in flow:
+        inner = stream.picked(block.ffn.inner(block.ffn_norm(attended(block, stream))))
+        total += inner.abs().sum(dim=0).double()
+        count += len(inner)
+    return total / count * columns
+
+
+def channel_magnitude(ffn: FeedForward) -> Tensor:
+    """Product of the norms of a channel's rows and column, `(F,)`: unchanged when one scale moves to another."""
+    score: Tensor = ffn.up.weight.norm(dim=1).double() * ffn.down.weight.norm(dim=0).double()
+    if ffn.gate is not None:
+        score = score * ffn.gate.weight.norm(dim=1).double()
+    return score
+
+
+def attended(block: Block, stream: Stream) -> Tensor:
+    """The stream between the block's attention and its MLP."""
+    out: Tensor = block.attention(block.attention_norm(stream.x), stream.context)
+    return stream.x + out
+
+
+def _blocks(model: Transformer) -> Iterator[Block]:
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        yield block
