@@ -152,10 +152,16 @@ class Report:
             raise SpecError(self.diagnostics)
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The one of `known` that was probably meant, or nothing."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return near[0] if near else ""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean …?` if one of `known` is near, else nothing."""
-    near = get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"did you mean `{near[0]}`?" if near else ""
+    near = nearest(word, known)
+    return f"did you mean `{near}`?" if near else ""
 
 
 def suggest(word: str, known: Sequence[str], what: str) -> str:

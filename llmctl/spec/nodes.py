@@ -131,6 +131,8 @@ def _at(text: Text, line: int, column: int) -> Mark:
 def _yaml_hint(text: Text, mark: Mark | None) -> str:
     if mark and "\t" in text.lines[mark.line - 1][: mark.column]:
         return "indent with spaces, not tabs"
+    if mark and "${{" in text.lines[mark.line - 1]:
+        return 'write "${{ … }}" with quotes inside { } and [ ]'
     return ""
 
 

@@ -124,9 +124,7 @@ class Overrides:
             path.append((part, Mark(source, 1, column, 1, column + max(1, len(part)))))
             column += len(part) + 1
         if not all(part for part, _ in path):
-            self.report.add(
-                "E020", f"`{key}` is not a key", source.whole, "write KEY=VALUE, parts of KEY joined by `.`"
-            )
+            self.report.add("E020", f"`{key}` is not a key", source.whole, "join the parts of a key by `.`")
             return None
         for part, mark in path:
             if part.endswith(("+", "]")):

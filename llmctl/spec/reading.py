@@ -241,8 +241,8 @@ class Reading:
             needs=tuple(model.needs),
             gates=tuple(draft.gates),
             output=output,
-            env={key: EnvValue(**value.model_dump()) for key, value in model.env.items()},
-            resources=Resources(**model.resources.model_dump()),
+            env={key: EnvValue(**dict(value)) for key, value in model.env.items()},
+            resources=Resources(**dict(model.resources)),
             cache=model.cache,
             tag=model.tag,
         )

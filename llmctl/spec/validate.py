@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from llmctl.spec.diagnostics import Mark, Report, did_you_mean
+from llmctl.spec.diagnostics import Mark, Report, did_you_mean, nearest
 from llmctl.spec.fields import keys_at, types_at
 from llmctl.spec.interpolate import UNKNOWN
 from llmctl.spec.nodes import Map, Node, Scalar, scalar_value
@@ -81,14 +81,18 @@ class _Errors:
     def add(self, errors: List[ErrorDetails]) -> None:
         """Report all errors; the alternatives of a union at one place become one message."""
         wrong: dict[Path, list[ErrorDetails]] = {}
-        incomplete = has_unknown(self.node)
+        misspelt: set[Path] = set()
+        for path in [self.real(error["loc"]) for error in errors if error["type"] == "extra_forbidden"]:
+            misspelt.add((*path[:-1], self.unknown_key(path)))
         for error in errors:
-            path = self.real(error["loc"])
-            if error["type"] == "extra_forbidden":
-                self.unknown_key(path)
-            elif error["type"] == "missing" and isinstance(self.look(path)[1], Map):
-                self.missing_key(path, str(error["loc"][-1]))
-            elif not (incomplete and isinstance(self.look(path)[1], Map)):  # a rule about values we do not all know
+            absent = error["type"] == "missing"
+            path, key = self.real(error["loc"][:-1] if absent else error["loc"]), error["loc"][-1:]
+            node = self.look(path)[1]
+            if error["type"] == "extra_forbidden" or (absent and (*path, *key) in misspelt):
+                continue
+            if absent and isinstance(node, Map):
+                self.missing_key(path, str(key[0]))
+            elif not has_unknown(node):  # else a rule about values we do not all know
                 wrong.setdefault(path, []).append(error)
         for path, group in wrong.items():
             self.wrong_value(path, group)
@@ -108,24 +112,27 @@ class _Errors:
         mark, node = self.owner, self.node
         found: Node = node
         for step in path:
-            mark = found.entries[str(step)].key if isinstance(found, Map) else found.mark
             inner = _step(found, step)
             assert inner is not None
+            mark = found.entries[str(step)].key if isinstance(found, Map) else inner.mark
             found = inner
         return mark, found
 
     def name(self, *path: str | int) -> str:
         return ".".join(str(part) for part in (self.path, *path) if part != "")
 
-    def unknown_key(self, path: Path) -> None:
+    def unknown_key(self, path: Path) -> str:
+        """Report a key that no model at its place has; returns the one that was probably meant, or nothing."""
         key, parent = str(path[-1]), path[:-1]
         mark, _ = self.look(path)
         if any(key in getattr(kind, "later", ()) for kind in types_at(self.model, parent)):
             self.report.add("E104", f"`{key}` is not supported yet by this version of llmctl", mark)
-            return
+            return ""
         known = keys_at(self.model, parent)
-        hint = did_you_mean(key, known) or (f"known keys: {', '.join(known)}" if 0 < len(known) <= 12 else "")
-        self.report.add("E101", f"unknown key `{key}`", mark, hint)
+        near = nearest(key, known)
+        listed = f"known keys: {', '.join(known)}" if 0 < len(known) <= 12 else ""
+        self.report.add("E101", f"unknown key `{key}`", mark, f"did you mean `{near}`?" if near else listed)
+        return near
 
     def missing_key(self, path: Path, key: str) -> None:
         mark, node = self.look(path)

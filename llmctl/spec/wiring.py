@@ -192,9 +192,12 @@ class Wiring:
         return replace(found, type=source.type)
 
     def _stage_output(self, draft: Draft, wanted: str, port: In, found: StageRef, text: str) -> StageRef | None:
+        if not draft.path:  # a single stage has no others
+            message = f"`{text}` is no source, path or artifact"
+            raise NotAReference("E102", message, f"a path starts with ./: ./{text}")
         producer = self.drafts.get(found.stage)
-        if producer is None or producer is draft and not draft.path:
-            path_hint = f"a path starts with ./: ./{text}" if not draft.path or "." in text else ""
+        if producer is None:
+            path_hint = f"a path starts with ./: ./{text}" if "." in text else ""
             names = [name for name in self.drafts if name != draft.id]
             hint = did_you_mean(found.stage, names) or path_hint or suggest(found.stage, names, "stages")
             raise NotAReference("E122", f"no stage `{found.stage}`", hint)
@@ -256,7 +259,7 @@ class Wiring:
         for model, gate in zip(draft.model.gates if draft.model else (), nodes, strict=False):
             baseline = gate.get("baseline")
             found = self._baseline(draft, baseline) if isinstance(baseline, Scalar) else None
-            draft.gates.append(Gate(**{**model.model_dump(), "baseline": found}))
+            draft.gates.append(Gate(**{**dict(model), "baseline": found}))
 
     def _baseline(self, draft: Draft, item: Scalar) -> StageRef | None:
         try:

@@ -9,7 +9,13 @@ from llmctl import In, Out, Stage
 
 def stage(name: str, params: str, inputs: dict[str, In], outputs: dict[str, Out], **more) -> Stage:
     return Stage(
-        name=name, help="A fake.", params=f"fake_params:{params}", run="none:run", inputs=inputs, outputs=outputs, **more
+        name=name,
+        help="A fake.",
+        params=f"fake_params:{params}",
+        run="none:run",
+        inputs=inputs,
+        outputs=outputs,
+        **more,
     )
 
 
@@ -34,7 +40,10 @@ STAGES = [
         {"model": MODEL, "metrics": METRICS},
     ),
     stage(
-        "sft", "TrainParams", {"model": In("model.hf"), "data": In("dataset.chat")}, {"model": MODEL, "metrics": METRICS}
+        "sft",
+        "TrainParams",
+        {"model": In("model.hf"), "data": In("dataset.chat")},
+        {"model": MODEL, "metrics": METRICS},
     ),
     stage(
         "eval",

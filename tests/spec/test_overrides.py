@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import pytest
+
+TEXT = """
+llmctl: 1
+name: t
+vars: {seed: 1}
+sources: {corpus: ./raw}
+stages:
+  data: {uses: data, inputs: {files: sources.corpus}}
+  tok: {uses: tokenize, inputs: {text: data}}
+  train:
+    uses: train-pretrain
+    inputs: {tokens: tok, tokenizer: tok}
+    with: {weights: {a: 1}, betas: [0.8, 0.9], seed: "${{ vars.seed }}"}
+profiles:
+  small: {stages: {train: {with: {max_steps: 5, weights: {b: 2}}}}, vars: {seed: 2}}
+  large: {stages: {train: {with: {max_steps: 500, betas: [0.5, 0.6]}}}}
+"""
+
+
+def train(pipeline):
+    return pipeline.stages["train"].params
+
+
+@pytest.mark.parametrize(
+    ("option", "field", "value"),
+    [
+        ("train.lr=1e-4", "lr", 1e-4),
+        ("train.lr=1", "lr", 1.0),
+        ("stages.train.with.lr=1", "lr", 1.0),
+        ("train.max_steps=0x10", "max_steps", 16),
+        ("train.packing=false", "packing", False),
+        ("train.run_tag=007", "run_tag", "007"),
+        ("train.run_tag=a=b=c", "run_tag", "a=b=c"),
+        ("train.run_tag=", "run_tag", ""),
+        ("train.run_tag=null", "run_tag", "null"),
+        ("train.run_tag={a: [", "run_tag", "{a: ["),
+        ("train.note=1.10", "note", "1.10"),
+        ("train.note=null", "note", None),
+        ("train.note=~", "note", None),
+        ("train.chunks=7", "chunks", 7),
+        ("train.chunks=all", "chunks", "all"),
+        ("train.optimizer=adamw", "optimizer", "adamw"),
+        ("train.betas=[0.1, 0.2]", "betas", (0.1, 0.2)),
+        ("train.weights={b: 2}", "weights", {"a": 1.0, "b": 2.0}),
+        ("train.weights.b=2", "weights", {"a": 1.0, "b": 2.0}),
+        ("train.seed=${{ vars.seed }}", "seed", 1),
+        ("vars.seed=9", "seed", 9),
+    ],
+)
+def test_the_value_takes_the_type_of_its_target(load, option, field, value):
+    got = getattr(train(load(TEXT, option)), field)
+    assert (type(got), got) == (type(value), value)
+
+
+def test_a_path_is_kept_as_typed(load):
+    from pathlib import Path
+
+    assert train(load(TEXT, "train.init=007")).init == Path("007")
+
+
+def test_profiles_apply_in_order_and_set_wins(load):
+    assert train(load(TEXT)).max_steps == 100
+    small = train(load(TEXT, profiles=("small",)))
+    assert (small.max_steps, small.weights, small.betas, small.seed) == (5, {"a": 1, "b": 2}, (0.8, 0.9), 2)
+    both = load(TEXT, profiles=("small", "large"))
+    assert (train(both).max_steps, train(both).betas, both.profiles) == (500, (0.5, 0.6), ("small", "large"))
+    assert train(load(TEXT, profiles=("large", "small"))).max_steps == 5
+    assert train(load(TEXT, "train.max_steps=7", profiles=("small",))).max_steps == 7
+
+
+def test_the_last_set_wins(load):
+    assert train(load(TEXT, "train.lr=1", "train.lr=2")).lr == 2
+
+
+def test_full_paths_reach_every_section(load, tmp_path):
+    pipeline = load(
+        TEXT,
+        "stages.train.resources.gpus=8",
+        "stages.train.env.N=4",
+        "stages.train.output=out",
+        "stages.train.inputs.tokens=./shards",
+        "sources.corpus.uri=./007",
+        "defaults.resources.cpus=3",
+        "name=other",
+    )
+    spec = pipeline.stages["train"]
+    assert (spec.resources.gpus, spec.resources.cpus, spec.env["N"].value) == (8, 3, "4")
+    assert spec.output == tmp_path / "out"
+    assert pipeline.sources["corpus"].uri == "./007" and pipeline.name == "other"
+
+
+def test_paths_on_the_command_line_start_from_the_current_directory(load, registry, tmp_path, monkeypatch):
+    from llmctl.spec.pipeline import load_pipeline
+
+    load(TEXT)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    sets = ("sources.corpus.uri=./mine", "stages.train.output=./out", "stages.train.inputs.tokens=./shards")
+    pipeline = load_pipeline("../spec.yaml", (), sets, registry=registry)
+    assert pipeline.resolve(pipeline.sources["corpus"].uri) == elsewhere / "mine"
+    assert pipeline.stages["train"].output == elsewhere / "out"
+    assert pipeline.resolve(pipeline.stages["train"].inputs["tokens"][0].uri) == elsewhere / "shards"
+
+
+MISTAKES = [
+    ("lr", "E020 --set#1:1:1 `--set lr` has no `=` [write KEY=VALUE]"),
+    ("=3", "E020 --set#1:1:1 `` is not a key [join the parts of a key by `.`]"),
+    ("train..lr=3", "E020 --set#1:1:1 `train..lr` is not a key [join the parts of a key by `.`]"),
+    ("train=3", "E020 --set#1:1:1 `train` is a stage, not a parameter [write train.PARAM=VALUE]"),
+    ("trian.lr=1", "E021 --set#1:1:1 no stage or section `trian` [did you mean `train`?]"),
+    ("stages.trian.with.lr=1", "E021 --set#1:1:8 no stage `trian` [did you mean `train`?]"),
+    ("stages.train.lr=1", "E101 --set#1:1:14 unknown key `lr` [known keys: uses, inputs, with, env, resources, "
+     "needs, gates, output, cache, tag]"),
+    ("train.lrr=1", "E101 --set#1:1:7 unknown key `lrr` [did you mean `lr`?]"),
+    ("vars.sed=1", "E030 --set#1:1:6 no variable `sed` [did you mean `seed`?]"),
+    ("sources.corups.uri=./x", "E121 --set#1:1:9 no source `corups` [did you mean `corpus`?]"),
+    ("profiles.small.vars.seed=1", "E021 --set#1:1:1 a profile cannot be set [set the value itself, or choose with "
+     "--profile]"),
+    ("store.uri=./x", "E104 --set#1:1:1 `store` is not supported yet by this version of llmctl"),
+    ("train.betas[0]=1", "E104 --set#1:1:7 `--set train.betas[0]=`: appending and indexing are not supported yet by "
+     "this version of llmctl [give the whole list]"),
+    ("train.betas+=1", "E104 --set#1:1:7 `--set train.betas+=`: appending and indexing are not supported yet by "
+     "this version of llmctl [give the whole list]"),
+    ("train.betas=[0.1", "E001 --set#1:1:17 not YAML: did not find expected ',' or ']', while parsing a flow sequence"),
+    ("train.lr=fast", "E102 --set#1:1:10 stages.train.with.lr: Input should be a valid number (got 'fast')"),
+    ("train.lr=${{ vars.sed }}", "E030 --set#1:1:10 `vars.sed` is not defined [did you mean `seed`?]"),
+    ("train.betas=[0.1, {x: 1}]", "E102 --set#1:1:19 stages.train.with.betas.1: Input should be a valid number "
+     "(got a map)"),
+    ("stages.train.resources.gpu=1", "E101 --set#1:1:24 unknown key `gpu` [did you mean `gpus`?]"),
+    ("stages.train.uses=sftt", "E110 --set#1:1:19 no stage `sftt` is installed [did you mean `sft`?]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "expected"), MISTAKES)
+def test_mistakes_point_into_the_option(mistakes, option, expected):
+    assert mistakes(TEXT, option)[-1] == expected
+
+
+def test_an_unknown_profile_suggests_the_near_one(mistakes):
+    assert mistakes(TEXT, profiles=("small", "smal")) == [
+        "E022 --profile#2:1:1 no profile `smal` [did you mean `small`?]"
+    ]
+
+
+def test_keys_of_profiles_that_are_not_chosen_are_checked_too(mistakes):
+    text = TEXT.replace("large: {stages", "large: {stags: {}, stages").replace("{max_steps: 500", "{max_steps: x")
+    assert mistakes(text) == ["E101 spec.yaml:14:11 unknown key `stags` [did you mean `stages`?]"]
+    text = TEXT.replace("large: {stages: {train: {with", "large: {stages: {train: {wiht")
+    assert mistakes(text) == ["E101 spec.yaml:14:28 unknown key `wiht` [did you mean `with`?]"]
+
+
+def test_bytes_that_are_not_utf_8_are_refused(mistakes):
+    assert mistakes(TEXT, "train.run_tag=\udcff") == ["E001 --set#1:1:1 --set#1 is not UTF-8"]
