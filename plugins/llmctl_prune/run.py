@@ -114,6 +114,8 @@ def prune(ctx: Context, params: PruneParams, model: Transformer, batches: list[B
         remove_layer(model, least)
         ctx.progress(step + 1, total)
     if width == model.config.ff_dim:
+        if params.mlp_width_removed:
+            ctx.warn(f"mlp_width_removed {params.mlp_width_removed} of {width} channels is under 8 and removes nothing")
         return
     flow = streams(model, batches)
     for number, block in enumerate(model.blocks):

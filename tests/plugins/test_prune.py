@@ -212,14 +212,10 @@ def test_importance_beats_chance_in_depth(trained, tokens, tmp_path):
         remove_layer(cut, layer)
         save_model(cut, tmp_path / f"cut{layer}", trained("llama").path)
         settings = {"mlp_width_removed": 0.01, "calibration_tokens": 2000}  # rounds to no width at all
-        result = run_stage(
-            PRUNE,
-            tmp_path / f"out{layer}",
-            settings,
-            model=Artifact(tmp_path / f"cut{layer}", "model.hf"),
-            calibration=tokens,
-        )
+        source = Artifact(tmp_path / f"cut{layer}", "model.hf")
+        result = run_stage(PRUNE, tmp_path / f"out{layer}", settings, model=source, calibration=tokens)
         assert result.metrics["parameters.removed"] == 0
+        assert any(kind == "warning" and "removes nothing" in fields["text"] for kind, fields in result.events)
         found[layer] = result.metrics["loss.after"]
     chosen = loss_after(trained, tokens, tmp_path, importance="activation", mlp_width_removed=0.0, layers_removed=1)
     assert chosen in found.values()
