@@ -74,10 +74,8 @@ def choose(candidates: Sequence[Fact], params: Any, seed: int) -> Choice:
     ordered = sorted(candidates, key=lambda fact: rank(seed, "fact", fact.kind, fact.entity, fact.answer))
     free = [fact for fact in ordered if fact.trainable and fact.entity not in aside]
     trained = _by_share(free, params.mix, params.facts, params.max_answer_share)
-    heldout = _by_share(
-        [fact for fact in ordered if fact.entity in aside], params.mix, max(1, count), params.max_answer_share
-    )
-    return Choice(trained, heldout if count else [])
+    heldout = _by_share([fact for fact in ordered if fact.entity in aside], params.mix, count, 1.0)
+    return Choice(trained, heldout)
 
 
 def _by_share(facts: Sequence[Fact], mix: Mapping[Any, float], count: int, max_share: float) -> list[Fact]:

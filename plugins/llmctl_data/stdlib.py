@@ -21,7 +21,7 @@ EXCLUDED = FOREIGN | {
     *("idlelib", "lib2to3", "turtledemo", "encodings", "ensurepip", "pydoc_data"),
     # Gone in 3.12 or 3.13: leaving them out keeps the corpus alike between versions, and the answers useful.
     *("distutils", "asynchat", "asyncore", "imp", "smtpd", "aifc", "cgi", "cgitb", "chunk", "crypt", "imghdr"),
-    *("mailcap", "nntplib", "pipes", "sndhdr", "sunau", "telnetlib", "uu", "xdrlib"),
+    *("mailcap", "nntplib", "pipes", "sndhdr", "sunau", "telnetlib", "uu", "xdrlib", "tix"),
 }
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 COMPILED = (
@@ -67,7 +67,7 @@ class Module:
     entities: tuple[Entity, ...]
     offers: frozenset[str]
     methods: frozenset[str]
-    """Names of the methods of all its classes, private ones included."""
+    """Names of the methods and attributes of all its classes, private ones included."""
     stars: tuple[str, ...] = ()
     """Modules whose public names it offers too (`from .tasks import *`)."""
 
@@ -160,11 +160,11 @@ def read_module(name: str, path: Path) -> Module:
         entities=_last_of_each(entities),
         offers=frozenset(offers | {entity.name for entity in entities}),
         methods=frozenset(
-            part.name
+            bound
             for owner in ast.walk(tree)
             if isinstance(owner, ast.ClassDef)
             for part in owner.body
-            if isinstance(part, FUNCTION)
+            for bound in _bindings(part)
         ),
         stars=tuple(origin for _, origin in stars),
     )
