@@ -15,6 +15,7 @@ import torch
 from llmctl.errors import InputError
 from llmctl.text.shards import SplitTokens
 from llmctl.train.batches import PADDING, Batch, Example, Ints, pack
+from llmctl.train.params import TrainParams
 
 Pick = tuple[int, int]
 """(epoch, place in that epoch's order); epoch -1 is the unshuffled order."""
@@ -24,10 +25,11 @@ IN_ORDER = -1
 class Source(ABC):
     """`size` sequences per epoch, reshuffled every epoch, `batch_size` per step, `at_once` per forward pass."""
 
-    def __init__(self, size: int, *, batch_size: int, at_once: int, seed: int) -> None:
+    def __init__(self, size: int, params: TrainParams) -> None:
         if size < 1:
             raise InputError("there is nothing to train on", hint="give more data")
-        self.size, self.batch_size, self.at_once, self.seed = size, batch_size, at_once, seed
+        self.size, self.seed, self.packed = size, params.seed, params.packing == "documents"
+        self.batch_size, self.at_once = params.batch_size, params.sequences_at_once
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     @property
@@ -66,18 +68,9 @@ class Source(ABC):
 class ExampleSource(Source):
     """Examples of any length, packed afresh for every forward pass; a sequence is one example."""
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        length: int,
-        batch_size: int,
-        at_once: int = 0,
-        seed: int = 0,
-        packed: bool = True,
-    ) -> None:
-        super().__init__(len(examples), batch_size=batch_size, at_once=at_once or batch_size, seed=seed)
-        self.examples, self.length, self.packed = examples, length, packed
+    def __init__(self, examples: Sequence[Example], length: int, params: TrainParams) -> None:
+        super().__init__(len(examples), params)
+        self.examples, self.length = examples, length
 
     def batch(self, picks: Sequence[Pick]) -> Batch:
         """The examples at `picks`, in that order in `Batch.owners`."""
@@ -98,27 +91,18 @@ class TokenSource(Source):
     """Rows of `context` tokens cut from the documents of a split laid end to end in a new order every epoch.
 
     Each row is attended document by document with positions restarting, so nothing leaks between documents; every token
-    but a document's first is a target exactly once per epoch. With `packed=False` a row is (a piece of) one document.
+    but a document's first is a target exactly once per epoch. With `packing: none` a row is (a piece of) one document.
     """
 
-    def __init__(
-        self,
-        split: SplitTokens,
-        *,
-        context: int,
-        batch_size: int,
-        at_once: int = 0,
-        seed: int = 0,
-        packed: bool = True,
-    ) -> None:
-        self.split, self.context, self.packed = split, context, packed
+    def __init__(self, split: SplitTokens, context: int, params: TrainParams) -> None:
+        self.split, self.context = split, context
         self._lengths = np.diff(split.offsets.astype(np.int64))
         # Unpacked: pieces of each document, cut so that every target has its row.
         self._pieces = np.maximum(0, -(-(self._lengths - 1) // context))
-        size = -(-len(split.tokens) // context) if packed else int(self._pieces.sum())
+        rows = -(-len(split.tokens) // context)
         if not np.any(self._lengths > 1):
             raise InputError(f"the split `{split.name}` has no document of two tokens", hint="give more text")
-        super().__init__(size, batch_size=batch_size, at_once=at_once or batch_size, seed=seed)
+        super().__init__(rows if params.packing == "documents" else int(self._pieces.sum()), params)
         self._stream = lru_cache(maxsize=2)(self._lay_out)
 
     def batch(self, picks: Sequence[Pick]) -> Batch:

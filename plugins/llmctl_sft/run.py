@@ -29,14 +29,7 @@ def run(ctx: Context, params: SftParams, model: Artifact, data: Artifact) -> Non
     train = read_conversations(ctx, data, "train", encoder)
     held_out = read_conversations(ctx, data, "validation", encoder) if "validation" in splits(data) else []
     show_examples(ctx, tokenizer, train)
-    source = ExampleSource(
-        train,
-        length=net.config.context,
-        batch_size=params.batch_size,
-        at_once=params.sequences_at_once,
-        seed=params.seed,
-        packed=params.packing == "documents",
-    )
+    source = ExampleSource(train, net.config.context, params)
     values = fit(ctx, net, CausalLM(), source, params, validator(held_out, net, params))
     rate = stop_rate(net, held_out, params)
     if rate is not None:
@@ -50,7 +43,7 @@ def validator(examples: Sequence[Example], model: Transformer, params: SftParams
     """Loss per supervised token on held-out conversations; None without any."""
     if not examples:
         return None
-    source = ExampleSource(examples, length=model.config.context, batch_size=params.sequences_at_once)
+    source = ExampleSource(examples, model.config.context, params)
 
     def validate(model: Transformer, compute: Compute) -> dict[str, float]:
         return mean_loss(model, CausalLM(), source.sweep(params.eval_batches), compute)

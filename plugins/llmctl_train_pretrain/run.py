@@ -28,14 +28,7 @@ def run(
     check_tokenizer(shards, encoder)
     net = make_model(params, encoder) if model is None else continue_model(params, encoder, model)
     context = params.context or net.config.context
-    source = TokenSource(
-        shards.split("train"),
-        context=context,
-        batch_size=params.batch_size,
-        at_once=params.sequences_at_once,
-        seed=params.seed,
-        packed=params.packing == "documents",
-    )
+    source = TokenSource(shards.split("train"), context, params)
     ctx.log(
         f"{net.config.arch}, {net.config.parameters()} parameters; {len(source.split.tokens)} tokens in "
         f"{len(source.split)} documents, {source.steps_per_epoch:.1f} steps per epoch"
@@ -85,7 +78,7 @@ def validator(shards: TokenShards, tokenizer: Tokenizer, context: int, params: P
     """Loss per token and bits per byte on evenly spread rows of `validation`; None without that split."""
     if "validation" not in shards.splits or not len(shards.split("validation").tokens):
         return None
-    source = TokenSource(shards.split("validation"), context=context, batch_size=params.sequences_at_once)
+    source = TokenSource(shards.split("validation"), context, params)
     token_bytes = tokenizer.token_bytes()
 
     def validate(model: Transformer, compute: Compute) -> dict[str, float]:
