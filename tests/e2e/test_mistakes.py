@@ -1,15 +1,16 @@
 """What users do wrong, through the real command line: one clear line, the way out, the documented exit code.
 
 A row is a mistake: the files that are there, the command as typed, the exit code of `pipeline.md` 3.6, and fragments
-that the message must hold. To add one, add a row. `HERE` in a command or a fragment is the working directory.
+that the message must hold. To add one, add a row. `LAB` is a directory of small
+real artifacts, `PORT` a port that is taken; they stand in commands and fragments.
 """
 
+# ruff: noqa: E501  # a mistake is a row of a table
 import gzip
 import json
 import os
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +39,9 @@ COMMAND_LINE = [
     Mistake("unknown option", "fake-tok --sizze 3", 2, ("no such option `--sizze`", "did you mean `--size`")),
     Mistake("option out of bounds", "fake-tok --size 5000", 2, ("--size", "5000 is not in the range 1<=x<=1000")),
     Mistake("option of a wrong type", "fake-tok --size many", 2, ("--size", "'many' is not a valid integer")),
-    Mistake("option without a value", "fake-tok --size", 2, ("--size", "requires an argument", "`llmctl fake-tok --help`")),
+    Mistake(
+        "option without a value", "fake-tok --size", 2, ("--size", "requires an argument", "`llmctl fake-tok --help`")
+    ),
     Mistake("choice that is none", "fake-tok --mode quiet", 2, ("--mode", "'plain', 'loud'")),
     Mistake("word where a flag belongs", "fake-sft ./base", 2, ("unexpected argument `./base`", "--model REF")),
     Mistake("--set without a value", "fake-tok --set size", 2, ("size", "=")),
@@ -151,8 +154,109 @@ STAGES = [
 ]
 
 
+JSONL = '{"text": "one"}\n{"text": "two"\n'
+
+DATA = [
+    Mistake("nothing to read", "data", 2, ("nothing to read", "reader: python-stdlib")),
+    Mistake("corpus without text", "data --files corpus", 5, ("the corpus is empty",), {"corpus/a.txt": " \n", "corpus/b.md": ""}),
+    Mistake("glob that matches nothing", "data --files docs/*.md", 5, ("docs/*.md",), {"docs/a.txt": "x"}),
+    Mistake("file of an unsupported type", "data --files a.docx", 5, ("a.docx", "supported: .txt"), {"a.docx": b"PK\x03\x04"}),
+    Mistake("JSONL with a broken line", "data --files rows.jsonl", 5, ("rows.jsonl:2", "no valid JSON"), {"rows.jsonl": JSONL}),
+    Mistake("JSONL with a row that is a list", "data --files rows.jsonl", 5, ("rows.jsonl:1", "not an object"), {"rows.jsonl": "[1]\n"}),
+    Mistake("JSONL without the column", "data --files rows.jsonl", 5, ("rows.jsonl:1", "`text` is missing", "columns here: body"), {"rows.jsonl": '{"body": "x"}\n'}),
+    Mistake("text that is not UTF-8", "data --files a.txt", 5, ("a.txt", "UTF-8", "iconv"), {"a.txt": "café".encode("latin-1")}),
+    Mistake("gzip that is cut short", "data --files a.jsonl.gz", 5, ("a.jsonl.gz", "cut short or damaged"), {"a.jsonl.gz": gzip.compress(JSONL.encode())[:-12]}),
+    Mistake("files that contradict the reader", "data --reader python-stdlib --files a.txt", 2, ("reads no input",), {"a.txt": "x"}),
+    Mistake("module that does not exist", "data --reader python-stdlib --set modules=[no_such_module]", 2, ("no_such_module",)),
+    Mistake("dataset.text without a column text", "tokenize --text rows.jsonl", 5, ("row 1", "`text`", "body"), {"rows.jsonl": '{"body": "x"}\n'}),
+    Mistake("vocabulary larger than the data allows", "tokenize --text LAB/text --vocab-size 60000", 3, ("the text allows a vocabulary of", "60000 were asked for", "set vocab_size to")),
+    Mistake("vocabulary smaller than the bytes", "tokenize --text LAB/text --vocab-size 100", 2, ("--vocab-size", "x>=262")),
+    Mistake("damaged tokenizer.json", "tokenize --text LAB/text --tokenizer LAB/tokenizer-damaged", 5, ("tokenizer.json",)),
+    Mistake("directory that is no dataset", "tokenize --text LAB/model", 5, ("LAB/model",)),
+]  # fmt: skip
+
+TRAIN = "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer"
+MODELS = [
+    Mistake("artifact of the wrong kind", "train-pretrain --tokens LAB/text --tokenizer LAB/tokenizer", 5, ("LAB/text", "dataset.tokens")),
+    Mistake("unknown preset", f"{TRAIN} --preset lama", 2, ("--preset", "'lama'", "'llama'")),
+    Mistake("heads that do not divide dim", f"{TRAIN} --dim 100 --heads 3", 2, ("dim 100 is not divisible by heads 3", "heads that fit")),
+    Mistake("kv_heads that do not divide heads", f"{TRAIN} --dim 96 --heads 6 --kv-heads 4", 2, ("kv_heads 4", "kv_heads that fit")),
+    Mistake("learning rate of zero", f"{TRAIN} --lr 0", 2, ("--lr", "x>0")),
+    Mistake("tokens of another tokenizer", "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer-other", 5, ("was made with the tokenizer", "same `tokenize` stage")),
+    Mistake("token shard that is cut short", "train-pretrain --tokens LAB/tokens-short --tokenizer LAB/tokenizer", 5, ("train-00000.bin", "bytes, expected")),
+    Mistake("model without a tensor", "sft --model LAB/model-torn --data LAB/chat.jsonl", 5, ("model.norm.weight",)),
+    Mistake("model of a foreign architecture", "sft --model LAB/model-foreign --data LAB/chat.jsonl", 5, ("FalconForCausalLM",)),
+    Mistake("chat with an unknown role", "sft --model LAB/model --data LAB/chat-role.jsonl", 5, ("robot",)),
+    Mistake("prompt longer than the context", f"generate LAB/model {'word' * 400}", 2, ("tokens, the model's context is 16", "shorten the prompt")),
+    Mistake("negative temperature", "generate LAB/model hello --temperature -1", 2, ("temperature", "-1")),
+    Mistake("empty prompt", "chat LAB/nothing", 5, ("LAB/nothing",)),
+    Mistake("port in use", "serve --model LAB/model --port PORT", 7, ("PORT", "in use")),
+]  # fmt: skip
+
+
+ALL = [*COMMAND_LINE, *SPECS, *STAGES, *DATA, *MODELS]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> Path:
+    """Small real artifacts, whole ones and damaged ones."""
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+    from llmctl.stage import Artifact
+    from llmctl.testing import run_stage
+    from llmctl_tokenize import TOKENIZE
+
+    lab = tmp_path_factory.mktemp("lab")
+    text = lab / "text"
+    text.mkdir()
+    words = Path(os.__file__).read_text().split("\n\n")
+    for split, rows in (("train", words[:60]), ("validation", words[60:70])):
+        lines = (json.dumps({"id": f"{split}{n}", "source": "os", "text": row}) for n, row in enumerate(rows))
+        (text / f"{split}-00000-of-00001.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    source = Artifact(text, "dataset.text")
+    for size, names in ((400, ("tokenizer", "tokens")), (300, ("tokenizer-other", "tokens-other"))):
+        made = run_stage(TOKENIZE, lab / f"made{size}", {"vocab_size": size}, text=source).outputs
+        for name, port in zip(names, ("tokenizer", "tokens"), strict=True):
+            made[port].path.rename(lab / name)
+    shape = ModelConfig(
+        arch="llama", vocab_size=400, dim=32, layers=1, heads=2, context=16, bos_id=0, eos_id=1, pad_id=2
+    )
+    save_model(Transformer(shape), lab / "model", lab / "tokenizer")
+    damage(lab)
+    return lab
+
+
+def damage(lab: Path) -> None:
+    """Copies with one thing wrong each."""
+    import shutil
+
+    from safetensors.numpy import load_file, save_file
+
+    for source, copy in (
+        ("tokenizer", "tokenizer-damaged"),
+        ("tokens", "tokens-short"),
+        ("model", "model-torn"),
+        ("model", "model-foreign"),
+    ):
+        shutil.copytree(lab / source, lab / copy)
+    broken = lab / "tokenizer-damaged/tokenizer.json"
+    broken.write_text(broken.read_text()[:-200])
+    shard = lab / "tokens-short/train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    tensors = load_file(lab / "model-torn/model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, lab / "model-torn/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((lab / "model-foreign/config.json").read_text())
+    config |= {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
+    (lab / "model-foreign/config.json").write_text(json.dumps(config))
+    for name, role in (("chat", "user"), ("chat-role", "robot")):
+        row = {"id": "1", "messages": [{"role": role, "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+        (lab / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+
+
 @pytest.fixture
-def make(fake, llmctl, tmp_path):
+def make(fake, llmctl, tmp_path, request):
     """Commit a mistake in `tmp_path/work` and judge what came back."""
 
     def commit(mistake: Mistake, **options) -> subprocess.CompletedProcess:
@@ -161,37 +265,93 @@ def make(fake, llmctl, tmp_path):
             path = work / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        args = [word.replace("HERE", str(work)) for word in mistake.args.split()]
+        words = {"LAB": str(request.getfixturevalue("lab"))} if "LAB" in mistake.args else {}
+        if "PORT" in mistake.args.split():
+            words["PORT"] = str(request.getfixturevalue("taken_port"))
+        args = [replaced(word, words) for word in mistake.args.split()]
         if mistake.stdin is not None:
             (tmp_path / "stdin").write_bytes(mistake.stdin)
             with (tmp_path / "stdin").open("rb") as stdin:
                 done = llmctl(*args, stdin=stdin, **options)
         else:
             done = llmctl(*args, **options)
-        judge(mistake, done, work)
+        judge(mistake, done, words)
         return done
 
     return commit
 
 
-def judge(mistake, done, work):
+@pytest.fixture
+def taken_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+def replaced(text: str, words: dict[str, str]) -> str:
+    for name, value in words.items():
+        text = text.replace(name, value)
+    return text
+
+
+def judge(mistake, done, words):
     assert done.returncode == mistake.code, f"exit {done.returncode}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     assert "this is a bug" not in done.stderr
     said = " ".join(done.stderr.split())
     for part in mistake.says:
-        assert part.replace("HERE", str(work)) in said, f"{part!r} is not in:\n{done.stderr}"
+        assert replaced(part, words) in said, f"{part!r} is not in:\n{done.stderr}"
     # The way out: a hint line, or the place in the text with a word beside the carets.
     assert "hint:" in done.stderr or " --> " in done.stderr, done.stderr
     assert max(map(len, done.stderr.splitlines())) < 400
 
 
-@pytest.mark.parametrize("mistake", [*COMMAND_LINE, *SPECS, *STAGES], ids=lambda mistake: mistake.name)
+@pytest.mark.parametrize("mistake", ALL, ids=lambda mistake: mistake.name)
 def test_mistake(mistake, make):
     make(mistake)
 
 
 def test_there_are_many_and_no_two_are_the_same():
-    rows = [*COMMAND_LINE, *SPECS, *STAGES]
-    assert len({row.name for row in rows}) == len(rows) >= 30
-    assert len({(row.args, str(row.files), row.stdin) for row in rows}) == len(rows)
+    assert len({row.name for row in ALL}) == len(ALL) >= 30
+    assert len({(row.args, str(row.files), row.stdin) for row in ALL}) == len(ALL)
+
+
+def test_corrupt_artifact(fake, llmctl):
+    path = Path(llmctl("fake-tok", "--format", "path").stdout.split()[0])
+    content = path / "content.txt"
+    content.chmod(0o644)
+    path.chmod(0o755)
+    content.write_text("short")
+    identity = llmctl("fake-tok", "--format", "id").stdout.split()[0]
+    done = llmctl("fake-eval", "--tokenizer", path, "--model", identity)
+    assert done.returncode == 5, done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one MiB."""
+    disk = tmp_path / "small"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_no_space_left_for_the_store(fake, llmctl, small_disk):
+    done = llmctl("fake-tok", "--store", small_disk / "store", "--text", "x" * 2000, "--size", "1000")
+    assert done.returncode == 3, done.stderr
+    assert "space" in done.stderr
+    assert "hint:" in done.stderr
+    assert "Traceback" not in done.stderr
+    again = llmctl("fake-tok", "--store", small_disk / "store")
+    assert again.returncode == 0, again.stderr
+
+
+def test_no_space_left_for_the_copy(fake, llmctl, small_disk):
+    done = llmctl("fake-tok", "--output", small_disk / "out", "--text", "x" * 2000, "--size", "1000")
+    assert done.returncode == 3, done.stderr
+    assert "space" in done.stderr
+    assert "hint:" in done.stderr

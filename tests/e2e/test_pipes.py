@@ -236,7 +236,7 @@ def test_15_a_spec_error_in_the_middle(pipe, tmp_path):
 def test_16_an_unknown_command_at_the_head_is_an_upstream_that_failed(pipe):
     done = pipe("llmctl fake-tokk", P)
     assert done.codes == [2, 2]
-    assert "did you mean `fake-tok`?" in done.stderrs[0]
+    assert "did you mean `fake-tok`" in done.stderrs[0]
     assert "upstream `fake-tokk` failed with exit 2" in done.stderrs[1]
 
 
