@@ -205,6 +205,10 @@ class Reading:
             return
         stage = self.registry.stages.get(name)
         if stage is None:
+            failure = getattr(self.registry, "failures", {}).get(name)
+            if failure is not None:
+                self.report.add("E110", f"stage `{name}` is unavailable: {failure.reason}", uses.mark, failure.hint)
+                return
             installed = sorted(self.registry.stages)
             hint = suggest(name, installed, "installed stages")
             self.report.add("E110", f"no stage `{name}` is installed", uses.mark, hint)

@@ -169,7 +169,7 @@ class StageSpec:
 
         This is `with` of the action key; `extent=False` leaves out how far to go and gives that of the resume key.
         """
-        from llmctl.spec.canonical import key_params
+        from llmctl.spec.key_params import key_params
 
         return key_params(self.params, extent=extent)
 

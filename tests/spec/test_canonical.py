@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from llmctl.spec.canonical import canonical, digest, key_params
+from llmctl.spec.canonical import canonical, digest
+from llmctl.spec.key_params import key_params
 from llmctl.spec.params import Field, Params
 
 JSON = st.recursive(
