@@ -1,0 +1,67 @@
+"""A small random LLaMA of transformers, exported by the stage: flat enough that a wrong logit shows in the tokens."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import llmctl_export_onnx
+from llmctl import Artifact
+from llmctl.ort import OrtGenerator, open_bundle
+from llmctl.testing import run_stage
+
+
+@pytest.fixture(scope="session")
+def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=96,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    path = tmp_path_factory.mktemp("hf")
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf(llama_dir: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def bundle(llama_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("export")
+    params = {"parity_prompts": 2, "threads": 1}
+    return (
+        run_stage(llmctl_export_onnx.EXPORT_ONNX, directory, params, model=Artifact(llama_dir, "model.hf"))
+        .outputs["model"]
+        .path
+    )
+
+
+@pytest.fixture
+def generator(bundle: Path) -> OrtGenerator:
+    return open_bundle(bundle, "cpu", threads=1)
+
+
+@pytest.fixture
+def broken(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle for tests that damage it."""
+    return Path(shutil.copytree(bundle, tmp_path / "broken"))
