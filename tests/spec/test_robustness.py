@@ -45,8 +45,8 @@ PIECES = st.sampled_from(
 OPTIONS = st.sampled_from(
     ["train.lr=1", "train.betas=x", "vars.deep=3", "sources.more=5", "stages.train=3", "stages.train.with=[1]",
      "stages=1", "vars={}", "sources.chat.type=files", "train.weights.a.b=1", "name=", "llmctl=x", "defaults.env=3",
-     "eval.tasks=[x]", "stages.eval.gates=[{}]", "stages.eval.gates=[3]", "stages.eval.needs=[[a]]", "stages.data.inputs=3",
-     "stages.data.inputs.files=[[x]]", "data.clean=", "data.clean.lang=", "train.chunks={a: 1}"]
+     "eval.tasks=[x]", "stages.eval.gates=[{}]", "stages.eval.gates=[3]", "stages.eval.needs=[[a]]",
+     "stages.data.inputs=3", "stages.data.inputs.files=[[x]]", "data.clean=", "data.clean.lang=", "train.chunks={a: 1}"]
 )  # fmt: skip
 
 
