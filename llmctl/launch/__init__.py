@@ -1,1 +1,1 @@
-"""Where a stage runs."""
+"""Where a stage runs: a process of its own on this machine, which reads a request and commits by itself."""

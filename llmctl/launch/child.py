@@ -1,0 +1,272 @@
+"""The process of one stage: read the request, run the stage, check its outputs, commit them, publish the key."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from llmctl.errors import LlmctlError, MachineError, StageError, TempFail
+from llmctl.launch.failures import Failure, explain
+from llmctl.launch.hooks import MetricSinks, call_stage
+from llmctl.launch.request import Request
+from llmctl.registry import Registry, get_registry
+from llmctl.stage import Artifact, Context, Stage
+from llmctl.store import Store, types
+from llmctl.store.hashing import NotPlain, plain_files
+from llmctl.store.names import timestamp
+from llmctl.store.store import Pointer
+
+PROGRESS_PAUSE = 0.1
+"""Seconds between two progress events; a loop may report every step, nobody can see more."""
+LIBRARIES = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "tokenizers", "pyarrow")
+
+Publish = Literal["first", "replace", "no"]
+
+
+@dataclass
+class Channel:
+    """Events to the runner: one JSON object per line on a descriptor of their own, so that prints cannot mix in."""
+
+    descriptor: int
+    _last: float = field(default=-math.inf, init=False)
+
+    def send(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Write one event; a runner that is gone is the guard's business."""
+        if kind == "progress" and not self._due(fields):
+            return
+        with contextlib.suppress(BrokenPipeError):
+            data = encode({"type": kind, **fields})
+            while data:
+                data = data[os.write(self.descriptor, data) :]
+
+    def _due(self, fields: Mapping[str, Any]) -> bool:
+        now = time.monotonic()
+        if now - self._last < PROGRESS_PAUSE and fields.get("step") != fields.get("total"):
+            return False
+        self._last = now
+        return True
+
+
+def encode(event: Mapping[str, Any]) -> bytes:
+    """One line of JSON; numpy scalars become numbers, numbers that JSON lacks become null."""
+    try:
+        text = json.dumps(event, default=_plain, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(json.loads(json.dumps(event, default=_plain))))
+    return text.encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class StopFlag:
+    """Set by a signal. A stage that never asks is stopped where it reports: it has no checkpoint to write."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._set = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+    def __call__(self) -> bool:
+        """Whether to stop; asking marks the stage as one that writes checkpoints."""
+        self.asked = True
+        return self._set
+
+    @property
+    def ends_silent_stage(self) -> bool:
+        """Whether to stop a stage that does not ask."""
+        return self._set and not self.asked
+
+
+@dataclass
+class Execution:
+    """One run of one request in this process."""
+
+    store: Store
+    request: Request
+    channel: Channel
+    run: str
+    work: int
+    publish: Publish
+
+    def __post_init__(self) -> None:
+        self.registry: Registry = get_registry()
+        self.stop = StopFlag()
+        self.begun = time.monotonic()
+        self.started = timestamp()
+        self.sinks = MetricSinks(self.registry, self.request.instance, self._warn)
+
+    def __call__(self) -> None:
+        """Run and commit; raises whatever the stage raises."""
+        stage = checked_stage(self.registry, self.request)
+        if self.request.memory is not None:
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, (self.request.memory, self.request.memory))
+        staging = self.store.staging()
+        resume = self.store.work(self.request.resume, self.work)
+        resume.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folders = {port: staging / port for port in self.request.outputs}
+            context = Context(self.request.instance, folders, resume, self.emit, self.stop)
+            self._run(stage, context)
+            outputs = self._commit(context, folders)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._publish(outputs, context.reported)
+        shutil.rmtree(resume, ignore_errors=True)
+
+    def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """What the stage's Context calls: pass the event on, copy lines to the log, feed the metric sinks."""
+        if kind in ("log", "warning"):
+            sys.stderr.write(f"{kind}: {fields.get('text', '')}\n")
+        self.channel.send(kind, fields)
+        if kind == "metric":
+            self.sinks(fields)
+        if self.stop.ends_silent_stage:
+            raise TempFail(f"`{self.request.instance}` stopped before it was done", hint="run the same command again")
+
+    def _warn(self, text: str) -> None:
+        self.channel.send("warning", {"text": text})
+
+    def _run(self, stage: Stage, context: Context) -> None:
+        """Load parameters and inputs and call the stage through the hook `run_stage`."""
+        params = stage.load_params().model_validate_json(self.request.params)
+        inputs: dict[str, Any] = {}
+        for port, declared in stage.inputs.items():
+            bound = self.request.inputs.get(port)
+            inputs[port] = bound if declared.many or not bound else bound[0]
+        run = stage.load_run()
+        call_stage(self.registry, stage, context, lambda: run(context, params, **inputs))
+
+    def _commit(self, context: Context, folders: Mapping[str, Path]) -> dict[str, Artifact]:
+        """Check every output, then commit every output: a stage with one bad output commits none."""
+        checked = {port: self._check(context, port) for port in sorted(folders)}
+        ended, outputs = timestamp(), {}
+        for port, (names, metadata) in checked.items():
+            type = self.request.outputs[port]
+            artifact = self.store.commit(
+                folders[port], type, names, metadata=metadata, provenance=self._provenance(ended)
+            )
+            outputs[port] = artifact
+            self.channel.send("artifact", {"port": port, "artifact_type": type, "id": artifact.id})
+        return outputs
+
+    def _check(self, context: Context, port: str) -> tuple[list[str], dict[str, Any]]:
+        directory, type = context.output(port), self.request.outputs[port]
+        try:
+            names = plain_files(directory)
+            derived = types.check_commit(type, directory, names)
+        except (NotPlain, types.Unfit) as error:
+            raise StageError(f"output `{port}` is no valid {type}: {error}", hint="nothing was committed") from error
+        described = json.loads(encode(context.metadata[port]))
+        return names, {**derived, **described}
+
+    def _provenance(self, ended: str) -> dict[str, Any]:
+        request = self.request
+        return {
+            "key": request.key,
+            "stage": request.stage,
+            "instance": request.instance,
+            "plugin": dict(request.plugin),
+            "with": dict(request.preimage["with"]),
+            "inputs": dict(request.preimage["inputs"]),
+            "key_deps": dict(request.preimage["key_deps"]),
+            "env": dict(request.preimage["env"]),
+            "observed": {**observed(), **request.observed},
+            "run": self.run,
+            "started": self.started,
+            "ended": ended,
+        }
+
+    def _publish(self, outputs: Mapping[str, Artifact], reported: Mapping[str, Any]) -> None:
+        """Publish the key unless an external input changed meanwhile; the first published result is everyone's."""
+        pointer = Pointer(
+            key=self.request.key,
+            preimage=self.request.preimage,
+            outputs={port: artifact.id for port, artifact in outputs.items()},
+            metrics=json.loads(encode(reported)),
+            run=self.run,
+            ended=timestamp(),
+            seconds=round(time.monotonic() - self.begun, 3),
+        )
+        changed = next((text for snapshot in self.request.snapshots if (text := snapshot.changed())), "")
+        if changed:
+            self._warn(f"{changed} changed while the stage ran: the result is kept, but will not be reused")
+        elif self.publish != "no":
+            pointer = self.store.publish(pointer, replace=self.publish == "replace")
+        self.channel.send("result", {"outputs": dict(pointer.outputs), "metrics": dict(pointer.metrics)})
+
+
+def checked_stage(registry: Registry, request: Request) -> Stage:
+    """The stage that the request names; MachineError if another plugin or revision of it is installed here."""
+    stage = registry.stage(request.stage)
+    origin = registry.origin(request.stage)
+    here, there = (origin.dist, stage.rev), (request.plugin["dist"], request.plugin["rev"])
+    if here != there:
+        raise MachineError(
+            f"stage `{stage.name}` is {there[0]} rev {there[1]} in the request, {here[0]} rev {here[1]} here",
+            hint=f"install {there[0]} {request.plugin.get('version', '')} on this machine",
+        )
+    return stage
+
+
+def observed() -> dict[str, Any]:
+    """Interpreter, platform and the versions of the libraries that this process has loaded."""
+    import platform
+
+    versions = {name: getattr(sys.modules[name], "__version__", "") for name in LIBRARIES if name in sys.modules}
+    system = f"{platform.system().lower()}-{platform.machine()}"
+    return {"python": platform.python_version(), "platform": system, **{n: str(v) for n, v in versions.items()}}
+
+
+def execute(store: Store, key: str, *, run: str, work: int, publish: Publish, channel: Channel) -> int:
+    """Do what the request of `key` says and return the exit code; every failure is told on the channel.
+
+    The traceback of whatever was raised goes to stderr, which is the stage's log.
+    """
+    owner = "llmctl"
+    try:
+        request = Request.read(store, key)
+        owner = str(request.plugin["dist"])
+        Execution(store, request, channel, run, work, publish)()
+    except BaseException as error:  # the edge of the process: plugin code raises anything
+        failure = explain(error, owner, store.root)
+        with contextlib.suppress(OSError):
+            _write_log(error, failure)
+        fields = {"code": failure.code, "message": failure.message, "hint": failure.hint, "bug": failure.bug}
+        channel.send("failure", fields)
+        return failure.code
+    return 0
+
+
+def _write_log(error: BaseException, failure: Failure) -> None:
+    if not isinstance(error, LlmctlError) or error.__cause__ is not None:
+        traceback.print_exception(error)
+    sys.stderr.write(f"error: {failure.message}\n" + (f"  hint: {failure.hint}\n" if failure.hint else ""))
+    sys.stderr.flush()

@@ -1,0 +1,59 @@
+"""`llmctl stage exec`: the command that every launcher starts, here or on another machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.group(hidden=True)
+def stage() -> None:
+    """Run stages of requests (internal)."""
+
+
+@stage.command("exec")
+@click.option("--key", required=True, help="Action key of the request.")
+@click.option("--store", "store_path", required=True, type=click.Path(path_type=Path), help="The store.")
+@click.option("--run", "run_id", default="", help="Id of the run, for the manifest.")
+@click.option("--work", default=1, help="Number of the work directory.")
+@click.option("--publish", type=click.Choice(["first", "replace", "no"]), default="first", help="How to publish.")
+@click.option("--events", type=int, default=1, help="Descriptor that gets the events.")
+@click.option("--parent", type=int, help="Process that this one must not outlive.")
+@click.option("--heartbeat", type=int, help="Descriptor that ends when the parent does.")
+@click.option("--lock", type=int, help="Descriptor of the lock that this process shares.")
+def exec_(
+    key: str,
+    store_path: Path,
+    run_id: str,
+    work: int,
+    publish: str,
+    events: int,
+    parent: int | None,
+    heartbeat: int | None,
+    lock: int | None,
+) -> int:
+    """Do what the request of KEY in the store says, commit, and leave with the exit code of the stage."""
+    from llmctl.launch import guard
+
+    for descriptor in (events, heartbeat, lock):
+        if descriptor is not None and descriptor > 2:
+            # Nothing that the stage starts may keep the pipe open or the lock held.
+            os.set_inheritable(descriptor, False)
+    watchdog = None
+    if parent is not None and heartbeat is not None:
+        shared = tuple(descriptor for descriptor in (events, lock) if descriptor is not None and descriptor > 2)
+        watchdog = guard.tie_to(parent, heartbeat, shared)
+    import faulthandler
+    from typing import cast
+
+    faulthandler.enable()
+    from llmctl.launch.child import Channel, Publish, execute
+    from llmctl.store import Store
+
+    channel = Channel(events)
+    code = execute(Store.open(store_path), key, run=run_id, work=work, publish=cast(Publish, publish), channel=channel)
+    if watchdog is not None:
+        guard.release(watchdog)
+    return code

@@ -1,0 +1,42 @@
+"""The environment of a stage's process: an allow-list of the runner's, then what the spec declares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+NAMES = frozenset(
+    ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TMP", "TEMP", "VIRTUAL_ENV")
+    + ("CONDA_PREFIX", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    + ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "no_proxy", "all_proxy")
+)
+PREFIXES = (
+    "LC_", "PYTHON", "LD_", "DYLD_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH",
+    "PYTORCH_", "ORT_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "LLMCTL_", "XDG_",
+)  # fmt: skip
+FIXED = {
+    # Iteration order of sets of strings must not differ between two runs of one stage.
+    "PYTHONHASHSEED": "0",
+    # The fork warning of tokenizers is noise: a stage that wants threads asks for them.
+    "TOKENIZERS_PARALLELISM": "false",
+    # A print is in the log even if the process is killed right after it.
+    "PYTHONUNBUFFERED": "1",
+}
+
+
+def stage_environment(
+    declared: Mapping[str, str],
+    cpus: int | None = None,
+    gpus: int | None = None,
+    base: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """What the stage sees: allowed variables of `base` (this process), fixed ones, resources, declared ones last."""
+    source = os.environ if base is None else base
+    allowed = {name: value for name, value in source.items() if name in NAMES or name.startswith(PREFIXES)}
+    limits: dict[str, str] = {}
+    if cpus is not None:
+        limits |= {"OMP_NUM_THREADS": str(cpus), "MKL_NUM_THREADS": str(cpus)}
+    if gpus is not None:
+        visible = [name for name in allowed.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        limits["CUDA_VISIBLE_DEVICES"] = ",".join((visible or [str(i) for i in range(gpus)])[:gpus])
+    return {**allowed, **FIXED, **limits, **declared}
