@@ -35,8 +35,9 @@ class Detokenizer:
     """Turns ids into text one by one; the parts joined are `tokenizer.decode` of all ids.
 
     (With byte fallback, as in SentencePiece, where those ids are valid UTF-8: there a bad byte would change what came
-    before it, which is already shown.) A part is held back while it ends within a UTF-8 character. Only the ids since the last clean cut are decoded
-    again, with one part of context before them, because a decoder may treat the first token differently.
+    before it, which is already shown.) A part is held back while it ends within a UTF-8 character. Only the ids since
+    the last clean cut are decoded again, with one part of context before them, because a decoder may treat the first
+    token differently.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
