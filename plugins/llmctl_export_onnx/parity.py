@@ -32,8 +32,8 @@ class Parity:
 
     @property
     def max_abs_diff(self) -> float:
-        """The largest of all."""
-        return max(self.prefill, self.cached, self.ragged)
+        """The largest of all; NaN if any is NaN."""
+        return float(np.max([self.prefill, self.cached, self.ragged]))
 
     def metrics(self) -> dict[str, float | int]:
         """Under the names that gates read."""

@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmctl import Artifact, InputError, StageError
+from llmctl.generator import Sampling
+from llmctl.ort import open_bundle
+from llmctl.testing import StageResult, run_stage
+from llmctl_export_onnx import EXPORT_ONNX
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama tied": {"arch": "llama", "kv_heads": 2},
+    "llama untied": {"arch": "llama", "kv_heads": 1, "tie_embeddings": False},
+    "qwen3": {"arch": "qwen3", "kv_heads": 2},
+    "gpt2": {"arch": "gpt2"},
+    "rotated outside": {"arch": "llama", "dim": 48, "heads": 2, "kv_heads": 1},  # head width 24
+    "padded heads": {"arch": "llama", "dim": 40, "heads": 4},  # head width 10
+}
+
+
+def save(directory: Path, **changes: Any) -> Artifact:
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+
+    shape = {"vocab_size": 97, "dim": 64, "layers": 2, "heads": 4, "context": 80, "bos_id": 0, "eos_id": 1, "pad_id": 2}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**shape, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():  # no two norms alike, biases not 0
+            parameter += torch.randn_like(parameter) * 0.05
+    save_model(model, directory)
+    return Artifact(directory, "model.hf")
+
+
+def export(directory: Path, model: Artifact, data: Artifact | None = None, **params: Any) -> StageResult:
+    return run_stage(EXPORT_ONNX, directory, {"parity_prompts": 3, "threads": 1, **params}, model=model, data=data)
+
+
+def graph(result: StageResult) -> Any:
+    return onnx.load(result.outputs["model"] / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return save(tmp_path_factory.mktemp("llama"), arch="llama", kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def exported(llama: Artifact, tmp_path_factory: pytest.TempPathFactory) -> StageResult:
+    return export(tmp_path_factory.mktemp("exported"), llama, parity_prompts=20)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_one_fused_attention_per_layer_and_each_weight_once(tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = save(tmp_path / "hf", **FAMILIES[family])
+    result = export(tmp_path / "out", model)
+    assert result.metrics["gqa_nodes"] == result.metrics["layers"] == 2
+    assert result.metrics["parity.max_abs_diff"] < 1e-5
+    assert result.metrics["parity.greedy_equal"] == result.metrics["parity.prompts"] == 3
+    found = graph(result)
+    operators = Counter(node.op_type for node in found.graph.node)
+    assert operators["GroupQueryAttention"] == 2
+    assert not {"Softmax", "Attention", "Transpose", "ScatterND", "Where"} & set(operators)
+    # Counted from the file, against transformers' own count.
+    hf = AutoModelForCausalLM.from_pretrained(model.path)
+    named = [t for t in found.graph.initializer if t.name.endswith((".weight", ".bias"))]
+    weights = sum(int(np.prod(t.dims)) for t in named)
+    assert weights == hf.num_parameters() == result.metrics["parameters"]
+    # The rest of the file is rotary tables and the graph, which is small: no exporter's notes are left in it.
+    rest = {t.name: int(np.prod(t.dims)) for t in found.graph.initializer if t not in named}
+    assert sum(size for name, size in rest.items() if not name.endswith("_cache")) < 100
+    assert (result.outputs["model"] / "model.onnx").stat().st_size < 30_000
+    assert result.metrics["bytes"] == sum(p.stat().st_size for p in result.outputs["model"].path.glob("model.onnx*"))
+
+
+def test_the_bundle_answers_as_transformers(exported: StageResult, llama: Artifact) -> None:
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(llama.path).eval()
+    generator = open_bundle(exported.outputs["model"].path, "cpu", 1)
+    prompt = [3, 50, 7, 7, 90]
+    expected = hf.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0, 5:].tolist()
+    answer = list(generator.stream(prompt, Sampling(max_new_tokens=60)))
+    assert answer == [token for token in expected if token != 1]
+    assert exported.metrics["parity.greedy_equal"] == 20
+
+
+def test_the_bundle_holds_what_other_tools_read(exported: StageResult, llama: Artifact) -> None:
+    bundle = exported.outputs["model"].path
+    assert (bundle / "config.json").read_bytes() == (llama / "config.json").read_bytes()
+    assert (bundle / "generation_config.json").is_file()
+    genai = json.loads((bundle / "genai_config.json").read_text())
+    inputs = {value.name: value for value in graph(exported).graph.input}
+    decoder = genai["model"]["decoder"]
+    assert set(inputs) == {"input_ids", "attention_mask"} | {
+        decoder["inputs"][name] % layer for name in ("past_key_names", "past_value_names") for layer in range(2)
+    }
+    dims = [d.dim_param or d.dim_value for d in inputs["past_key_values.0.key"].type.tensor_type.shape.dim]
+    assert dims == ["batch_size", decoder["num_key_value_heads"], "past_sequence_length", decoder["head_size"]]
+    assert genai["model"]["context_length"] == genai["search"]["max_length"] == 80
+    assert genai["search"]["past_present_share_buffer"] is True
+
+
+def test_optimum_loads_the_bundle(exported: StageResult, llama: Artifact) -> None:
+    from optimum.onnxruntime import ORTModelForCausalLM
+
+    model = ORTModelForCausalLM.from_pretrained(exported.outputs["model"].path, provider="CPUExecutionProvider")
+    prompt = [3, 50, 7, 7, 90]
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, 5:].tolist()
+    generator = open_bundle(exported.outputs["model"].path, "cpu", 1)
+    assert [token for token in out if token != 1] == list(generator.stream(prompt, Sampling(max_new_tokens=20)))
+
+
+def test_equal_models_give_equal_bytes(exported: StageResult, llama: Artifact, tmp_path: Path) -> None:
+    again = export(tmp_path, llama)
+    digests = [
+        {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in result.outputs["model"].path.iterdir()}
+        for result in (exported, again)
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_graph_with_one_layer_a_hundredth_off_is_refused(
+    llama: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmctl_export_onnx import graph as module
+
+    trace = module.trace
+
+    def sabotage(model: Any, opset: int) -> Any:
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            model.blocks[1].ffn.down.weight *= 1.01
+        return trace(model, opset)
+
+    monkeypatch.setattr(module, "trace", sabotage)
+    monkeypatch.setattr(module, "account_weights", lambda *_: None)
+    with pytest.raises(StageError, match="logits differ by up to"):
+        export(tmp_path, llama)
+    assert not list(tmp_path.rglob("model.onnx*")), "no model is left behind"
+
+
+def test_other_greedy_tokens_are_refused_whatever_the_tolerance(
+    llama: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmctl_export_onnx import run as module
+
+    step = module.parity.InPlaceRows.step
+    monkeypatch.setattr(module.parity.InPlaceRows, "step", lambda rows, tokens: np.roll(step(rows, tokens), 1))
+    with pytest.raises(StageError, match="3 of 3 prompts give other greedy tokens"):
+        export(tmp_path, llama, tolerance=1e6)
+
+
+def test_a_difference_that_is_not_a_number_is_refused() -> None:
+    from llmctl_export_onnx.parity import Parity
+
+    Parity(0.0, 0.0, 0.0, 1, 1).check(1e-4)
+    with pytest.raises(StageError):
+        Parity(0.0, float("nan"), 0.0, 1, 1).check(1e-4)
+
+
+def test_a_weight_stored_twice_or_lost_is_noticed(llama: Artifact) -> None:
+    import onnx_ir as ir
+
+    from llmctl.nn.hf import load_model
+    from llmctl_export_onnx import graph as module
+
+    model = load_model(llama.path)
+    weight = model.blocks[0].ffn.up.weight.detach().numpy()
+    found = module.trace(model.eval(), 23)
+    module.account_weights(found, model)
+    copy = ir.Value(name="copy", const_value=ir.tensor(np.ascontiguousarray(weight.T), name="copy"))
+    found.graph.register_initializer(copy)
+    with pytest.raises(StageError, match=r"holds the weight blocks\.0\.ffn\.up\.weight 2 times"):
+        module.account_weights(found, model)
+    del found.graph.initializers["copy"], found.graph.initializers["blocks.0.ffn.up.weight"]
+    with pytest.raises(StageError, match="0 times"):
+        module.account_weights(found, model)
+
+
+def test_prompts_come_from_the_data(tmp_path: Path, exported: StageResult) -> None:
+    from llmctl.text.shards import ShardWriter
+    from llmctl_export_onnx.prompts import draw
+
+    with ShardWriter(tmp_path, vocab_size=97, tokenizer="sha256:0", splits=("train", "validation")) as writer:
+        writer.add("train", [5] * 200, 200)
+        writer.add("validation", [6] * 200, 200)
+    data = Artifact(tmp_path, "dataset.tokens")
+    first, *others = draw(data, tmp_path, 97, 16, 5, seed=0)
+    assert len(first) == 16
+    assert len(others) == 4
+    assert {token for prompt in others for token in prompt} == {6}
+    assert draw(None, tmp_path, 97, 16, 5, seed=0) == draw(None, tmp_path, 97, 16, 5, seed=0)
+    assert draw(None, tmp_path, 97, 16, 5, seed=0) != draw(None, tmp_path, 97, 16, 5, seed=1)
+    with pytest.raises(InputError, match="a vocabulary of 97, the model one of 96"):
+        draw(data, tmp_path, 96, 16, 5, seed=0)
+
+
+def test_the_operator_set_can_be_chosen(llama: Artifact, tmp_path: Path) -> None:
+    result = export(tmp_path, llama, opset=21)
+    assert {o.domain: o.version for o in graph(result).opset_import} == {"": 21, "com.microsoft": 1}
+    assert result.metrics["parity.max_abs_diff"] < 1e-5
+
+
+def neox(directory: Path) -> Any:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=97,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=80,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = GPTNeoXForCausalLM(config).eval()
+    model.save_pretrained(directory)
+    return model
+
+
+def test_another_decoder_goes_through_optimum(tmp_path: Path) -> None:
+    model = neox(tmp_path / "hf")
+    result = export(tmp_path / "out", Artifact(tmp_path / "hf", "model.hf"))
+    assert result.metrics["parity.max_abs_diff"] < 1e-4
+    assert result.metrics["parity.greedy_equal"] == 3
+    assert result.metrics["parameters"] == model.num_parameters()
+    generator = open_bundle(result.outputs["model"].path, "cpu", 1)
+    prompts = [[3, 50, 7, 7, 90], [11]]
+    for prompt, answer in zip(prompts, generator.generate(prompts, Sampling(max_new_tokens=30)), strict=True):
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=1)
+        assert answer == [token for token in out[0, len(prompt) :].tolist() if token != 1]
+    # The control: the proof looks at this path too.
+    with pytest.raises(StageError, match="logits differ"):
+        export(tmp_path / "strict", Artifact(tmp_path / "hf", "model.hf"), tolerance=1e-12)
+    assert not list((tmp_path / "strict").rglob("*.onnx"))
+
+
+def test_an_encoder_goes_through_optimum(tmp_path: Path) -> None:
+    from onnxruntime import InferenceSession
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=40,
+    )
+    model = BertModel(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    result = export(tmp_path / "out", Artifact(tmp_path / "hf", "model.hf"))
+    assert result.metrics["parity.max_abs_diff"] < 1e-4
+    session = InferenceSession(str(result.outputs["model"] / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids, mask = np.array([[5, 6, 7], [8, 9, 0]]), np.array([[1, 1, 1], [1, 1, 0]])
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    with torch.no_grad():
+        expected = model(**{k: torch.from_numpy(v) for k, v in feeds.items()}).last_hidden_state.numpy()
+    assert np.abs(session.run(["last_hidden_state"], feeds)[0] - expected).max() < 1e-5
+    with pytest.raises(InputError, match="is no decoder that generates text"):
+        open_bundle(result.outputs["model"].path, "cpu", 1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("GPTNeoXForCausalLM", "text-generation-with-past"),
+        ("BertForMaskedLM", "fill-mask"),
+        ("RobertaForSequenceClassification", "text-classification"),
+        ("BertForTokenClassification", "token-classification"),
+        ("BertForQuestionAnswering", "question-answering"),
+        ("BertModel", "feature-extraction"),
+    ],
+)
+def test_the_task_follows_from_the_architecture(architecture: str, task: str) -> None:
+    from llmctl_export_onnx.foreign import choose_task
+
+    assert choose_task({"architectures": [architecture]}) == task
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "config.json is missing"),
+        ("{", "config.json is no valid JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"architectures": ["T5ForConditionalGeneration"]}', "none of them tells what to export"),
+        ('{"architectures": ["NoSuchForCausalLM"], "model_type": "nosuch"}', "Optimum cannot export"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(tmp_path: Path, config: str | None, message: str) -> None:
+    (tmp_path / "hf").mkdir()
+    if config is not None:
+        (tmp_path / "hf" / "config.json").write_text(config)
+    with pytest.raises(InputError, match=message) as caught:
+        export(tmp_path / "out", Artifact(tmp_path / "hf", "model.hf"))
+    assert "\n" not in caught.value.message
+
+
+def test_native_can_be_insisted_on(tmp_path: Path) -> None:
+    neox(tmp_path / "hf")
+    with pytest.raises(InputError, match="GPTNeoXForCausalLM"):
+        export(tmp_path / "out", Artifact(tmp_path / "hf", "model.hf"), exporter="native")
+
+
+def test_our_own_model_can_go_through_optimum(llama: Artifact, tmp_path: Path) -> None:
+    result = export(tmp_path, llama, exporter="optimum", task="text-generation-with-past")
+    assert result.metrics["parity.greedy_equal"] == 3
+    assert json.loads((result.outputs["model"] / "genai_config.json").read_text())["search"] != {}
+    assert open_bundle(result.outputs["model"].path, "cpu", 1).in_place is False
+
+
+GENAI = """
+import json, sys
+import onnxruntime_genai as og
+model = og.Model(sys.argv[1])
+for prompt in json.loads(sys.argv[2]):
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + 40, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens([prompt])
+    while not generator.is_done():
+        generator.generate_next_token()
+    print(json.dumps([int(token) for token in generator.get_sequence(0)][len(prompt):]))
+"""
+
+
+@pytest.fixture(scope="session")
+def genai_python() -> Path:
+    """An environment of its own: onnxruntime-genai needs onnxruntime, which must not stand beside onnxruntime-gpu."""
+    home = Path.home() / ".cache" / "llmctl-tests" / "genai-0.18.0"
+    python = home / "bin" / "python"
+    if not (home / "ready").is_file():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True)
+        packages = ["onnxruntime-genai==0.18.0", "onnxruntime==1.31.1"]
+        done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot install onnxruntime-genai: {done.stderr.strip().splitlines()[-1]}")
+        (home / "ready").touch()
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_onnxruntime_genai_gives_the_same_greedy_tokens(genai_python: Path, tmp_path: Path, family: str) -> None:
+    bundle = export(tmp_path / "out", save(tmp_path / "hf", **FAMILIES[family])).outputs["model"].path
+    prompts = [[3, 50, 7, 7, 90], [11], list(range(2, 32))]
+    command = [genai_python, "-c", GENAI, bundle, json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    generator = open_bundle(bundle, "cpu", 1)
+    for prompt, line in zip(prompts, done.stdout.splitlines(), strict=True):
+        answer = list(generator.stream(prompt, Sampling(max_new_tokens=40)))
+        assert [token for token in json.loads(line) if token != 1] == answer
