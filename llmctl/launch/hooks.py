@@ -39,7 +39,7 @@ class MetricSinks:
 
     def __call__(self, metric: Mapping[str, Any]) -> None:
         """Pass one metric event on, if its value is a number."""
-        value = metric.get("value")
+        value: Any = metric.get("value")
         value = value.item() if hasattr(value, "item") else value
         if isinstance(value, bool) or not isinstance(value, int | float):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,19 @@ class StageResult:
     hint: str = ""
     log: Path | None = None
     gates: tuple[GateResult, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """The parts that `run.json` keeps."""
+        return {
+            "status": self.status,
+            "key": self.key,
+            "outputs": {port: {"id": a.id, "type": a.type} for port, a in self.outputs.items()},
+            "metrics": dict(self.metrics),
+            "seconds": round(self.seconds, 3),
+            "code": self.code,
+            "message": self.message,
+            "gates": [asdict(gate) for gate in self.gates],
+        }
 
     @property
     def ok(self) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from llmctl.launch.signals import Stop
+from llmctl.console import open_reporter
+from llmctl.launch.signals import Stop, signals_stop
+from llmctl.pipeline.events import Event, open_copy, write_event
 from llmctl.pipeline.result import RunResult
+from llmctl.pipeline.run import run_pipeline
 from llmctl.spec.resolved import Pipeline
 from llmctl.store import Store
 
@@ -21,7 +25,18 @@ def run_session(
 ) -> RunResult:
     """`run_pipeline(pipeline, store, **options)` with signal handlers, `open_reporter()` and `--events FILE|fd:N`.
 
-    `watch` is called about twice a second while a stage runs; it may call `stop.request(code)` (`--stop-on-reader-exit`
-    gives 141). The caller raises `result.error()` if it is not None.
+    `watch` is called about four times a second while a stage runs; it may call `stop.request(code)`
+    (`--stop-on-reader-exit` gives 141). The caller raises `result.error()` if it is not None.
     """
-    raise NotImplementedError
+    with contextlib.ExitStack() as stack:
+        copy = stack.enter_context(open_copy(events)) if events else None
+        reporter = stack.enter_context(open_reporter())
+        stop = stack.enter_context(signals_stop())
+
+        def emit(event: Event) -> None:
+            reporter.event(event)
+            if copy is not None:
+                write_event(copy, event)
+
+        tick = None if watch is None else lambda: watch(stop)
+        return run_pipeline(pipeline, store, emit=emit, stop=stop, tick=tick, **options)

@@ -102,6 +102,10 @@ def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str
     artifact whose bytes are no longer those of its manifest.
     """
     manifest = _manifest(path)
+    if manifest and accepted and manifest.type not in accepted:
+        raise InputError(
+            f"{path} is a {manifest.type}, wanted {' or '.join(accepted)}", hint="check which input it is for"
+        )
     type = manifest.type if manifest else _choose(path, accepted)
     files = list_files(path)
     if not files:

@@ -1,0 +1,29 @@
+"""`output:` of a stage: where its result is copied to, and the copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmctl.spec.resolved import StageSpec
+from llmctl.stage import Artifact
+from llmctl.store.commit import intact
+from llmctl.store.copying import materialise
+
+
+def export_targets(spec: StageSpec) -> dict[str, Path]:
+    """Port → directory. One result lies in `output:` itself, several in a subdirectory each; metrics only if alone."""
+    if spec.output is None:
+        return {}
+    ports = [port for port, type in spec.outputs.items() if type != "metrics"] or list(spec.outputs)
+    if len(ports) == 1:
+        return {ports[0]: spec.output}
+    return {port: spec.output / port for port in ports}
+
+
+def export(artifact: Artifact, target: Path) -> bool:
+    """Copy unless the same artifact is there already with all its files; whether it was copied."""
+    there = intact(target)
+    if there is not None and there.id == artifact.id:
+        return False
+    materialise(artifact, target)
+    return True

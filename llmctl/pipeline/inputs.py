@@ -1,0 +1,124 @@
+"""From the references of a spec to artifacts: outputs of stages, declared sources, paths, globs, ids, names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from llmctl.errors import InputError
+from llmctl.spec.resolved import IdRef, NameRef, PathRef, Pipeline, Ref, SourceRef, StageRef, StageSpec
+from llmctl.stage import Artifact, In
+from llmctl.store import Store
+from llmctl.store.external import External, Snapshot, expand, read_external
+
+Outputs = Mapping[str, Mapping[str, Artifact]]
+"""Stage id → output port → artifact, for the stages that are done."""
+
+
+class Inputs:
+    """Binds the inputs of a pipeline's stages; files outside the store are read once."""
+
+    def __init__(self, pipeline: Pipeline, store: Store) -> None:
+        self._pipeline = pipeline
+        self._store = store
+        self._external: dict[tuple[Path, tuple[str, ...], str], External] = {}
+
+    def check_paths(self, specs: Sequence[StageSpec]) -> None:
+        """Raise InputError for the first path that does not exist or glob that matches nothing; reads no contents."""
+        for ref in (ref for spec in specs for refs in spec.inputs.values() for ref in refs):
+            if isinstance(ref, PathRef | SourceRef):
+                self._paths(ref)
+
+    def check(self, specs: Sequence[StageSpec]) -> None:
+        """Read everything that no stage makes; the first that is damaged or of a wrong kind is an InputError."""
+        for spec in specs:
+            for port, refs in spec.inputs.items():
+                list(self._given(spec.stage.inputs[port], refs))
+
+    def bind(self, spec: StageSpec, outputs: Outputs) -> dict[str, list[Artifact]] | None:
+        """The artifacts of every bound port, or None while a stage that makes one of them has not run."""
+        bound: dict[str, list[Artifact]] = {}
+        for port, refs in spec.inputs.items():
+            given = dict(self._given(spec.stage.inputs[port], refs))
+            artifacts: list[Artifact] = []
+            for ref in refs:
+                if not isinstance(ref, StageRef):
+                    artifacts += given[ref]
+                elif ref.stage in outputs:
+                    artifacts.append(outputs[ref.stage][ref.port])
+                else:
+                    return None
+            bound[port] = artifacts
+        return bound
+
+    def snapshots(self, bound: Mapping[str, Sequence[Artifact]]) -> list[Snapshot]:
+        """How the external files among these inputs looked when they were read."""
+        paths = {artifact.path for artifacts in bound.values() for artifact in artifacts}
+        found = {item.artifact.path: item.snapshot for item in self._external.values()}
+        return [snapshot for path, snapshot in found.items() if path in paths]
+
+    def _given(self, port: In, refs: Sequence[Ref]) -> Iterator[tuple[Ref, list[Artifact]]]:
+        """The artifacts of the references that do not point at stages."""
+        paths = {ref: self._paths(ref) for ref in refs if isinstance(ref, PathRef | SourceRef)}
+        names = _names([path for found in paths.values() for path in found])
+        for ref in refs:
+            if ref in paths:
+                accepted = (ref.type,) if ref.type else port.types
+                artifacts = [self._read(path, accepted, names.get(path, ""), ref) for path in paths[ref]]
+                if len(artifacts) > 1 and not port.many:
+                    raise InputError(f"`{ref}` matches {len(artifacts)} files, the input takes one{_at(ref)}")
+                yield ref, artifacts
+            elif isinstance(ref, IdRef | NameRef):
+                yield ref, [self._stored(port, ref)]
+            elif not isinstance(ref, StageRef):
+                raise InputError("an input was to come from stdin, and nothing did", hint="pipe a stage into this one")
+
+    def _paths(self, ref: PathRef | SourceRef) -> list[Path]:
+        uri = ref.uri if isinstance(ref, PathRef) else self._pipeline.sources[ref.name].uri
+        found = expand(self._pipeline.resolve(uri))
+        if not found:
+            is_glob = any(sign in uri for sign in "*?[")
+            what = "nothing matches" if is_glob else "no such file or directory:"
+            raise InputError(
+                f"{what} {uri}{_at(ref, self._pipeline)}", hint=f"looked for {self._pipeline.resolve(uri)}"
+            )
+        return found
+
+    def _read(self, path: Path, accepted: tuple[str, ...], name: str, ref: Ref) -> Artifact:
+        inside = path.is_relative_to(self._store.root / "artifacts")
+        if inside:
+            return self._store.at(path, accepted)
+        key = (path, accepted, name)
+        if key not in self._external:
+            try:
+                self._external[key] = read_external(self._store, path, accepted, name)
+            except InputError as error:
+                raise InputError(f"{error.message}{_at(ref, self._pipeline)}", hint=error.hint) from error
+        return self._external[key].artifact
+
+    def _stored(self, port: In, ref: IdRef | NameRef) -> Artifact:
+        if isinstance(ref, IdRef):
+            return self._store.resolve(ref.id, port.types)
+        name = ref.name if "/" in ref.name else f"{self._pipeline.name}/{ref.name}"
+        return self._store.resolve(f"{name}@{ref.tag}", port.types)
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """What single files are called in their content ids: relative to the directory they share.
+
+    A file's name is part of its id, since readers choose by it and write it into their rows; where it lies is not.
+    """
+    files = [path for path in paths if path.is_file()]
+    if not files:
+        return {}
+    common = Path(os.path.commonpath([path.parent for path in files]))
+    return {path: path.relative_to(common).as_posix() for path in files}
+
+
+def _at(ref: Ref, pipeline: Pipeline | None = None) -> str:
+    """` (file:line:column)` of a reference, if it has one."""
+    where = ref.where if isinstance(ref, PathRef) else ""
+    if isinstance(ref, SourceRef) and pipeline is not None:
+        where = pipeline.sources[ref.name].where
+    return f" ({where})" if where else ""
