@@ -14,6 +14,7 @@ from llmctl.text.tokenizer import Message, Tokenizer
 REFUSAL = "I cannot answer that from these documents."
 MARK = re.compile(r"(?<![\w\])])\[(\d+)\]")
 """A citation; the index in `argv[1]` is none."""
+PARTIAL = re.compile(r"\[\d*\Z")
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 INSTRUCTION = "Answer from these passages and cite them by number, as in [1]."
 
@@ -102,14 +103,46 @@ def citations(answer: str, passages: Sequence[Passage]) -> list[Citation]:
     return [Citation(number, passages[number - 1]) for number in numbers if 1 <= number <= len(passages)]
 
 
-def attribute(index: Index, answer: str, passages: Sequence[Passage]) -> str:
-    """`answer` with a citation: as it is if one resolves, else marked with the passage that supports its words most.
+class CitationFilter:
+    """Takes citations that stand for nothing out of a text that arrives in parts."""
 
-    An answer that no passage supports gets no citation. Marks that stand for nothing are taken out.
-    """
-    cleaned = MARK.sub(lambda mark: mark.group() if 1 <= int(mark.group(1)) <= len(passages) else "", answer).strip()
-    if citations(cleaned, passages) or not cleaned:
-        return cleaned
-    supports = [index.support(cleaned, passage.chunk.searched) for passage in passages]
+    def __init__(self, passages: int) -> None:
+        self._passages = passages
+        self._held = ""
+        self._before = ""
+
+    def add(self, text: str) -> str:
+        """What may be shown; the beginning of a citation is held back until its end has come."""
+        self._held += text
+        cut = PARTIAL.search(self._held)
+        return self._show(cut.start() if cut else len(self._held))
+
+    def flush(self) -> str:
+        """The rest."""
+        return self._show(len(self._held))
+
+    def _show(self, size: int) -> str:
+        part, self._held = self._held[:size], self._held[size:]
+        # The character before decides whether `[1]` is a citation or an index.
+        shown = MARK.sub(self._keep, self._before + part)[len(self._before) :]
+        self._before = (self._before + part)[-1:]
+        return shown
+
+    def _keep(self, mark: re.Match[str]) -> str:
+        return mark.group() if 1 <= int(mark.group(1)) <= self._passages else ""
+
+
+def missing_citation(index: Index, answer: str, passages: Sequence[Passage]) -> str:
+    """What to add to an answer without citation: one of the passage that supports its words most, if any does."""
+    if citations(answer, passages) or not answer.strip():
+        return ""
+    supports = [index.support(answer, passage.chunk.searched) for passage in passages]
     best = max(range(len(supports)), key=supports.__getitem__, default=0)
-    return f"{cleaned} [{best + 1}]" if supports and supports[best] > 0 else cleaned
+    return f" [{best + 1}]" if supports and supports[best] > 0 else ""
+
+
+def attribute(index: Index, answer: str, passages: Sequence[Passage]) -> str:
+    """A whole answer with citations that resolve: those that stand for nothing removed, a missing one added."""
+    filtered = CitationFilter(len(passages))
+    cleaned = (filtered.add(answer) + filtered.flush()).rstrip()
+    return cleaned + missing_citation(index, cleaned, passages)

@@ -189,8 +189,11 @@ class Index:
         return int(starts[number + 1] - starts[number])
 
     def rarity(self, term: str) -> float:
-        """Lucene's inverse document frequency, ln(1 + (N - n + 0.5) / (n + 0.5)); highest for an unknown term."""
-        count = self.frequency(term)
+        """Lucene's inverse document frequency, ln(1 + (N - n + 0.5) / (n + 0.5)).
+
+        A term that no chunk knows is as rare as one that a single chunk knows: the corpus cannot tell more.
+        """
+        count = max(1, self.frequency(term))
         return math.log1p((len(self.chunks) - count + 0.5) / (count + 0.5))
 
     def scores(self, question: str) -> np.ndarray:

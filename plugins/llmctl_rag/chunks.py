@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import semchunk
 
@@ -90,11 +91,12 @@ class Chunker:
 
     def __init__(self, count: Counter, limit: int, overlap: int = 0) -> None:
         self._count, self._limit, self._overlap = count, limit, overlap
-        self._cut = semchunk.chunkerify(count, limit, memoize=False)
+        # semchunk's annotations are a union over all its options.
+        self._cut: Callable[..., Any] = semchunk.chunkerify(count, limit, memoize=False)
 
     def chunks(self, document: str, text: str, title: str = "") -> list[Chunk]:
         """The chunks of one document, in order; every character that is no white space is in one of them."""
-        found = []
+        found: list[Chunk] = []
         for start, end, paths in self._spans(text):
             start, end = _strip(text, start, end)
             if start < end:

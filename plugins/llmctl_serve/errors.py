@@ -1,0 +1,54 @@
+"""Errors as OpenAI's clients expect them: a status, and a body `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An answer that is no success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The HTTP response."""
+        return JSONResponse(self.body(), self.status, dict(self.headers or {}))
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400 that names the field of the first mistake; later ones are usually its consequences."""
+    first = errors[0]
+    place = [str(part) for part in first["loc"] if part != "body"]
+    # Names of alternatives in a union ("list[…]", "str") are no part of the request.
+    place = [part for part in place if part.isidentifier() or part.isdigit()]
+    while place and place[-1] in ("str", "ChatMessage", "Part", "Retrieval", "bool"):
+        place.pop()
+    param = ".".join(place)
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"unknown field `{param}`", param=param)
+    if first["type"] == "value_error":
+        named = message.split("`")
+        return ApiError(400, message, param=param or (named[1] if len(named) > 2 else None))
+    return ApiError(400, f"`{param}`: {message}" if param else message, param=param or None)
