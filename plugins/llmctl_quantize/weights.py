@@ -37,12 +37,13 @@ def quantize(
     model: onnx.ModelProto, *, bits: int, block: int, method: str, symmetric: bool, embedding_bits: int, accuracy: int
 ) -> onnx.ModelProto:
     """A quantized copy of `model` (weights in memory). InputError if there is nothing to quantize."""
+    already = len(_products(model))
     _split_gemm(model)
     if embedding_bits:
         _quantize_tables(model, embedding_bits, block, symmetric)
     model = _quantize_products(model, bits, block, method, symmetric)
-    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    if not products:
+    products = _products(model)
+    if len(products) == already:
         raise InputError("the graph has no product with a constant float matrix", hint="is it already quantized?")
     if accuracy:
         for node in products:
@@ -79,12 +80,49 @@ def _quantize_products(model: onnx.ModelProto, bits: int, block: int, method: st
     quantizer = module.MatMulNBitsQuantizer(
         model, block_size=block, is_symmetric=symmetric, algo_config=configs[method]()
     )
+    odd = _pad_odd(model, block) if method == "k-quant" and bits == 4 else {}
     # k-quant draws a progress bar on stdout, where pipelines pass references; hqq makes torch warn of read-only arrays.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantizer.process()
-    found = quantizer.model
-    return getattr(found, "model", found)  # type: ignore[no-any-return]  # ONNXModel, or k-quant's own wrapper
+    found: onnx.ModelProto = getattr(quantizer.model, "model", quantizer.model)  # ONNXModel, or k-quant's own wrapper
+    _cut_odd(found, odd, block)
+    return found
+
+
+def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+
+
+def _pad_odd(model: onnx.ModelProto, block: int) -> dict[str, int]:
+    """Give matrices with an odd number of blocks one of zeros more: k-quant packs 4-bit zero points in pairs over the
+    rows' ends. Returns the true K of each padded matrix."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    odd: dict[str, int] = {}
+    for node in model.graph.node:
+        tensor = constants.get(node.input[1]) if node.op_type == "MatMul" else None
+        if tensor is None or len(tensor.dims) != 2 or tensor.name in odd or -(-tensor.dims[0] // block) % 2 == 0:
+            continue
+        odd[tensor.name] = tensor.dims[0]
+        matrix = numpy_helper.to_array(tensor)
+        rows = (-(-tensor.dims[0] // block) + 1) * block
+        padded = np.concatenate([matrix, np.zeros((rows - len(matrix), matrix.shape[1]), matrix.dtype)])
+        tensor.CopyFrom(numpy_helper.from_array(padded, tensor.name))
+    return odd
+
+
+def _cut_odd(model: onnx.ModelProto, odd: dict[str, int], block: int) -> None:
+    """Take the added blocks off the quantized matrices again. A row's last zero point then fills half a byte."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in _products(model):
+        name = node.input[2].removesuffix("_scale")
+        if name not in odd:
+            continue
+        blocks = -(-odd[name] // block)
+        for stored in node.input[1:3]:
+            kept = np.ascontiguousarray(numpy_helper.to_array(constants[stored])[:, :blocks])
+            constants[stored].CopyFrom(numpy_helper.from_array(kept, stored))
+        _set_attribute(node, "K", odd[name])
 
 
 def _quantize_tables(model: onnx.ModelProto, bits: int, block: int, symmetric: bool) -> None:

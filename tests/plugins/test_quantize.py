@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from llmctl import Artifact, InputError, StageError
+from llmctl.generator import Sampling
+from llmctl.ort import open_bundle
+from llmctl.testing import StageResult, run_stage
+from llmctl_export_onnx import EXPORT_ONNX
+from llmctl_quantize import QUANTIZE
+from llmctl_quantize.params import QuantizeParams
+
+torch = pytest.importorskip("torch")
+onnx = pytest.importorskip("onnx")
+
+TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. "
+SPECIALS = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{{ '<|bos|>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] }}{{ '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def write_tokenizer(directory: Path) -> None:
+    """One token per byte after the special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {t: i for i, t in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({**names, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    (directory / "special_tokens_map.json").write_text(json.dumps(names))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A model that has learned TEXT, so that rounding its weights costs something."""
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+    from llmctl.text.tokenizer import Tokenizer
+
+    tokenizer_dir, directory = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("hf")
+    write_tokenizer(tokenizer_dir)
+    ids = torch.tensor(Tokenizer.load(tokenizer_dir).encode(TEXT * 4))
+    torch.manual_seed(0)
+    shape = {"vocab_size": 262, "dim": 96, "layers": 2, "heads": 4, "kv_heads": 2, "ff_dim": 160, "context": 96}
+    model = Transformer(ModelConfig(arch="llama", **shape, bos_id=0, eos_id=1, pad_id=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(40):
+        starts = torch.arange(8) * 11 + step
+        batch = torch.stack([ids[s : s + 65] for s in starts.tolist()])
+        loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 2.0
+    save_model(model.eval(), directory, tokenizer_dir)
+    return Artifact(directory, "model.hf")
+
+
+@pytest.fixture(scope="module")
+def bundle(trained: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    params = {"parity_prompts": 2, "threads": 1}
+    return run_stage(EXPORT_ONNX, tmp_path_factory.mktemp("onnx"), params, model=trained).outputs["model"]
+
+
+@pytest.fixture(scope="module")
+def tokens(trained: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    from llmctl.text.shards import ShardWriter
+    from llmctl.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(trained.path)
+    path = tmp_path_factory.mktemp("tokens")
+    with ShardWriter(path, vocab_size=262, tokenizer=tokenizer.digest, splits=("train", "validation")) as writer:
+        for split in ("train", "validation"):
+            writer.add(split, tokenizer.encode_document(TEXT * 3), len(TEXT) * 3)
+    return Artifact(path, "dataset.tokens")
+
+
+def quantize(directory: Path, bundle: Artifact, data: Artifact | None = None, **params: Any) -> StageResult:
+    return run_stage(QUANTIZE, directory, {"threads": 1, "speed_rounds": 1, **params}, model=bundle, data=data)
+
+
+def load(bundle: Artifact) -> tuple[Any, dict[str, np.ndarray]]:
+    model = onnx.load(bundle / "model.onnx")
+    return model, {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The low nibble comes first."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def dequantize(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, columns: int) -> np.ndarray:
+    """`(N, K)` out of the layout of MatMulNBits; the zero point of symmetric weights is 2 ** (bits - 1)."""
+    rows = values.shape[0]
+    scales = scales.reshape(rows, -1)
+    blocks = scales.shape[1]
+    unpacked = unpack(values.reshape(rows, blocks, -1), bits).astype(np.float32)
+    if zeros is None:
+        zero = np.full((rows, blocks), 2 ** (bits - 1), np.float32)
+    elif zeros.dtype == np.uint8:
+        zero = unpack(zeros.reshape(rows, -1), bits)[:, :blocks].astype(np.float32)
+    else:
+        zero = zeros.reshape(rows, blocks)
+    return ((unpacked - zero[..., None]) * scales[..., None]).reshape(rows, -1)[:, :columns]
+
+
+def products(model: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The dequantized matrix `(N, K)` of every MatMulNBits, by the output it makes."""
+    made = {}
+    reshaped = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Reshape"}
+    for node in (node for node in model.graph.node if node.op_type == "MatMulNBits"):
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        values = arrays[reshaped.get(node.input[1], node.input[1])]
+        zeros = arrays[node.input[3]] if len(node.input) > 3 else None
+        made[node.output[0]] = dequantize(values, arrays[node.input[2]], zeros, attributes["bits"], attributes["K"])
+    return made
+
+
+SETTINGS = {
+    "int8": {"bits": 8},
+    "int8 symmetric": {"bits": 8, "symmetric": True, "block_size": 32},
+    "int4": {"bits": 4},
+    "int4 symmetric": {"bits": 4, "symmetric": True},
+    "int4 tables": {"bits": 4, "embedding_bits": 4},
+    "int4 padded": {"bits": 4, "block_size": 128},
+    "int4 hqq": {"bits": 4, "method": "hqq"},
+    "int4 k-quant": {"bits": 4, "method": "k-quant"},
+    "int8 k-quant": {"bits": 8, "method": "k-quant"},
+    "products only": {"bits": 8, "embedding_bits": 0},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_graph_computes_what_its_dequantized_weights_say(bundle: Artifact, tmp_path: Path, setting: str) -> None:
+    """Put back as floats by our own unpacking, the weights give the same logits: nothing is packed wrong."""
+    result = quantize(tmp_path, bundle, accuracy_level=0, **SETTINGS[setting])
+    quantized, arrays = load(result.outputs["model"])
+    original, floats = load(bundle)
+    matrices = products(quantized, arrays)
+    replaced = 0
+    for node in original.graph.node:
+        if node.op_type == "MatMul":
+            floats[node.input[1]] = matrices[node.output[0]].T
+            replaced += 1
+        elif node.op_type == "FusedMatMul" and node.output[0] in matrices:
+            floats[node.input[1]] = matrices[node.output[0]]  # the embedding reads the same table
+            replaced += 1
+    assert replaced == len(matrices)
+    for tensor in original.graph.initializer:
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(floats[tensor.name]), tensor.name))
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    onnx.save(original, reference / "model.onnx")
+    for name in ("config.json", "generation_config.json", "genai_config.json"):
+        (reference / name).write_bytes((bundle / name).read_bytes())
+    ids = np.random.default_rng(0).integers(0, 262, 60).tolist()
+    expected = open_bundle(reference, "cpu", 1).logits(ids)
+    got = open_bundle(result.outputs["model"].path, "cpu", 1).logits(ids)
+    assert np.abs(got - expected).max() / expected.std() < 1e-5
+    assert np.abs(expected - open_bundle(bundle.path, "cpu", 1).logits(ids)).max() > 1e-3, "rounding does something"
+
+
+def test_the_products_are_quantized_and_a_tied_table_is_stored_once(bundle: Artifact, tmp_path: Path) -> None:
+    result = quantize(tmp_path, bundle, bits=8)
+    model, arrays = load(result.outputs["model"])
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert operators["MatMulNBits"] == 2 * 7 + 1
+    assert operators["GatherBlockQuantized"] == 1
+    assert operators["MatMul"] == operators["FusedMatMul"] == operators["Gather"] == 0
+    tables = [a for a in arrays.values() if a.dtype == np.uint8 and a.shape[0] == 262 and a.size >= 262 * 96]
+    assert len(tables) == 1
+    # As small as the share says: a byte per weight, a float scale and a byte of zero point per block of 64.
+    weights = sum(a.size for a in arrays.values() if a.dtype == np.uint8)
+    bundle_path = result.outputs["model"].path
+    assert result.metrics["bytes"] == sum(p.stat().st_size for p in bundle_path.glob("model.onnx*"))
+    assert result.metrics["bytes"] < weights * (1 + 4 / 64) + 40_000
+    assert result.metrics["bytes.ratio"] == result.metrics["bytes"] / result.metrics["bytes.before"]
+    assert result.metrics["parameters"] == 262 * 96 + 2 * (96 * (96 + 48 + 48 + 96) + 3 * 96 * 160 + 2 * 96) + 96
+    assert {p.name for p in bundle_path.iterdir()} == {p.name for p in bundle.path.iterdir()}
+
+
+def test_symmetric_weights_need_no_zero_points(bundle: Artifact, tmp_path: Path) -> None:
+    model, _ = load(quantize(tmp_path, bundle, symmetric=True).outputs["model"])
+    assert {len(node.input) for node in model.graph.node if node.op_type == "MatMulNBits"} == {3}
+
+
+@pytest.mark.parametrize(("level", "attribute"), [(0, None), (1, 1), (4, 4)])
+def test_the_accuracy_level_reaches_every_product(
+    bundle: Artifact, tmp_path: Path, level: int, attribute: int | None
+) -> None:
+    model, _ = load(quantize(tmp_path, bundle, accuracy_level=level).outputs["model"])
+    found = {
+        next((a.i for a in node.attribute if a.name == "accuracy_level"), None)
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits"
+    }
+    assert found == {attribute}
+
+
+def test_k_quant_is_better_than_rounding_at_what_it_minimises(bundle: Artifact, tmp_path: Path) -> None:
+    """Squared errors weighted by sqrt(mean x^2 of the block) + |x|, as in llama.cpp's k-quants."""
+    original, floats = load(bundle)
+    true = {n.output[0]: floats[n.input[1]].T for n in original.graph.node if n.op_type == "MatMul"}
+    errors = {}
+    for method in ("rtn", "k-quant"):
+        result = quantize(tmp_path / method, bundle, bits=4, method=method, embedding_bits=0)
+        found = products(*load(result.outputs["model"]))
+        errors[method] = 0.0
+        for name, matrix in true.items():
+            blocks = matrix.reshape(-1, 32)  # 96 and 160 are multiples of 32
+            weights = np.sqrt((blocks**2).mean(axis=1, keepdims=True)) + np.abs(blocks)
+            errors[method] += (weights * (found[name].reshape(-1, 32) - blocks) ** 2).sum() / (
+                weights * blocks**2
+            ).sum()
+    assert errors["k-quant"] < 0.99 * errors["rtn"]
+
+
+def test_quality_is_measured_on_the_held_out_text(
+    trained: Artifact, bundle: Artifact, tokens: Artifact, tmp_path: Path
+) -> None:
+    from llmctl.nn.hf import load_model
+    from llmctl.text.shards import TokenShards
+
+    result = quantize(tmp_path, bundle, tokens, bits=8)
+    # Bits per byte of the original, computed by torch: one byte per token but for the two special ones.
+    ids = TokenShards.open(tokens).split("validation").tokens.astype(np.int64)
+    model, bits, size = load_model(trained.path).eval(), 0.0, 0
+    with torch.inference_mode():
+        for start in range(0, len(ids) - 1, 96):
+            window = torch.from_numpy(ids[start : start + 96])
+            nats = torch.nn.functional.cross_entropy(model(window[None, :-1])[0], window[1:], reduction="none")
+            counted = window[1:] >= 6
+            bits += nats[counted].sum().item() / math.log(2)
+            size += int(counted.sum())
+    assert result.metrics["tokens_compared"] == size
+    assert result.metrics["bits_per_byte.before"] == pytest.approx(bits / size, rel=1e-5)
+    assert 0.99 < result.metrics["bits_per_byte.ratio"] < 1.01
+    assert result.metrics["top1_agreement"] > 0.97
+    for name in ("decode.tokens_per_s", "decode.tokens_per_s.before", "decode.speedup"):
+        assert result.metrics[name] > 0
+    fewer = quantize(tmp_path / "fewer", bundle, tokens, bits=8, eval_tokens=64)
+    assert fewer.metrics["tokens_compared"] < size
+
+
+def test_a_model_that_became_too_much_worse_is_refused(bundle: Artifact, tokens: Artifact, tmp_path: Path) -> None:
+    settings = {"bits": 4, "embedding_bits": 4, "block_size": 256, "symmetric": True}
+    rise = quantize(tmp_path / "free", bundle, tokens, max_bits_per_byte_rise=10.0, **settings)
+    assert rise.metrics["bits_per_byte.ratio"] > 1.001, "coarse enough to cost something"
+    with pytest.raises(StageError, match=r"4 bits raise bits per byte by .*%, the budget is 0\.01%"):
+        quantize(tmp_path / "strict", bundle, tokens, max_bits_per_byte_rise=1e-4, **settings)
+    assert not list((tmp_path / "strict").rglob("*.onnx*"))
+    assert json.loads((tmp_path / "strict" / "metrics" / "metrics.json").read_text())["bits_per_byte.ratio"] > 1.001
+
+
+def test_conversations_count_what_the_assistant_says(trained: Artifact, bundle: Artifact, tmp_path: Path) -> None:
+    answer = TEXT[:30]
+    row = {"id": "0", "messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": answer}]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    result = quantize(tmp_path / "out", bundle, Artifact(tmp_path / "chat.jsonl", "dataset.chat"), bits=8)
+    assert result.metrics["tokens_compared"] == 30
+
+
+def test_tokens_of_another_tokenizer_are_refused(bundle: Artifact, tmp_path: Path) -> None:
+    from llmctl.text.shards import ShardWriter
+
+    with ShardWriter(tmp_path / "tokens", vocab_size=262, tokenizer="sha256:0", splits=("validation",)) as writer:
+        writer.add("validation", [7] * 100, 100)
+    with pytest.raises(InputError, match="was made with another tokenizer"):
+        quantize(tmp_path / "out", bundle, Artifact(tmp_path / "tokens", "dataset.tokens"))
+
+
+def test_without_data_quality_is_said_to_be_unknown(bundle: Artifact, tmp_path: Path) -> None:
+    result = quantize(tmp_path, bundle, bits=4)
+    assert "bits_per_byte" not in result.metrics
+    assert any(kind == "warning" and "was not measured" in event["text"] for kind, event in result.events)
+
+
+def test_a_foreign_decoder_is_quantized(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=97,
+        n_positions=80,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    settings = {"exporter": "optimum", "task": "text-generation-with-past", "parity_prompts": 1, "threads": 1}
+    model = run_stage(EXPORT_ONNX, tmp_path / "onnx", settings, model=Artifact(tmp_path / "hf", "model.hf"))
+    result = quantize(tmp_path / "out", model.outputs["model"], bits=8, accuracy_level=0)
+    operators = Counter(node.op_type for node in load(result.outputs["model"])[0].graph.node)
+    assert operators["MatMulNBits"] == 2 * 4 + 1
+    assert operators["Gemm"] == 0
+    generators = [open_bundle(x.path, "cpu", 1) for x in (model.outputs["model"], result.outputs["model"])]
+    before, after = (g.logits([5, 6, 7, 8]) for g in generators)
+    assert 1e-5 < np.abs(before - after).max() < 0.1 * before.std()
+    assert len(list(generators[1].stream([5, 6], Sampling(max_new_tokens=5)))) >= 1
+
+
+def test_what_cannot_be_quantized_is_refused(bundle: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.onnx is missing"):
+        quantize(tmp_path / "a", Artifact(tmp_path, "model.onnx"))
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(InputError, match="cannot be read"):
+        quantize(tmp_path / "b", Artifact(tmp_path, "model.onnx"))
+    once = quantize(tmp_path / "once", bundle).outputs["model"]
+    with pytest.raises(InputError, match="has no product with a constant float matrix") as caught:
+        quantize(tmp_path / "twice", once)
+    assert caught.value.hint == "is it already quantized?"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"bits": 8, "method": "hqq"}, "4 bits only"),
+        ({"bits": 4, "method": "hqq", "symmetric": True}, "always has zero points"),
+        ({"bits": 2}, "4 or 8"),
+        ({"method": "gptq"}, "'rtn', 'hqq' or 'k-quant'"),
+    ],
+)
+def test_settings_that_do_not_go_together(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        QuantizeParams.model_validate(params)
+
+
+def test_the_defaults_depend_on_the_bits() -> None:
+    assert [(QuantizeParams(bits=b).block, QuantizeParams(bits=b).budget) for b in (4, 8)] == [(32, 0.05), (64, 0.01)]
+
+
+def test_equal_bundles_give_equal_bytes_and_logging_stays_as_it_was(bundle: Artifact, tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers))
+    outputs = [quantize(tmp_path / name, bundle, bits=4, method="k-quant").outputs["model"].path for name in "ab"]
+    assert (root.level, list(root.handlers)) == before
+    contents = [{p.name: p.read_bytes() for p in path.iterdir()} for path in outputs]
+    assert contents[0] == contents[1]
+
+
+def test_nothing_is_printed(bundle: Artifact, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Stage output is a reference in a pipe: ONNX Runtime's progress bar must not get in between."""
+    quantize(tmp_path, bundle, bits=4, method="k-quant")
+    assert capfd.readouterr().out == ""
