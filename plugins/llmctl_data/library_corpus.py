@@ -34,5 +34,4 @@ def read_library(ctx: Context, params: DataParams, out: TextOutput) -> FactBook:
         if "source" in params.include:
             for document in pages.source(module):
                 out.add(document, out.split_of(document))
-    out.close()
     return fact_book([modules[name] for name in chosen], introduced, list(modules.values()))

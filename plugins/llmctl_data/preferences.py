@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llmctl.text.datasets import DatasetWriter
@@ -103,5 +104,10 @@ def _likeness(one: Fact, two: Fact) -> int:
     return 4 * groups + len(_words(one.slots) & _words(two.slots))
 
 
-def _words(slots: Mapping[str, str]) -> set[str]:
-    return {word.lower() for value in slots.values() for word in re.findall(r"[A-Z]?[a-z]{3,}|[A-Z]{2,}", value)}
+def _words(slots: Mapping[str, str]) -> frozenset[str]:
+    return _words_of(tuple(slots.values()))
+
+
+@lru_cache(maxsize=1 << 14)
+def _words_of(values: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(word.lower() for value in values for word in re.findall(r"[A-Z]?[a-z]{3,}|[A-Z]{2,}", value))

@@ -23,22 +23,21 @@ def run(ctx: Context, params: DataParams, files: list[Artifact] | None, text: Ar
             raise UsageError("reader python-stdlib reads no input", hint="drop `inputs`, or use reader: auto")
         from llmctl_data.library_corpus import read_library
 
-        book = read_library(ctx, params, TextOutput(ctx, params))
+        with TextOutput(ctx, params) as out:
+            book = read_library(ctx, params, out)
     elif files and text is not None:
         raise UsageError("both files and text are bound", hint="bind one of them")
     elif not bound:
         raise UsageError("nothing to read", hint="bind files or text, or set reader: python-stdlib")
     else:
         documents = read_text(text) if text is not None else read_files(files or [], params.column, params.piece_chars)
-        book = _read_documents(ctx, params, documents)
+        with TextOutput(ctx, params) as out:
+            book = _read_documents(ctx, params, documents, out)
     _derive(ctx, params, book)
 
 
 class TextOutput:
-    """Splits documents and writes them if text is wanted; both splits get one as soon as there are two documents.
-
-    The first document waits for that: it goes to the split that is empty in the end, else where its hash says.
-    """
+    """Splits documents and writes them if text is wanted; a context manager that finishes the dataset."""
 
     def __init__(self, ctx: Context, params: DataParams) -> None:
         self._ctx, self._share, self._seed = ctx, params.validation_share, params.seed
@@ -60,25 +59,37 @@ class TextOutput:
         if self._writer is not None:
             self._writer.add(split, {"id": document.id, "source": document.source, "text": document.text})
 
-    def close(self) -> None:
+    def __enter__(self) -> TextOutput:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Finish the dataset and report its size; InputError if there is no document."""
+        try:
+            if kind is None:
+                self._check_and_report()
+        except BaseException as error:
+            kind = type(error)
+            raise
+        finally:
+            if self._writer is not None:
+                self._writer.__exit__(kind, *rest)
+
+    def _check_and_report(self) -> None:
         documents = sum(self.rows.values())
         if not documents:
             raise InputError("the corpus is empty: no document with text", hint=f"supported: {', '.join(SUPPORTED)}")
         if not self.rows["train"]:
             raise InputError("no document is left for training", hint="lower validation_share or add documents")
         if self._writer is not None:
-            self._writer.close()
             self._ctx.describe("text", documents=documents, bytes=self.bytes)
         counts = {f"text.{split}": count for split, count in self.rows.items()}
         self._ctx.report({"text.documents": documents, "text.bytes": self.bytes, **counts})
 
 
-def _read_documents(ctx: Context, params: DataParams, documents: Iterator[Document]) -> FactBook:
+def _read_documents(ctx: Context, params: DataParams, documents: Iterator[Document], out: TextOutput) -> FactBook:
     """Pass the documents through once, to the text output and to the collector of facts."""
     from llmctl_data.passages import PassageFacts
 
-    out = TextOutput(ctx, params)
     facts = PassageFacts(params.seed, keep=CANDIDATES_PER_FACT * params.questions.facts)
     asks = ctx.wants("chat") or ctx.wants("preference")
     for number, (document, split) in enumerate(_with_splits(documents, out, params.validation_share), start=1):
@@ -87,7 +98,6 @@ def _read_documents(ctx: Context, params: DataParams, documents: Iterator[Docume
             facts.add(document, train=split == "train")
         if number % 100 == 0:
             ctx.progress(number, None, documents=number, bytes=out.bytes)
-    out.close()
     return facts.book()
 
 
