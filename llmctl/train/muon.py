@@ -65,9 +65,9 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Bring the singular values of `matrices (N, R, C)` near 1 (about 0.68 to 1.13), keeping the singular vectors.
 
-    Quintic Newton-Schulz on the shorter side; float32 on CPU, bfloat16 elsewhere.
+    Quintic Newton-Schulz on the shorter side; in the matrices' own dtype on CPU, in bfloat16 elsewhere.
     """
-    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT

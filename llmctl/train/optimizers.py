@@ -34,7 +34,7 @@ class Optimizers:
             groups.append({"params": others, "lr": params.rest_lr, "weight_decay": 0.0})
         if groups:
             betas = (params.beta1, params.beta2)
-            self.all.append(torch.optim.AdamW(groups, lr=params.lr, betas=betas, eps=1e-8, fused=True))
+            self.all.append(torch.optim.AdamW(groups, lr=params.lr, betas=betas, eps=1e-8))
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
 
     def step(self, factor: float) -> None:

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+
+from llmctl.errors import StageError, TempFail
+from llmctl.train import loop
+from llmctl.train.batches import Batch, Example, pack
+from llmctl.train.data import ExampleSource, TokenSource
+from llmctl.train.loop import fit
+from llmctl.train.objectives import CausalLM
+from llmctl.train.params import TrainParams
+from llmctl.train.validation import language_loss, mean_loss
+
+
+def weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def params(**changes: object) -> TrainParams:
+    values = {"batch_size": 4, "max_steps": 12, "warmup_steps": 2, "save_every": 4, "log_every": 5, "lr": 0.01}
+    return TrainParams(**{**values, **changes})
+
+
+class Given:
+    """A model whose hidden states are given logits: the objective's arithmetic alone."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits.requires_grad_()
+
+    def hidden(self, tokens, positions=None, documents=None):
+        return self.logits
+
+    def head(self, hidden):
+        return hidden
+
+
+def test_cross_entropy_and_its_gradient_equal_the_closed_form() -> None:
+    rng = np.random.default_rng(0)
+    model = Given(torch.tensor(rng.normal(size=(2, 8, 11)) * 3, dtype=torch.float32))
+    batch = Batch(torch.zeros(2, 8, dtype=torch.long), torch.tensor([1, 5, 9]), torch.tensor([4, 0, 10]), size=16)
+    loss, _ = CausalLM().loss(model, batch)
+    loss.backward()
+    logits = model.logits.detach().double().numpy().reshape(16, 11)
+    expected, gradient = 0.0, np.zeros((16, 11))
+    for place, target in zip([1, 5, 9], [4, 0, 10], strict=True):
+        logs = log_softmax(logits[place])
+        expected -= logs[target]
+        gradient[place] = np.exp(logs) - np.eye(11)[target]
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert np.abs(model.logits.grad.numpy().reshape(16, 11) - gradient).max() <= 1e-6
+
+
+def one_gradient(make_context, make_model, source, values: TrainParams) -> list[torch.Tensor]:
+    """The gradients that the loop itself accumulates for step 0."""
+    model = make_model()
+    run = loop._Run(make_context(), model, CausalLM(), source, values, None, loop.Compute.of(values), 1)
+    batches = source.micro_batches(0)
+    run.accumulate(batches, sum(len(batch.targets) for batch in batches))
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("micro", [1, 3, 5])
+def test_any_split_of_a_batch_gives_the_same_gradient(make_context, make_model, make_examples, micro: int) -> None:
+    examples = make_examples(8)
+    found = []
+    for at_once in (0, micro):
+        values = params(batch_size=8, micro_batch=at_once)
+        found.append(one_gradient(make_context, make_model, ExampleSource(examples, 32, values), values))
+    assert max(float((a - b).abs().max()) for a, b in zip(*found, strict=True)) <= 1e-6
+
+
+def test_it_overfits_a_toy_corpus_and_reports_what_it_did(make_context, make_model, make_split) -> None:
+    rng = np.random.default_rng(0)
+    # Two documents without a token in common, so that every next token can be known.
+    first, second = np.split(3 + rng.permutation(45), [20])
+    split = make_split([[0, *first.tolist(), 1], [2, *second.tolist(), 1]])
+    values = params(max_steps=120, lr=0.02, embedding_lr=0.02, eval_every=60, min_lr_ratio=0.1)
+    source = TokenSource(split, 32, values)
+    ctx, model = make_context(), make_model()
+    final = fit(
+        ctx, model, CausalLM(), source, values, lambda m, c: language_loss(m, source.sweep(), c, [0] * 3 + [2] * 45)
+    )
+    assert final["loss.train"] < 0.05  # D1
+    assert final["steps"] == 120 and final["parameters"] == model.config.parameters()
+    assert final["tokens"] >= 119 * 4 * 32 * 0.9 and final["tokens_per_s"] > 0
+    rows = [json.loads(line) for line in (ctx.output("metrics") / "curves.jsonl").read_text().splitlines()]
+    curve = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in curve] == list(range(5, 121, 5))
+    assert {"loss", "lr", "grad_norm", "tokens_per_s"} <= set(curve[0])
+    assert [row["step"] for row in rows if "loss.validation" in row] == [60, 120]
+    assert curve[0]["loss"] > 1 > curve[-1]["loss"] and curve[0]["lr"] > curve[-1]["lr"] > 0.02 * 0.1 * 0.99
+    shown = [fields for kind, fields in ctx.events if kind == "progress"]
+    assert [(row["step"], row["total"]) for row in shown] == [(n, 120) for n in range(1, 121)]
+    assert all({"loss", "tokens_per_s"} <= set(row) for row in shown)
+    assert not model.training
+
+
+def test_language_loss_leaves_specials_out_of_bits_per_byte(make_model, make_split) -> None:
+    split = make_split([[0, 5, 6, 7, 1], [0, 9, 1]])
+    model = make_model().eval()
+    values = params()
+    sizes = [0, 0, 0, *[3] * 45]
+    found = language_loss(model, TokenSource(split, 32, values).sweep(), loop.Compute.of(values), sizes)
+    nats = text = 0.0
+    for ids in ([0, 5, 6, 7, 1], [0, 9, 1]):
+        logs = model(torch.tensor([ids])).log_softmax(-1)[0].double()
+        losses = [-logs[i, ids[i + 1]].item() for i in range(len(ids) - 1)]
+        nats, text = nats + sum(losses), text + sum(losses[:-1])
+    assert found["loss.validation"] == pytest.approx(nats / 6, rel=1e-6)
+    assert found["bpb.validation"] == pytest.approx(text / (4 * 3) / math.log(2), rel=1e-6)
+
+
+def test_mean_loss_is_weighted_by_targets(make_model, make_examples) -> None:
+    examples, model = make_examples(9), make_model().eval()
+    compute = loop.Compute.of(params())
+    parts = [pack(examples[:2], 32), pack(examples[2:], 32)]
+    whole = mean_loss(model, CausalLM(), [pack(examples, 32)], compute)
+    assert mean_loss(model, CausalLM(), parts, compute) == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_weights(make_context, make_model, make_examples) -> None:
+    class Breaks(CausalLM):
+        def loss(self, model, batch):
+            loss, further = super().loss(model, batch)
+            Breaks.calls += 1
+            return (loss * math.nan if Breaks.calls == 3 else loss), further
+
+    Breaks.calls = 0
+    model, values = make_model(), params()
+    with pytest.raises(StageError, match=r"the loss is nan .* at step 3") as error:
+        fit(make_context(), model, Breaks(), ExampleSource(make_examples(8), 32, values), values)
+    assert "lower lr" in (error.value.hint or "")
+    assert weights(model).isfinite().all()
+
+
+def test_a_step_without_targets_is_refused(make_context, make_model) -> None:
+    nothing = [Example(np.arange(5), np.zeros(5, bool))] * 4
+    with pytest.raises(StageError, match="step 1 has nothing to learn from"):
+        fit(make_context(), make_model(), CausalLM(), ExampleSource(nothing, 32, params()), params())
+
+
+class Noisy(CausalLM):
+    """Needs the random state to be continued, too."""
+
+    def loss(self, model, batch):
+        loss, _ = super().loss(model, batch)
+        noise = torch.rand(()) * 0.5 + 0.75
+        return loss * noise, {"noise": noise * len(batch.targets)}
+
+
+def trained(make_context, make_model, examples, name: str, values: TrainParams, stops: list[int]) -> tuple:
+    """Run to the end through the given interruptions, each from a fresh process's point of view."""
+    for stop in stops:
+        torch.manual_seed(999)
+        with pytest.raises(TempFail):
+            fit(make_context(name, stop), make_model(5), Noisy(), ExampleSource(examples, 32, values), values)
+    torch.manual_seed(555)
+    ctx, model = make_context(name), make_model(6)
+    if not stops:
+        model = make_model(5)
+    final = fit(ctx, model, Noisy(), ExampleSource(examples, 32, values), values)
+    rows = (ctx.output("metrics") / "curves.jsonl").read_text().splitlines()
+    for row in (curve := [json.loads(line) for line in rows]):
+        row.pop("tokens_per_s", None)
+    final.pop("tokens_per_s", None)
+    return weights(model), final, curve
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_resume_is_bit_identical(make_context, make_model, make_examples, optimizer: str) -> None:
+    examples, values = make_examples(11), params(optimizer=optimizer)
+    straight = trained(make_context, make_model, examples, "straight", values, [])
+    stopped = trained(make_context, make_model, examples, "stopped", values, [1, 3, 0, 5])
+    assert torch.equal(straight[0], stopped[0])
+    assert straight[1:] == stopped[1:]  # final numbers and the whole curve as well
+
+
+def test_dropping_any_part_of_a_checkpoint_is_noticed(make_context, make_model, make_examples, monkeypatch) -> None:
+    """The control of the resume test: each part matters."""
+    examples, values = make_examples(11), params()
+    straight = trained(make_context, make_model, examples, "straight", values, [])[0]
+    original = loop.Checkpoints.load
+
+    def broken(part: str):
+        def load(self, step):
+            found = original(self, step)
+            if part == "random/cpu":
+                found.tensors[part] = torch.Generator().manual_seed(1).get_state()
+            for name in [name for name in found.tensors if name.endswith(part) and part != "random/cpu"]:
+                found.tensors[name] = torch.zeros_like(found.tensors[name])
+            return found
+
+        return load
+
+    for part in ("random/cpu", "/momentum_buffer", "/exp_avg"):
+        name = part.strip("/").replace("/", "-")
+        with pytest.raises(TempFail):
+            fit(make_context(name, 5), make_model(5), Noisy(), ExampleSource(examples, 32, values), values)
+        monkeypatch.setattr(loop.Checkpoints, "load", broken(part))
+        resumed = trained(make_context, make_model, examples, name, values, [])[0]
+        monkeypatch.setattr(loop.Checkpoints, "load", original)
+        assert not torch.equal(straight, resumed), part
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_context, make_model, make_examples, tmp_path) -> None:
+    examples, values = make_examples(11), params()
+    straight = trained(make_context, make_model, examples, "straight", values, [])[0]
+    with pytest.raises(TempFail):
+        fit(make_context("hurt", 6), make_model(5), Noisy(), ExampleSource(examples, 32, values), values)
+    kept = sorted((tmp_path / "hurt/resume/ckpt").iterdir())
+    assert [path.name for path in kept] == ["step-4", "step-6"]
+    (kept[1] / "tensors.safetensors").write_bytes(b"damaged")
+    ctx = make_context("hurt")
+    model = make_model(7)
+    fit(ctx, model, Noisy(), ExampleSource(examples, 32, values), values)
+    assert torch.equal(weights(model), straight)
+    assert any("step-6 is damaged" in str(fields["text"]) for kind, fields in ctx.events if kind == "warning")
+
+
+def test_more_steps_continue_and_other_parameters_start_anew(make_context, make_model, make_examples) -> None:
+    examples = make_examples(11)
+
+    def go(**changes: object) -> tuple[dict[str, float], list[str]]:
+        values, ctx = params(**changes), make_context("one")
+        final = fit(ctx, make_model(), CausalLM(), ExampleSource(examples, 32, values), values)
+        return final, [str(f["text"]) for kind, f in ctx.events if kind in ("log", "warning")]
+
+    go()
+    final, said = go(max_steps=16)
+    assert final["steps"] == 16 and said[0] == "continuing from step 12 of 16"
+    assert "planned for 12 steps" in said[1]  # the cosine is another one from here on
+    final, said = go(max_steps=8)
+    assert final["steps"] == 8 and "tokens_per_s" in final and "starting anew" not in "".join(said)
+    final, said = go(lr=0.003)
+    assert final["steps"] == 12 and "made with other parameters" in said[0]
+    final, said = go(lr=0.003, log_every=1, threads=1, device="cpu", save_every=0)
+    assert said == ["continuing from step 12 of 12"] and "tokens_per_s" not in final
+
+
+def test_epochs_and_clipping(make_context, make_model, make_examples) -> None:
+    values = params(max_steps=None, epochs=1.5, clip=1e-9, optimizer="adamw", lr=1e-3)
+    ctx = make_context()
+    final = fit(ctx, make_model(), CausalLM(), ExampleSource(make_examples(10), 32, values), values)
+    assert final["steps"] == 4  # 1.5 * 10 / 4, rounded up
+    norms = [f["value"] for kind, f in ctx.events if kind == "metric" and f["name"] == "grad_norm"]
+    assert min(norms) > 1e-3  # reported before clipping
+    unclipped, tiny = make_model(), make_model()
+    for model, limit in ((unclipped, 0.0), (tiny, 1e-12)):
+        one = params(max_steps=1, clip=limit, lr=0.01, optimizer="adamw", warmup_steps=0)
+        fit(make_context(f"clip{limit}"), model, CausalLM(), ExampleSource(make_examples(10), 32, one), one)
+    moved = [(weights(model) - weights(make_model())).abs().max() for model in (unclipped, tiny)]
+    # AdamW divides by the gradient's own size; only beside its epsilon of 1e-8 does a clipped gradient move less.
+    assert moved[0] == pytest.approx(0.01, rel=0.01) and moved[1] < 1e-4
+
+
+def test_bf16_on_cpu_is_mixed_precision(make_context, make_model, make_examples) -> None:
+    found = {}
+    for precision in ("float32", "bf16"):
+        values = params(precision=precision, max_steps=3)
+        model = make_model()
+        fit(make_context(precision), model, CausalLM(), ExampleSource(make_examples(10), 32, values), values)
+        assert model.embedding.weight.dtype == torch.float32
+        found[precision] = weights(model)
+    assert not torch.equal(found["float32"], found["bf16"])
+    assert torch.allclose(found["float32"], found["bf16"], atol=0.05)
+
+
+def test_too_little_disk_is_told_before_the_first_step(make_context, make_model, make_examples, monkeypatch) -> None:
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")(1, 1, 1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    ctx = make_context()
+    with pytest.raises(StageError, match=r"training needs \d+ MiB, 1 MiB are free"):
+        fit(ctx, make_model(), CausalLM(), ExampleSource(make_examples(4), 32, params()), params())
+    assert not any(kind == "progress" for kind, _ in ctx.events)
