@@ -113,9 +113,9 @@ class Runner:
         begun = time.monotonic()
         self._open()
         for spec in self.specs:
-            result = self._stage(spec)
-            self.results[spec.id] = result
-            self.progress.end(spec.id, result.seconds if result.status != "cached" else 0.0)
+            stage = self._stage(spec)
+            self.results[spec.id] = stage
+            self.progress.end(spec.id, stage.seconds if stage.status != "cached" else 0.0)
             self.events("run.progress", **self.progress.fields())
         code, message, hint = self._verdict()
         result = RunResult(
