@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import socket
 import time
@@ -17,13 +18,15 @@ from llmctl.registry import get_registry
 from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.app import create_app
+from llmctl_serve.defaults import default_sampling
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.params import ServeParams
 from llmctl_serve.server import HttpServer, endpoint, listen, url
-from llmctl_serve.service import Service, default_sampling
+from llmctl_serve.service import Service
 from llmctl_serve.smoke import Asked, Client
 from llmctl_serve.worker import Worker
 
+DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 POLL = 0.1
 """Seconds between two looks at `should_stop`."""
 
@@ -74,8 +77,15 @@ def open_service(params: ServeParams, model: Artifact, index: Artifact | None) -
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {generator.vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
-    name = params.model_name or model.path.resolve().name
-    return Service(generator, tokenizer, name, params, default_sampling(model.path), documents)
+    return Service(
+        generator, tokenizer, params.model_name or model_id(model), params, default_sampling(model.path), documents
+    )
+
+
+def model_id(model: Artifact) -> str:
+    """The name of the model's directory; in the store that is a digest, of which the beginning is enough."""
+    name = model.path.resolve().name
+    return f"model-{name[:12]}" if DIGEST.match(name) else name
 
 
 def has_chat(tokenizer: Tokenizer) -> bool:

@@ -20,10 +20,11 @@ from llmctl.text.retrieval import Chunk, Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve import SERVE
 from llmctl_serve.app import create_app
+from llmctl_serve.defaults import default_sampling
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.params import ServeParams
 from llmctl_serve.server import HttpServer, endpoint, listen, url
-from llmctl_serve.service import Service, default_sampling
+from llmctl_serve.service import Service
 from llmctl_serve.worker import Worker
 
 QUESTION = [{"role": "user", "content": "Which module provides dedent?"}]

@@ -1,0 +1,156 @@
+"""`llmctl chat` and `llmctl generate`: one-shot, piped, and as a conversation in a real terminal."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from llmctl import InputError, UsageError
+from llmctl.generator import Sampling
+from llmctl.text.tokenizer import Tokenizer
+from llmctl_serve.chat import Session, chat, find_model, generate
+
+
+@pytest.fixture
+def bundle(model_dir, opens, scripted):
+    """A directory that looks like a bundle; its model answers by script."""
+    (model_dir / "model.onnx").touch()
+    generator = scripted(Tokenizer.load(model_dir), {"dedent": "textwrap ☃", "loads": "json"}, context_length=64)
+    opens({model_dir: generator})
+    return model_dir
+
+
+def invoke(command, *args, **options):
+    result = CliRunner().invoke(command, [str(arg) for arg in args], **options)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_one_question(bundle):
+    assert invoke(chat, bundle, "--prompt", "dedent?").output == "textwrap ☃\n"
+    assert invoke(chat, bundle, "--prompt", "dedent?", "--stop", "wr").output == "text\n"
+    assert invoke(chat, bundle, "--prompt", "dedent?", "--max-new-tokens", 4).output == "text\n"
+
+
+def test_each_piped_line_is_a_question_of_its_own(bundle):
+    # In one conversation the second answer would be the first one's, as the script looks for "dedent" first.
+    assert invoke(chat, bundle, input="dedent?\n\nloads?\n").output == "textwrap ☃\njson\n"
+
+
+def test_sampling_flags_reach_the_generator(bundle):
+    def ask(*flags):
+        return invoke(chat, bundle, "--prompt", "q", "--max-new-tokens", 20, *flags).output
+
+    assert ask("--temperature", 1, "--seed", 3) == ask("--temperature", 1, "--seed", 3)
+    assert len({ask("--temperature", 1, "--seed", seed) for seed in range(6)}) > 1
+    assert ask() == "yes\n"
+
+
+def test_flags_override_the_models_own_sampling(bundle, monkeypatch):
+    (bundle / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7, "top_k": 9}')
+    seen = []
+    monkeypatch.setattr(Session, "ask", lambda self, question: seen.append(self.sampling) or iter(()))
+    invoke(chat, bundle, "--prompt", "q")
+    invoke(chat, bundle, "--prompt", "q", "--temperature", 0.2, "--top-k", 0, "--top-p", 0.5, "--seed", 4)
+    assert seen == [
+        Sampling(temperature=0.7, top_k=9),
+        Sampling(temperature=0.2, top_k=0, top_p=0.5, seed=4),
+    ]
+
+
+def test_a_question_longer_than_the_context(bundle):
+    with pytest.raises(UsageError, match="context is 64") as caught:
+        invoke(chat, bundle, "--prompt", "x" * 100)
+    assert caught.value.exit_code == 2
+    with pytest.raises(UsageError, match="--prompt is empty"):
+        invoke(chat, bundle, "--prompt", " ")
+
+
+def test_conversation_remembers_and_forgets_what_no_longer_fits(bundle, scripted):
+    tokenizer = Tokenizer.load(bundle)
+    session = Session(scripted(tokenizer, context_length=64), tokenizer, Sampling(), system="be kind")
+    assert "".join(session.ask("one")) == "yes"
+    assert session.turns == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "yes"}]
+    list(session.ask("two"))
+    assert len(session.turns) == 4
+    list(session.ask("x" * 40))
+    assert [turn["content"] for turn in session.turns] == ["x" * 40, "yes"]
+    assert len(session._ids([{"role": "user", "content": "a"}])) == len("be kinda") + 6  # the system message stays
+    with pytest.raises(UsageError, match="context"):
+        list(session.ask("x" * 60))
+    session.reset()
+    assert session.turns == []
+
+
+def test_generate_continues_a_text(bundle):
+    tokenizer = Tokenizer.load(bundle)
+    script = tokenizer.encode("yes")
+    expected = tokenizer.decode([script[(2 + i) % 3] for i in range(5)]) + "\n"
+    assert invoke(generate, bundle, "--prompt", "ab", "--max-new-tokens", 5).output == expected
+    assert invoke(generate, bundle, "--max-new-tokens", 5, input="ab").output == expected
+    with pytest.raises(UsageError, match="empty"):
+        invoke(generate, bundle, input="")
+
+
+def test_what_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no model is named"):
+        find_model(None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no model"):
+        find_model("empty")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        find_model("file")
+    hf = tmp_path / "exports" / "quickstart"
+    hf.mkdir(parents=True)
+    (hf / "config.json").write_text("{}")
+    (hf / "model.safetensors").touch()
+    assert find_model(None).type == find_model("exports/quickstart").type == "model.hf"
+    (hf / "model.onnx").touch()
+    assert find_model(None).type == "model.onnx"
+
+
+def read_until(master, text, seconds=20):
+    found, deadline = b"", time.monotonic() + seconds
+    while text not in found:
+        assert time.monotonic() < deadline, found
+        found += os.read(master, 4096)
+    return found.decode()
+
+
+def test_a_real_terminal(bundle):
+    child, master = pty.fork()
+    if child == 0:  # the fork has the fixture's scripted model
+        os.dup2(1, 2)
+        sys.stdin = io.TextIOWrapper(io.FileIO(0))
+        sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
+        sys.stderr = sys.__stderr__ = io.TextIOWrapper(io.FileIO(2, "w"), write_through=True)
+        code = 1
+        try:
+            chat.main([str(bundle)], standalone_mode=False)
+            code = 0
+        finally:
+            os._exit(code)
+    try:
+        assert "scripted" in read_until(master, b"> ")
+        for typed, answer in (
+            ("dedent?", "textwrap ☃"),
+            ("/reset", ""),
+            ("loads?", "json"),
+            ("/nonsense", "unknown command /nonsense"),
+            ("x" * 70, "context is 64"),
+        ):
+            os.write(master, typed.encode() + b"\n")
+            assert answer in read_until(master, b"> ")
+        os.write(master, b"/exit\n")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        os.close(master)
