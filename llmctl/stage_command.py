@@ -190,7 +190,7 @@ def announced(spec: StageSpec) -> dict[str, str]:
     def possible(port: str) -> str:
         return "|".join(stage.inputs[stage.outputs[port].same_as].types)
 
-    return {port: kind or possible(port) for port, kind in spec.outputs.items()}
+    return {port: spec.outputs[port] or possible(port) for port in stage.outputs if port in spec.outputs}
 
 
 def bind_upstream(
@@ -241,9 +241,11 @@ def execute(pipeline: Pipeline, store: Store, stream: shell.Stream, values: Mapp
     error = result.error()
     if error is not None:
         raise error
+    outputs, uri = result.stages[spec.id].outputs, store.root.as_uri()
     stream.refs(
-        shell.Reference(port=port, type=item.type, id=item.id, store=store.root.as_uri(), path=str(item.path))
-        for port, item in result.stages[spec.id].outputs.items()
+        shell.Reference(port=port, type=item.type, id=item.id, store=uri, path=str(item.path))
+        for port in spec.stage.outputs
+        if (item := outputs.get(port)) is not None
     )
     if stream.reader_gone:
         stream.tell_lost()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,11 @@ class Ended:
         return "".join(self.stderrs)
 
 
+def ignore() -> None:
+    """What `nohup` and `&` do to the processes they start."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Pipe:
     """Processes joined as a shell joins them, in a process group of their own."""
 
@@ -116,28 +122,26 @@ class Pipe:
         self.begun = time.monotonic()
         self.logs = [cwd / f"stderr.{number}" for number in range(len(commands))]
         self.processes: list[subprocess.Popen] = []
-        for number, command in enumerate(commands):
-            last = number == len(commands) - 1
-            with self.logs[number].open("wb") as log:
-                process = subprocess.Popen(
-                    command,
-                    env=env,
-                    cwd=cwd,
-                    stdin=stdin if number == 0 else self.processes[-1].stdout,
-                    stdout=(cwd / "stdout").open("wb") if last else subprocess.PIPE,
-                    stderr=log,
-                    process_group=self.processes[0].pid if self.processes else 0,
-                    preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignore_sigint else None,
-                )
-            if self.processes and self.processes[-1].stdout:
-                self.processes[-1].stdout.close()  # only the reader may hold it, or nobody ever sees it die
-            self.processes.append(process)
+        with (cwd / "stdout").open("wb") as final:
+            for number, command in enumerate(commands):
+                with self.logs[number].open("wb") as log:
+                    process = subprocess.Popen(
+                        command,
+                        env=env,
+                        cwd=cwd,
+                        stdin=self.processes[-1].stdout if self.processes else stdin,
+                        stdout=final if number == len(commands) - 1 else subprocess.PIPE,
+                        stderr=log,
+                        process_group=self.processes[0].pid if self.processes else 0,
+                        preexec_fn=ignore if ignore_sigint else None,
+                    )
+                if self.processes and self.processes[-1].stdout:
+                    self.processes[-1].stdout.close()  # only the reader may hold it, or nobody ever sees it die
+                self.processes.append(process)
         self.cwd = cwd
 
     def interrupt(self) -> None:
         """Ctrl-C at the terminal: SIGINT to the whole foreground group."""
-        import os
-
         os.killpg(self.processes[0].pid, signal.SIGINT)
 
     def wait(self, timeout=60) -> Ended:
