@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
-
-from pydantic import model_validator
+from typing import Literal
 
 from llmctl import Field, Params
 
@@ -13,14 +11,14 @@ class QuantizeParams(Params):
     """How weights are stored, and how much worse the model may become."""
 
     bits: Literal[4, 8] = Field(8, description="bits per weight of the matrix products")
-    method: Literal["rtn", "hqq", "k-quant"] = Field(
-        "rtn",
-        description="how scales are found: round to nearest, half-quadratic (HQQ), k-quant",
+    method: Literal["auto", "rtn", "search"] = Field(
+        "auto",
+        description="rtn: round to nearest; search: clip each block best first; auto: search at 4 bits",
     )
     block_size: Literal[0, 16, 32, 64, 128, 256] = Field(
         0, description="weights that share a scale; 0 means 32 at 4 bits and 64 at 8 bits"
     )
-    symmetric: bool = Field(False, description="no zero points: a little smaller, a little less exact (rtn only)")
+    symmetric: bool = Field(False, description="no zero points: a little smaller, a little less exact")
     accuracy_level: Literal[0, 1, 4] = Field(
         4, description="activations in the products: 0 and 1 float32, 4 rounded to int8, which is faster"
     )
@@ -34,13 +32,12 @@ class QuantizeParams(Params):
     speed_rounds: int = Field(15, ge=1, affects="nothing", description="rounds of the interleaved speed comparison")
     threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes all cores")
 
-    @model_validator(mode="after")
-    def _method_fits(self) -> Self:
-        if self.symmetric and self.method != "rtn":
-            raise ValueError(f"method {self.method} always has zero points; leave `symmetric` out")
-        if self.method == "hqq" and self.bits != 4:
-            raise ValueError("method hqq works at 4 bits only: ONNX Runtime has no kernel for its zero points at 8")
-        return self
+    @property
+    def rounding(self) -> str:
+        """The method in force; at 8 bits clipping gains nothing."""
+        if self.method != "auto":
+            return self.method
+        return "search" if self.bits == 4 else "rtn"
 
     @property
     def block(self) -> int:

@@ -12,6 +12,7 @@ from llmctl import Artifact, Context, InputError, StageError
 from llmctl.ort import open_bundle
 from llmctl_quantize import quality, weights
 from llmctl_quantize.params import QuantizeParams
+from llmctl_quantize.tables import METHODS
 
 DATA = "model.onnx.data"
 
@@ -32,7 +33,7 @@ def run(ctx: Context, params: QuantizeParams, model: Artifact, data: Artifact | 
         shutil.rmtree(target, ignore_errors=True)
         raise StageError(
             f"{params.bits} bits raise bits per byte by {rise:.2%}, the budget is {params.budget:.2%}",
-            hint="try a smaller `block_size`, `method: hqq` or more bits, or raise `max_bits_per_byte_rise`",
+            hint="try a smaller `block_size` or more bits, or raise `max_bits_per_byte_rise`",
         )
 
 
@@ -41,11 +42,11 @@ def _quantize(ctx: Context, params: QuantizeParams, artifact: Artifact, target: 
     source = artifact.path
     model = _load(source)
     parameters = artifact.metadata.get("parameters") or _parameters(model)
-    quantized = weights.quantize(
+    weights.quantize(
         model,
+        METHODS[params.rounding],
         bits=params.bits,
         block=params.block,
-        method=params.method,
         symmetric=params.symmetric,
         embedding_bits=params.embedding_bits,
         accuracy=params.accuracy_level,
@@ -54,9 +55,7 @@ def _quantize(ctx: Context, params: QuantizeParams, artifact: Artifact, target: 
         if path.is_file() and not path.name.startswith("model.onnx"):
             shutil.copyfile(path, target / path.name)
     try:
-        onnx.save_model(
-            quantized, target / "model.onnx", save_as_external_data=True, location=DATA, size_threshold=1024
-        )
+        onnx.save_model(model, target / "model.onnx", save_as_external_data=True, location=DATA, size_threshold=1024)
     except OSError as error:
         raise StageError(f"cannot write {target / 'model.onnx'}: {error}", hint="is the disk full?") from error
     before, after = _bytes(source), _bytes(target)

@@ -6,11 +6,6 @@ table: GatherBlockQuantized reads it as rows, MatMulNBits the same bytes as bloc
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,252 +14,173 @@ import onnx
 from onnx import helper, numpy_helper
 
 from llmctl.errors import InputError
+from llmctl_quantize.tables import Method, Table
 
 MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
-class Table:
-    """One matrix `(N, K)` in blocks along K: `values (N, blocks, bytes)` uint8, `scales (N, blocks)` float,
-    `zero_points (N, ceil(blocks * bits / 8))` uint8, or None where they are all 2 ** (bits - 1)."""
+class Stored:
+    """A quantized `(N, K)` matrix in the graph: where its parts are and how they are to be read."""
 
-    values: np.ndarray
-    scales: np.ndarray
-    zero_points: np.ndarray | None
+    parts: tuple[str, ...]
+    """Names of the values, the scales and, where there are any, the zero points."""
+    shape: tuple[int, ...]
+    bits: int
+    block: int
 
 
 def quantize(
-    model: onnx.ModelProto, *, bits: int, block: int, method: str, symmetric: bool, embedding_bits: int, accuracy: int
-) -> onnx.ModelProto:
-    """A quantized copy of `model` (weights in memory). InputError if there is nothing to quantize."""
-    already = len(_products(model))
-    _split_gemm(model)
-    if embedding_bits:
-        _quantize_tables(model, embedding_bits, block, symmetric)
-    model = _quantize_products(model, bits, block, method, symmetric)
-    products = _products(model)
-    if len(products) == already:
-        raise InputError("the graph has no product with a constant float matrix", hint="is it already quantized?")
-    if accuracy:
-        for node in products:
-            _set_attribute(node, "accuracy_level", accuracy)
-    if all(opset.domain != MICROSOFT for opset in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-    _drop_unused(model)
-    return model
-
-
-def quantize_table(matrix: np.ndarray, bits: int, block: int, symmetric: bool) -> Table:
-    """Round `matrix (N, K)` to nearest in blocks along K, by ONNX Runtime's own kernel."""
-    module = _quantizer()
-    config = module.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=symmetric, bits=bits)
-    kernel = module.DefaultWeightOnlyQuantizer(config)
-    values, scales, zero_points = kernel.qbits_block_quant(np.ascontiguousarray(matrix.T))
-    rows, blocks = values.shape[:2]
-    zeros = None if symmetric else zero_points.reshape(rows, -1)
-    return Table(values, scales.reshape(rows, blocks), zeros)
-
-
-def _quantize_products(model: onnx.ModelProto, bits: int, block: int, method: str, symmetric: bool) -> onnx.ModelProto:
-    """Every MatMul with a constant matrix, by ONNX Runtime's quantizer (never its GPTQ: it is round to nearest)."""
-    module = _quantizer()
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"node_{index}"  # the quantizer looks nodes up by name
-    configs: dict[str, Callable[[], Any]] = {
-        "rtn": lambda: module.DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=symmetric, bits=bits),
-        "hqq": lambda: module.HQQWeightOnlyQuantConfig(block_size=block, bits=bits),
-        "k-quant": lambda: module.KQuantWeightOnlyQuantConfig(
-            customized_weight_config={node.name: {"bits": bits} for node in model.graph.node}
-        ),
-    }
-    quantizer = module.MatMulNBitsQuantizer(
-        model, block_size=block, is_symmetric=symmetric, algo_config=configs[method]()
-    )
-    odd = _pad_odd(model, block) if method == "k-quant" and bits == 4 else {}
-    # k-quant draws a progress bar on stdout, where pipelines pass references; hqq makes torch warn of read-only arrays.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        quantizer.process()
-    found: onnx.ModelProto = getattr(quantizer.model, "model", quantizer.model)  # ONNXModel, or k-quant's own wrapper
-    _cut_odd(found, odd, block)
-    return found
-
-
-def _products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-
-
-def _pad_odd(model: onnx.ModelProto, block: int) -> dict[str, int]:
-    """Give matrices with an odd number of blocks one of zeros more: k-quant packs 4-bit zero points in pairs over the
-    rows' ends. Returns the true K of each padded matrix."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    odd: dict[str, int] = {}
-    for node in model.graph.node:
-        tensor = constants.get(node.input[1]) if node.op_type == "MatMul" else None
-        if tensor is None or len(tensor.dims) != 2 or tensor.name in odd or -(-tensor.dims[0] // block) % 2 == 0:
-            continue
-        odd[tensor.name] = tensor.dims[0]
-        matrix = numpy_helper.to_array(tensor)
-        rows = (-(-tensor.dims[0] // block) + 1) * block
-        padded = np.concatenate([matrix, np.zeros((rows - len(matrix), matrix.shape[1]), matrix.dtype)])
-        tensor.CopyFrom(numpy_helper.from_array(padded, tensor.name))
-    return odd
-
-
-def _cut_odd(model: onnx.ModelProto, odd: dict[str, int], block: int) -> None:
-    """Take the added blocks off the quantized matrices again. A row's last zero point then fills half a byte."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in _products(model):
-        name = node.input[2].removesuffix("_scale")
-        if name not in odd:
-            continue
-        blocks = -(-odd[name] // block)
-        for stored in node.input[1:3]:
-            kept = np.ascontiguousarray(numpy_helper.to_array(constants[stored])[:, :blocks])
-            constants[stored].CopyFrom(numpy_helper.from_array(kept, stored))
-        _set_attribute(node, "K", odd[name])
-
-
-def _quantize_tables(model: onnx.ModelProto, bits: int, block: int, symmetric: bool) -> None:
-    """Replace every Gather of rows of a constant float matrix, and the head that is tied to it."""
+    model: onnx.ModelProto,
+    method: Method,
+    *,
+    bits: int,
+    block: int,
+    symmetric: bool,
+    embedding_bits: int,
+    accuracy: int,
+) -> None:
+    """Quantize `model`, whose weights are in memory, in place. InputError if it has no product to quantize."""
     graph = model.graph
+    _split_gemm(graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
-    done: dict[str, list[str]] = {}
+    done: dict[str, Stored] = {}
     nodes: list[onnx.NodeProto] = []
+    products = 0
     for node in graph.node:
-        table = _table_of(node, constants)
-        if table is None:
+        name, table = _matrix_of(node, constants)
+        width = embedding_bits if table else bits
+        if name is None or not width:
             nodes.append(node)
             continue
-        matrix = numpy_helper.to_array(constants[table])
-        if table not in done:
-            done[table] = _store(graph, table, quantize_table(matrix, bits, block, symmetric))
-        make = _gather if node.op_type == "Gather" else _product
-        nodes += make(graph, node, done[table], matrix.shape, bits, block)
+        if name not in done:
+            matrix = numpy_helper.to_array(constants[name])
+            matrix = matrix if table else matrix.T
+            done[name] = _store(graph, name, method(matrix, width, block, symmetric), matrix.shape, width, block)
+            if table:
+                nodes.append(_as_blocks(graph, done[name]))
+        if node.op_type == "Gather":
+            nodes += _gather(graph, node, done[name])
+        else:
+            nodes.append(_product(node, done[name], table, accuracy))
+            products += 1
+    if not products:
+        raise InputError("the graph has no product with a constant float matrix", hint="is it already quantized?")
     del graph.node[:]
     graph.node.extend(nodes)
+    if all(opset.domain != MICROSOFT for opset in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
+    _drop_unused(graph)
 
 
-def _table_of(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> str | None:
-    """The table that a Gather reads by rows, or that a tied head multiplies by."""
-    if node.op_type == "Gather" and _attribute(node, "axis", 0) == 0:
-        name = node.input[0]
-    elif node.op_type == "FusedMatMul" and _attribute(node, "transB", 0) and not _attribute(node, "transA", 0):
-        name = node.input[1]
-    else:
-        return None
+def _matrix_of(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> tuple[str | None, bool]:
+    """The constant float matrix that a node reads, and whether it is a table `(N, K)` rather than a factor `(K, N)`."""
+    table = node.op_type == "Gather" and _attribute(node, "axis", 0) == 0
+    tied = {"transA": 0, "transB": 1, "transBatchA": 0, "transBatchB": 0, "alpha": 1.0}
+    head = node.op_type == "FusedMatMul" and all(_attribute(node, k, k == "alpha") == v for k, v in tied.items())
+    if not (table or head or node.op_type == "MatMul"):
+        return None, False
+    name = node.input[0] if table else node.input[1]
     tensor = constants.get(name)
     floats = tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2
-    return name if floats else None
+    return (name if floats else None), table or head
 
 
-def _store(graph: onnx.GraphProto, name: str, table: Table) -> list[str]:
-    """Add the table to the graph; the names of its values, scales and, where there are any, zero points."""
-    rows = table.values.shape[0]
-    parts = {"values": table.values.reshape(rows, -1), "scales": table.scales, "zero_points": table.zero_points}
+def _store(graph: onnx.GraphProto, name: str, found: Table, shape: tuple[int, ...], bits: int, block: int) -> Stored:
+    """Add the parts to the graph, all of them `(N, …)`; `_product` and `_gather` say how they are read."""
     names = []
-    for kind, array in parts.items():
+    for kind, array in (("values", found.values), ("scales", found.scales), ("zero_points", found.zero_points)):
         if array is not None:
-            graph.initializer.append(numpy_helper.from_array(array, f"{name}_{kind}"))
             names.append(f"{name}_{kind}")
-    return names
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), names[-1]))
+    return Stored(tuple(names), shape, bits, block)
 
 
-def _gather(
-    graph: onnx.GraphProto, node: onnx.NodeProto, names: list[str], shape: tuple[int, ...], bits: int, block: int
-) -> list[onnx.NodeProto]:
+def _as_blocks(graph: onnx.GraphProto, stored: Stored) -> onnx.NodeProto:
+    """A table is stored flat, as Gather reads it; this makes its blocks.
+
+    The Reshape of a constant is folded when a session is opened, so it costs nothing and the file holds one table.
+    """
+    values = stored.parts[0]
+    tensor = next(tensor for tensor in graph.initializer if tensor.name == values)
+    graph.initializer.append(numpy_helper.from_array(np.array(tensor.dims, np.int64), f"{values}_shape"))
+    flat = numpy_helper.to_array(tensor).reshape(tensor.dims[0], -1)
+    tensor.CopyFrom(numpy_helper.from_array(flat, values))
+    return helper.make_node("Reshape", [values, f"{values}_shape"], [f"{values}_blocks"], name=f"{values}_blocks")
+
+
+def _product(node: onnx.NodeProto, stored: Stored, table: bool, accuracy: int) -> onnx.NodeProto:
+    values, *rest = stored.parts
+    # 0 is said by leaving it out: most execution providers do not know the attribute.
+    level: dict[str, Any] = {"accuracy_level": accuracy} if accuracy else {}
+    return helper.make_node(
+        "MatMulNBits",
+        [node.input[0], f"{values}_blocks" if table else values, *rest],
+        [node.output[0]],
+        name=f"{node.name or node.output[0]}_Q{stored.bits}",
+        domain=MICROSOFT,
+        bits=stored.bits,
+        block_size=stored.block,
+        K=stored.shape[1],
+        N=stored.shape[0],
+        **level,
+    )
+
+
+def _gather(graph: onnx.GraphProto, node: onnx.NodeProto, stored: Stored) -> list[onnx.NodeProto]:
     """Rows of the table; where K is no multiple of the block, its padding is cut off again."""
-    values, *rest = names
-    padded = shape[1] % block != 0
+    values, *rest = stored.parts
+    padded = stored.shape[1] % stored.block != 0
     out = f"{node.output[0]}_padded" if padded else node.output[0]
     made = [
         helper.make_node(
             "GatherBlockQuantized",
             [values, node.input[1], *rest],
             [out],
-            name=f"{node.name or node.output[0]}_Q{bits}",
+            name=f"{node.name or node.output[0]}_Q{stored.bits}",
             domain=MICROSOFT,
-            bits=bits,
-            block_size=block,
+            bits=stored.bits,
+            block_size=stored.block,
             gather_axis=0,
             quantize_axis=1,
         )
     ]
     if padded:
         bounds = []
-        for kind, value in (("start", 0), ("end", shape[1]), ("axis", -1)):
+        for kind, value in (("start", 0), ("end", stored.shape[1]), ("axis", -1)):
             bounds.append(f"{node.output[0]}_{kind}")
             graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), bounds[-1]))
         made.append(helper.make_node("Slice", [out, *bounds], [node.output[0]], name=f"{out}_cut"))
     return made
 
 
-def _product(
-    graph: onnx.GraphProto, node: onnx.NodeProto, names: list[str], shape: tuple[int, ...], bits: int, block: int
-) -> list[onnx.NodeProto]:
-    """The tied head. The Reshape of a constant is folded when a session is opened; the file holds the table once."""
-    values, *rest = names
-    blocks, bytes_each = -(-shape[1] // block), block * bits // 8
-    target = numpy_helper.from_array(np.array([shape[0], blocks, bytes_each], np.int64), f"{values}_shape")
-    graph.initializer.append(target)
-    reshape = helper.make_node("Reshape", [values, target.name], [f"{values}_blocks"], name=f"{values}_blocks")
-    product = helper.make_node(
-        "MatMulNBits",
-        [node.input[0], f"{values}_blocks", *rest],
-        [node.output[0]],
-        name=f"{node.name or node.output[0]}_Q{bits}",
-        domain=MICROSOFT,
-        bits=bits,
-        block_size=block,
-        K=shape[1],
-        N=shape[0],
-    )
-    return [reshape, product]
-
-
-def _split_gemm(model: onnx.ModelProto) -> None:
-    """A plain Gemm (foreign GPT-2 graphs) is a MatMul and an Add; the quantizer knows only MatMul."""
+def _split_gemm(graph: onnx.GraphProto) -> None:
+    """A plain Gemm (foreign GPT-2 graphs) is a MatMul and an Add."""
     nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
+    for node in graph.node:
         plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-        if node.op_type != "Gemm" or any(_attribute(node, name, value) != value for name, value in plain.items()):
+        defaults = {"alpha": 1.0, "beta": 1.0}
+        if node.op_type != "Gemm" or any(_attribute(node, k, defaults.get(k, 0)) != v for k, v in plain.items()):
             nodes.append(node)
             continue
         out = f"{node.output[0]}_product" if len(node.input) > 2 else node.output[0]
         nodes.append(helper.make_node("MatMul", node.input[:2], [out], name=node.name))
         if len(node.input) > 2:
             nodes.append(helper.make_node("Add", [out, node.input[2]], [node.output[0]], name=f"{node.name}_bias"))
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
-def _drop_unused(model: onnx.ModelProto) -> None:
-    """Initializers that no node reads any more."""
-    used = {name for node in model.graph.node for name in node.input} | {out.name for out in model.graph.output}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    if len(kept) < len(model.graph.initializer):
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(kept)
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Nodes whose output nobody reads (blocks of a table that has no head), then initializers likewise."""
+    used = {name for node in graph.node for name in node.input} | {out.name for out in graph.output}
+    nodes = [node for node in graph.node if not node.name.endswith("_values_blocks") or node.output[0] in used]
+    read = {name for node in nodes for name in node.input} | {out.name for out in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(kept)
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
-
-
-def _set_attribute(node: onnx.NodeProto, name: str, value: int) -> None:
-    for index, item in reversed(list(enumerate(node.attribute))):
-        if item.name == name:
-            del node.attribute[index]
-    node.attribute.append(helper.make_attribute(name, value))
-
-
-def _quantizer() -> Any:
-    """ONNX Runtime's quantizer; its import sets up the root logger at INFO, which is not its business."""
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    try:
-        from onnxruntime.quantization import matmul_nbits_quantizer
-    finally:
-        root.setLevel(level)
-        root.handlers[:] = handlers
-    return matmul_nbits_quantizer
