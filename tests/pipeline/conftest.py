@@ -1,0 +1,64 @@
+"""A really installed plugin with tiny stages, and helpers to run pipelines of them through the real command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FAKE = Path(__file__).parent / "fake"
+
+
+@pytest.fixture
+def fake_stages(install):
+    """The plugin of `tests/pipeline/fake`, installed as the distribution `fake`."""
+    files = {path.name: path.read_text() for path in FAKE.glob("*.py")}
+    return install("fake", {"fake": "fake_stages"}, files, record=True)
+
+
+@pytest.fixture
+def work(llmctl, tmp_path):
+    """The directory that `llmctl` runs in; its store is `.llmctl/store`."""
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def spec(work):
+    """Write a pipeline `p.yaml` from the text of its stages."""
+
+    def write(stages: str, name: str = "p") -> Path:
+        path = work / f"{name}.yaml"
+        lines = "\n".join("  " + line for line in stages.strip("\n").splitlines())
+        path.write_text(f"llmctl: 1\nname: {name}\nstages:\n{lines}\n")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def events(work):
+    """The events of the latest run, in order."""
+
+    def read() -> list[dict]:
+        latest = max((work / ".llmctl/store/runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        return [json.loads(line) for line in (latest / "events.jsonl").read_text().splitlines()]
+
+    return read
+
+
+@pytest.fixture
+def actions(events):
+    """Stage id → what happened to it in the latest run: `run`, `cached`, `skipped`."""
+    kinds = {"stage.start": "run", "stage.cached": "cached", "stage.skipped": "skipped"}
+
+    def read() -> dict[str, str]:
+        return {event["stage"]: kinds[event["type"]] for event in events() if event["type"] in kinds}
+
+    return read
+
+
+@pytest.fixture
+def python() -> str:
+    return sys.executable

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llmctl import InputError, MachineError, StageError
+
+
+def _write(directory, rows):
+    name = "train-00000-of-00001.jsonl.gz"
+    text = "".join(json.dumps({"id": str(i), "source": "x", "text": row}) + "\n" for i, row in enumerate(rows))
+    (directory / name).write_bytes(gzip.compress(text.encode(), mtime=0))
+    info = {"format": "dataset.text", "splits": {"train": {"rows": len(rows), "files": [name]}}}
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+
+
+def _read(artifact):
+    text = gzip.decompress((artifact / "train-00000-of-00001.jsonl.gz").read_bytes()).decode()
+    return [json.loads(line)["text"] for line in text.splitlines()]
+
+
+def make(ctx, params, files):
+    rows = [file.path.read_text() for file in files or []]
+    rows += [params.word.strip()] * params.rows
+    _write(ctx.output("text"), rows)
+    ctx.describe("text", documents=len(rows))
+    ctx.report({"rows": len(rows)})
+
+
+def upper(ctx, params, text):
+    print("a stray print")
+    ends = time.monotonic() + params.sleep
+    while time.monotonic() < ends:
+        ctx.progress(1, 10)
+        time.sleep(0.02)
+    _write(ctx.output("text"), [row.upper() + params.mark for row in _read(text)])
+    ctx.report({"rows": len(_read(text))})
+
+
+def score(ctx, params, text):
+    ctx.report({params.name: params.score, "fine": True})
+
+
+def count(ctx, params, text):
+    state = ctx.resume_dir / "state.json"
+    step, value = json.loads(state.read_text()) if state.exists() else (0, params.start)
+    begun = step
+    while step < params.max_steps:
+        value, step = value * 31 % 1_000_003 + step, step + 1
+        ctx.progress(step, params.max_steps, loss=1 / step)
+        ctx.metric("loss", 1 / step, step)
+        time.sleep(params.pause)
+        ctx.resume_dir.mkdir(exist_ok=True)
+        temporary = state.with_suffix(".tmp")
+        temporary.write_text(json.dumps([step, value]))
+        temporary.replace(state)
+        if ctx.should_stop():
+            ctx.checkpointed(step)
+            raise ctx.stopped(step)
+    (ctx.output("result") / "value.json").write_text(json.dumps(value))
+    ctx.report({"begun": begun, "steps": step})
+
+
+def wrong(ctx, params):
+    out = ctx.output("result")
+    match params.how:
+        case "raise":
+            raise ValueError("what\n happened")
+        case "stage":
+            raise StageError("parity missed", hint="look at it")
+        case "input":
+            raise InputError("nothing in it")
+        case "machine":
+            raise MachineError("no GPU", hint="buy one")
+        case "memory":
+            raise MemoryError
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "segv":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "exit":
+            sys.exit(0)
+        case "nothing":
+            return
+        case "nan":
+            (out / "value.json").write_text("NaN")
+        case "pickle":
+            (out / "weights.pt").write_text("x")
+        case "symlink":
+            (out / "link").symlink_to("/etc/passwd")
+        case "hardlink":
+            (out / "a").write_text("x")
+            os.link(out / "a", out / "b")
+        case "fill":
+            with (out / "big").open("wb") as file:
+                for _ in range(params.size):
+                    file.write(b"x" * (1 << 20))
+        case "noise":
+            os.write(1, b'{"type": "result"}\n' * 10)
+            print("x" * 100_000)
+            ctx.metric("odd", float("nan"), 1)
+            (out / "fine").write_text("x")
+        case "workers":
+            worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            params.path.write_text(f"{os.getpid()} {worker.pid}")
+            time.sleep(params.size)
+            (out / "fine").write_text("x")
+        case "deaf":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            params.path.write_text(str(os.getpid()))
+            time.sleep(600)
+        case "env":
+            (out / "env.json").write_text(json.dumps(dict(os.environ)))
+        case "where":
+            (out / "path").write_text(str(Path.cwd()))
+
+
+def push(ctx, params, text):
+    with Path(params.path).open("a") as file:
+        file.write("pushed\n")
+    (ctx.output("receipt") / "receipt.json").write_text(json.dumps({"n": len(_read(text))}))
