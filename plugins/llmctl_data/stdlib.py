@@ -144,11 +144,12 @@ def read_module(name: str, path: Path) -> Module:
             elif origin.partition(".")[0] == name.partition(".")[0]:
                 offered |= {alias.asname or alias.name for alias in node.names}
     exported = _exported(tree)
+    moved = _moved(tree)
     starred = bool(stars)
     entities = tuple(
         _entity(node, name, certain=bound[node.name] == 1 and not starred)
         for node in tree.body
-        if isinstance(node, Definition) and _public(node.name, exported)
+        if isinstance(node, Definition) and _public(node.name, exported) and node.name not in moved
     )
     offers = exported if exported is not None else {n for n in offered if not n.startswith("_")}
     if exported is None and "__all__" in bound:  # computed, so any name that it mentions may be among them
@@ -208,6 +209,18 @@ def _origin(node: ast.ImportFrom, package: str) -> str:
         return node.module or ""
     base = package.split(".")[: len(package.split(".")) - node.level + 1]
     return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def _moved(tree: ast.Module) -> set[str]:
+    """Names that a top-level statement handles through `globals()`: `ast` of 3.12 takes its deprecated classes away."""
+    return {
+        part.value
+        for node in tree.body
+        if not isinstance(node, Definition)
+        and any(isinstance(part, ast.Name) and part.id == "globals" for part in ast.walk(node))
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    }
 
 
 def _exported(tree: ast.Module) -> set[str] | None:
