@@ -225,14 +225,18 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def initialise(model: Transformer) -> None:
     """Fresh weights.
 
-    | Parameter                | Value                                   | Why                                   |
-    |--------------------------|-----------------------------------------|---------------------------------------|
-    | embedding, untied head   | normal, std 0.02                        | tied logits start near 0              |
-    | learned positions        | normal, std 0.02                        | GPT-2                                 |
-    | q, k, v, gate, up        | normal, std 1 / sqrt(D)                 | keeps the scale at any width          |
-    | out, down                | normal, std 1 / sqrt(fan-in * 2 layers) | residual stream grows with depth only |
-    | norms                    | 1 (bias 0)                              |                                       |
-    | biases                   | 0                                       |                                       |
+    | Parameter               | Value                                         | Why                                |
+    |-------------------------|-----------------------------------------------|------------------------------------|
+    | embedding, untied head  | normal, std 1 / (2 sqrt(D))                   | logits of order 1 at any width     |
+    | learned positions       | normal, std 0.02                              | GPT-2                              |
+    | q, k, v, gate, up       | normal, std 1 / sqrt(D)                       | keeps the scale at any width       |
+    | out, down               | normal, std 1 / (10 sqrt(fan-in * 2 layers))  | blocks start close to the identity |
+    | norms                   | 1 (bias 0)                                    |                                    |
+    | biases                  | 0                                             |                                    |
+
+    Small `out` and `down` and the embedding's scale are worth .2 nats after 150 steps of 2048 tokens with Muon (D 128,
+    4 layers, vocabulary 2048, two seeds: 4.83 and 4.78 to 4.62). Exactly 0 is as good, but then a fresh model would
+    compute the same whatever its attention does, and could test nothing.
     """
     depth = 2 * model.config.layers
     for name, parameter in model.named_parameters():
@@ -241,10 +245,12 @@ def initialise(model: Transformer) -> None:
         kind = name.split(".")[-2]
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
-        elif kind in ("embedding", "positions", "unembedding"):
+        elif kind in ("embedding", "unembedding"):
+            nn.init.normal_(parameter, std=0.5 * model.config.dim**-0.5)
+        elif kind == "positions":
             nn.init.normal_(parameter, std=0.02)
         elif kind in ("out", "down"):
-            nn.init.normal_(parameter, std=(parameter.shape[1] * depth) ** -0.5)
+            nn.init.normal_(parameter, std=0.1 * (parameter.shape[1] * depth) ** -0.5)
         elif parameter.ndim == 2:
             nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         else:
