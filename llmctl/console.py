@@ -90,6 +90,7 @@ class Reporter:
         self.clock = clock
         self.total = 0
         self.finished = 0
+        self._left: float | None = None
         self._warnings: list[str] = []
         self._started: dict[str, float] = {}
         self._said: dict[str, float] = {}
@@ -125,11 +126,16 @@ class Reporter:
         stages = event.get("stages", ())
         self.total = stages if isinstance(stages, int) else len(stages)
 
+    def _on_run_progress(self, event: Mapping[str, Any]) -> None:
+        self.finished, self.total = int(event.get("done", self.finished)), int(event.get("total", self.total))
+        self._left = event.get("eta_s")
+
     def _on_stage_start(self, event: Mapping[str, Any]) -> None:
         stage = str(event["stage"])
         self._started[stage] = self._said[stage] = self.clock()
         self._metrics.pop(stage, None)
-        self._print(f"{self._position()}{stage}: start")
+        left = f", about {human_seconds(self._left)} left in all" if self._left and self.total > 1 else ""
+        self._print(f"{self._position()}{stage}: start{left}")
 
     def _on_stage_progress(self, event: Mapping[str, Any]) -> None:
         stage, now = str(event["stage"]), self.clock()
@@ -142,8 +148,8 @@ class Reporter:
         self._print(f"{event['stage']}: checkpoint at step {event.get('step')}")
 
     def _on_stage_cached(self, event: Mapping[str, Any]) -> None:
+        self._print(f"{self._position()}{event['stage']}: cached")
         self.finished += 1
-        self._print(f"{event['stage']}: cached")
 
     def _on_stage_skipped(self, event: Mapping[str, Any]) -> None:
         reason = event.get("reason") or event.get("why")
@@ -154,6 +160,9 @@ class Reporter:
         self.finished += 1
         took = event.get("seconds", self.clock() - self._started.pop(stage, self.clock()))
         code = int(event.get("code") or 0)
+        if event.get("stopped"):
+            self._print(f"{stage}: stopped after {human_seconds(took)}", style="yellow")
+            return
         if code:
             self._print(f"{stage}: failed with exit {code} after {human_seconds(took)}", style="red")
             return
@@ -251,7 +260,6 @@ class LiveReporter(Reporter):
         )
         self._tasks: dict[str, Any] = {}
         self._fractions: dict[str, float] = {}
-        self._begun = clock()
         self._overall: Any = None
         self._bars.start()
 
@@ -277,6 +285,10 @@ class LiveReporter(Reporter):
         self._fractions[stage] = min(1.0, step / total) if total else 0.0
         self._update_overall()
 
+    def _on_run_progress(self, event: Mapping[str, Any]) -> None:
+        super()._on_run_progress(event)
+        self._update_overall()
+
     def _on_stage_cached(self, event: Mapping[str, Any]) -> None:
         super()._on_stage_cached(event)
         self._remove(str(event["stage"]))
@@ -293,14 +305,13 @@ class LiveReporter(Reporter):
         self._update_overall()
 
     def _update_overall(self) -> None:
-        """Time left by the share of stages done; a running stage counts by its own share."""
+        """The bar counts stages, a running one by its own share; the time left is the runner's estimate."""
         if self._overall is None:
             return
-        done = self.finished + sum(self._fractions.values())
-        passed = self.clock() - self._begun
-        left = passed / done * (self.total - done) if done >= 0.5 else None
-        note = f"{self.finished} of {self.total} stages" + (f", about {human_seconds(left)} left" if left else "")
-        self._bars.update(self._overall, completed=done, note=note)
+        done = min(self.total, self.finished + sum(self._fractions.values()))
+        left = f", about {human_seconds(self._left)} left" if self._left else ""
+        note = f"{self.finished} of {self.total} stages{left}"
+        self._bars.update(self._overall, completed=done, total=self.total, note=note)
 
     def _print(self, text: str, style: str = "") -> None:
         if self._closed:

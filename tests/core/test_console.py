@@ -103,6 +103,7 @@ def drive(reporter, clock):
         (0, {"type": "run.start"}),
         (0, {"type": "plan", "stages": ["data", "train", "eval"]}),
         (0, {"type": "stage.cached", "stage": "data"}),
+        (0, {"type": "run.progress", "done": 1, "total": 3, "eta_s": 75.0}),
         (1, {"type": "stage.start", "stage": "train"}),
         (2, {"type": "stage.progress", "stage": "train", "step": 1, "total": 100, "loss": 5.0}),
         (
@@ -140,14 +141,14 @@ def test_plain_lines_are_few_and_say_what_matters():
     stream, clock = io.StringIO(), Clock()
     drive(console.Reporter(stream, clock), clock)
     assert stream.getvalue().splitlines() == [
-        "data: cached",
-        "[2/3] train: start",
+        "[1/3] data: cached",
+        "[2/3] train: start, about 1:15 min left in all",
         "train: step 10 of 100  loss 4.5  tokens/s 12.3k  1:48 min left",
         "warning: train: few documents",
         "train: checkpoint at step 50",
         "train: done in 20 s  loss.train 1.25",
         "train: gate loss.train FAILED: 1.25 (limit 1)",
-        "[3/3] eval: start",
+        "[3/3] eval: start, about 1:15 min left in all",
         "eval: failed with exit 3 after 1.0 s",
         "1 warning:",
         "  train: few documents",
@@ -188,10 +189,11 @@ def test_live_display_shows_the_bars_and_leaves_a_clean_terminal():
 def test_live_display_shows_progress_and_the_time_left():
     stream, clock = Terminal(), Clock()
     reporter = console.LiveReporter(stream, clock)
-    reporter.event({"type": "plan", "stages": 2})
+    reporter.event({"type": "plan", "stages": [{"stage": "train"}, {"stage": "eval"}]})
     reporter.event({"type": "stage.start", "stage": "train"})
     clock.now = 10
     reporter.event({"type": "stage.progress", "stage": "train", "step": 50, "total": 100, "loss": 2.5})
+    reporter.event({"type": "run.progress", "done": 0, "total": 2, "eta_s": 30})
     reporter._bars.refresh()
     text = stream.getvalue()
     assert "[1/2] train" in text
@@ -213,3 +215,10 @@ def test_logs_with_square_brackets_survive_the_live_display():
     reporter.event({"type": "log", "stage": "sft[lr=3e-5]", "text": "[bold]as typed[/bold] :smile:"})
     reporter.close()
     assert "sft[lr=3e-5]: [bold]as typed[/bold] :smile:" in stream.getvalue()
+
+
+def test_a_stage_that_was_stopped_did_not_fail():
+    stream = io.StringIO()
+    reporter = console.Reporter(stream, Clock())
+    reporter.event({"type": "stage.end", "stage": "train", "code": 75, "seconds": 2.0, "stopped": True})
+    assert stream.getvalue() == "train: stopped after 2.0 s\n"

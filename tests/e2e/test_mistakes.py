@@ -148,9 +148,19 @@ STAGES = [
     Mistake("machine that cannot", "fake-tok --fail machine", 7, ("no such machine", "buy one")),
     Mistake("full disk in a stage", "fake-tok --fail full", 3, ("space",)),
     Mistake(
-        "output directory that is not empty", "fake-tok --output full", 2, ("full", "empty"), {"full/x": "precious"}
+        "output directory that is not empty",
+        "fake-serve --output full",
+        5,
+        ("full", "is not replaced", "choose another directory"),
+        {"full/x": "precious"},
     ),
-    Mistake("output that is a file", "fake-tok --output file", 2, ("file",), {"file": "precious"}),
+    Mistake(
+        "output that is a file",
+        "fake-tok --output file",
+        5,
+        ("file is not a writable directory", "choose another directory"),
+        {"file": "precious"},
+    ),
 ]
 
 
@@ -168,7 +178,7 @@ DATA = [
     Mistake("gzip that is cut short", "data --files a.jsonl.gz", 5, ("a.jsonl.gz", "cut short or damaged"), {"a.jsonl.gz": gzip.compress(JSONL.encode())[:-12]}),
     Mistake("files that contradict the reader", "data --reader python-stdlib --files a.txt", 2, ("reads no input",), {"a.txt": "x"}),
     Mistake("module that does not exist", "data --reader python-stdlib --set modules=[no_such_module]", 2, ("no_such_module",)),
-    Mistake("dataset.text without a column text", "tokenize --text rows.jsonl", 5, ("row 1", "`text`", "body"), {"rows.jsonl": '{"body": "x"}\n'}),
+    Mistake("dataset.text without a column text", "tokenize --text rows.jsonl", 5, ("rows.jsonl has no column `text`", "body"), {"rows.jsonl": '{"body": "x"}\n'}),
     Mistake("vocabulary larger than the data allows", "tokenize --text LAB/text --vocab-size 60000", 3, ("the text allows a vocabulary of", "60000 were asked for", "set vocab_size to")),
     Mistake("vocabulary smaller than the bytes", "tokenize --text LAB/text --vocab-size 100", 2, ("--vocab-size", "x>=262")),
     Mistake("damaged tokenizer.json", "tokenize --text LAB/text --tokenizer LAB/tokenizer-damaged", 5, ("tokenizer.json",)),
@@ -183,13 +193,15 @@ MODELS = [
     Mistake("kv_heads that do not divide heads", f"{TRAIN} --dim 96 --heads 6 --kv-heads 4", 2, ("kv_heads 4", "kv_heads that fit")),
     Mistake("learning rate of zero", f"{TRAIN} --lr 0", 2, ("--lr", "x>0")),
     Mistake("tokens of another tokenizer", "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer-other", 5, ("was made with the tokenizer", "same `tokenize` stage")),
-    Mistake("token shard that is cut short", "train-pretrain --tokens LAB/tokens-short --tokenizer LAB/tokenizer", 5, ("train-00000.bin", "bytes, expected")),
+    Mistake("token shard that is cut short", "train-pretrain --tokens LAB/tokens-short --tokenizer LAB/tokenizer", 5, ("train-00000.bin has", "meta.json says")),
     Mistake("model without a tensor", "sft --model LAB/model-torn --data LAB/chat.jsonl", 5, ("model.norm.weight",)),
     Mistake("model of a foreign architecture", "sft --model LAB/model-foreign --data LAB/chat.jsonl", 5, ("FalconForCausalLM",)),
     Mistake("chat with an unknown role", "sft --model LAB/model --data LAB/chat-role.jsonl", 5, ("robot",)),
-    Mistake("prompt longer than the context", f"generate LAB/model {'word' * 400}", 2, ("tokens, the model's context is 16", "shorten the prompt")),
-    Mistake("negative temperature", "generate LAB/model hello --temperature -1", 2, ("temperature", "-1")),
-    Mistake("empty prompt", "chat LAB/nothing", 5, ("LAB/nothing",)),
+    Mistake("prompt longer than the context", f"generate LAB/model --prompt {'word' * 400}", 2, ("tokens, the model's context is 16", "shorten the prompt")),
+    Mistake("negative temperature", "generate LAB/model --prompt hello --temperature -1", 2, ("temperature", "-1")),
+    Mistake("empty prompt", "generate LAB/model --prompt=", 2, ("the text to continue is empty", "--prompt")),
+    Mistake("chat with a model that is not there", "chat LAB/nothing --prompt hello", 5, ("LAB/nothing",)),
+    Mistake("chat with what is no model", "chat LAB/text --prompt hello", 5, ("LAB/text",)),
     Mistake("port in use", "serve --model LAB/model --port PORT", 7, ("PORT", "in use")),
 ]  # fmt: skip
 
@@ -317,23 +329,37 @@ def test_there_are_many_and_no_two_are_the_same():
     assert len({(row.args, str(row.files), row.stdin) for row in ALL}) == len(ALL)
 
 
-def test_corrupt_artifact(fake, llmctl):
-    path = Path(llmctl("fake-tok", "--format", "path").stdout.split()[0])
-    content = path / "content.txt"
-    content.chmod(0o644)
-    path.chmod(0o755)
-    content.write_text("short")
-    identity = llmctl("fake-tok", "--format", "id").stdout.split()[0]
-    done = llmctl("fake-eval", "--tokenizer", path, "--model", identity)
+@pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
+def test_corrupt_artifact(damage, fake, llmctl):
+    records = [json.loads(line) for line in llmctl("fake-tok").stdout.splitlines()]
+    refs = {record["port"]: record for record in records if record["llmctl"] == "ref"}
+    path = Path(refs["tokens"]["path"])
+    for entry in (path, *path.iterdir()):
+        entry.chmod(0o755)
+    content, manifest = path / "content.txt", path / "llmctl.json"
+    match damage:
+        case "cut":
+            content.write_bytes(content.read_bytes()[:-3])
+        case "gone":
+            content.unlink()
+        case "manifest":
+            manifest.write_text(manifest.read_text()[:-20])
+    done = llmctl("fake-pre", "--tokens", refs["tokens"]["id"], "--tokenizer", refs["tokenizer"]["id"])
     assert done.returncode == 5, done.stderr
+    assert refs["tokens"]["id"][:15] in done.stderr
+    assert "hint:" in done.stderr
+    assert "Traceback" not in done.stderr
+    made_again = llmctl("fake-tok", "--format", "id")  # a damaged artifact is no cache hit
+    assert made_again.returncode == 0, made_again.stderr
+    assert "cached" not in made_again.stderr
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of one MiB."""
+    """A file system of 40 MiB: a run may begin on it."""
     disk = tmp_path / "small"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
@@ -341,7 +367,7 @@ def small_disk(tmp_path):
 
 
 def test_no_space_left_for_the_store(fake, llmctl, small_disk):
-    done = llmctl("fake-tok", "--store", small_disk / "store", "--text", "x" * 2000, "--size", "1000")
+    done = llmctl("fake-tok", "--store", small_disk / "store", "--text", "x" * 30_000, "--size", "1000")
     assert done.returncode == 3, done.stderr
     assert "space" in done.stderr
     assert "hint:" in done.stderr
@@ -350,8 +376,18 @@ def test_no_space_left_for_the_store(fake, llmctl, small_disk):
     assert again.returncode == 0, again.stderr
 
 
+def test_no_space_left_to_begin_with(fake, llmctl, small_disk):
+    with (small_disk / "filler").open("wb") as filler:
+        filler.write(bytes(39 << 20))
+    done = llmctl("fake-tok", "--store", small_disk / "store")
+    assert done.returncode == 3, done.stderr
+    assert "no space left" in done.stderr
+    assert "--store" in done.stderr
+    assert "start" not in done.stderr
+
+
 def test_no_space_left_for_the_copy(fake, llmctl, small_disk):
-    done = llmctl("fake-tok", "--output", small_disk / "out", "--text", "x" * 2000, "--size", "1000")
+    done = llmctl("fake-tok", "--output", small_disk / "out", "--text", "x" * 30_000, "--size", "1000")
     assert done.returncode == 3, done.stderr
     assert "space" in done.stderr
     assert "hint:" in done.stderr
