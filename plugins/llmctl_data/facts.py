@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,8 +75,19 @@ def choose(candidates: Sequence[Fact], params: Any, seed: int) -> Choice:
     ordered = sorted(candidates, key=lambda fact: rank(seed, "fact", fact.kind, fact.entity, fact.answer))
     free = [fact for fact in ordered if fact.trainable and fact.entity not in aside]
     trained = _by_share(free, params.mix, params.facts, params.max_answer_share)
-    heldout = _by_share([fact for fact in ordered if fact.entity in aside], params.mix, count, 1.0)
-    return Choice(trained, heldout)
+    groups = [[fact for fact in ordered if fact.entity == entity] for entity in entities[:count]]
+    heldout = [_one_of(group, params.mix, seed) for group in groups]
+    return Choice(trained, [fact for fact in heldout if fact is not None])
+
+
+def _one_of(facts: Sequence[Fact], mix: Mapping[Any, float], seed: int) -> Fact | None:
+    """One fact of an entity, its kind by the shares of `mix` (the first arrival of exponential clocks)."""
+    clocks = [
+        (-math.log(1 - unit(seed, "clock", fact.kind, fact.entity)) / mix[fact.kind], fact)
+        for fact in facts
+        if mix.get(fact.kind, 0) > 0
+    ]
+    return min(clocks, key=lambda item: item[0])[1] if clocks else None
 
 
 def _by_share(facts: Sequence[Fact], mix: Mapping[Any, float], count: int, max_share: float) -> list[Fact]:

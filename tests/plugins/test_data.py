@@ -379,6 +379,7 @@ def test_held_out_phrasings_and_entities(library):
     assert {row["entity"] for row in train} == {row["entity"] for row in validation}
     assert not {row["entity"] for row in train} & {row["entity"] for row in test}
     assert not {asked(row) for row in train} & {asked(row) for row in [*validation, *test]}
+    assert len({row["entity"] for row in test}) == 60 and len(test) == 120
     facts = Counter((row["kind"], row["entity"]) for row in train)
     assert set(facts.values()) == {8} and len(facts) == 400
 
