@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmctl.errors import InputError, UsageError
+from llmctl.nn.hf import load_model
+from llmctl.nn.presets import PRESETS
+from llmctl.stage import Artifact
+from llmctl.text.shards import TokenShards
+from llmctl.text.tokenizer import Tokenizer
+from llmctl.train.data import TokenSource
+from llmctl.train.objectives import CausalLM
+from llmctl_train_pretrain.params import PretrainParams
+from llmctl_train_pretrain.run import validator
+
+
+def test_the_shape_is_what_was_asked_for(train) -> None:
+    result = train("train-pretrain", params={"max_steps": 1, "tie_embeddings": False, "rope_theta": 5000.0})
+    config = load_model(result.outputs["model"].path).config
+    assert (config.dim, config.layers, config.heads, config.kv_heads, config.ff_dim, config.context) == (
+        32, 2, 4, 2, 64, 48,
+    )  # fmt: skip
+    assert config.vocab_size == 300 and not config.tie_embeddings and config.rope_theta == 5000
+    assert (config.bos_id, config.eos_id, config.pad_id) == (0, 1, 2)
+    assert result.metrics["parameters"] == config.parameters()
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_presets(train, preset: str) -> None:
+    heads = {"heads": 4, "kv_heads": 4}
+    result = train("train-pretrain", params={"max_steps": 2, "preset": preset, **heads})
+    assert load_model(result.outputs["model"].path).config.arch == preset
+
+
+def test_it_learns_and_measures_in_bits_per_byte(train, world) -> None:
+    result = train("train-pretrain", params={"max_steps": 150, "embedding_lr": 0.01})
+    losses = [value for _, value in result.curve("loss")]
+    assert losses[0] > 4 and losses[-1] < 1
+    # Independently: every byte of the split's text, every nat of its ordinary tokens, one document at a time.
+    shards, tokenizer = TokenShards.open(world.tokens), Tokenizer.load(world.tokenizer.path)
+    model = load_model(result.outputs["model"].path).eval()
+    split = shards.split("validation")
+    source = TokenSource(split, 48, PretrainParams())
+    nats = 0.0
+    for batch in source.sweep():
+        with torch.no_grad():
+            logs = model(batch.tokens, batch.positions, batch.documents).log_softmax(-1)
+        losses = -logs.flatten(0, 1)[batch.picks].gather(1, batch.targets[:, None])[:, 0]
+        nats += float(losses[batch.targets > 5].sum())
+    assert split.bytes == sum(np.array(tokenizer.token_bytes())[np.asarray(split.tokens)])
+    assert result.metrics["bpb.validation"] == pytest.approx(nats / split.bytes / np.log(2), rel=1e-5)
+
+
+def test_it_continues_from_a_model(train, world, weights) -> None:
+    more = train("train-pretrain", "more", {"lr": 1e-4}, model=world.model)
+    fresh = train("train-pretrain", "fresh", {"lr": 1e-4})
+    assert more.curve("loss")[0][1] < fresh.curve("loss")[0][1] - 0.5
+    short = train("train-pretrain", "short", {"context": 16}, model=world.model)
+    assert load_model(short.outputs["model"].path).config.context == 48
+    with pytest.raises(UsageError, match="dim is 64, the model to continue has 32"):
+        train("train-pretrain", "other", {"dim": 64}, model=world.model)
+
+
+def test_tokens_of_another_tokenizer_are_refused(train, world, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(world.tokenizer.path, other)
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(InputError, match="was made with the tokenizer") as error:
+        train("train-pretrain", tokenizer=Artifact(other, "tokenizer"))
+    assert "same `tokenize` stage" in (error.value.hint or "")
+
+
+def test_a_model_of_another_vocabulary_is_refused(train, world, tmp_path: Path) -> None:
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+
+    config = ModelConfig(arch="llama", vocab_size=310, dim=16, layers=1, heads=2, context=48)
+    save_model(Transformer(config), tmp_path / "wide", tokenizer_from=world.tokenizer.path)
+    with pytest.raises(InputError, match="has a vocabulary of 310, the tokens one of 300"):
+        train("train-pretrain", model=Artifact(tmp_path / "wide", "model.hf"))
+
+
+def test_without_a_validation_split_there_is_no_validation(world) -> None:
+    shards = TokenShards.open(world.tokens)
+    del shards.meta["splits"]["validation"]
+    assert validator(shards, Tokenizer.load(world.tokenizer.path), 48, PretrainParams()) is None
+
+
+def test_packing_none_trains_too(train) -> None:
+    packed, alone = train("train-pretrain", "a"), train("train-pretrain", "b", {"packing": "none"})
+    assert alone.curve("loss") != packed.curve("loss")
+    assert alone.metrics["loss.train"] < alone.curve("loss")[0][1]
+
+
+@pytest.mark.slow
+def test_targets_from_another_document_stay_at_unigram_entropy(tmp_path: Path) -> None:
+    """D1's control: what is learned is the text, and not something the targets leak."""
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.transformer import Transformer
+    from llmctl.stage import Context
+    from llmctl.text.shards import ShardWriter
+    from llmctl.train.loop import fit
+    from llmctl.train.params import TrainParams
+
+    rng = np.random.default_rng(0)
+    step = rng.permutation(16)
+    documents = []
+    for _ in range(400):
+        ids = [int(rng.integers(16))]
+        for _ in range(31):
+            ids.append(int(step[ids[-1]]) if rng.random() < 0.9 else int(rng.integers(16)))
+        documents.append(ids)
+    with ShardWriter(tmp_path / "tokens", vocab_size=16, tokenizer="") as writer:
+        for ids in documents:
+            writer.add("train", ids, 32)
+    split = TokenShards.open(tmp_path / "tokens").split("train")
+
+    class Strangers(CausalLM):
+        """Every row is asked for the next row's tokens."""
+
+        def loss(self, model, batch):
+            import dataclasses
+
+            rows = batch.targets.view(len(batch.tokens), -1).roll(1, 0)
+            return super().loss(model, dataclasses.replace(batch, targets=rows.flatten()))
+
+    found = {}
+    for objective in (CausalLM(), Strangers()):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(arch="llama", vocab_size=16, dim=32, layers=2, heads=4, context=32, ff_dim=64))
+        values = TrainParams(max_steps=150, batch_size=16, packing="none", embedding_lr=0.01)
+        ctx = Context("test", {}, tmp_path / type(objective).__name__, lambda kind, fields: None)
+        found[type(objective)] = fit(ctx, model, objective, TokenSource(split, 32, values), values)["loss.train"]
+    counts = np.bincount(np.concatenate(documents), minlength=16) / (400 * 32)
+    entropy = float(-(counts * np.log(counts)).sum())
+    assert found[CausalLM] < 0.4 * entropy
+    assert found[Strangers] > 0.97 * entropy
