@@ -12,9 +12,11 @@ from llmctl.text.template import plain_content
 from llmctl.text.tokenizer import Message, Tokenizer
 
 REFUSAL = "I cannot answer that from these documents."
-MARK = re.compile(r"(?<![\w\])])\[(\d+)\]")
-"""A citation; the index in `argv[1]` is none."""
-PARTIAL = re.compile(r"\[\d*\Z")
+MARKS = re.compile(r"(?<![\w\])])(?:\[\d+\])+")
+"""Citations, `[1]` or `[1][2]`; the indices in `argv[1]` and `table[0][1]` are none."""
+NUMBER = re.compile(r"\[(\d+)\]")
+UNFINISHED = re.compile(r"(?:\[\d+\])+\Z|(?:\[\d+\])*\[\d*\Z")
+"""The end of a text to which a citation may still be added."""
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 INSTRUCTION = "Answer from these passages and cite them by number, as in [1]."
 
@@ -68,7 +70,7 @@ def quote(index: Index, grounds: Grounds) -> str:
         return REFUSAL
     sentences = [text.strip() for text in SENTENCE.split(grounds.passages[0].chunk.text) if text.strip()]
     # A list such as [1] in the text itself would read as a citation.
-    plain = [text for text in sentences if not MARK.search(text)] or [MARK.sub(r"(\1)", text) for text in sentences]
+    plain = [MARKS.sub(lambda marks: NUMBER.sub(r"(\1)", marks.group()), text) for text in sentences]
     best = max(plain, key=lambda text: index.support(grounds.question, text), default="")
     return f"{best} [1]"
 
@@ -97,9 +99,14 @@ def grounded_content(question: str, passages: Sequence[Passage]) -> str:
     return "\n\n".join([*numbered, INSTRUCTION, question])
 
 
+def marks(answer: str) -> list[int]:
+    """The numbers of all citations in a text, in order, whether they stand for something or not."""
+    return [int(number) for found in MARKS.findall(answer) for number in NUMBER.findall(found)]
+
+
 def citations(answer: str, passages: Sequence[Passage]) -> list[Citation]:
     """The citations in `answer` that stand for one of `passages`, each once, in order of first appearance."""
-    numbers = dict.fromkeys(int(mark) for mark in MARK.findall(answer))
+    numbers = dict.fromkeys(marks(answer))
     return [Citation(number, passages[number - 1]) for number in numbers if 1 <= number <= len(passages)]
 
 
@@ -114,7 +121,7 @@ class CitationFilter:
     def add(self, text: str) -> str:
         """What may be shown; the beginning of a citation is held back until its end has come."""
         self._held += text
-        cut = PARTIAL.search(self._held)
+        cut = UNFINISHED.search(self._held)
         return self._show(cut.start() if cut else len(self._held))
 
     def flush(self) -> str:
@@ -124,12 +131,12 @@ class CitationFilter:
     def _show(self, size: int) -> str:
         part, self._held = self._held[:size], self._held[size:]
         # The character before decides whether `[1]` is a citation or an index.
-        shown = MARK.sub(self._keep, self._before + part)[len(self._before) :]
+        shown = MARKS.sub(self._keep, self._before + part)[len(self._before) :]
         self._before = (self._before + part)[-1:]
         return shown
 
-    def _keep(self, mark: re.Match[str]) -> str:
-        return mark.group() if 1 <= int(mark.group(1)) <= self._passages else ""
+    def _keep(self, found: re.Match[str]) -> str:
+        return NUMBER.sub(lambda mark: mark.group() if 1 <= int(mark[1]) <= self._passages else "", found.group())
 
 
 def missing_citation(index: Index, answer: str, passages: Sequence[Passage]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import semchunk
+from semchunk.semchunk import chunkerify
 
 from llmctl.text.retrieval import Chunk
 
@@ -92,7 +92,7 @@ class Chunker:
     def __init__(self, count: Counter, limit: int, overlap: int = 0) -> None:
         self._count, self._limit, self._overlap = count, limit, overlap
         # semchunk's annotations are a union over all its options.
-        self._cut: Callable[..., Any] = semchunk.chunkerify(count, limit, memoize=False)
+        self._cut: Callable[..., Any] = chunkerify(count, limit, memoize=False)
 
     def chunks(self, document: str, text: str, title: str = "") -> list[Chunk]:
         """The chunks of one document, in order; every character that is no white space is in one of them."""

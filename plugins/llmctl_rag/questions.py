@@ -12,13 +12,13 @@ from llmctl import Artifact, Context, InputError
 from llmctl.generator import Generator, Sampling
 from llmctl.text.datasets import read_rows, splits
 from llmctl.text.grounding import (
-    MARK,
     REFUSAL,
     Grounds,
     attribute,
     citations,
     find_grounds,
     grounded_prompt,
+    marks,
     quote,
 )
 from llmctl.text.retrieval import Index, Passage
@@ -166,7 +166,7 @@ def _count_citations(tally: Tally, answer: Answer, documents: Mapping[str, Docum
     """Count marks and those that resolve: the chunk stands at its place in its document. Returns documents cited."""
     if answer.refused:
         return []
-    tally.marks += len(MARK.findall(answer.text))
+    tally.marks += len(marks(answer.text))
     cited = []
     for citation in citations(answer.text, answer.passages):
         chunk = citation.passage.chunk

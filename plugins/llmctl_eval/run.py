@@ -1,0 +1,151 @@
+"""Run the tasks on a model, and on a reference beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from llmctl import Artifact, Context, InputError, UsageError
+from llmctl.text.datasets import read_rows
+from llmctl_eval.conversations import choose_answers, generate_answers, read_question, summarise, with_candidates
+from llmctl_eval.intervals import Bootstrap
+from llmctl_eval.params import EvalParams, Task
+from llmctl_eval.perplexity import perplexity
+from llmctl_eval.ranking import check_pair, margins, rank_pairs
+from llmctl_eval.samples import Sample, SampleLog, collect, write_samples
+from llmctl_eval.subject import Subject
+
+NEEDS: dict[Task, str] = {
+    "perplexity": "dataset.tokens",
+    "exact-match": "dataset.chat",
+    "accuracy": "dataset.chat",
+    "ranking": "dataset.preference",
+}
+DEFAULT: dict[str, Task] = {
+    "dataset.tokens": "perplexity",
+    "dataset.chat": "exact-match",
+    "dataset.preference": "ranking",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What all tasks share."""
+
+    ctx: Context
+    params: EvalParams
+    boot: Bootstrap
+
+    def split(self, task: Task) -> str:
+        """The split that `task` measures on."""
+        return self.params.splits.get(task, self.params.split)
+
+    def log(self, subject: Subject, task: Task) -> SampleLog:
+        """Finished samples of an earlier attempt."""
+        return SampleLog(self.ctx.resume_dir / f"{subject.role}-{task}.jsonl")
+
+    def rows(self, data: Artifact, task: Task, read: Callable[[Any, int], Any]) -> list[Any]:
+        """The rows to measure on; InputError if there are none."""
+        split = self.split(task)
+        found = [read(row, i) for i, row in enumerate(islice(read_rows(data, split), self.params.limit))]
+        if not found:
+            raise InputError(f"split `{split}` of {data.path} is empty", hint="choose another with `split`")
+        return found
+
+
+def run(
+    ctx: Context, params: EvalParams, model: Artifact, data: Sequence[Artifact], reference: Artifact | None = None
+) -> None:
+    """Measure, report, and leave every sample."""
+    chosen = choose_tasks(ctx, params, data)
+    evaluation = Evaluation(ctx, params, Bootstrap(params.confidence, params.resamples, params.seed))
+    subjects = [Subject.open(model, "model", params.device, params.threads)]
+    if reference is not None:
+        subjects.append(Subject.open(reference, "reference", params.device, params.threads))
+    samples = ctx.output("metrics") / "samples.jsonl"
+    samples.unlink(missing_ok=True)
+    for task, artifact in chosen.items():
+        if task == "perplexity":
+            ctx.report(_perplexity(evaluation, subjects, artifact))
+            continue
+        found = [_samples(evaluation, subject, task, artifact) for subject in subjects]
+        write_samples(samples, found[0])
+        ctx.report(_metrics(evaluation, task, found))
+    ctx.report({"backend": subjects[0].generator.backend, "tokenizer": subjects[0].tokenizer.digest})
+
+
+def choose_tasks(ctx: Context, params: EvalParams, data: Sequence[Artifact]) -> dict[Task, Artifact]:
+    """The tasks with the data of each. UsageError if they do not fit together."""
+    by_type: dict[str, Artifact] = {}
+    for artifact in data:
+        if artifact.type in by_type:
+            raise UsageError(
+                f"`data` holds two of {artifact.type}", hint="evaluate them in two stages, so that numbers stay apart"
+            )
+        by_type[artifact.type] = artifact
+    tasks: Sequence[Task] = params.tasks or [DEFAULT[kind] for kind in DEFAULT if kind in by_type]
+    for task in tasks:
+        if NEEDS[task] not in by_type:
+            raise UsageError(f"task {task} needs {NEEDS[task]}", hint="bind it to the input `data`")
+    if params.baselines and "perplexity" not in tasks:
+        raise UsageError("baselines belong to task perplexity", hint="add it to tasks, or leave baselines out")
+    if idle := [task for task in params.splits if task not in tasks]:
+        raise UsageError(f"splits names {idle[0]}, which is not among the tasks", hint="add it, or leave the split out")
+    for kind in by_type:
+        if kind not in {NEEDS[task] for task in tasks}:
+            ctx.warn(f"no task uses the {kind} in {by_type[kind].path}")
+    return {task: by_type[NEEDS[task]] for task in tasks}
+
+
+def _perplexity(evaluation: Evaluation, subjects: Sequence[Subject], data: Artifact) -> dict[str, float]:
+    ctx, params = evaluation.ctx, evaluation.params
+    split = evaluation.split("perplexity")
+    found = [
+        perplexity(ctx, params, subject, data, split, evaluation.log(subject, "perplexity"), evaluation.boot)
+        for subject in subjects
+    ]
+    values = dict(found[0])
+    if len(found) > 1:
+        values["perplexity.reference_nats"] = found[1]["perplexity.nats"]
+    return values
+
+
+def _samples(evaluation: Evaluation, subject: Subject, task: Task, data: Artifact) -> list[Sample]:
+    """All samples of a task that answers row by row."""
+    params = evaluation.params
+    score: Callable[[Sequence[Any]], Any]
+    if task == "ranking":
+        rows, score, batch = evaluation.rows(data, task, check_pair), partial(rank_pairs, subject), 1
+    elif task == "accuracy":
+        rows = with_candidates(evaluation.rows(data, task, read_question), params)
+        score, batch = partial(choose_answers, subject), 1
+    else:
+        rows = evaluation.rows(data, task, read_question)
+        score, batch = partial(generate_answers, subject, params), params.batch_size
+    samples = collect(evaluation.ctx, evaluation.log(subject, task), rows, score, batch, task)
+    if long := sum("too_long" in sample for sample in samples):
+        evaluation.ctx.warn(f"{task}: {long} of {len(samples)} rows exceed the context of the {subject.role}")
+    return samples
+
+
+def _metrics(evaluation: Evaluation, task: Task, found: Sequence[list[Sample]]) -> dict[str, float]:
+    """Numbers of a task, and how they differ from the reference's, row by row."""
+    name = task.replace("-", "_")
+    boot = evaluation.boot
+    values = summarise(name, found[0], boot)
+    if task == "accuracy":
+        values["accuracy.chance"] = sum(sample["chance"] for sample in found[0]) / len(found[0])
+    scored = [i for i in range(len(found[0])) if all(samples[i].get("margin") is not None for samples in found)]
+    if task == "ranking" and scored:
+        values |= margins([found[0][i] for i in scored], boot)
+    if len(found) > 1:
+        ours, theirs = ([float(sample["ok"]) for sample in samples] for samples in found)
+        values[f"{name}.reference"] = sum(theirs) / len(theirs)
+        values |= boot.difference(ours, theirs).named(f"{name}.rise", "_")
+        if task == "ranking" and scored:
+            margin = [[samples[i]["margin"] for i in scored] for samples in found]
+            values |= boot.difference(margin[0], margin[1]).named("ranking.margin_rise", "_")
+    return values
