@@ -12,6 +12,13 @@ from llmctl.stage import Artifact
 from llmctl.store.names import read_json
 
 FEW = 12
+RELATIVE: dict[str, tuple[str, Callable[[float, float], float]]] = {
+    "max_drop": (">=", lambda base, drop: base - drop),
+    "max_rise": ("<=", lambda base, rise: base + rise),
+    "min_ratio": (">=", lambda base, ratio: base * ratio),
+    "max_ratio": ("<=", lambda base, ratio: base * ratio),
+}
+"""How a limit follows from the baseline's number."""
 
 
 def read_metrics(outputs: Mapping[str, Artifact], reported: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -48,10 +55,10 @@ def _limits(gate: Gate, baseline: Callable[[StageRef], Mapping[str, Any]]) -> li
         values = baseline(gate.baseline)
         base = _number(values.get(gate.metric))
         source = f"{gate.baseline}" if base is not None else f"{gate.baseline}; {_available(values)}"
-        if gate.max_drop is not None:
-            found.append((None if base is None else base - gate.max_drop, ">=", source))
-        if gate.max_rise is not None:
-            found.append((None if base is None else base + gate.max_rise, "<=", source))
+        for name, (relation, limit_of) in RELATIVE.items():
+            given = getattr(gate, name)
+            if given is not None:
+                found.append((None if base is None else limit_of(base, given), relation, source))
     return found
 
 

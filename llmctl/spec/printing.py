@@ -84,6 +84,8 @@ def _gate(gate: Gate) -> dict[str, Any]:
         "baseline": gate.baseline and str(gate.baseline),
         "max_drop": gate.max_drop,
         "max_rise": gate.max_rise,
+        "min_ratio": gate.min_ratio,
+        "max_ratio": gate.max_ratio,
         "on_fail": None if gate.on_fail == "stop" else gate.on_fail,
     }
     return {"metric": gate.metric, **{key: value for key, value in limits.items() if value is not None}}

@@ -104,7 +104,7 @@ class Source:
 class Gate:
     """A condition on one number of the stage's metrics; every limit that is given must hold.
 
-    `max_drop` and `max_rise` compare with the same metric of `baseline`. A missing metric fails the gate.
+    `max_drop`, `max_rise`, `min_ratio` and `max_ratio` compare with the same metric of `baseline`. A missing metric fails the gate.
     """
 
     metric: str
@@ -113,6 +113,8 @@ class Gate:
     baseline: StageRef | None = None
     max_drop: float | None = None
     max_rise: float | None = None
+    min_ratio: float | None = None
+    max_ratio: float | None = None
     on_fail: Literal["stop", "warn"] = "stop"
 
 

@@ -83,6 +83,9 @@ class ResourcesModel(Skeleton):
     time: Annotated[str, AfterValidator(time_seconds)] | None = None
 
 
+RELATIVE_LIMITS = ("max_drop", "max_rise", "min_ratio", "max_ratio")
+
+
 class GateModel(Skeleton):
     """One of `stages.<id>.gates`."""
 
@@ -92,17 +95,20 @@ class GateModel(Skeleton):
     baseline: str | None = None
     max_drop: float | None = Field(default=None, ge=0)
     max_rise: float | None = Field(default=None, ge=0)
+    min_ratio: float | None = Field(default=None, ge=0)
+    max_ratio: float | None = Field(default=None, ge=0)
     on_fail: Literal["stop", "warn"] = "stop"
 
     @model_validator(mode="after")
     def _has_a_limit(self) -> Self:
-        relative = self.max_drop is not None or self.max_rise is not None
+        relative = any(getattr(self, name) is not None for name in RELATIVE_LIMITS)
+        names = ", ".join(f"`{name}`" for name in RELATIVE_LIMITS)
         if relative and self.baseline is None:
-            raise ValueError("`max_drop` and `max_rise` need a `baseline`")
+            raise ValueError(f"{names} need a `baseline`")
         if self.baseline is not None and not relative:
-            raise ValueError("`baseline` needs `max_drop` or `max_rise`")
+            raise ValueError(f"`baseline` needs one of {names}")
         if not relative and self.min is None and self.max is None:
-            raise ValueError("a gate needs `min`, `max`, or `baseline` with `max_drop` or `max_rise`")
+            raise ValueError(f"a gate needs `min`, `max`, or `baseline` with one of {names}")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"`min` {self.min:g} is above `max` {self.max:g}, no value can pass")
         return self

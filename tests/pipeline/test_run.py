@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from llmctl.store import Store
+
 CHAIN = """
 a: {uses: make}
 b: {uses: upper, inputs: {text: a}}
@@ -66,55 +68,43 @@ def test_a_run_imports_nothing_heavy(llmctl_env, llmctl, spec, work):
     assert done.stdout.splitlines()[-1] == "0 []"
 
 
-@pytest.mark.parametrize(
-    ("change", "again"),
-    [
-        (("a.rows=4",), "absc"),
-        (("a.word=b",), "absc"),
-        (("b.mark=x",), "bsc"),
-        (("s.score=0.7",), "s"),
-        (("c.max_steps=12",), "c"),
-        (("c.start=1",), "c"),
-        (("a.threads=8", "b.sleep=0.01", "c.pause=0.001"), ""),
-        (("a.rows=3", "a.seed=1"), ""),
-    ],
-)
-def test_what_runs_again(change, again, llmctl, spec, actions):
-    assert llmctl("run", spec(CHAIN)).returncode == 0
-    done = llmctl("run", "p.yaml", *(word for text in change for word in ("--set", text)))
-    assert done.returncode == 0, done.stderr
-    assert {stage for stage, action in actions().items() if action == "run"} == set(again)
+def test_what_runs_again(run, actions):
+    assert run(CHAIN).code == 0
+    for sets, again in (
+        (["b.mark=x"], "bsc"),
+        (["a.threads=8", "b.sleep=0.01", "c.pause=0.001"], ""),
+        (["a.rows=3", "a.seed=1"], ""),
+        # Another key for `a`, the same bytes: nothing below runs.
+        (["a.seed=2"], "a"),
+        (["c.max_steps=12"], "c"),
+    ):
+        result = run(None, *sets)
+        assert result.code == 0
+        assert {stage for stage, action in actions().items() if action == "run"} == set(again), sets
 
 
-def test_equal_bytes_stop_the_ripple(llmctl, spec, actions):
-    assert llmctl("run", spec(CHAIN)).returncode == 0
-    # Another key for `a`, the same text: nothing below runs.
-    assert llmctl("run", "p.yaml", "--set", "a.seed=2").returncode == 0
-    assert actions() == {"a": "run", "b": "cached", "s": "cached", "c": "cached"}
-
-
-def test_order_of_stages_and_spelling_do_not_matter(llmctl, spec, work, actions):
-    assert llmctl("run", spec(CHAIN)).returncode == 0
+def test_order_of_stages_and_spelling_do_not_matter(run, actions):
+    assert run(CHAIN).code == 0
     lines = CHAIN.strip().splitlines()
-    spec("\n".join(reversed(lines)).replace("{uses: make}", "{uses: make, with: {seed: 1.0e+0, rows: 3}}  # why"))
-    assert llmctl("run", "p.yaml").returncode == 0
+    stages = "\n".join(reversed(lines)).replace("{uses: make}", "{uses: make, with: {seed: 1.0e+0, rows: 3}}  # why")
+    assert run(stages).code == 0
     assert set(actions().values()) == {"cached"}
 
 
-def test_env_is_part_of_the_key_unless_declared_otherwise(llmctl, spec, actions):
-    def run(env):
-        assert llmctl("run", spec(f"a: {{uses: make, env: {{{env}}}}}")).returncode == 0
+def test_env_is_part_of_the_key_unless_declared_otherwise(run, actions):
+    def action(env):
+        assert run(f"a: {{uses: make, env: {{{env}}}}}").code == 0
         return actions()["a"]
 
-    assert run("") == "run"
-    assert run("MODE: x") == "run"
-    assert run("MODE: y") == "run"
-    assert run("MODE: x, TRACE: {value: '1', affects_output: false}") == "cached"
+    assert action("") == "run"
+    assert action("MODE: x") == "run"
+    assert action("MODE: y") == "run"
+    assert action("MODE: x, TRACE: {value: '1', affects_output: false}") == "cached"
 
 
 @pytest.mark.parametrize("damage", ["delete", "truncate", "manifest", "remove file"])
-def test_a_damaged_artifact_is_a_miss(damage, llmctl, spec, work, actions):
-    assert llmctl("run", spec("a: {uses: make}\nb: {uses: upper, inputs: {text: a}}")).returncode == 0
+def test_a_damaged_artifact_is_a_miss(damage, run, work, actions, events):
+    assert run("a: {uses: make}\nb: {uses: upper, inputs: {text: a}}").code == 0
     before = artifacts(work)
     ref = json.loads((work / ".llmctl/store/refs/p/b.text.json").read_text())
     digits = ref["id"].removeprefix("sha256:")
@@ -129,13 +119,12 @@ def test_a_damaged_artifact_is_a_miss(damage, llmctl, spec, work, actions):
         (directory / "llmctl.json").unlink()
     else:
         data.unlink()
-    planned = json.loads(llmctl("plan", "p.yaml", "--format", "json").stdout)
-    assert [(row["stage"], row["action"]) for row in planned] == [("a", "cached"), ("b", "run")]
-    assert planned[1]["why"] == ["its artifact is gone or damaged"]
-    assert llmctl("run", "p.yaml").returncode == 0
+    assert run().code == 0
     assert actions() == {"a": "cached", "b": "run"}
+    (planned,) = [event["stages"] for event in events() if event["type"] == "plan"]
+    assert planned[1]["why"] == ["its artifact is gone or damaged"]
     assert artifacts(work) == before
-    assert llmctl("show", "p/b", "--verify").returncode == 0
+    Store.open().verify(ref["id"])
 
 
 def test_a_failed_stage_is_tried_again_and_its_dependants_wait(llmctl, spec, actions, work):
@@ -165,83 +154,95 @@ f: {uses: count, inputs: {text: a}}
 """
 
 
-def test_a_failing_gate_stops_its_dependants_only(llmctl, spec, actions, events, work):
+def test_a_failing_gate_stops_its_dependants_only(run, llmctl, actions, events, work):
+    assert run(GATED).code == 4
     for action in ("run", "cached"):
-        done = llmctl("run", spec(GATED))
-        assert done.returncode == 4
+        if action == "cached":
+            done = llmctl("run", "p.yaml")
+            assert done.returncode == 4
         assert actions() == {"a": action, "s": action, "d": "skipped", "e": "skipped", "f": action}
         reasons = {event["stage"]: event["reason"] for event in events() if event["type"] == "stage.skipped"}
         assert reasons == {"d": "a gate of `s` failed", "e": "`d` was skipped"}
-        assert "error: gate failed: `s`: score is 0.4, must be >= 0.5" in done.stderr
-        assert "gates: 0 of 1 passed" in done.stdout
+    assert "error: gate failed: `s`: score is 0.4, must be >= 0.5" in done.stderr
+    assert "gates: 0 of 1 passed" in done.stdout
     assert not (work / "good").exists()  # a result that missed its gate is not exported
-    assert llmctl("show", "p/s").returncode == 0  # but its numbers are kept
+    assert Store.open().resolve("p/s").type == "metrics"  # but its numbers are kept
 
 
-def test_gates_as_warnings(llmctl, spec, actions):
-    done = llmctl("run", spec(GATED), "--gates", "warn")
-    assert done.returncode == 0
+def test_gates_as_warnings(run, actions, events):
+    assert run(GATED, gates="warn").code == 0
     assert set(actions().values()) == {"run"}
-    assert "gate missed: `s`: score is 0.4" in done.stderr
-    spec(GATED.replace("min: 0.5}", "min: 0.5, on_fail: warn}"))
-    assert llmctl("run", "p.yaml").returncode == 0
+    assert any("gate missed: `s`: score is 0.4" in event["text"] for event in events() if event["type"] == "warning")
+    assert run(GATED.replace("min: 0.5}", "min: 0.5, on_fail: warn}")).code == 0
+    assert run(GATED).code == 4
 
 
-def test_a_missing_metric_fails_the_gate_and_lists_what_there_is(llmctl, spec):
-    done = llmctl("run", spec(GATED.replace("metric: score", "metric: accuracy")))
-    assert done.returncode == 4
-    assert "`s` reports no number `accuracy`; it has fine, score" in done.stderr
+def test_a_missing_metric_fails_the_gate_and_lists_what_there_is(run):
+    result = run(GATED.replace("metric: score", "metric: accuracy"), to=["s"])
+    assert result.code == 4
+    assert result.message == "gate failed: `s` reports no number `accuracy`; it has fine, score"
 
 
 @pytest.mark.parametrize(
     ("score", "limit", "code"),
-    [(0.88, "max_drop: 0.02", 0), (0.87, "max_drop: 0.02", 4), (0.92, "max_rise: 0.02", 0), (0.93, "max_rise: 0.02", 4)],
+    [
+        (0.88, "max_drop: 0.02", 0),
+        (0.87, "max_drop: 0.02", 4),
+        (0.82, "min_ratio: 0.9", 0),
+        (0.80, "min_ratio: 0.9", 4),
+        (0.98, "max_ratio: 1.1", 0),
+        (0.995, "max_ratio: 1.1", 4),
+        (0.92, "max_rise: 0.02", 0),
+        (0.93, "max_rise: 0.02", 4),
+    ],
 )
-def test_a_gate_against_a_baseline(score, limit, code, llmctl, spec, events):
-    spec(f"""
+def test_a_gate_against_a_baseline(score, limit, code, run, events):
+    result = run(f"""
 a: {{uses: make}}
 base: {{uses: score, inputs: {{text: a}}, with: {{score: 0.9}}}}
 new: {{uses: score, inputs: {{text: a}}, with: {{score: {score}}},
   gates: [{{metric: score, baseline: base.metrics, {limit}}}]}}
 """)
-    assert llmctl("run", "p.yaml").returncode == code
+    assert result.code == code
     (gate,) = [event for event in events() if event["type"] == "gate"]
     assert gate["ok"] is (code == 0)
-    assert gate["limit"] == pytest.approx(0.88 if "drop" in limit else 0.92)
+    expected = {"max_drop": 0.88, "max_rise": 0.92, "min_ratio": 0.81, "max_ratio": 0.99}
+    assert gate["limit"] == pytest.approx(expected[limit.partition(":")[0]])
 
 
-def test_a_baseline_without_the_metric(llmctl, spec):
-    spec("""
+def test_a_baseline_without_the_metric(run):
+    result = run("""
 a: {uses: make}
 base: {uses: score, inputs: {text: a}, with: {name: other}}
 new: {uses: score, inputs: {text: a}, gates: [{metric: score, baseline: base.metrics, max_drop: 0.1}]}
 """)
-    done = llmctl("run", "p.yaml")
-    assert done.returncode == 4
-    assert "the baseline of `new` has no number `score`: base.metrics; it has fine, other" in done.stderr
+    assert result.code == 4
+    assert "the baseline of `new` has no number `score`: base.metrics; it has fine, other" in result.message
 
 
 # -- selection and effects --------------------------------------------------------------------------------------------
 
 
-def test_effects_run_only_when_named_and_every_time(llmctl, spec, work, actions):
-    spec("a: {uses: make}\nz: {uses: make, with: {rows: 9}}\n" + "go: {uses: push, inputs: {text: a}, with: {path: pushed}}")
-    assert llmctl("run", "p.yaml").returncode == 0
+def test_effects_run_only_when_named_and_every_time(run, work, actions):
+    stages = "a: {uses: make}\nz: {uses: make, with: {rows: 9}}\n"
+    stages += "go: {uses: push, inputs: {text: a}, with: {path: pushed}}"
+    assert run(stages).code == 0
     assert set(actions()) == {"a", "z"}
     for times in (1, 2):
-        assert llmctl("run", "p.yaml", "--to", "go").returncode == 0
+        assert run(to=["go"]).code == 0
         assert (work / "pushed").read_text() == "pushed\n" * times
         assert actions() == {"a": "cached", "go": "run"}
 
 
-def test_until_leaves_out_what_comes_after(llmctl, spec, actions):
-    assert llmctl("run", spec(CHAIN), "--until", "b").returncode == 0
+def test_selection(run, actions, llmctl):
+    assert run(CHAIN, until="b").code == 0
     assert set(actions()) == {"a", "b"}
-
-
-def test_to_takes_what_it_needs(llmctl, spec, actions):
-    assert llmctl("run", spec(CHAIN), "--to", "s").returncode == 0
+    assert run(to=["s"]).code == 0
     assert set(actions()) == {"a", "b", "s"}
+    assert llmctl("run", "p.yaml", "--until", "a").returncode == 0
+    assert set(actions()) == {"a"}
+    assert llmctl("run", "p.yaml", "--to", "b").returncode == 0
+    assert set(actions()) == {"a", "b"}
 
 
 @pytest.mark.parametrize("option", ["--to", "--until"])
@@ -253,24 +254,24 @@ def test_an_unknown_stage_is_a_usage_error(option, llmctl, spec, work):
     assert not (work / ".llmctl").exists()
 
 
-def test_refresh_makes_everything_anew(llmctl, spec, actions):
-    assert llmctl("run", spec(CHAIN)).returncode == 0
+def test_refresh_makes_everything_anew(run, llmctl, actions):
+    assert run("a: {uses: make}\nb: {uses: upper, inputs: {text: a}}").code == 0
     assert llmctl("run", "p.yaml", "--cache", "refresh").returncode == 0
-    assert actions() == dict.fromkeys("absc", "run")
+    assert actions() == dict.fromkeys("ab", "run")
 
 
-def test_cache_off_neither_looks_nor_publishes(llmctl, spec, actions):
+def test_cache_off_neither_looks_nor_publishes(run, actions):
     for _ in range(2):
-        assert llmctl("run", spec("a: {uses: make, cache: off}")).returncode == 0
+        assert run("a: {uses: make, cache: off}").code == 0
         assert actions() == {"a": "run"}
-    assert llmctl("run", spec("a: {uses: make}")).returncode == 0
+    assert run("a: {uses: make}").code == 0
     assert actions() == {"a": "run"}
 
 
 # -- plan -------------------------------------------------------------------------------------------------------------
 
 
-def test_plan_says_why(llmctl, spec, work):
+def test_plan_says_why(llmctl, spec, work, run):
     def plan(*args):
         done = llmctl("plan", "p.yaml", "--format", "json", *args)
         return {row["stage"]: (row["action"], "; ".join(row["why"])) for row in json.loads(done.stdout)}
@@ -278,7 +279,7 @@ def test_plan_says_why(llmctl, spec, work):
     spec(CHAIN)
     assert plan() == dict.fromkeys("absc", ("run", "new"))
     assert not (work / ".llmctl").exists()
-    assert llmctl("run", "p.yaml").returncode == 0
+    assert run().code == 0
     assert plan() == dict.fromkeys("absc", ("cached", ""))
     changed = plan("--set", "b.mark=x", "--set", "c.start=2")
     assert changed["a"] == ("cached", "")
@@ -291,8 +292,8 @@ def test_plan_says_why(llmctl, spec, work):
     assert plan("--cache", "refresh")["a"] == ("run", "cache: refresh")
 
 
-def test_a_new_revision_of_the_plugin_runs_again(llmctl, spec, fake_stages):
-    assert llmctl("run", spec(CHAIN)).returncode == 0
+def test_a_new_revision_of_the_plugin_runs_again(llmctl, run, fake_stages):
+    assert run("a: {uses: make}\nb: {uses: upper, inputs: {text: a}}").code == 0
     path = fake_stages / "fake_stages.py"
     path.write_text(path.read_text().replace('name="upper",', 'name="upper", rev=2,'))
     rows = json.loads(llmctl("plan", "p.yaml", "--format", "json").stdout)
@@ -300,9 +301,9 @@ def test_a_new_revision_of_the_plugin_runs_again(llmctl, spec, fake_stages):
     assert rows[1]["why"] == ["plugin rev 1 → 2"]
 
 
-def test_an_editable_plugin_counts_by_its_source(llmctl, spec, fake_stages, actions):
+def test_an_editable_plugin_counts_by_its_source(llmctl, run, fake_stages):
     (fake_stages / "fake-0.1.dist-info/RECORD").unlink()
-    assert llmctl("run", spec("a: {uses: make}")).returncode == 0
+    assert run("a: {uses: make}").code == 0
     path = fake_stages / "fake_stages.py"
     path.write_text(path.read_text() + "\n# changed\n")
     rows = json.loads(llmctl("plan", "p.yaml", "--format", "json").stdout)
@@ -312,18 +313,17 @@ def test_an_editable_plugin_counts_by_its_source(llmctl, spec, fake_stages, acti
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
 
-def test_output_is_a_plain_copy_that_follows_the_result(llmctl, spec, work, actions):
-    spec("a: {uses: make, output: ./out/text}")
-    assert llmctl("run", "p.yaml").returncode == 0
+def test_output_is_a_plain_copy_that_follows_the_result(run, work, actions):
+    assert run("a: {uses: make, output: ./out/text}").code == 0
     files = {path.name for path in (work / "out/text").iterdir()}
     assert files == {"dataset_info.json", "train-00000-of-00001.jsonl.gz", "llmctl.json"}
     assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in (work / "out/text").iterdir())
     first = json.loads((work / "out/text/llmctl.json").read_text())["id"]
     (work / "out/text/dataset_info.json").unlink()
-    assert llmctl("run", "p.yaml").returncode == 0
+    assert run().code == 0
     assert actions() == {"a": "cached"}
     assert (work / "out/text/dataset_info.json").exists()
-    assert llmctl("run", "p.yaml", "--set", "a.word=other").returncode == 0
+    assert run(None, "a.word=other").code == 0
     assert json.loads((work / "out/text/llmctl.json").read_text())["id"] != first
     assert [path.name for path in (work / "out").iterdir()] == ["text"]
 
@@ -338,14 +338,16 @@ def test_output_never_replaces_what_llmctl_did_not_write(llmctl, spec, work):
     assert not (work / ".llmctl").exists()
 
 
-def test_a_tag_names_a_result_that_passed(llmctl, spec):
-    assert llmctl("run", spec("a: {uses: make, tag: best}\nb: {uses: upper, inputs: {text: a@best}, needs: [a]}")).returncode
-    assert llmctl("run", spec("a: {uses: make, tag: best}")).returncode == 0
-    assert llmctl("run", spec("a: {uses: make, with: {rows: 5}}")).returncode == 0
+def test_a_tag_names_a_result_that_passed(run, llmctl, spec):
+    assert run("a: {uses: make, tag: best}").code == 0
+    assert run("a: {uses: make, with: {rows: 5}}").code == 0
     best = json.loads(llmctl("show", "p/a.text@best", "--format", "json").stdout)
     latest = json.loads(llmctl("show", "p/a.text", "--format", "json").stdout)
     assert (best["metrics"]["rows"], latest["metrics"]["rows"]) == (3, 5)
     assert llmctl("run", spec("b: {uses: upper, inputs: {text: p/a@best}}", name="q")).returncode == 0
+    gate = "gates: [{metric: rows, min: 9}]"
+    assert run(f"a: {{uses: make, with: {{rows: 6}}, tag: best, {gate}}}").code == 4
+    assert Store.open().resolve("p/a.text@best").id == best["id"]
 
 
 def test_events_are_copied(llmctl, spec, work, events):
@@ -356,10 +358,9 @@ def test_events_are_copied(llmctl, spec, work, events):
     assert "cannot write events to `fd:77`" in done.stderr
 
 
-def test_remaining_time_is_known_from_earlier_runs(llmctl, spec, events):
-    spec("a: {uses: make}\nc: {uses: count, with: {max_steps: 20, pause: 0.02}}")
-    assert llmctl("run", "p.yaml").returncode == 0
-    assert llmctl("run", "p.yaml", "--cache", "refresh").returncode == 0
+def test_remaining_time_is_known_from_earlier_runs(run, events):
+    assert run("a: {uses: make}\nc: {uses: count, with: {max_steps: 20, pause: 0.02}}").code == 0
+    assert run(refresh=True).code == 0
     shown = [event for event in events() if event["type"] == "run.progress"]
     assert (shown[0]["done"], shown[0]["total"]) == (0, 2)
     assert 0.4 < shown[0]["eta_s"] < 30

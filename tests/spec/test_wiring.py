@@ -145,10 +145,11 @@ CASES = [
      "E122 spec.yaml:7:84 no stage `tran` [did you mean `train`?]"),
     (TRAIN + EVAL + "gates: [{metric: a}, {metric: b, min: 3, max: 1}, "
      "{metric: c, baseline: train}, {metric: d, max_drop: 1}]}\n",
-     "E102 spec.yaml:7:62 stages.q.gates.0: a gate needs `min`, `max`, or `baseline` with `max_drop` or `max_rise`",
+     "E102 spec.yaml:7:62 stages.q.gates.0: a gate needs `min`, `max`, or `baseline` with one of `max_drop`, "
+     "`max_rise`, `min_ratio`, `max_ratio`",
      "E102 spec.yaml:7:75 stages.q.gates.1: `min` 3 is above `max` 1, no value can pass",
-     "E102 spec.yaml:7:104 stages.q.gates.2: `baseline` needs `max_drop` or `max_rise`",
-     "E102 spec.yaml:7:134 stages.q.gates.3: `max_drop` and `max_rise` need a `baseline`"),
+     "E102 spec.yaml:7:104 stages.q.gates.2: `baseline` needs one of `max_drop`, `max_rise`, `min_ratio`, `max_ratio`",
+     "E102 spec.yaml:7:134 stages.q.gates.3: `max_drop`, `max_rise`, `min_ratio`, `max_ratio` need a `baseline`"),
 ]  # fmt: skip
 
 
