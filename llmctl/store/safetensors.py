@@ -44,11 +44,11 @@ def read_header(path: Path) -> list[Tensor]:
             header = json.loads(file.read(length))
         except ValueError:
             raise ValueError("its header is damaged") from None
-    header.pop("__metadata__", None)
     try:
+        header = {name: row for name, row in header.items() if name != "__metadata__"}
         tensors = [Tensor(name, str(row["dtype"]), tuple(row["shape"])) for name, row in header.items()]
         spans = sorted((row["data_offsets"][0], row["data_offsets"][1], name) for name, row in header.items())
-    except (KeyError, TypeError, IndexError):
+    except (AttributeError, KeyError, TypeError, IndexError):
         raise ValueError("its header is damaged") from None
     _check_spans(spans, {tensor.name: tensor for tensor in tensors}, size - 8 - length)
     return tensors

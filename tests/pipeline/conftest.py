@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+from llmctl.pipeline.result import RunResult
+from llmctl.pipeline.run import run_pipeline
+from llmctl.registry import discover
+from llmctl.spec.pipeline import load_pipeline
+from llmctl.store import Store
 
 FAKE = Path(__file__).parent / "fake"
 
@@ -60,5 +67,24 @@ def actions(events):
 
 
 @pytest.fixture
-def python() -> str:
-    return sys.executable
+def run(fake_stages, work, spec, monkeypatch, llmctl_env):
+    """`llmctl run` within this process, which saves its start-up: `run(stages, "b.mark=x", to=["b"])` → RunResult.
+
+    The stages still run in processes of their own. Without `stages` the `p.yaml` of before is read again.
+    """
+    for name in [name for name in os.environ if name not in llmctl_env]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTHONPATH", str(fake_stages))
+    monkeypatch.syspath_prepend(str(fake_stages))
+    monkeypatch.chdir(work)
+
+    def call(stages: str | None = None, *sets: str, **options) -> RunResult:
+        if stages is not None:
+            spec(stages)
+        found = discover()
+        monkeypatch.setattr("llmctl.pipeline.run.get_registry", lambda: found)
+        return run_pipeline(load_pipeline("p.yaml", sets=sets, registry=found), Store.open(), **options)
+
+    yield call
+    for name in [name for name in sys.modules if name.startswith("fake_")]:
+        del sys.modules[name]

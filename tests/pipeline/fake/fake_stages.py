@@ -1,4 +1,4 @@
-"""A really installed plugin of tiny stages for tests of store, launcher and runner. Copied to `site` as `fake_stages`."""
+"""A really installed plugin of tiny stages for tests of launcher and runner; installed as `fake_stages`."""
 
 from __future__ import annotations
 
