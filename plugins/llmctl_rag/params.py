@@ -29,8 +29,10 @@ class RagParams(Params):
         le=1,
         description="refuse if no passage found supports this share of the question, by rarity of its words",
     )
-    answers: Literal["extractive", "model"] = Field(
-        default="extractive", description="the best sentence found, quoted; or the model writes from the passages"
+    answers: Literal["extractive", "model", "closed-book"] = Field(
+        default="extractive",
+        description="the best sentence found, quoted; or the model writes from the passages; or it answers without "
+        "seeing them, so that they only decide on refusal and are cited",
     )
     questions_split: str = Field(default="validation", description="questions whose document must be found")
     unanswerable_split: str = Field(

@@ -50,7 +50,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answerer:
-    """Answers from an index: a quoted sentence, or the model's words over the passages."""
+    """Answers from an index: a quoted sentence, or the model's words with citations."""
 
     index: Index
     params: RagParams
@@ -59,7 +59,7 @@ class Answerer:
 
     @classmethod
     def open(cls, params: RagParams, index: Index, model: Artifact | None) -> Answerer:
-        """Open the model if `answers: model` asks for one."""
+        """Open the model if `answers` asks for one."""
         if params.answers == "extractive" or model is None:
             return cls(index, params)
         from llmctl.registry import get_registry
@@ -74,14 +74,21 @@ class Answerer:
             return grounds, Answer(REFUSAL, [], True)
         if self.generator is None or self.tokenizer is None:
             return grounds, Answer(quote(self.index, grounds), grounds.passages, False)
-        sampling = Sampling(max_new_tokens=self.params.max_new_tokens)
-        room = self.generator.context_length - self.params.max_new_tokens
-        messages = [{"role": "user", "content": question}]
-        prompt = grounded_prompt(messages, grounds.passages, self.tokenizer, room)
-        if not prompt.passages:
+        ids, passages = self._prompt(self.tokenizer, self.generator.context_length, question, grounds)
+        if not passages:
             return grounds, Answer(REFUSAL, [], True)
-        text = complete(self.generator, self.tokenizer, prompt.ids, sampling).text
-        return grounds, Answer(attribute(self.index, text, prompt.passages), prompt.passages, False)
+        text = complete(self.generator, self.tokenizer, ids, Sampling(max_new_tokens=self.params.max_new_tokens)).text
+        return grounds, Answer(attribute(self.index, text, passages), passages, False)
+
+    def _prompt(
+        self, tokenizer: Tokenizer, context: int, question: str, grounds: Grounds
+    ) -> tuple[list[int], list[Passage]]:
+        """The ids that the model continues, and the passages that its answer may cite."""
+        messages = [{"role": "user", "content": question}]
+        if self.params.answers == "closed-book":
+            return tokenizer.encode_chat(messages, add_generation_prompt=True).ids, grounds.passages
+        prompt = grounded_prompt(messages, grounds.passages, tokenizer, context - self.params.max_new_tokens)
+        return prompt.ids, prompt.passages
 
 
 @dataclass

@@ -28,8 +28,10 @@ def run(
     model: Artifact | None = None,
 ) -> None:
     """Write the index; with `questions`, measure retrieval, citations and refusal with it."""
-    if params.answers == "model" and model is None:
-        raise UsageError("answers: model needs a model", hint="bind the input `model`, or use answers: extractive")
+    if params.answers != "extractive" and model is None:
+        raise UsageError(
+            f"answers: {params.answers} needs a model", hint="bind the input `model`, or use answers: extractive"
+        )
     tokenizer = Tokenizer.load(model.path) if model else None
     documents, chunks = read_chunks(ctx, params, text, tokenizer)
     index = Index.build(chunks, k1=params.k1, b=params.b, per_document=params.per_document)

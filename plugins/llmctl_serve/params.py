@@ -33,8 +33,10 @@ class ServeParams(Params):
     api_key_env: str | None = Field(
         default=None, min_length=1, description="environment variable that holds the key clients must send"
     )
-    answers: Literal["model", "extractive"] = Field(
-        default="model", description="with an index: the model writes the answer, or the best sentence is quoted"
+    answers: Literal["model", "closed-book", "extractive"] = Field(
+        default="model",
+        description="with an index: the model answers from the passages; or without seeing them, so that they only "
+        "decide on refusal and are cited; or the best sentence is quoted",
     )
     top_k_passages: int = Field(default=3, ge=1, le=20, description="with an index: passages that an answer may use")
     refuse_below: float = Field(

@@ -75,6 +75,9 @@ class Service:
         grounds = find_grounds(self.index, question, top_k, refuse_below)
         if grounds.refused or self.params.answers == "extractive":
             return Grounding(grounds, grounds.passages, grounds.refused), []
+        if self.params.answers == "closed-book":
+            prompt_ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True).ids
+            return Grounding(grounds, grounds.passages, False), prompt_ids
         room = self.generator.context_length - min(self.params.max_new_tokens, self.generator.context_length // 4)
         prompt = grounded_prompt(messages, grounds.passages, self.tokenizer, room)
         return Grounding(grounds, prompt.passages, not prompt.passages), prompt.ids

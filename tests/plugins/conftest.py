@@ -144,3 +144,27 @@ def opens(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(Registry, "open_generator", open_generator)
 
     return put
+
+
+@pytest.fixture(scope="session")
+def real_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
+    """One small random model with the byte tokenizer: as `model.hf`, and exported as `model.onnx`."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnx")
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+    from llmctl.testing import run_stage
+    from llmctl_export_onnx import EXPORT_ONNX
+
+    tokenizer = write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    shape = {"arch": "llama", "vocab_size": 262, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "context": 128}
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**shape, bos_id=0, eos_id=1, pad_id=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.05  # no two tokens alike
+    hf = Artifact(tmp_path_factory.mktemp("hf"), "model.hf")
+    save_model(model, hf.path, tokenizer)
+    exported = run_stage(EXPORT_ONNX, tmp_path_factory.mktemp("onnx"), {"parity_prompts": 2, "threads": 1}, model=hf)
+    return hf, exported.outputs["model"]

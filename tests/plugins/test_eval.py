@@ -19,6 +19,7 @@ from llmctl import Artifact, InputError, TempFail, UsageError
 from llmctl.testing import run_stage
 from llmctl.text.datasets import DatasetWriter
 from llmctl.text.shards import ShardWriter
+from llmctl.text.tokenizer import Tokenizer
 from llmctl_eval import EVAL
 from llmctl_eval.baselines import KneserNeyBigram, discount, pairs, xz_bits_per_byte
 from llmctl_eval.conversations import read_question, with_candidates
@@ -581,3 +582,53 @@ def test_every_parameter_is_read():
     source = "".join(p.read_text() for p in Path(llmctl_eval.__file__).parent.glob("*.py") if p.name != "params.py")
     for name in EvalParams.model_fields:
         assert f"params.{name}" in source, name
+
+
+# Real models
+
+
+def test_torch_and_onnx_give_the_numbers_of_transformers(tmp_path, real_models, chat, preference):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    hf, onnx = real_models
+    tokenizer = Tokenizer.load(hf.path)
+    tokens = write_tokens(tmp_path / "t", tokenizer, TEXTS)
+    params = {"device": "cpu", "threads": 1, "max_new_tokens": 8}
+    a, b = (
+        run_stage(EVAL, tmp_path / kind.type, params, model=kind, data=[tokens, chat, preference])
+        for kind in (hf, onnx)
+    )
+    model = AutoModelForCausalLM.from_pretrained(hf.path, dtype=torch.float32).eval()
+
+    def logprobs(ids):
+        with torch.inference_mode():
+            scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        return [float(scores[i, token]) for i, token in enumerate(ids[1:])]
+
+    nats = [-x for text in TEXTS["validation"] for x in logprobs(tokenizer.encode_document(text))[:-1]]
+    assert a.metrics["perplexity.nats"] == pytest.approx(np.mean(nats), abs=1e-5)
+    assert b.metrics["perplexity.nats"] == pytest.approx(np.mean(nats), abs=1e-5)
+    row = PAIRS[3]
+    margin = []
+    for part in ("chosen", "rejected"):
+        ids = tokenizer.encode_chat([*row["prompt"], *row[part]]).ids
+        margin.append(sum(logprobs(ids)[-len(row[part][0]["content"]) - 1 :]))
+    for result in (a, b):
+        samples = [json.loads(x) for x in (result.outputs["metrics"] / "samples.jsonl").read_text().splitlines()]
+        found = next(sample["margin"] for sample in samples if sample["id"] == "p3")
+        assert found == pytest.approx(margin[0] - margin[1], abs=1e-4)
+    for name in ("exact_match.value", "ranking.value", "ranking.low", "exact_match.n"):
+        assert a.metrics[name] == b.metrics[name]
+    assert a.metrics["backend"].startswith("torch")
+    assert b.metrics["backend"].startswith("onnxruntime")
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["torch", "onnx"])
+def test_real_numbers_do_not_depend_on_the_batch(tmp_path, real_models, chat, kind):
+    found = []
+    for size in (1, 3, 5):
+        params = {"device": "cpu", "threads": 1, "max_new_tokens": 24, "batch_size": size, "match": "strict"}
+        result = run_stage(EVAL, tmp_path / str(size), params, model=real_models[kind], data=[chat])
+        found.append((result.metrics, (result.outputs["metrics"] / "samples.jsonl").read_bytes()))
+    assert found[0] == found[1] == found[2]

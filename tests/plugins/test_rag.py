@@ -463,6 +463,20 @@ def test_a_model_writes_the_answers(tmp_path, corpus, questions, model_dir, byte
     assert answers(changed)["math/1"] == "a cat [1]"
 
 
+def test_a_model_that_does_not_see_the_passages(
+    tmp_path, corpus, questions, model_dir, byte_tokenizer, opens, scripted
+):
+    opens({model_dir: scripted(byte_tokenizer, {"A module": "saw a passage", "gcd": "math", "loads": "cheese"})})
+    params = {"answers": "closed-book", "chunk_tokens": 200}
+    model = Artifact(model_dir, "model.onnx")
+    result = run_stage(RAG, tmp_path / "out", params, text=corpus, questions=questions, model=model)
+    lines = (result.outputs["metrics"] / "samples.jsonl").read_text().splitlines()
+    answers = {sample["id"]: sample["answer"] for sample in map(json.loads, lines)}
+    assert answers["math/0"] == "math [1]"  # its passage is the one that knows the word
+    assert answers["json/0"] == "cheese"  # nothing supports it
+    assert answers["frobnicate"] == REFUSAL
+
+
 def test_questions_without_room_for_a_passage_are_refused(
     tmp_path, corpus, questions, model_dir, byte_tokenizer, opens, scripted
 ):
