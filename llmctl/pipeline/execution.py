@@ -186,6 +186,7 @@ class Executor:
         outcome = process.supervise(lambda event: self._pass_on(spec, event), self._options.stop, tick)
         seconds = time.monotonic() - begun
         if outcome.failure is not None:
+            self._store.sweep()
             return self._failed(spec, keys, outcome.failure, job, seconds, stopped=outcome.stopped)
         outputs = {port: self._store.get(id) for port, id in outcome.outputs.items()}
         headline = {name: outcome.metrics[name] for name in spec.stage.headline if name in outcome.metrics}
