@@ -58,6 +58,8 @@ def _quantize(ctx: Context, params: QuantizeParams, artifact: Artifact, target: 
         onnx.save_model(model, target / "model.onnx", save_as_external_data=True, location=DATA, size_threshold=1024)
     except OSError as error:
         raise StageError(f"cannot write {target / 'model.onnx'}: {error}", hint="is the disk full?") from error
+    if (target / DATA).is_file():
+        shutil.copymode(target / "model.onnx", target / DATA)  # onnx makes it readable by its owner only
     before, after = _bytes(source), _bytes(target)
     return {"parameters": parameters, "bytes": after, "bytes.before": before, "bytes.ratio": after / before}
 

@@ -200,6 +200,7 @@ def test_the_products_are_quantized_and_a_tied_table_is_stored_once(bundle: Arti
     assert result.metrics["bytes.ratio"] == result.metrics["bytes"] / result.metrics["bytes.before"]
     assert result.metrics["parameters"] == 262 * 96 + 2 * (96 * (96 + 48 + 48 + 96) + 3 * 96 * 160 + 2 * 96) + 96
     assert {p.name for p in bundle_path.iterdir()} == {p.name for p in bundle.path.iterdir()}
+    assert len({p.stat().st_mode for p in bundle_path.iterdir()}) == 1, "all files are equally readable"
 
 
 def test_symmetric_weights_need_no_zero_points(bundle: Artifact, tmp_path: Path) -> None:
