@@ -63,8 +63,8 @@ class Optimizers:
             if name not in parameters:
                 raise InputError(f"the checkpoint has optimizer state for `{name}`, which the model lacks")
             parameter = parameters[name]
-            # AdamW's step count stays a float32 scalar; everything else lives beside its parameter.
-            owners[parameter].state[parameter][key] = value.to(parameter.device)
+            # torch wants AdamW's step count on the CPU; everything else lives beside its parameter.
+            owners[parameter].state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:

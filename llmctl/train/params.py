@@ -58,7 +58,7 @@ class TrainParams(Params):
         "auto", description="`bf16` computes in mixed precision. `auto`: bf16 on CUDA, float32 on CPU."
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", affects="nothing", description="Where to train.")
-    threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0: all cores.")
+    threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0: all cores, or OMP_NUM_THREADS.")
     compile: bool = Field(False, description="Compile the model with torch.compile; needs a C++ compiler on CPU.")
     seed: int = Field(0, ge=0, description="Fresh weights and the order of the data follow from it.")
 

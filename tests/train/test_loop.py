@@ -281,3 +281,56 @@ def test_too_little_disk_is_told_before_the_first_step(make_context, make_model,
     with pytest.raises(StageError, match=r"training needs \d+ MiB, 1 MiB are free"):
         fit(ctx, make_model(), CausalLM(), ExampleSource(make_examples(4), 32, params()), params())
     assert not any(kind == "progress" for kind, _ in ctx.events)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_training_follows_the_same_curve(make_context, make_model, make_split) -> None:
+    split = make_split([np.random.default_rng(n).integers(3, 48, 200).tolist() for n in range(4)])
+    found = {}
+    for wanted in (False, True):
+        values = params(max_steps=3, log_every=1, compile=wanted, packing="none")
+        ctx, model = make_context(f"compile-{wanted}"), make_model()
+        fit(ctx, model, CausalLM(), TokenSource(split, 32, values), values)
+        found[wanted] = [f["value"] for kind, f in ctx.events if kind == "metric" and f["name"] == "loss"]
+        assert "hidden" not in vars(model)
+    assert found[True] == pytest.approx(found[False], abs=1e-4)
+
+
+def test_what_the_machine_lacks_is_said_before_training(monkeypatch) -> None:
+    import shutil
+
+    from llmctl.errors import MachineError
+    from llmctl.train.device import Compute
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match="torch sees no NVIDIA GPU"):
+        Compute.of(params(device="cuda"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(MachineError, match=r"no C\+\+ compiler"):
+        Compute.of(params(compile=True))
+    assert str(Compute.of(params())) == "cpu float32" and not Compute.of(params()).bf16
+
+
+def test_threads_are_limited_inside_only() -> None:
+    from llmctl.train.device import Compute
+
+    before = torch.get_num_threads()
+    with Compute.of(params(threads=1)).limit_threads():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_it_trains_in_bf16_and_resumes(make_context, make_model, make_examples) -> None:
+    examples, values = make_examples(11), params(precision="auto")
+    with pytest.raises(TempFail):
+        fit(make_context("gpu", 5), make_model(), CausalLM(), ExampleSource(examples, 32, values), values)
+    model = make_model(3)
+    final = fit(make_context("gpu"), model, CausalLM(), ExampleSource(examples, 32, values), values)
+    straight = make_model()
+    fit(make_context("straight"), straight, CausalLM(), ExampleSource(examples, 32, values), values)
+    assert final["steps"] == 12 and final["peak_memory_bytes"] > 0
+    assert model.embedding.weight.device.type == "cpu"
+    assert torch.allclose(weights(model), weights(straight), atol=0.02)
