@@ -289,6 +289,9 @@ class LiveReporter(Reporter):
         super()._on_run_progress(event)
         self._update_overall()
 
+    def _on_stage_checkpoint(self, event: Mapping[str, Any]) -> None:
+        """No line: the bar moves, and every checkpoint of a long run would scroll the terminal away."""
+
     def _on_stage_cached(self, event: Mapping[str, Any]) -> None:
         super()._on_stage_cached(event)
         self._remove(str(event["stage"]))

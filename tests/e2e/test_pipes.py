@@ -1,5 +1,6 @@
 """The pipe cases of pipeline.md 6.2 as subprocesses; T, P, S are sleepers of a really installed plugin."""
 
+import contextlib
 import json
 import os
 import pty
@@ -218,6 +219,27 @@ def test_14_a_terminal_gets_one_line_for_a_person(fake, llmctl_env, tmp_path):
     assert lines[1].split()[1] == "fake.tokens"
     assert lines[1].split()[2].startswith("sha256:")
     assert "{" not in text
+
+
+def test_14_a_terminal_gets_a_bar_that_goes_away(fake, llmctl_env, tmp_path):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "llmctl", "fake-tok", "--sleep", "1"]
+    env = {**llmctl_env, "TERM": "xterm"}
+    process = subprocess.Popen(
+        command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs
+    )
+    os.close(theirs)
+    chunks = []
+    with contextlib.suppress(OSError):  # Linux ends a terminal without writers with EIO
+        while chunk := os.read(ours, 65536):
+            chunks.append(chunk)
+    os.close(ours)
+    text = b"".join(chunks).decode()
+    assert process.wait(60) == 0, text
+    assert "━" in text
+    assert "of 10" in text
+    assert "fake-tok: done in" in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
 
 
 def test_15_a_spec_error_in_the_middle(pipe, tmp_path):
