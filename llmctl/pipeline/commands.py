@@ -68,6 +68,8 @@ def run(
 
     Stages that act on the world, like serve, run only when named with --to.
     """
+    from llmctl.pipeline.next_steps import next_steps
+    from llmctl.pipeline.report import write_report
     from llmctl.pipeline.session import run_session
     from llmctl.pipeline.summary import summary
     from llmctl.registry import get_registry
@@ -80,8 +82,11 @@ def run(
         pipeline, store, events=events, to=to, until=until, gates=gates, on_busy=on_busy, refresh=cache == "refresh"
     )
     click.echo(summary(result))
+    click.echo(f"report: {write_report(pipeline, result)}")
     if error := result.error():
         raise error
+    for line in next_steps(pipeline, result):
+        click.echo(line)
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from llmctl.spec.resolved import StageSpec
@@ -12,12 +13,18 @@ from llmctl.store.copying import materialise
 
 def export_targets(spec: StageSpec) -> dict[str, Path]:
     """Port → directory. One result lies in `output:` itself, several in a subdirectory each; metrics only if alone."""
-    if spec.output is None:
+    output = export_directory(spec)
+    if output is None:
         return {}
     ports = [port for port, type in spec.outputs.items() if type != "metrics"] or list(spec.outputs)
     if len(ports) == 1:
-        return {ports[0]: spec.output}
-    return {port: spec.output / port for port in ports}
+        return {ports[0]: output}
+    return {port: output / port for port in ports}
+
+
+def export_directory(spec: StageSpec) -> Path | None:
+    """`output:` without `..`: a shipped spec acts as if it lay in `./specs`, which `./specs/../exports` must not make."""
+    return None if spec.output is None else Path(os.path.normpath(spec.output))
 
 
 def export(artifact: Artifact, target: Path) -> bool:
