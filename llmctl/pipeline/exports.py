@@ -23,7 +23,7 @@ def export_targets(spec: StageSpec) -> dict[str, Path]:
 
 
 def export_directory(spec: StageSpec) -> Path | None:
-    """`output:` without `..`: a shipped spec acts as if it lay in `./specs`, which `./specs/../exports` must not make."""
+    """`output:` without `..`: `./specs/../exports` must not make `./specs`, where shipped specs only seem to lie."""
     return None if spec.output is None else Path(os.path.normpath(spec.output))
 
 
