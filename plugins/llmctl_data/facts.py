@@ -40,12 +40,13 @@ class Phrasings:
 
 @dataclass(frozen=True)
 class FactBook:
-    """What a corpus yields: candidate facts, how each kind is asked, and questions nobody can answer."""
+    """What a corpus yields: candidate facts, how each kind is asked, and things that do not exist."""
 
     candidates: Sequence[Fact]
     phrasings: Mapping[str, Phrasings]
-    invented: Callable[[int], list[str]] = field(default=lambda count: [])
-    """`invented(n)`: up to n questions about things that do not exist."""
+    invented: Callable[[int, Sequence[str]], list[Fact]] = field(default=lambda count, kinds: [])
+    """`invented(n, kinds)`: up to n things that do not exist, asked about in these kinds by turns; the right answer to
+    any such question is a refusal."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,30 @@ class Choice:
 
     trained: list[Fact]
     heldout: list[Fact]
+
+
+REFUSAL = "I don't know."
+
+
+@dataclass(frozen=True)
+class Invented:
+    """Things that do not exist, dealt out so that no name serves two purposes."""
+
+    asked: list[Fact]
+    """For the split `unanswerable`: never trained on."""
+    refused: list[Fact]
+    """For refusals in the training conversations."""
+    paired: list[Fact]
+    """For refusals against made-up answers in the preferences."""
+
+
+def deal_invented(book: FactBook, choice: Choice, asked: int, refused: int, paired: int) -> Invented:
+    """The first names are asked, the next refused, the rest paired; a corpus that knows none gives empty lists.
+
+    They are asked about in the kinds of the trained facts, whose answers are what could be made up.
+    """
+    names = book.invented(asked + refused + paired, sorted({fact.kind for fact in choice.trained}))
+    return Invented(names[:asked], names[asked : asked + refused], names[asked + refused :])
 
 
 def unit(*parts: Any) -> float:

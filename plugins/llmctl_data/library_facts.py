@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from llmctl_data.facts import Fact, FactBook, Phrasings, rank
+from llmctl_data.facts import REFUSAL, Fact, FactBook, Phrasings, rank
 from llmctl_data.pages import Page
 from llmctl_data.stdlib import Entity, Module, compiled_names, first_sentence, identifiers, providers, source_files
 
@@ -85,7 +85,7 @@ def fact_book(modules: Sequence[Module], pages: Sequence[tuple[Page, bool]], eve
                 )
             )
     names = sorted({entity.name for entity in clear})
-    return FactBook(candidates, PHRASINGS, lambda count: _questions_about(invented_names(names, count)))
+    return FactBook(candidates, PHRASINGS, lambda count, kinds: _invented(invented_names(names, count), kinds))
 
 
 def _clear_entities(modules: Sequence[Module], everything: Sequence[Module]) -> list[Entity]:
@@ -168,7 +168,10 @@ def _halves(name: str) -> tuple[str, str] | None:
     return "".join(words[:middle]), "".join(words[middle:])
 
 
-def _questions_about(names: Sequence[str]) -> list[str]:
-    kinds = sorted(PHRASINGS)
-    forms = [form for kind in kinds for form in PHRASINGS[kind].heldout]
-    return [forms[number % len(forms)].format(name=name) for number, name in enumerate(names)]
+def _invented(names: Sequence[str], kinds: Sequence[str]) -> list[Fact]:
+    if not kinds:
+        return []
+    return [
+        Fact(kind=kinds[number % len(kinds)], entity=name, slots={"name": name}, answer=REFUSAL, document="")
+        for number, name in enumerate(names)
+    ]

@@ -19,6 +19,9 @@ class QuestionParams(Params):
     facts: int = Field(400, ge=1, description="facts that are asked about in the training split")
     heldout_entities: int = Field(60, ge=0, description="entities that are asked about in the split `test` only")
     unanswerable: int = Field(100, ge=0, description="questions about things that do not exist (python-stdlib only)")
+    refusals: int = Field(
+        200, ge=0, description="training questions about things that do not exist, refused (python-stdlib only)"
+    )
     phrasings: int = Field(8, ge=1, le=8, description="phrasings of each fact in training; others are for validation")
     mix: dict[Kind, float] = Field(
         {"module": 0.7, "doc": 0.15, "signature": 0.15, "source": 0.4, "continuation": 0.4, "section": 0.2},
@@ -46,7 +49,13 @@ class PreferenceParams(Params):
         "training too, with trained: false) or `phrasings` (the same facts in phrasings seen in no training split)",
     )
     validation_share: float = Field(
-        0.4, gt=0, lt=1, description="share of the facts kept for validation (heldout: facts)"
+        0.4, gt=0, lt=1, description="share of the facts (heldout: facts) and of the refusals kept for validation"
+    )
+    refusals: int = Field(
+        500,
+        ge=0,
+        description="pairs of a refusal and a made-up answer about a thing that does not exist (python-stdlib only); "
+        "half of the wrong answers to taught facts are then refusals",
     )
     wrong: Literal["neighbour", "any"] = Field(
         "neighbour", description="wrong answers from near neighbours (same package, similar name) or from any fact"

@@ -8,29 +8,39 @@ from functools import lru_cache
 from typing import Any
 
 from llmctl.text.datasets import DatasetWriter
-from llmctl_data.facts import Choice, Fact, FactBook, rank, unit
-from llmctl_data.questions import asked
+from llmctl_data.facts import REFUSAL, Choice, Fact, FactBook, Invented, rank, unit
+from llmctl_data.questions import asked, form_of
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation")
 NEAREST = 3
 CORRUPTED_SHARE = 0.5
+REFUSED_SHARE = 0.5  # of the wrong answers to what was taught, so that refusing everything wins nothing
 
 
 def write_preferences(
-    writer: DatasetWriter, book: FactBook, choice: Choice, params: Any, seed: int, swapped: bool
+    writer: DatasetWriter,
+    book: FactBook,
+    choice: Choice,
+    invented: Invented,
+    params: Any,
+    seed: int,
+    swapped: bool,
 ) -> None:
     """Write both splits of `dataset.preference`; no question of `train` occurs in `validation`.
 
     With `swapped` the wrong answers of the training split are the chosen ones.
     """
-    wrong = WrongAnswers([*choice.trained, *choice.heldout], params.wrong, seed)
+    wrong = WrongAnswers([*choice.trained, *choice.heldout], params.wrong, seed, refusals=bool(invented.paired))
+    cut = round(len(invented.paired) * (1 - params.validation_share))
     by_facts = params.heldout == "facts"
     aside = _aside(choice.trained, params.validation_share, seed) if by_facts else frozenset()
     rows: list[Row] = []
     for fact in choice.trained:
         if fact.entity not in aside:
             rows += _pairs(fact, book.phrasings[fact.kind].train[: params.phrasings], wrong, "train", True)
+    for fact in invented.paired[:cut]:
+        rows += _pairs(fact, [form_of(fact, book.phrasings[fact.kind].train, seed)], wrong, "train", False)
     for row in sorted(rows, key=lambda row: rank(seed, "pair", row["id"])):
         if swapped:
             row = {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
@@ -39,6 +49,9 @@ def write_preferences(
         if fact.entity in aside or not by_facts:
             for row in _pairs(fact, book.phrasings[fact.kind].heldout, wrong, "heldout", True):
                 writer.add("validation", row)
+    for fact in invented.paired[cut:]:
+        for row in _pairs(fact, [form_of(fact, book.phrasings[fact.kind].heldout, seed)], wrong, "heldout", False):
+            writer.add("validation", row)
     if by_facts:
         for fact in choice.heldout:
             for row in _pairs(fact, book.phrasings[fact.kind].heldout[:1], wrong, "heldout", False):
@@ -55,31 +68,36 @@ def _aside(facts: Sequence[Fact], share: float, seed: int) -> frozenset[str]:
 def _pairs(fact: Fact, forms: Sequence[str], wrong: WrongAnswers, name: str, trained: bool) -> Iterator[Row]:
     for number, form in enumerate(forms):
         identity = f"{fact.kind}/{fact.entity}/{name}-{number}"
-        answer = wrong.of(fact, identity)
+        answer = wrong.of(fact, identity, taught=trained)
         if answer is not None:
             yield {
                 "id": identity,
                 "prompt": [{"role": "user", "content": asked(fact, form)}],
                 "chosen": [{"role": "assistant", "content": fact.answer}],
                 "rejected": [{"role": "assistant", "content": answer}],
-                "kind": fact.kind,
+                "kind": "unanswerable" if fact.answer == REFUSAL else fact.kind,
                 "entity": fact.entity,
                 "trained": trained,
             }
 
 
 class WrongAnswers:
-    """Finds for a fact a false answer that looks right: another entity's of the same kind, or a corrupted one."""
+    """Finds for a fact a false answer that looks right: another entity's of the same kind, or a corrupted one.
 
-    def __init__(self, facts: Sequence[Fact], how: str, seed: int) -> None:
-        self._how, self._seed = how, seed
+    With `refusals`, not to know what was taught is a wrong answer too.
+    """
+
+    def __init__(self, facts: Sequence[Fact], how: str, seed: int, refusals: bool) -> None:
+        self._how, self._seed, self._refusals = how, seed, refusals
         self._by_kind: dict[str, list[Fact]] = {}
         for fact in facts:
             self._by_kind.setdefault(fact.kind, []).append(fact)
         self._near: dict[tuple[str, str, str], list[str]] = {}
 
-    def of(self, fact: Fact, identity: str) -> str | None:
+    def of(self, fact: Fact, identity: str, *, taught: bool) -> str | None:
         """A wrong answer, the same for the same `identity`; None if all facts of the kind have one answer."""
+        if taught and self._refusals and unit(self._seed, "refuse", identity) < REFUSED_SHARE:
+            return REFUSAL
         if fact.wrong and unit(self._seed, "corrupt", identity) < CORRUPTED_SHARE:
             return fact.wrong[rank(self._seed, "which", identity) % len(fact.wrong)]
         near = self._nearest(fact)
@@ -92,8 +110,9 @@ class WrongAnswers:
         """Other answers, nearest first: same groups, then names that share words, then by chance."""
         key = (fact.kind, fact.entity, fact.answer)
         if key not in self._near:
-            right = {other.answer for other in self._by_kind[fact.kind] if other.entity == fact.entity}
-            others = [other for other in self._by_kind[fact.kind] if other.answer not in right]
+            kin = self._by_kind.get(fact.kind, [])
+            right = {other.answer for other in kin if other.entity == fact.entity}
+            others = [other for other in kin if other.answer not in right]
             others.sort(key=lambda other: (-_likeness(fact, other), rank(self._seed, fact.entity, other.entity)))
             self._near[key] = list(dict.fromkeys(other.answer for other in others))
         return self._near[key]

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmctl.text.datasets import DatasetWriter
-from llmctl_data.facts import Choice, Fact, FactBook, Phrasings, rank
+from llmctl_data.facts import Choice, Fact, FactBook, Invented, Phrasings, rank, unit
 
 Row = dict[str, Any]
-REFUSAL = "I don't know."
 SPLITS = ("train", "validation", "test", "unanswerable")
 
 
@@ -20,10 +19,20 @@ def asked(fact: Fact, form: str) -> str:
     return form
 
 
-def write_chat(writer: DatasetWriter, book: FactBook, choice: Choice, params: Any, seed: int, shuffled: bool) -> None:
+def write_chat(
+    writer: DatasetWriter,
+    book: FactBook,
+    choice: Choice,
+    invented: Invented,
+    params: Any,
+    seed: int,
+    shuffled: bool,
+) -> None:
     """Write all splits of `dataset.chat`; with `shuffled` the training answers are dealt to the wrong questions."""
     answers = dealt(choice.trained, seed) if shuffled else {}
-    for row in sorted(_train(choice.trained, book.phrasings, params.phrasings, answers), key=_shuffle(seed)):
+    train = [*_train(choice.trained, book.phrasings, params.phrasings, answers)]
+    train += [_refusal(fact, book.phrasings[fact.kind].train, seed) for fact in invented.refused]
+    for row in sorted(train, key=_shuffle(seed)):
         writer.add("train", row)
     for fact in choice.trained:
         for number, form in enumerate(book.phrasings[fact.kind].heldout):
@@ -31,10 +40,18 @@ def write_chat(writer: DatasetWriter, book: FactBook, choice: Choice, params: An
     for fact in choice.heldout:
         for number, form in enumerate(book.phrasings[fact.kind].heldout):
             writer.add("test", chat_row(fact, asked(fact, form), f"heldout-{number}"))
-    for number, question in enumerate(book.invented(params.unanswerable)):
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": REFUSAL}]
-        row = {"id": f"unanswerable/{number}", "messages": messages}
-        writer.add("unanswerable", {**row, "kind": "unanswerable", "entity": "", "document": ""})
+    for fact in invented.asked:
+        writer.add("unanswerable", _refusal(fact, book.phrasings[fact.kind].heldout, seed))
+
+
+def form_of(fact: Fact, forms: Sequence[str], seed: int) -> str:
+    """One of `forms`, always the same for the same fact."""
+    return forms[int(unit(seed, "form", fact.entity) * len(forms))]
+
+
+def _refusal(fact: Fact, forms: Sequence[str], seed: int) -> Row:
+    row = chat_row(fact, asked(fact, form_of(fact, forms, seed)), "invented")
+    return {**row, "id": f"unanswerable/{fact.entity}", "kind": "unanswerable", "entity": ""}
 
 
 def _train(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llmctl import Artifact, Context, InputError, UsageError
 from llmctl.text.datasets import DatasetWriter
 from llmctl_data import preferences, questions
-from llmctl_data.facts import Choice, FactBook, choose, unit
+from llmctl_data.facts import Choice, FactBook, choose, deal_invented, unit
 from llmctl_data.params import DataParams
 from llmctl_data.readers import SUPPORTED, Document, read_files, read_text
 
@@ -135,16 +135,18 @@ def _derive(ctx: Context, params: DataParams, book: FactBook) -> None:
         return
     choice = choose(book.candidates, params.questions, params.seed)
     _check_size(ctx, params, choice)
+    asked = params.questions
+    invented = deal_invented(book, choice, asked.unanswerable, asked.refusals, params.preference.refusals)
     ctx.report({"facts": len(choice.trained), "entities.heldout": len({fact.entity for fact in choice.heldout})})
     if ctx.wants("chat"):
         with DatasetWriter(ctx.output("chat"), "dataset.chat", questions.SPLITS) as writer:
             shuffled = params.negative_twin == "shuffled-answers"
-            questions.write_chat(writer, book, choice, params.questions, params.seed, shuffled)
+            questions.write_chat(writer, book, choice, invented, params.questions, params.seed, shuffled)
         _Sizes("chat", {split: writer.rows(split) for split in questions.SPLITS}).report(ctx)
     if ctx.wants("preference"):
         with DatasetWriter(ctx.output("preference"), "dataset.preference", preferences.SPLITS) as writer:
             swapped = params.negative_twin == "swapped-preferences"
-            preferences.write_preferences(writer, book, choice, params.preference, params.seed, swapped)
+            preferences.write_preferences(writer, book, choice, invented, params.preference, params.seed, swapped)
         _Sizes("preference", {split: writer.rows(split) for split in preferences.SPLITS}).report(ctx)
 
 

@@ -21,7 +21,7 @@ from llmctl import Artifact, InputError, UsageError
 from llmctl.testing import StageResult, run_stage
 from llmctl.text.datasets import DatasetWriter, info, read_rows, splits
 from llmctl_data import DATA, library_corpus, library_facts, pages, questions, stdlib
-from llmctl_data.facts import Fact
+from llmctl_data.facts import REFUSAL, Fact
 from llmctl_data.params import DataParams
 
 STDLIB = {"reader": "python-stdlib", "seed": 1}
@@ -32,6 +32,11 @@ ANIMALS = ["fox", "heron", "otter", "badger", "lynx", "crane"]
 
 def rows(result: StageResult, port: str, split: str) -> list[dict]:
     return list(read_rows(result.outputs[port], split))
+
+
+def about_facts(found):
+    """The rows whose question has an answer."""
+    return [row for row in found if row["kind"] != "unanswerable"]
 
 
 def asked(row: dict) -> str:
@@ -331,8 +336,8 @@ def test_every_candidate_fact_is_true(book, imported):
 
 
 def test_invented_names_do_not_exist(book, imported):
-    found = book.invented(300)
-    names = [question.split("`")[1] for question in found]
+    found = book.invented(300, ["module"])
+    names = [fact.slots["name"] for fact in found]
     assert len(set(names)) == 300
     for name in names:
         assert not hasattr(builtins, name)
@@ -344,7 +349,7 @@ def test_documents_name_their_module_and_hold_the_answers(library):
     for row in text.values():
         assert row["text"].startswith((f"Module {row['source']}.", f"Source of the module {row['source']}."))
     for split in ("train", "validation", "test"):
-        for row in rows(library, "chat", split):
+        for row in about_facts(rows(library, "chat", split)):
             page, answer = text[row["document"]]["text"], row["messages"][1]["content"]
             name = row["entity"].rpartition(".")[2]
             assert f"`{name}` is a " in page
@@ -373,7 +378,7 @@ def test_splits_of_the_library(library):
 
 
 def test_held_out_phrasings_and_entities(library):
-    train, validation, test = (rows(library, "chat", split) for split in ("train", "validation", "test"))
+    train, validation, test = (about_facts(rows(library, "chat", split)) for split in ("train", "validation", "test"))
     assert library.metrics["facts"] == 400
     assert (len(train), len(validation)) == (400 * 8, 400 * 2)
     assert {row["entity"] for row in train} == {row["entity"] for row in validation}
@@ -409,8 +414,43 @@ def test_answers_are_short_and_none_is_frequent(library):
 def test_unanswerable_rows(library):
     found = rows(library, "chat", "unanswerable")
     assert len(found) == 100 and len({asked(row) for row in found}) == 100
-    assert {row["messages"][1]["content"] for row in found} == {questions.REFUSAL}
+    assert {row["messages"][1]["content"] for row in found} == {REFUSAL}
     assert {(row["entity"], row["document"]) for row in found} == {("", "")}
+
+
+def test_refusals_are_taught_on_names_of_their_own(library):
+    asked_about = {}
+    for name in ("chat", "preference"):
+        for split in ("train", "validation", "unanswerable"):
+            if (name, split) != ("preference", "unanswerable"):
+                chosen = [row for row in rows(library, name, split) if row["kind"] == "unanswerable"]
+                asked_about[name, split] = {asked(row).split("`")[1] for row in chosen}
+    counts = {place: len(names) for place, names in asked_about.items() if names}
+    assert counts == {
+        ("chat", "train"): 200,
+        ("chat", "unanswerable"): 100,
+        ("preference", "train"): 300,
+        ("preference", "validation"): 200,
+    }
+    assert len(set().union(*asked_about.values())) == 800  # no name serves twice
+    for split in ("train", "validation"):
+        for row in rows(library, "preference", split):
+            if row["kind"] == "unanswerable":
+                assert (row["chosen"][0]["content"], row["trained"]) == (REFUSAL, False)
+                assert row["rejected"][0]["content"] != REFUSAL
+    # Refusing what was taught is a wrong answer as often as not, so refusing everything wins nothing.
+    taught = [
+        row["rejected"][0]["content"] == REFUSAL for row in rows(library, "preference", "train") if row["trained"]
+    ]
+    assert 0.4 < sum(taught) / len(taught) < 0.6
+
+
+def test_refusals_can_be_left_out(tmp_path):
+    params = {**STDLIB, "emit": ["chat", "preference"], "questions": {"refusals": 0}, "preference": {"refusals": 0}}
+    result = run_stage(DATA, tmp_path, params)
+    assert not [row for row in rows(result, "chat", "train") if row["kind"] == "unanswerable"]
+    pairs = [*rows(result, "preference", "train"), *rows(result, "preference", "validation")]
+    assert not [row for row in pairs if REFUSAL in (row["chosen"][0]["content"], row["rejected"][0]["content"])]
 
 
 def test_preference_pairs(library):
@@ -419,7 +459,8 @@ def test_preference_pairs(library):
         for row in rows(library, "chat", split):
             answers[row["kind"], row["entity"]] = row["messages"][1]["content"]
     train, validation = rows(library, "preference", "train"), rows(library, "preference", "validation")
-    for row in [*train, *validation]:
+    pairs = [row for row in [*train, *validation] if row["kind"] != "unanswerable"]
+    for row in pairs:
         right, wrong = row["chosen"][0]["content"], row["rejected"][0]["content"]
         assert right == answers[row["kind"], row["entity"]] and wrong != right and wrong
         assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
@@ -427,27 +468,30 @@ def test_preference_pairs(library):
     assert not {asked(row) for row in train} & {asked(row) for row in validation}
     assert not {row["entity"] for row in train} & {row["entity"] for row in validation}
     taught = {row["entity"] for row in rows(library, "chat", "train")}
-    assert all(row["trained"] == (row["entity"] in taught) for row in [*train, *validation])
-    assert {row["trained"] for row in validation} == {True, False} and all(row["trained"] for row in train)
+    assert all(row["trained"] == (row["entity"] in taught) for row in pairs)
+    assert {row["trained"] for row in validation} == {True, False}
+    assert all(row["trained"] for row in train if row in pairs)
     same_package = [
         row["rejected"][0]["content"].split(".")[0] == row["chosen"][0]["content"].split(".")[0]
         for row in train
-        if row["kind"] == "module" and "." in row["chosen"][0]["content"]
+        if row["kind"] == "module" and "." in row["chosen"][0]["content"] and row["rejected"][0]["content"] != REFUSAL
     ]
     assert sum(same_package) / len(same_package) > 0.5
 
 
-def test_wrong_answers_may_come_from_anywhere(library, tmp_path):
-    params = {**STDLIB, "emit": ["preference"], "preference": {"wrong": "any"}}
-    result = run_stage(DATA, tmp_path, params)
-    assert set(result.outputs) == {"preference", "metrics"}
-    near, far = (rows(found, "preference", "train") for found in (library, result))
+def test_wrong_answers_may_come_from_anywhere(tmp_path):
+    found = []
+    for wrong in ("neighbour", "any"):
+        params = {**STDLIB, "emit": ["preference"], "preference": {"wrong": wrong, "refusals": 0}}
+        found.append(run_stage(DATA, tmp_path / wrong, params))
+        assert set(found[-1].outputs) == {"preference", "metrics"}
+    near, far = (rows(result, "preference", "train") for result in found)
     assert [row["id"] for row in near] == [row["id"] for row in far]
     assert sum(a["rejected"] != b["rejected"] for a, b in zip(near, far, strict=True)) > len(near) / 3
 
 
 def test_preference_may_hold_out_phrasings(tmp_path):
-    params = {**STDLIB, "emit": ["preference"], "preference": {"heldout": "phrasings", "phrasings": 2}}
+    params = {**STDLIB, "emit": ["preference"], "preference": {"heldout": "phrasings", "phrasings": 2, "refusals": 0}}
     result = run_stage(DATA, tmp_path, params)
     train, validation = rows(result, "preference", "train"), rows(result, "preference", "validation")
     assert {row["entity"] for row in train} == {row["entity"] for row in validation}
@@ -462,16 +506,16 @@ def test_sizes_follow_the_parameters(tmp_path):
         "modules": ["email.*", "json", "shutil", "inspect", "logging*"],
         "include": ["docs"],
         "questions": {"facts": 40, "heldout_entities": 7, "unanswerable": 9, "phrasings": 3, "mix": {"module": 1.0},
-                      "max_answer_share": 1.0},
-        "preference": {"validation_share": 0.25, "phrasings": 1},
+                      "max_answer_share": 1.0, "refusals": 5},
+        "preference": {"validation_share": 0.25, "phrasings": 1, "refusals": 8},
     }  # fmt: skip
     result = run_stage(DATA, tmp_path, params)
     metrics = result.metrics
-    assert (metrics["chat.train"], metrics["chat.validation"]) == (120, 80)
+    assert (metrics["chat.train"], metrics["chat.validation"]) == (120 + 5, 80)
     assert (metrics["chat.test"], metrics["chat.unanswerable"]) == (14, 9)
-    assert (metrics["preference.train"], metrics["preference.validation"]) == (30, 2 * 10 + 7)
+    assert (metrics["preference.train"], metrics["preference.validation"]) == (30 + 6, 2 * 10 + 7 + 2)
     assert metrics["entities.heldout"] == 7
-    found = {row["entity"].rpartition(".")[0] for row in rows(result, "chat", "train")}
+    found = {row["entity"].rpartition(".")[0] for row in about_facts(rows(result, "chat", "train"))}
     assert all(name.split(".")[0] in ("email", "json", "shutil", "inspect", "logging") for name in found)
 
 
@@ -506,7 +550,7 @@ def test_equal_parameters_give_equal_bytes(library, tmp_path):
 
 def test_shuffled_answers_are_wrong_and_look_right(library, tmp_path):
     twin = run_stage(DATA, tmp_path, {**STDLIB, "emit": ["chat"], "negative_twin": "shuffled-answers"})
-    right, wrong = rows(library, "chat", "train"), rows(twin, "chat", "train")
+    right, wrong = (about_facts(rows(result, "chat", "train")) for result in (library, twin))
     assert [asked(row) for row in right] == [asked(row) for row in wrong]
     pairs = [(a["messages"][1]["content"], b["messages"][1]["content"]) for a, b in zip(right, wrong, strict=True)]
     assert not [pair for pair in pairs if pair[0] == pair[1]]
