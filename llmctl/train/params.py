@@ -35,7 +35,7 @@ class TrainParams(Params):
     embedding_lr: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate of embeddings, head, norms, biases. Unset: 0.15 lr with muon, lr with adamw.",
+        description="Peak learning rate of embeddings, head, norms, biases. Unset: 1.5 lr with muon, lr with adamw.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of the hidden matrices, times the rate.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient.")
@@ -83,7 +83,7 @@ class TrainParams(Params):
         """`embedding_lr` with its default filled in."""
         if self.embedding_lr is not None:
             return self.embedding_lr
-        return 0.15 * self.lr if self.optimizer == "muon" else self.lr
+        return 1.5 * self.lr if self.optimizer == "muon" else self.lr
 
     def resume_facts(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to be continued: everything that affects the output."""

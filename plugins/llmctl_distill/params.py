@@ -22,4 +22,3 @@ class DistillParams(AnswerParams):
     )
     epochs: float = Field(3.0, gt=0, affects="extent", description="Passes over the data.")
     batch_size: int = Field(32, ge=1, description="Conversations, or rows of tokens, per optimizer step.")
-    lr: float = Field(0.01, gt=0, description="Peak learning rate of the hidden matrices.")

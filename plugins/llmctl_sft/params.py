@@ -14,7 +14,6 @@ class SftParams(AnswerParams):
     method: Literal["full"] = Field("full", description="Which weights are trained: `full` trains all.")
     epochs: float = Field(3.0, gt=0, affects="extent", description="Passes over the conversations.")
     batch_size: int = Field(32, ge=1, description="Conversations per optimizer step.")
-    lr: float = Field(0.01, gt=0, description="Peak learning rate of the hidden matrices.")
     probe_prompts: int = Field(
         32, ge=0, description="Validation prompts answered at the end to measure how often the answer stops. 0: none."
     )

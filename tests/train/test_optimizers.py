@@ -123,7 +123,7 @@ def test_muon_gets_hidden_matrices_only(make_model, arch: str, tied: bool) -> No
     hidden = {names[p] for p in muon.param_groups[0]["params"]}
     assert hidden == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
     assert {names[p] for g in adamw.param_groups for p in g["params"]} == set(names.values()) - hidden
-    assert all(g["weight_decay"] == 0 and g["lr"] == pytest.approx(0.003) for g in adamw.param_groups)
+    assert all(g["weight_decay"] == 0 and g["lr"] == pytest.approx(0.03) for g in adamw.param_groups)
     assert not is_hidden_matrix("unembedding.weight", torch.zeros(2, 2))
 
 
