@@ -25,6 +25,8 @@ class Mistake:
     says: tuple[str, ...]
     files: dict[str, str | bytes] = field(default_factory=dict)
     stdin: bytes | None = None
+    slow: bool = False
+    """Imports torch for seconds, and a row beside it tests the same way of failing."""
 
 
 def spec(body: str) -> dict[str, str]:
@@ -190,13 +192,13 @@ MODELS = [
     Mistake("artifact of the wrong kind", "train-pretrain --tokens LAB/text --tokenizer LAB/tokenizer", 5, ("LAB/text", "dataset.tokens")),
     Mistake("unknown preset", f"{TRAIN} --preset lama", 2, ("--preset", "'lama'", "'llama'")),
     Mistake("heads that do not divide dim", f"{TRAIN} --dim 100 --heads 3", 2, ("dim 100 is not divisible by heads 3", "heads that fit")),
-    Mistake("kv_heads that do not divide heads", f"{TRAIN} --dim 96 --heads 6 --kv-heads 4", 2, ("kv_heads 4", "kv_heads that fit")),
+    Mistake("kv_heads that do not divide heads", f"{TRAIN} --dim 96 --heads 6 --kv-heads 4", 2, ("kv_heads 4", "kv_heads that fit"), slow=True),
     Mistake("learning rate of zero", f"{TRAIN} --lr 0", 2, ("--lr", "x>0")),
-    Mistake("tokens of another tokenizer", "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer-other", 5, ("was made with the tokenizer", "same `tokenize` stage")),
+    Mistake("tokens of another tokenizer", "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer-other", 5, ("was made with the tokenizer", "same `tokenize` stage"), slow=True),
     Mistake("token shard that is cut short", "train-pretrain --tokens LAB/tokens-short --tokenizer LAB/tokenizer", 5, ("train-00000.bin has", "meta.json says")),
     Mistake("model without a tensor", "sft --model LAB/model-torn --data LAB/chat.jsonl", 5, ("model.norm.weight",)),
-    Mistake("model of a foreign architecture", "sft --model LAB/model-foreign --data LAB/chat.jsonl", 5, ("FalconForCausalLM",)),
-    Mistake("chat with an unknown role", "sft --model LAB/model --data LAB/chat-role.jsonl", 5, ("robot",)),
+    Mistake("model of a foreign architecture", "sft --model LAB/model-foreign --data LAB/chat.jsonl", 5, ("FalconForCausalLM",), slow=True),
+    Mistake("chat with an unknown role", "sft --model LAB/model --data LAB/chat-role.jsonl", 5, ("robot",), slow=True),
     Mistake("prompt longer than the context", f"generate LAB/model --prompt {'word' * 400}", 2, ("tokens, the model's context is 16", "shorten the prompt")),
     Mistake("negative temperature", "generate LAB/model --prompt hello --temperature -1", 2, ("temperature", "-1")),
     Mistake("empty prompt", "generate LAB/model --prompt=", 2, ("the text to continue is empty", "--prompt")),
@@ -319,7 +321,10 @@ def judge(mistake, done, words):
     assert max(map(len, done.stderr.splitlines())) < 400
 
 
-@pytest.mark.parametrize("mistake", ALL, ids=lambda mistake: mistake.name)
+ROWS = [pytest.param(row, marks=[pytest.mark.slow] if row.slow else [], id=row.name) for row in ALL]
+
+
+@pytest.mark.parametrize("mistake", ROWS)
 def test_mistake(mistake, make):
     make(mistake)
 
