@@ -85,7 +85,7 @@ def run(
     click.echo(f"report: {write_report(pipeline, result)}")
     if error := result.error():
         raise error
-    for line in next_steps(pipeline, result):
+    for line in next_steps(pipeline, result, spec):
         click.echo(line)
 
 

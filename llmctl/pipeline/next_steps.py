@@ -18,8 +18,12 @@ QUESTIONS = 3
 URL = "http://127.0.0.1:8000/v1/chat/completions"
 
 
-def next_steps(pipeline: Pipeline, result: RunResult) -> list[str]:
-    """Lines to print after a good run: talk to the last exported model, serve it, ask it over HTTP."""
+def next_steps(pipeline: Pipeline, result: RunResult, spec: str) -> list[str]:
+    """Lines to print after a good run: talk to the last exported model, serve it, ask it; then the spec's own `next`.
+
+    `spec` is how the user named the spec.
+    """
+    own = [line.replace("{llmctl}", _program()).replace("{spec}", shlex.quote(spec)) for line in pipeline.next]
     exported = [
         target
         for id, stage in result.stages.items()
@@ -27,7 +31,7 @@ def next_steps(pipeline: Pipeline, result: RunResult) -> list[str]:
         if stage.ok and stage.outputs[port].type in ("model.hf", "model.onnx")
     ]
     if not exported or pipeline.single:
-        return []
+        return own
     model, program = _short(exported[-1]), _program()
     questions = list(dict.fromkeys(_answered(result)))[:QUESTIONS]
     question = questions[0] if questions else "Who are you?"
@@ -39,7 +43,8 @@ def next_steps(pipeline: Pipeline, result: RunResult) -> list[str]:
         f"  {program} serve --model {shlex.quote(model)} --port 8000",
         f"  curl -s {URL} -H {header} -d {shlex.quote(body)}",
     ]
-    return lines + (["questions it has answered:"] + [f"  {text}" for text in questions] if questions else [])
+    asked = ["questions it has answered:", *(f"  {text}" for text in questions)] if questions else []
+    return lines + asked + own
 
 
 def _answered(result: RunResult) -> Iterator[str]:

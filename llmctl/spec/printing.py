@@ -39,7 +39,8 @@ def _document(pipeline: Pipeline) -> dict[str, Any]:
     stages = {name: _stage(stage, pipeline.base) for name, stage in pipeline.stages.items()}
     if pipeline.single:
         return head | ({"sources": sources} if sources else {}) | next(iter(stages.values()))
-    return head | ({"sources": sources} if sources else {}) | {"stages": stages}
+    last = {"next": list(pipeline.next)} if pipeline.next else {}
+    return head | ({"sources": sources} if sources else {}) | {"stages": stages} | last
 
 
 def _stage(spec: StageSpec, base: Path) -> dict[str, Any]:

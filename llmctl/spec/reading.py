@@ -16,7 +16,7 @@ from llmctl.spec.overrides import Overrides
 from llmctl.spec.params import Params
 from llmctl.spec.references import NotAReference, located
 from llmctl.spec.resolved import EnvValue, Pipeline, Resources, Source, StageSpec
-from llmctl.spec.skeleton import FORMAT, SECTIONS, PipelineModel, SingleModel, SourceModel, StageModel
+from llmctl.spec.skeleton import FORMAT, SECTIONS, FileModel, PipelineModel, SingleModel, SourceModel, StageModel
 from llmctl.spec.validate import validate
 from llmctl.spec.wiring import Wiring, output_types
 from llmctl.stage import NAME, Stage, missing_module
@@ -115,7 +115,7 @@ class Reading:
         """Interpolate, validate, wire. Raises SpecError."""
         document = self._overrides.document if self._overrides else self.document
         document = interpolate(apply_defaults(without(document, "profiles")), self.report)
-        name = self._skeleton(document)
+        head = self._skeleton(document)
         sources = self._sources(document, base)
         drafts = {draft.id: draft for draft in self._drafts(document)}
         for draft in drafts.values():
@@ -128,21 +128,22 @@ class Reading:
         self.report.check()
         assert len(order) == len(drafts) and all(stages), "a stage was lost without a report"
         return Pipeline(
-            name=name,
+            name=head.name if head else "",
             file=file,
             base=base,
             stages={stage.id: stage for stage in stages if stage},
             sources=sources,
             profiles=profiles,
+            next=tuple(head.next) if isinstance(head, PipelineModel) else (),
             single=self.single,
         )
 
-    def _skeleton(self, document: Map) -> str:
-        """Phase A of everything outside the stages; returns the name of the spec."""
+    def _skeleton(self, document: Map) -> FileModel | None:
+        """Phase A of everything outside the stages; None if a mistake was reported."""
         of_the_stage = STAGE_KEYS - {"uses"} if self.single else {"uses"}  # looked at as the stage's, or told already
         document = without(document, *of_the_stage)
-        model = validate(SingleModel if self.single else PipelineModel, document, document.mark, "", self.report)
-        return model.name if model else ""
+        kind: type[FileModel] = SingleModel if self.single else PipelineModel
+        return validate(kind, document, document.mark, "", self.report)
 
     def _sources(self, document: Map, base: Path) -> dict[str, Source]:
         """Phase A of each source; those with mistakes are left out."""

@@ -187,6 +187,8 @@ class Pipeline:
     stages: Mapping[str, StageSpec]
     sources: Mapping[str, Source] = field(default_factory=dict)
     profiles: tuple[str, ...] = ()
+    next: tuple[str, ...] = ()
+    """Lines shown after a good run; `{llmctl}` stands for the program and `{spec}` for the spec as they were typed."""
     single: bool = False
     """Whether it came from a single-stage file or a stage command."""
 

@@ -165,6 +165,7 @@ class PipelineModel(FileModel):
 
     stages: dict[str, Any] = Field(min_length=1)
     defaults: DefaultsModel = DefaultsModel()
+    next: list[str] = []
 
 
 class SingleModel(FileModel, StageModel):
@@ -173,4 +174,4 @@ class SingleModel(FileModel, StageModel):
     later = FileModel.later | StageModel.later
 
 
-SECTIONS = ("llmctl", "name", "vars", "sources", "stages", "defaults", "profiles", *sorted(FileModel.later))
+SECTIONS = ("llmctl", "name", "vars", "sources", "stages", "defaults", "profiles", "next", *sorted(FileModel.later))

@@ -256,3 +256,10 @@ def test_any_text_and_number_survives_printing(load, text, rate):
     spec = dataclasses.replace(first.stages["sft-chat"], params=params)
     changed = dataclasses.replace(first, stages={"sft-chat": spec})
     assert load(print_spec(changed)).stages["sft-chat"].params == params
+
+
+def test_next_lines_are_kept_and_printed_back(load):
+    text = PIPELINE + 'next: ["try:", "  {llmctl} run {spec} --profile files"]\n'
+    pipeline = load(text)
+    assert pipeline.next == ("try:", "  {llmctl} run {spec} --profile files")
+    assert load(print_spec(pipeline)).next == pipeline.next
