@@ -107,22 +107,28 @@ class Chunker:
     def _spans(self, text: str) -> Iterator[tuple[int, int, list[tuple[str, ...]]]]:
         """(start, end, headings inside) of each chunk."""
         packed: list[Section] = []
+        size = 0
         for section in sections(text):
-            first = packed[0] if packed else section
-            if self._count(text[first.start : section.end].strip()) <= self._limit:
-                packed.append(section)
-                continue
-            yield from self._close(packed)
-            packed = [section]
-            if self._count(text[section.start : section.end].strip()) > self._limit:
-                _, offsets = self._cut(text[section.start : section.end], offsets=True, overlap=self._overlap or None)
-                yield from ((section.start + start, section.start + end, [section.path]) for start, end in offsets)
-                packed = []
-        yield from self._close(packed)
+            # Lengths are added up, as counting every union anew would count a text many times over.
+            length = self._count(text[section.start : section.end].strip())
+            if size + length > self._limit:
+                yield from self._close(text, packed)
+                packed, size = [], 0
+            packed.append(section)
+            size += length
+        yield from self._close(text, packed)
 
-    def _close(self, packed: list[Section]) -> Iterator[tuple[int, int, list[tuple[str, ...]]]]:
-        if packed:
-            yield packed[0].start, packed[-1].end, [section.path for section in packed]
+    def _close(self, text: str, packed: list[Section]) -> Iterator[tuple[int, int, list[tuple[str, ...]]]]:
+        """One chunk of the packed sections, or several if they are too long together after all."""
+        if not packed:
+            return
+        start, end = packed[0].start, packed[-1].end
+        paths = [section.path for section in packed]
+        if self._count(text[start:end].strip()) <= self._limit:
+            yield start, end, paths
+            return
+        _, offsets = self._cut(text[start:end], offsets=True, overlap=self._overlap or None)
+        yield from ((start + a, start + b, paths) for a, b in offsets)
 
 
 def _strip(text: str, start: int, end: int) -> tuple[int, int]:

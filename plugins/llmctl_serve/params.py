@@ -28,7 +28,7 @@ class ServeParams(Params):
     )
     max_request_bytes: int = Field(default=1 << 20, ge=1024, description="a larger request body is answered with 413")
     drain_seconds: int = Field(
-        default=30, ge=0, description="time that running requests get to finish after a stop signal"
+        default=20, ge=0, description="time that running requests get to finish after a stop signal"
     )
     api_key_env: str | None = Field(
         default=None, min_length=1, description="environment variable that holds the key clients must send"
