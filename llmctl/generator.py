@@ -1,8 +1,8 @@
 """What it means to generate text, free of any framework: `serve`, `eval`, `rag` and `chat` know only this.
 
-A `Generator` deals in token ids and knows no text; `llmctl.text.streaming` turns ids into text and applies stop strings.
-Both the torch model (`llmctl.train.generate`) and the ONNX engine (`llmctl.ort`) implement it; which one opens a given
-artifact is decided by the hook `open_generator`.
+A `Generator` deals in token ids and knows no text; `llmctl.text.streaming` turns ids into text and applies stop
+strings. Both the torch model (`llmctl.train.generate`) and the ONNX engine (`llmctl.ort`) implement it; which one opens
+a given artifact is decided by the hook `open_generator`.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ class Source:
 class Gate:
     """A condition on one number of the stage's metrics; every limit that is given must hold.
 
-    `max_drop`, `max_rise`, `min_ratio` and `max_ratio` compare with the same metric of `baseline`. A missing metric fails the gate.
+    `max_drop`, `max_rise`, `min_ratio` and `max_ratio` compare with the same metric of `baseline`. A missing metric
+    fails the gate.
     """
 
     metric: str
