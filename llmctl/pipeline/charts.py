@@ -11,7 +11,7 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
 MOST_POINTS = 240
-NODE_WIDTH, NODE_HEIGHT, GAP_X, GAP_Y = 150, 46, 22, 40
+ROW, ARCS, NAMES = 32, 170, 390
 
 
 def line_chart(title: str, series: Mapping[str, Points], x_label: str = "step") -> str:
@@ -78,53 +78,29 @@ def number(value: float) -> str:
 
 
 def graph(edges: Mapping[str, Sequence[str]], labels: Mapping[str, str], kinds: Mapping[str, str]) -> str:
-    """Stages from top to bottom, each below all that it was made from; `edges` maps a stage to its inputs.
+    """Stages one below the other, in order, and an arc to each from all that it was made from: no line crosses a name.
 
-    `labels` is the second line of a node, `kinds` its CSS class. Stages without either are drawn plain.
+    `edges` maps a stage to its inputs, `labels` is what stands beside its name, `kinds` the CSS class of its dot.
     """
-    depth: dict[str, int] = {}
-    for stage, sources in edges.items():
-        depth[stage] = 1 + max((depth[source] for source in sources if source in depth), default=-1)
-    rows: dict[int, list[str]] = {}
-    for stage in sorted(edges, key=lambda stage: depth[stage]):
-        rows.setdefault(depth[stage], []).append(stage)
-    place: dict[str, tuple[float, float]] = {}
-    widest = max(map(len, rows.values()), default=1)
-    width = widest * NODE_WIDTH + (widest + 1) * GAP_X
-    for level, stages in rows.items():
-        stages.sort(key=lambda stage: _middle(stage, edges, place, width))
-        start = (width - len(stages) * NODE_WIDTH - (len(stages) - 1) * GAP_X) / 2
-        for index, stage in enumerate(stages):
-            place[stage] = (start + index * (NODE_WIDTH + GAP_X), GAP_Y / 2 + level * (NODE_HEIGHT + GAP_Y))
-    height = len(rows) * (NODE_HEIGHT + GAP_Y)
-    parts = [f'<svg class="graph" viewBox="0 0 {width:.0f} {height:.0f}" style="max-width:{width:.0f}px" role="img">']
-    parts += [_edge(place[source], place[stage]) for stage in edges for source in edges[stage] if source in place]
-    parts += [_node(stage, place[stage], labels.get(stage, ""), kinds.get(stage, "")) for stage in edges]
+    row = {stage: ROW // 2 + index * ROW for index, stage in enumerate(edges)}
+    longest = max((row[stage] - row[source] for stage in edges for source in edges[stage] if source in row), default=0)
+    height = len(row) * ROW
+    name = f'<svg class="graph" viewBox="0 0 {ARCS + NAMES} {height}" style="max-width:{ARCS + NAMES}px" role="img">'
+    parts = [name]
+    for stage in edges:
+        for source in (source for source in edges[stage] if source in row):
+            parts.append(_arc(source, stage, row[source], row[stage], longest))
+    for stage, y in row.items():
+        parts.append(
+            f'<g class="node {escape(kinds.get(stage, ""))}"><circle cx="{ARCS}" cy="{y}" r="6"/>'
+            f'<text x="{ARCS + 16}" y="{y + 5}" class="name">{escape(stage)}</text>'
+            f'<text x="{ARCS + 130}" y="{y + 5}" class="sub">{escape(labels.get(stage, ""))}</text></g>'
+        )
     return "".join(parts) + "</svg>"
 
 
-def _middle(
-    stage: str, edges: Mapping[str, Sequence[str]], place: Mapping[str, tuple[float, float]], width: float
-) -> float:
-    """The mean place of what a stage was made from: keeps edges short and crossings few."""
-    found = [place[source][0] for source in edges[stage] if source in place]
-    return sum(found) / len(found) if found else width / 2
-
-
-def _edge(source: tuple[float, float], target: tuple[float, float]) -> str:
-    x1, y1 = source[0] + NODE_WIDTH / 2, source[1] + NODE_HEIGHT
-    x2, y2 = target[0] + NODE_WIDTH / 2, target[1]
-    bend = max(14.0, (y2 - y1) / 2)
-    curve = f"C{x1:.0f} {y1 + bend:.0f} {x2:.0f} {y2 - bend:.0f} {x2:.0f} {y2:.0f}"
-    return f'<path class="edge" d="M{x1:.0f} {y1:.0f} {curve}"/>'
-
-
-def _node(stage: str, place: tuple[float, float], label: str, kind: str) -> str:
-    x, y = place
-    middle = x + NODE_WIDTH / 2
-    return (
-        f'<g class="node {escape(kind)}">'
-        f'<rect x="{x:.0f}" y="{y:.0f}" width="{NODE_WIDTH}" height="{NODE_HEIGHT}" rx="7"/>'
-        f'<text x="{middle:.0f}" y="{y + 19:.0f}" class="name">{escape(stage)}</text>'
-        f'<text x="{middle:.0f}" y="{y + 35:.0f}" class="sub">{escape(label)}</text></g>'
-    )
+def _arc(source: str, stage: str, y1: float, y2: float, longest: float) -> str:
+    """A bow to the left, the wider the further; neighbours are joined by a straight line."""
+    reach = 0.0 if y2 - y1 == ROW else (ARCS - 10) * 4 / 3 * math.sqrt((y2 - y1) / longest)
+    path = f"M{ARCS} {y1} C{ARCS - reach:.1f} {y1} {ARCS - reach:.1f} {y2} {ARCS} {y2}"
+    return f'<path class="edge" d="{path}"><title>{escape(source)} → {escape(stage)}</title></path>'

@@ -44,22 +44,25 @@ class Planner:
         outputs: dict[str, Mapping[str, Artifact]] = {}
         decisions = []
         for spec in specs:
-            decision = self.decide(spec, inputs.bind(spec, outputs))
+            waits = [stage for stage in _sources(spec) if stage not in outputs]
+            decision = self.decide(spec, inputs.bind(spec, outputs), waits)
             if decision.pointer is not None:
                 outputs[spec.id] = {port: self.store.get(id) for port, id in decision.pointer.outputs.items()}
             decisions.append(decision)
         return decisions
 
-    def decide(self, spec: StageSpec, bound: Mapping[str, Sequence[Artifact]] | None) -> Decision:
-        """What to do with `spec` given its inputs, None if they are not known yet."""
+    def decide(
+        self, spec: StageSpec, bound: Mapping[str, Sequence[Artifact]] | None, waits: Sequence[str] = ()
+    ) -> Decision:
+        """What to do with `spec` given its inputs; None if they are not known until the stages `waits` have run."""
         origin = self.registry.origin(spec.stage.name)
         last = self.last(spec)
         if bound is None:
             changes = tuple(differences(last.preimage, static_preimage(spec, origin))) if last else ("new",)
             forced = self._forced(spec)
-            waits = tuple(f"needs the result of `{stage}`" for stage in _waits(spec))
             action: Action = "run" if changes or forced else "unknown"
-            return Decision(id=spec.id, action=action, why=(*forced, *changes) or waits[:1])
+            needs = tuple(f"needs the result of `{stage}`" for stage in waits)
+            return Decision(id=spec.id, action=action, why=(*forced, *changes) or needs)
         keys = make_keys(spec, origin, {port: [a.id for a in artifacts] for port, artifacts in bound.items()})
         if forced := self._forced(spec):
             return Decision(id=spec.id, action="run", why=forced, keys=keys)
@@ -85,7 +88,7 @@ class Planner:
         return ("cache: off",) if spec.cache == "off" else ()
 
 
-def _waits(spec: StageSpec) -> list[str]:
+def _sources(spec: StageSpec) -> list[str]:
     refs = [ref for bound in spec.inputs.values() for ref in bound]
     return list(dict.fromkeys(ref.stage for ref in refs if isinstance(ref, StageRef)))
 

@@ -182,5 +182,5 @@ def _graph(pipeline: Pipeline, result: RunResult) -> str:
         missed = any(not gate.ok for gate in stage.gates)
         kinds[id] = "bad" if missed or stage.status == "failed" else stage.status
         first = next(iter(stage.headline.items()), None)
-        labels[id] = f"{first[0]} {human_number(first[1])}"[:26] if first else pipeline.stages[id].stage.name
+        labels[id] = f"{first[0]} {human_number(first[1])}"[:34] if first else pipeline.stages[id].stage.name
     return charts.graph(edges, labels, kinds)

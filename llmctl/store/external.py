@@ -41,7 +41,8 @@ class Snapshot:
         except (OSError, InputError):
             return str(self.path)
         names = sorted(set(now) | set(self.stats))
-        return next((str(self.path / name) for name in names if now.get(name) != self.stats.get(name)), "")
+        different = next((name for name in names if now.get(name) != self.stats.get(name)), "")
+        return str(self.path if self.path.is_file() else self.path / different) if different else ""
 
     def to_json(self) -> dict[str, Any]:
         """For the request of a stage."""
