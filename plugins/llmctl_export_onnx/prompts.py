@@ -17,8 +17,8 @@ LONGEST = 1024
 def draw(data: Artifact | None, model: Path, vocab_size: int, limit: int, count: int, seed: int) -> list[list[int]]:
     """`count` prompts of at most `limit` tokens: one as long as it may be, then from `data`, then random ones.
 
-    Conversations come without their last answer, token shards as windows of their held-out split. Equal arguments give
-    equal prompts.
+    Conversations come without their last answer, token shards as windows; from the held-out split if it holds anything.
+    Equal arguments give equal prompts.
     """
     random = np.random.default_rng(seed)
     prompts = [random.integers(0, vocab_size, min(limit, LONGEST)).tolist()]
@@ -32,8 +32,8 @@ def draw(data: Artifact | None, model: Path, vocab_size: int, limit: int, count:
     return prompts[:count]
 
 
-def _held_out(splits: list[str]) -> str:
-    return next((name for name in ("validation", "test") if name in splits), splits[0])
+def _held_out_first(splits: list[str]) -> list[str]:
+    return sorted(splits, key=lambda name: (name != "validation", name != "test"))
 
 
 def _chats(data: Artifact, model: Path) -> list[list[int]]:
@@ -41,7 +41,8 @@ def _chats(data: Artifact, model: Path) -> list[list[int]]:
     from llmctl.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(model)
-    rows = islice(read_rows(data, _held_out(splits(data))), 1000)
+    read = (list(islice(read_rows(data, split), 1000)) for split in _held_out_first(splits(data)))
+    rows = next((rows for rows in read if rows), [])
     return [tokenizer.encode_chat(row["messages"][:-1], add_generation_prompt=True).ids for row in rows]
 
 
@@ -54,7 +55,10 @@ def _windows(data: Artifact, vocab_size: int, limit: int, count: int, random: np
             f"{data.path} has a vocabulary of {shards.vocab_size}, the model one of {vocab_size}",
             hint="give tokens that were made with the model's own tokenizer",
         )
-    tokens = shards.split(_held_out(shards.splits)).tokens
+    read = (shards.split(split).tokens for split in _held_out_first(shards.splits))
+    tokens = next((tokens for tokens in read if len(tokens)), None)
+    if tokens is None:
+        return []
     lengths = random.integers(1, min(limit, 64, len(tokens)) + 1, count)
     starts = [int(random.integers(0, len(tokens) - length + 1)) for length in lengths]
     return [tokens[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]

@@ -212,6 +212,46 @@ def test_prompts_come_from_the_data(tmp_path: Path, exported: StageResult) -> No
         draw(data, tmp_path, 96, 16, 5, seed=0)
 
 
+@pytest.mark.parametrize("filled", ["train", "test", "neither"])
+@pytest.mark.parametrize("limit", [1, 4, 32])
+def test_prompts_where_the_held_out_split_is_empty(tmp_path: Path, filled: str, limit: int) -> None:
+    from llmctl.text.shards import ShardWriter
+    from llmctl_export_onnx.prompts import draw
+
+    with ShardWriter(tmp_path, vocab_size=97, tokenizer="sha256:0", splits=("train", "test", "validation")) as writer:
+        if filled != "neither":
+            writer.add(filled, [5, 5, 5], 3)
+    first, *others = draw(Artifact(tmp_path, "dataset.tokens"), tmp_path, 97, limit, 4, seed=0)
+    assert len(first) == limit
+    assert [1 <= len(prompt) <= limit for prompt in others] == [True] * 3
+    assert ({token for prompt in others for token in prompt} == {5}) == (filled != "neither")
+
+
+def test_prompts_from_conversations_without_a_held_out_one(tmp_path: Path, model_dir: Path) -> None:
+    from llmctl.text.datasets import DatasetWriter
+    from llmctl.text.tokenizer import Tokenizer
+    from llmctl_export_onnx.prompts import draw
+
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    with DatasetWriter(tmp_path / "chat", "dataset.chat", ("train", "validation")) as writer:
+        writer.add("train", {"id": "1", "messages": messages})
+    _, asked, *_ = draw(Artifact(tmp_path / "chat", "dataset.chat"), model_dir, 262, 32, 3, seed=0)
+    assert asked == Tokenizer.load(model_dir).encode_chat(messages[:1], add_generation_prompt=True).ids
+
+
+@pytest.mark.parametrize("context", [8, 16])
+def test_the_smallest_contexts_are_exported(tmp_path: Path, context: int) -> None:
+    from llmctl.text.shards import ShardWriter
+
+    directory = tmp_path / "tokens"
+    with ShardWriter(directory, vocab_size=97, tokenizer="sha256:0", splits=("train", "validation")) as writer:
+        writer.add("train", [5, 6, 7], 3)
+    model = save(tmp_path / "model", arch="llama", kv_heads=2, context=context)
+    result = export(tmp_path / "bundle", model, Artifact(directory, "dataset.tokens"))
+    assert result.metrics["parity.max_abs_diff"] < 1e-5
+    assert result.metrics["parity.greedy_equal"] == 3
+
+
 def test_the_operator_set_can_be_chosen(llama: Artifact, tmp_path: Path) -> None:
     result = export(tmp_path, llama, opset=21)
     assert {o.domain: o.version for o in graph(result).opset_import} == {"": 21, "com.microsoft": 1}
