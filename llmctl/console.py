@@ -145,7 +145,8 @@ class Reporter:
         self._print(f"{stage}: {self._progress_text(stage, event)}")
 
     def _on_stage_checkpoint(self, event: Mapping[str, Any]) -> None:
-        self._print(f"{event['stage']}: checkpoint at step {event.get('step')}")
+        if event.get("step"):  # step 0 proves that a checkpoint can be written; it is no progress
+            self._print(f"{event['stage']}: checkpoint at step {event['step']}")
 
     def _on_stage_cached(self, event: Mapping[str, Any]) -> None:
         self._print(f"{self._position()}{event['stage']}: cached")

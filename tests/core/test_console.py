@@ -120,6 +120,7 @@ def drive(reporter, clock):
         (14, {"type": "stage.progress", "stage": "train", "step": 11, "total": 100, "loss": 4.4}),
         (15, {"type": "warning", "stage": "train", "text": "few documents"}),
         (15, {"type": "warning", "stage": "train", "text": "few documents"}),
+        (15, {"type": "stage.checkpoint", "stage": "train", "step": 0}),
         (15, {"type": "stage.checkpoint", "stage": "train", "step": 50}),
         (16, {"type": "metric", "stage": "train", "name": "loss.train", "value": 1.25}),
         (16, {"type": "artifact", "stage": "train", "port": "model", "id": "sha256:0"}),
