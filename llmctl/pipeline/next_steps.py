@@ -48,10 +48,11 @@ def next_steps(pipeline: Pipeline, result: RunResult, spec: str) -> list[str]:
 
 
 def _answered(result: RunResult) -> Iterator[str]:
-    """Questions that the last evaluation of the run found right."""
+    """Questions that the last evaluation of the run found right; answers with citations came from documents instead."""
     for stage in reversed(result.stages.values()):
         for row in read_rows(stage, "samples.jsonl"):
-            if row.get("ok") and row.get("expected") and isinstance(row.get("question"), str):
+            right = row.get("ok") and row.get("expected") and "citations" not in row
+            if right and isinstance(row.get("question"), str):
                 yield row["question"]
 
 

@@ -164,6 +164,18 @@ def test_next_steps_name_the_exported_model(run, monkeypatch, tmp_path):
     assert next_steps(*run, "mine.yaml") == []
 
 
+def test_only_what_the_model_answered_itself_is_proposed(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    found = tmp_path / "found"
+    found.mkdir()
+    row = {"question": "found in a document", "expected": "e", "ok": True, "citations": [{"number": 1}]}
+    (found / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    rag = StageResult(id="rag", status="done", outputs={"metrics": Artifact(found, "metrics", "sha256:r")})
+    run[1].stages["rag"] = rag
+    run[0].stages["rag"] = run[0].stages["eval"]
+    assert next_steps(*run, "mine.yaml")[5:] == ["  q0", "  q3", "  q6"]
+
+
 def test_a_run_ends_with_a_table_and_a_report(llmctl, fake_stages, spec, work):
     spec("a: {uses: make, output: ./exports/text}\nc: {uses: count, inputs: {text: a}}")
     done = llmctl("run", "p.yaml")
