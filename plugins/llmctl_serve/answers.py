@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 
 from llmctl import LlmctlError
-from llmctl.text.grounding import CitationFilter, citations, missing_citation, quote
+from llmctl.text.grounding import REFUSAL, CitationFilter, citations, missing_citation, quote
 from llmctl.text.retrieval import Index
 from llmctl.text.streaming import Delta
 from llmctl_serve.errors import ApiError
@@ -55,7 +55,7 @@ class Answer:
 
     def _settled(self) -> str:
         assert self.grounding is not None and self.index is not None
-        return quote(self.index, self.grounding.grounds)
+        return REFUSAL if self.grounding.refused else quote(self.index, self.grounding.grounds)
 
     def _take(self, piece: Piece) -> tuple[int, str, str | None]:
         """Note a piece, with citations made right in an answer from documents."""

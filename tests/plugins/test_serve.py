@@ -529,6 +529,15 @@ def test_grounded_stream_equals_the_whole_answer(scripted, byte_tokenizer, index
         assert chunks[-1].citations[0]["id"] == "textwrap#0"
 
 
+def test_a_context_that_holds_no_passage_refuses_in_words_too(scripted, byte_tokenizer, index):
+    generator = scripted(byte_tokenizer, context_length=100)
+    with running(generator, index) as server:
+        body = server.post({"messages": DEDENT})[1]
+        assert body["choices"][0]["message"]["content"] == "I cannot answer that from these documents."
+        assert (body["refused"], body["citations"]) == (True, [])
+        assert generator.generated == 0
+
+
 def test_extractive_answers_need_no_generation(scripted, byte_tokenizer, index):
     generator = scripted(byte_tokenizer)
     with running(generator, index, answers="extractive") as server:
