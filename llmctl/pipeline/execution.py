@@ -107,6 +107,9 @@ class Executor:
         while not self._options.stopping:
             if lock := try_lock(path, self._events.run):
                 return lock, 1
+            if spec.stage.effect:
+                # Acting twice is no duplicate work: a second server must say that its port is taken, not wait.
+                return self._second(keys)
             if self._options.on_busy == "fail":
                 hint = "--on-busy wait waits for it, --on-busy run does the work twice"
                 raise BusyError(f"another process does the same work: {holder(path)}", hint=hint)

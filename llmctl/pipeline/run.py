@@ -64,8 +64,8 @@ def run_pipeline(
     planner = Planner(pipeline, store, get_registry(), refresh=refresh)
     decisions = planner.plan(specs, inputs)
     if any(decision.action != "cached" for decision in decisions):
+        store.sweep()  # what a killed run has left may be what fills the disk
         machine.check_space(store.root)
-        store.sweep()
     run = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}-{secrets.token_hex(2)}"
     events = EventLog(run, store.run(run), emit)
     options = Options(on_busy=on_busy, gates=gates, stop=stop, tick=tick)
@@ -73,6 +73,7 @@ def run_pipeline(
         return Runner(pipeline, specs, store, planner, inputs, events, options, decisions)()
     finally:
         events.close()
+        store.sweep()
 
 
 class Runner:

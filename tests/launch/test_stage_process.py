@@ -56,9 +56,7 @@ def tmp(work):
         ("exit", 1, "it called sys.exit(0)", "this is a bug in fake"),
         ("nothing", 3, "output `result` is no valid report: nothing was written", "nothing was committed"),
         ("nan", 3, "value.json is no valid JSON: NaN is not JSON", "nothing was committed"),
-        ("pickle", 3, "weights.pt is a pickle", "nothing was committed"),
         ("symlink", 3, "`link` is a symbolic link", "nothing was committed"),
-        ("hardlink", 3, "has several hard links", "nothing was committed"),
     ],
 )
 def test_a_failure_is_one_line_with_a_hint_and_a_log(how, code, message, hint, llmctl, one, work):
@@ -140,7 +138,13 @@ def test_a_module_in_the_current_directory_shadows_nothing(llmctl, one, work):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGUSR1, 75)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.slow),
+        (signal.SIGUSR1, 75),
+    ],
 )
 def test_a_signal_means_checkpoint_and_leave(number, code, start, one, work):
     process = start("run", one("count", "max_steps: 2000, pause: 0.02"))

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from llmctl.store import Store
+from llmctl.store.locks import try_lock
 
 CHAIN = """
 a: {uses: make}
@@ -232,6 +233,11 @@ def test_effects_run_only_when_named_and_every_time(run, work, actions):
         assert run(to=["go"]).code == 0
         assert (work / "pushed").read_text() == "pushed\n" * times
         assert actions() == {"a": "cached", "go": "run"}
+    locks = [try_lock(path) for path in (work / ".llmctl/store/locks").iterdir()]
+    assert all(locks)
+    assert run(to=["go"], on_busy="fail").code == 0  # while another process acts, too
+    for lock in locks:
+        lock.release()
 
 
 def test_selection(run, actions, llmctl):

@@ -90,13 +90,8 @@ def wrong(ctx, params):
             return
         case "nan":
             (out / "value.json").write_text("NaN")
-        case "pickle":
-            (out / "weights.pt").write_text("x")
         case "symlink":
             (out / "link").symlink_to("/etc/passwd")
-        case "hardlink":
-            (out / "a").write_text("x")
-            os.link(out / "a", out / "b")
         case "fill":
             with (out / "big").open("wb") as file:
                 for _ in range(params.size):
