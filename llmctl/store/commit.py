@@ -126,8 +126,6 @@ def create_json(layout: Layout, path: Path, value: Mapping[str, Any]) -> bool:
 
 def _temporary(layout: Layout, path: Path, value: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = layout.root / "tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"json-{uuid.uuid4().hex}"
+    temporary = layout.temporary()
     write_durably(temporary, json.dumps(value, indent=2, sort_keys=True) + "\n")
     return temporary

@@ -6,12 +6,12 @@ import errno
 import os
 import shutil
 import sys
-import uuid
 from pathlib import Path
 
 from llmctl.errors import InputError
 from llmctl.stage import Artifact
 from llmctl.store.hashing import plain_files
+from llmctl.store.layout import own_name, sweep_dead
 from llmctl.store.manifest import NAME
 
 FICLONE = 0x40049409
@@ -21,11 +21,13 @@ FICLONE = 0x40049409
 def materialise(artifact: Artifact, target: Path, *, force: bool = False) -> None:
     """Put a copy of `artifact` at `target`; an older artifact there is replaced in one step.
 
+    What a copy that was killed has left beside it is removed.
     InputError if something else is there, unless `force`.
     """
     check_target(target, force=force)
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
+    sweep_dead(target.parent, f".{target.name}-")
+    fresh = target.with_name(f".{target.name}-{own_name()}")
     old = fresh.with_name(fresh.name + "-old")
     try:
         fresh.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from llmctl.errors import InputError
 FORMAT = 1
 ENVIRONMENT = "LLMCTL_STORE"
 HOME = ".llmctl"
-STAGING = re.compile(r"(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}\Z")
+OWN_NAME = re.compile(r"(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}(-old)?\Z")
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,21 @@ class Layout:
         """How long stages took."""
         return self.root / "durations.json"
 
+    def temporary(self) -> Path:
+        """A new path under `tmp/`, on the file system of the artifacts; named after its process for `sweep`."""
+        path = self.root / "tmp" / own_name()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
     def staging(self) -> Path:
-        """A new directory under `tmp/`, on the file system of the artifacts; named after its process for `sweep`."""
-        path = self.root / "tmp" / f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
-        path.mkdir(parents=True)
+        """A new directory at such a path."""
+        path = self.temporary()
+        path.mkdir()
         return path
 
     def sweep(self) -> None:
         """Remove what killed processes of this host left under `tmp/`."""
-        for path in (self.root / "tmp").glob("*"):
-            match = STAGING.match(path.name)
-            if match and match["host"] == socket.gethostname() and not _alive(int(match["pid"])):
-                shutil.rmtree(path, ignore_errors=True)
+        sweep_dead(self.root / "tmp")
 
     def create(self) -> None:
         """Make the store's directory; a directory that holds something else is refused (InputError)."""
@@ -99,6 +103,22 @@ class Layout:
                 f"cannot write the store {self.root}: {error.strerror}",
                 hint=f"choose another: --store or {ENVIRONMENT}",
             ) from error
+
+
+def own_name() -> str:
+    """A new name that says which process of which host it belongs to."""
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def sweep_dead(directory: Path, prefix: str = "") -> None:
+    """Remove the entries `prefix` + `own_name()` of processes of this host that are no more."""
+    for path in directory.glob(f"{glob.escape(prefix)}*"):
+        match = OWN_NAME.match(path.name.removeprefix(prefix))
+        if match and match["host"] == socket.gethostname() and not _alive(int(match["pid"])):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def locate(path: Path | None) -> Path:

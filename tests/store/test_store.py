@@ -63,6 +63,7 @@ def test_sweep_takes_only_what_the_dead_left(store):
     dead = store.root / "tmp" / f"{host}-{pid}-{'0' * 32}"
     elsewhere = store.root / "tmp" / f"not-{host}-{pid}-{'0' * 32}"
     dead.mkdir()
+    dead.with_name(f"{host}-{pid}-{'1' * 32}").write_text("half a file")
     elsewhere.mkdir()
     store.sweep()
     assert sorted(path.name for path in (store.root / "tmp").iterdir()) == sorted([mine.name, elsewhere.name])
@@ -149,6 +150,20 @@ def test_a_copy_is_plain_and_writable(put, tmp_path):
     assert files == ["a.txt", "d/b.txt", "llmctl.json"]
     (tmp_path / "out/a.txt").write_text("changed")
     assert (artifact / "a.txt").read_text() == "1"
+
+
+def test_a_copy_clears_what_a_killed_one_left(put, tmp_path):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    for number, ending in enumerate(("", "-old")):
+        left = tmp_path / f".out-{socket.gethostname()}-{pid}-{str(number) * 32}{ending}"
+        (left / "sub").mkdir(parents=True)
+    others = tmp_path / f".other-{socket.gethostname()}-{pid}-{'0' * 32}"
+    others.mkdir()
+    materialise(put({"x": "1"}), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "out", others.name}
 
 
 def test_a_copy_replaces_an_artifact_or_nothing(put, tmp_path):
