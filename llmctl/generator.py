@@ -49,13 +49,21 @@ GREEDY = Sampling()
 class Generator(Protocol):
     """One opened model. Not thread-safe: a server serialises calls or opens one per worker."""
 
-    context_length: int
-    """Most tokens, prompt and answer together, that the model can attend to."""
-    vocab_size: int
-    eos_ids: frozenset[int]
-    """Generation ends after one of these; it is not yielded."""
-    backend: str
-    """For a human: "torch cpu float32", "onnxruntime CPUExecutionProvider"."""
+    @property
+    def context_length(self) -> int:
+        """Most tokens, prompt and answer together, that the model can attend to."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Generation ends after one of these; it is not yielded."""
+
+    @property
+    def backend(self) -> str:
+        """For a human: "torch cpu float32", "onnxruntime CPUExecutionProvider"."""
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield new token ids one by one; ends at an EOS id, `max_new_tokens` or the context length.

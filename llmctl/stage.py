@@ -153,9 +153,13 @@ class Context:
         self._emit("metric", {"name": name, "value": value, **({} if step is None else {"step": step})})
 
     def report(self, values: Mapping[str, float | int | str | bool]) -> None:
-        """Final numbers of the stage; gates and tables read them. Repeated calls add up; dotted names are usual."""
-        self.reported.update(values)
-        for name, value in values.items():
+        """Final numbers of the stage; gates and tables read them. Repeated calls add up; dotted names are usual.
+
+        numpy and torch scalars are taken as the Python numbers they hold.
+        """
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+        self.reported.update(plain)
+        for name, value in plain.items():
             self._emit("metric", {"name": name, "value": value})
         if "metrics" in self._outputs:
             text = json.dumps(self.reported, indent=2, sort_keys=True)
