@@ -80,10 +80,11 @@ def check_command(arguments: list[str]) -> None:
     assert command is not None, f"no such command: {name}"
     rest = arguments[arguments.index(name) + 1 :]
     own = click.Context(command, info_name=name, parent=context)
-    values, extra, _ = command.make_parser(own).parse_args(list(rest))
+    given, extra, used = command.make_parser(own).parse_args(list(rest))
     assert not extra, f"unexpected arguments: {extra}"
-    for param in command.get_params(own):
-        if param.name in values:
+    values = {param.name: given[param.name] for param in used if param.name in given and rest}
+    for param in {param.name: param for param in used}.values():
+        if isinstance(values.get(param.name), str | tuple | list):
             param.type_cast_value(own, values[param.name])
     if name in ("run", "plan", "check"):
         for spec in [values["spec"]] if isinstance(values.get("spec"), str) else values.get("specs", ()):

@@ -14,13 +14,15 @@ from llmctl.registry import get_registry
 
 from .conftest import DOCS, ROOT
 
-ROW = re.compile(r"^\| (?P<id>[A-Z]\d+) \| (?P<system>[^|]+) \| (?P<commands>[^|]+) \| (?P<tests>[^|]+) \|$", re.MULTILINE)
+ROW = re.compile(
+    r"^\| (?P<id>[A-Z]\d+) \| (?P<system>[^|]+) \| (?P<commands>[^|]+) \| (?P<tests>[^|]+) \|$", re.MULTILINE
+)
 DONE, PARTLY = (DOCS / "features.md").read_text(encoding="utf-8").split("## Partly there")
 ROWS = {match["id"]: match for match in ROW.finditer(DONE)}
 
 
 @cache
-def tests_in(path: Path) -> set[str]:
+def functions_in(path: Path) -> set[str]:
     """Names of the test functions of a file; nothing is imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
@@ -33,7 +35,7 @@ def codes(text: str) -> list[str]:
 def missing_tests(names: list[str]) -> list[str]:
     """Those of `path::name` that are not there."""
     found = [(name, ROOT / "tests" / name.partition("::")[0]) for name in names]
-    return [name for name, path in found if not path.is_file() or name.partition("::")[2] not in tests_in(path)]
+    return [name for name, path in found if not path.is_file() or name.partition("::")[2] not in functions_in(path)]
 
 
 def test_there_are_rows_and_every_line_of_the_table_is_one():

@@ -90,7 +90,7 @@ def parameter_row(name: str, info: Any) -> str:
 
 
 def parameter_table(name: str) -> str:
-    """Parameters of a stage; those that every training stage has, with the same default, are in a table of their own."""
+    """Parameters of a stage; those that all trainers share, with one default, are in a table of their own."""
     model = TrainParams if name == SHARED else stages()[name].load_params()
     rows = [parameter_row(*field) for field in fields(model)]
     if name != SHARED and issubclass(model, TrainParams):
