@@ -1,9 +1,11 @@
-"""docs/specs.md names every key, every limit of a gate and every error code that there is, and no others."""
+"""Keys, error codes, exit codes and artifact types in the pages are those that there are."""
 
 from __future__ import annotations
 
 import re
 
+from llmctl.errors import BY_EXIT_CODE
+from llmctl.launch.signals import CODES
 from llmctl.spec.fields import field_names
 from llmctl.spec.skeleton import (
     DefaultsModel,
@@ -46,3 +48,16 @@ def test_what_is_not_supported_yet_is_listed(pages):
     listed = pages["specs.md"].split("E104 covers:")[1].split("\n\n")[0]
     models = (PipelineModel, SingleModel, StageModel, SourceModel, EnvModel, ResourcesModel, DefaultsModel)
     assert [key for model in models for key in sorted(model.later) if f"`{key}`" not in listed] == []
+
+
+def test_every_exit_code_is_in_the_table(pages):
+    rows = re.findall(r"^\| ([\d, ]+) \|", section(pages["shell.md"], "Exit codes"), re.MULTILINE)
+    listed = {int(code) for row in rows for code in row.split(",")}
+    assert {*BY_EXIT_CODE, *CODES.values(), 0, 1, 124, 141} == listed
+
+
+def test_every_artifact_type_is_in_the_table(pages):
+    from llmctl.store.types import TYPES
+
+    rows = set(re.findall(r"^\| `([a-z.]+)` \|", section(pages["artifacts.md"], "Types"), re.MULTILINE))
+    assert rows == set(TYPES) - {"model.adapter", "report"}  # no stage makes or takes these yet
