@@ -84,7 +84,8 @@ def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
     from llmctl.spec.pipeline import print_spec
     from llmctl.store import Store
 
-    explicit, inputs = given_inputs(stage, values)
+    store = Store.open(Path(values["store"]) if values["store"] else None)
+    explicit, inputs = given_inputs(stage, values, store)
     piped = shell.is_pipe(shell.STDIN)
     build = spec_builder(stage, values, inputs)
     if values["print_spec"]:
@@ -94,7 +95,6 @@ def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
     spec = _only(pipeline)
     explicit = explicit or any(_is_stdin(ref) for refs in spec.inputs.values() for ref in refs)
     reads = explicit or (piped and (bool(spec.unbound()) or not spec.inputs))
-    store = Store.open(Path(values["store"]) if values["store"] else None)
     stream = shell.open_stream(stage.name, values["format_"])
     stream.hello(announced(spec), stdin=reads)
     if reads:
@@ -103,8 +103,8 @@ def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
     return execute(pipeline, store, stream, values)
 
 
-def given_inputs(stage: Stage, values: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Whether stdin was asked for by `-`, and the inputs as `PORT=REF` with paths made absolute."""
+def given_inputs(stage: Stage, values: Mapping[str, Any], store: Store) -> tuple[bool, list[str]]:
+    """Whether stdin was asked for by `-`, and the inputs as `PORT=REF` with paths made absolute and names made ids."""
     rest = values["rest"]
     if any(word != "-" for word in rest):
         word = next(word for word in rest if word != "-")
@@ -117,21 +117,29 @@ def given_inputs(stage: Stage, values: Mapping[str, Any]) -> tuple[bool, list[st
     for name in stage.inputs:
         value = values.get(PORT + name) or ()
         pairs += [f"{name}={ref}" for ref in ((value,) if isinstance(value, str) else value)]
-    inputs = [_absolute(pair) for pair in pairs]
+    inputs = [_located(pair, store) for pair in pairs]
     return bool(rest) or any(pair.endswith("=-") for pair in inputs), inputs
 
 
-def _absolute(pair: str) -> str:
-    """`PORT=REF` with a path that exists, or looks like a path or a pattern, counted from the current directory."""
+def _located(pair: str, store: Store) -> str:
+    """`PORT=REF` with a path that exists, or looks like a path or a pattern, counted from the current directory.
+
+    What is no path but a name in the store, such as `quickstart/sft`, becomes the id that it stands for now.
+    """
+    from llmctl.store import names
+
     port, sign, ref = pair.partition("=")
     if not sign:
         raise UsageError(f"--input wants PORT=REF, got `{pair}`", hint="e.g. --input model=./base")
     path = Path(ref).expanduser()
+    if not path.exists() and names.candidates(store, ref):
+        return f"{port}={names.read(store, ref)}"
     looks = ref.startswith(("./", "../", "/", "~")) or ref in (".", "..") or any(sign in ref for sign in "*?[/")
     if "://" in ref or not ref or ref == "-" or not (looks or path.exists()):
         if ref and ref != "-" and not any(sign in ref for sign in (":", "@")):
             raise InputError(
-                f"no such file or directory: {ref} (for input `{port}`)", hint="give a path or sha256:<id>"
+                f"no such file or directory: {ref} (for input `{port}`)",
+                hint="give a path, sha256:<id> or PIPELINE/STAGE",
             )
         return pair
     return f"{port}={Path.cwd() / path}"

@@ -81,8 +81,9 @@ def run(
     result = run_session(
         pipeline, store, events=events, to=to, until=until, gates=gates, on_busy=on_busy, refresh=cache == "refresh"
     )
+    report = write_report(pipeline, result)  # before anything is printed: the reader of a pipe may have left
     click.echo(summary(result))
-    click.echo(f"report: {write_report(pipeline, result)}")
+    click.echo(f"report: {report}")
     if error := result.error():
         raise error
     for line in next_steps(pipeline, result, spec):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -17,6 +18,7 @@ from llmctl.errors import InputError
 FORMAT = 1
 ENVIRONMENT = "LLMCTL_STORE"
 HOME = ".llmctl"
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 OWN_NAME = re.compile(r"(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}(-old)?\Z")
 
 
@@ -86,9 +88,11 @@ class Layout:
         sweep_dead(self.root / "tmp")
 
     def create(self) -> None:
-        """Make the store's directory; a directory that holds something else is refused (InputError)."""
+        """Make the store's directory. InputError if it cannot be written or holds something else."""
         marker = self.root / "store.json"
         if marker.exists():
+            if not os.access(self.root, os.W_OK):
+                raise self._unwritable("it is read-only")
             return
         check_free(self.root)
         try:
@@ -98,11 +102,15 @@ class Layout:
             temporary = self.root / f".store-{uuid.uuid4().hex}"
             temporary.write_text(json.dumps({"format": FORMAT}) + "\n")
             temporary.replace(marker)
-        except (PermissionError, NotADirectoryError, FileExistsError) as error:
-            raise InputError(
-                f"cannot write the store {self.root}: {error.strerror}",
-                hint=f"choose another: --store or {ENVIRONMENT}",
-            ) from error
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise self._unwritable(str(error.strerror)) from error
+
+    def _unwritable(self, why: str) -> InputError:
+        return InputError(
+            f"cannot write the store {self.root}: {why}", hint=f"choose another: --store or {ENVIRONMENT}"
+        )
 
 
 def own_name() -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from llmctl import Field, In, InputError, Out, Params, Stage, UsageError
 from llmctl.stage_command import StageCommand, given_inputs
 from llmctl.stage_flags import PARAM, PORT, by_set, option_type, param_options
+from llmctl.store import Store, names
 
 
 class Colour(Enum):
@@ -133,7 +134,7 @@ def test_paths_are_absolute_and_other_references_untouched(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     pairs = ("base=sha256:0123456789", "base=name@best", "base=./x", "files=data", "files=docs/*.md", "base=s3://b/x")
-    explicit, inputs = given_inputs(STAGE, values(pairs=pairs, files=("data", "-")))
+    explicit, inputs = given_inputs(STAGE, values(pairs=pairs, files=("data", "-")), Store(tmp_path / "store"))
     assert explicit
     assert inputs == [
         "base=sha256:0123456789", "base=name@best", f"base={tmp_path}/x", f"files={tmp_path}/data",
@@ -141,15 +142,26 @@ def test_paths_are_absolute_and_other_references_untouched(tmp_path, monkeypatch
     ]  # fmt: skip
 
 
+def test_names_in_the_store_become_ids_unless_a_path_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store, model, other = Store(tmp_path / "store"), f"sha256:{'1' * 64}", f"sha256:{'2' * 64}"
+    names.write(store, "mine", "sft", {"model": (model, "model.hf"), "metrics": (other, "metrics")}, key="k", run="r")
+    pairs = ("base=mine/sft", "base=mine/sft.model", "base=mine/sft.metrics")
+    _, inputs = given_inputs(STAGE, values(pairs=pairs), store)
+    assert inputs == [f"base={model}", f"base={model}", f"base={other}"]
+    Path("mine/sft").mkdir(parents=True)
+    assert given_inputs(STAGE, values(pairs=pairs[:1]), store)[1] == [f"base={tmp_path}/mine/sft"]
+
+
 def test_wrong_inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="unexpected argument `a.md`") as caught:
-        given_inputs(STAGE, values(rest=("a.md", "b.md")))
+        given_inputs(STAGE, values(rest=("a.md", "b.md")), Store(Path("none")))
     assert "quote patterns" in caught.value.hint
     with pytest.raises(UsageError, match="--input wants PORT=REF, got `x`"):
-        given_inputs(STAGE, values(pairs=("x",)))
+        given_inputs(STAGE, values(pairs=("x",)), Store(Path("none")))
     with pytest.raises(InputError, match=r"no such file or directory: nothing \(for input `base`\)"):
-        given_inputs(STAGE, values(pairs=("base=nothing",)))
+        given_inputs(STAGE, values(pairs=("base=nothing",)), Store(Path("none")))
 
 
 def test_help_names_everything(monkeypatch):

@@ -1,5 +1,6 @@
 """Finding the store, names, what a person types, copies, tables."""
 
+import errno
 import json
 import os
 import socket
@@ -51,6 +52,21 @@ def test_a_store_that_cannot_be_made(tmp_path):
         Store.open(tmp_path / "file")
     with pytest.raises(InputError, match="cannot write the store"):
         Store(tmp_path / "file/store").create()
+
+
+def test_a_read_only_store_is_no_bug(store, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(InputError, match=f"cannot write the store {store.root}: it is read-only"):
+        store.create()
+
+
+def test_a_read_only_file_system_is_no_bug(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(InputError, match="cannot write the store .*: Read-only file system"):
+        Store(tmp_path / "new").create()
 
 
 def test_sweep_takes_only_what_the_dead_left(store):
