@@ -277,7 +277,7 @@ def near_names(word: str, names: Sequence[str]) -> list[str]:
 def _say(text: str) -> None:
     """One line on stderr; a closed stderr is nobody's problem."""
     try:
-        click.echo(text, err=True)
+        click.echo(text, err=True, color=True)  # what is not wanted was not added
     except OSError:
         return
 
@@ -287,8 +287,10 @@ def _say_error(error: LlmctlError) -> None:
     if error.message.startswith("error"):
         _say(error.message)
     else:
+        from llmctl.console import wants_colour
+
         label = f"error[{error.code}]" if error.code else "error"
-        _say(f"{click.style(label, fg='red', bold=True) if sys.stderr.isatty() else label}: {error.message}")
+        _say(f"{click.style(label, fg='red', bold=True) if wants_colour(sys.stderr) else label}: {error.message}")
     if error.hint:
         _say(f"  hint: {error.hint}")
 

@@ -1,5 +1,6 @@
 """Every way a command can end: a line, a hint and an exit code; never a traceback on the terminal."""
 
+import os
 import re
 import signal
 import subprocess
@@ -192,3 +193,19 @@ def test_the_module_and_the_script_are_the_same(llmctl, llmctl_env):
         pytest.skip("llmctl is not installed in this environment")
     done = subprocess.run([script, "--version"], env=llmctl_env, capture_output=True, text=True)
     assert done.stdout == llmctl("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "coloured"),
+    [({"TERM": "xterm"}, True), ({"TERM": "xterm", "NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)],
+)
+def test_the_label_of_an_error_on_a_terminal(llmctl_env, variables, coloured):
+    reader, writer = os.openpty()
+    command = [sys.executable, "-m", "llmctl", "nonsense"]
+    code = subprocess.call(command, env={**llmctl_env, **variables}, stdin=subprocess.DEVNULL, stderr=writer)
+    os.close(writer)
+    text = os.read(reader, 4096)
+    os.close(reader)
+    assert code == 2
+    assert (b"\x1b[31m" in text) == coloured
+    assert b"no such command `nonsense`" in text
