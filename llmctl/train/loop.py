@@ -56,6 +56,10 @@ def fit(
     return values
 
 
+RECENT = 10
+"""Steps whose mean is the final `loss.train`."""
+
+
 class _Run:
     """The state of one training run; `step` counts finished updates."""
 
@@ -82,6 +86,8 @@ class _Run:
         self.curve: list[dict[str, float]] = []
         self.sums: dict[str, float] = {}
         """Loss, metrics and weight since the last point of the curve."""
+        self.recent: list[dict[str, float]] = []
+        """The same of each of the last steps: the final numbers must not depend on how often points are logged."""
         torch.manual_seed(params.seed)
 
     def train(self) -> None:
@@ -125,6 +131,7 @@ class _Run:
         self.throughput.add(sum(batch.size for batch in batches))
         self.tokens += sum(batch.size for batch in batches)
         self.targets += sum(len(batch.targets) for batch in batches)
+        self.recent = [*self.recent[1 - RECENT :], {**sums, "weight": weight}]
         for name, value in {**sums, "weight": weight, "grad_norm": norm * weight}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.ctx.progress(self.step, self.total, loss=loss, tokens_per_s=self.throughput.overall())
@@ -177,15 +184,17 @@ class _Run:
             self.ctx.metric(name, value, self.step)
 
     def finish(self) -> dict[str, float]:
-        """Write the curves and sum up: the last points under their standard names, sizes and speed."""
+        """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
         if self.ctx.wants("metrics"):
             lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve)
             (self.ctx.output("metrics") / "curves.jsonl").write_text(lines, encoding="utf-8")
         values: dict[str, float] = {}
+        weight = sum(step["weight"] for step in self.recent)
+        for name in self.recent[-1] if self.recent else ():
+            if name != "weight":
+                values[f"{name}.train"] = sum(step[name] for step in self.recent) / weight
         for row in self.curve:
-            for name, value in row.items():
-                if name not in ("step", "lr", "tokens_per_s", "grad_norm"):
-                    values[name if "." in name else f"{name}.train"] = value
+            values |= {name: value for name, value in row.items() if "." in name}
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         values |= {"steps": self.step, "tokens": self.tokens, "targets": self.targets, "parameters": parameters}
         if self.throughput.tokens:  # none where only the end was left to do
@@ -219,6 +228,7 @@ class _Run:
             "targets": self.targets,
             "curve": self.curve,
             "sums": self.sums,
+            "recent": self.recent,
         }
         self.checkpoints.save(self.step, self.tensors(), values)
         self.ctx.checkpointed(self.step)
@@ -262,7 +272,7 @@ class _Run:
             torch.cuda.set_rng_state(parts["random"]["cuda"], self.compute.device)
         values: dict[str, Any] = found.values
         self.step, self.tokens, self.targets = found.step, values["tokens"], values["targets"]
-        self.curve, self.sums = values["curve"], values["sums"]
+        self.curve, self.sums, self.recent = values["curve"], values["sums"], values["recent"]
         if self.step:
             self.ctx.log(f"continuing from step {self.step} of {self.total}")
         if values["total"] != self.total and self.params.schedule != "constant":

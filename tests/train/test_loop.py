@@ -334,3 +334,16 @@ def test_on_a_gpu_it_trains_in_bf16_and_resumes(make_context, make_model, make_e
     assert final["steps"] == 12 and final["peak_memory_bytes"] > 0
     assert model.embedding.weight.device.type == "cpu"
     assert torch.allclose(weights(model), weights(straight), atol=0.02)
+
+
+def test_final_numbers_do_not_depend_on_how_often_points_are_logged(make_context, make_model, make_split):
+    split = make_split([[0, *range(3, 30), 1], [0, *range(30, 48), 1]])
+    found = []
+    for log_every in (1, 7, 50):
+        values = params(max_steps=23, lr=0.02, embedding_lr=0.02, log_every=log_every)
+        found.append(
+            fit(make_context(f"every-{log_every}"), make_model(), CausalLM(), TokenSource(split, 32, values), values)
+        )
+        del found[-1]["tokens_per_s"]
+    assert found[0] == found[1] == found[2]
+    assert math.isfinite(found[0]["loss.train"])
