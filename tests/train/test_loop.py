@@ -341,9 +341,8 @@ def test_final_numbers_do_not_depend_on_how_often_points_are_logged(make_context
     found = []
     for log_every in (1, 7, 50):
         values = params(max_steps=23, lr=0.02, embedding_lr=0.02, log_every=log_every)
-        found.append(
-            fit(make_context(f"every-{log_every}"), make_model(), CausalLM(), TokenSource(split, 32, values), values)
-        )
+        source = TokenSource(split, 32, values)
+        found.append(fit(make_context(f"every-{log_every}"), make_model(), CausalLM(), source, values))
         del found[-1]["tokens_per_s"]
     assert found[0] == found[1] == found[2]
     assert math.isfinite(found[0]["loss.train"])
