@@ -61,6 +61,5 @@ class TempFail(LlmctlError):
 
 
 BY_EXIT_CODE: dict[int, type[LlmctlError]] = {
-    cls.exit_code: cls
-    for cls in (UsageError, StageError, GateError, InputError, BusyError, MachineError, TempFail)
+    cls.exit_code: cls for cls in (UsageError, StageError, GateError, InputError, BusyError, MachineError, TempFail)
 }

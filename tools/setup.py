@@ -35,7 +35,9 @@ def check_python():
 
 def make_venv():
     """Create the virtual environment, or explain what is missing for it."""
-    if (BIN / "python").exists() and subprocess.call([str(BIN / "python"), "-m", "pip", "--version"], stdout=subprocess.DEVNULL) == 0:
+    if (BIN / "python").exists() and subprocess.call(
+        [str(BIN / "python"), "-m", "pip", "--version"], stdout=subprocess.DEVNULL
+    ) == 0:
         return
     try:
         import ensurepip  # noqa: F401  # Debian ships venv without it
@@ -70,12 +72,14 @@ def has_nvidia_driver():
 def installed_torch():
     """The version of torch in the environment, empty if there is none."""
     code = "import importlib.metadata as m; print(m.version('torch'))"
-    run = subprocess.run([str(BIN / "python"), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    run = subprocess.run(
+        [str(BIN / "python"), "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+    )
     return run.stdout.decode().strip()
 
 
 def install_torch():
-    """Take a CPU build where there is no NVIDIA driver and one can be had; return the constraint files to go on with."""
+    """Take a CPU build where there is no NVIDIA driver and one can be had; return the constraints to go on with."""
     pins = ["-c", "constraints.txt"]
     cpu = pins + ["-c", "constraints-cpu.txt"]
     if has_nvidia_driver():
