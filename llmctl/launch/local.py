@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmctl.errors import TempFail
 from llmctl.launch.failures import Failure, killed
 from llmctl.launch.signals import Stop
 from llmctl.store.layout import Layout
@@ -187,5 +188,8 @@ class StageProcess:
         if final.get("type") == "failure":
             found = {name: final[name] for name in ("code", "message", "hint", "bug")}
             return Outcome(failure=Failure(**found), stopped=self._signalled and final["code"] == 75)
-        stopped = self._signalled and stop is not None
-        return Outcome(failure=killed(code, self.job.owner), stopped=stopped)
+        if self._signalled and stop is not None:
+            text = "it was ended on request before it had written a checkpoint"
+            hint = "run the same command again; it continues from the last checkpoint there is"
+            return Outcome(failure=Failure(code=TempFail.exit_code, message=text, hint=hint), stopped=True)
+        return Outcome(failure=killed(code, self.job.owner))

@@ -44,10 +44,12 @@ class Variant:
 def write_report(pipeline: Pipeline, result: RunResult) -> Path:
     """Write the report of a run and return its path.
 
-    It lies beside the exported results, `<output's parent>/<pipeline>-report.html`, else in the run's directory.
+    That of a run of all stages lies beside the exported results, `<output's parent>/<pipeline>-report.html`; that of a
+    part of them, or of a pipeline that exports nothing, in the run's directory.
     """
+    whole = all(id in result.stages for id, spec in pipeline.stages.items() if not spec.stage.effect)
     exported = [path.parent for spec in pipeline.stages.values() if (path := export_directory(spec))]
-    beside = next((path for path in exported if path.is_dir() and not pipeline.single), None)
+    beside = next((path for path in exported if path.is_dir() and whole and not pipeline.single), None)
     path = beside / f"{pipeline.name}-report.html" if beside else result.directory / "report.html"
     fresh = path.with_name(f".{path.name}.new")
     fresh.write_text(render(pipeline, result), encoding="utf-8")

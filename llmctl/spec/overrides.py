@@ -149,7 +149,8 @@ class Overrides:
             self.report.add("E021", "a profile cannot be set", mark, "set the value itself, or choose with --profile")
             return None
         if head not in SECTIONS:
-            hint = suggest(head, [*stages, *SECTIONS], "stages and sections")
+            known = [name for name in SECTIONS if name not in FileModel.later]
+            hint = suggest(head, [*stages, *known], "stages and sections")
             self.report.add("E021", f"no stage or section `{head}`", mark, hint)
             return None
         return path if self._exists(path) else None

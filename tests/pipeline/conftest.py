@@ -85,6 +85,11 @@ def run(fake_stages, work, spec, monkeypatch, llmctl_env):
         monkeypatch.setattr("llmctl.pipeline.run.get_registry", lambda: found)
         return run_pipeline(load_pipeline("p.yaml", sets=sets, registry=found), Store.open(), **options)
 
+    _forget_fakes()  # other tests import modules of the same name
     yield call
+    _forget_fakes()
+
+
+def _forget_fakes() -> None:
     for name in [name for name in sys.modules if name.startswith("fake_")]:
         del sys.modules[name]
