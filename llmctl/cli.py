@@ -186,11 +186,26 @@ def _plugin_row(plugin: Plugin) -> list[str]:
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with the exit code of `pipeline.md` 3.6."""
     args = list(sys.argv[1:] if args is None else args)
+    _open_standard_streams()
     try:
         code = _invoke(args)
     except BaseException as error:  # the edge of the program: everything becomes a line and a code here
         code = _explain(error, args)
     sys.exit(_finish(args, code))
+
+
+def _open_standard_streams() -> None:
+    """Point closed ones (`>&-`) at /dev/null: else a file that is opened later takes their number, and all prints."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.set_inheritable(descriptor, True)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
 
 
 def _invoke(args: list[str]) -> int:
