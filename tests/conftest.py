@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,6 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A suite in the background (`make test &`, nohup) would hand an ignored Ctrl-C on to every command it tests.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Install = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
