@@ -22,6 +22,11 @@ FIXED = {
     # A print is in the log even if the process is killed right after it.
     "PYTHONUNBUFFERED": "1",
 }
+DEFAULTS = {
+    # Waiting threads sleep. By default they spin, and beside any other work on the machine a training step then takes
+    # several times as long: each barrier waits for a thread that another one's spinning keeps off its core.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def stage_environment(
@@ -30,7 +35,8 @@ def stage_environment(
     gpus: int | None = None,
     base: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """What the stage sees: allowed variables of `base` (this process), fixed ones, resources, declared ones last."""
+    """What the stage sees: allowed variables of `base` (this process), defaults, fixed ones, resources, declared
+    ones last."""
     source = os.environ if base is None else base
     allowed = {name: value for name, value in source.items() if name in NAMES or name.startswith(PREFIXES)}
     limits: dict[str, str] = {}
@@ -39,4 +45,4 @@ def stage_environment(
     if gpus is not None:
         visible = [name for name in allowed.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         limits["CUDA_VISIBLE_DEVICES"] = ",".join((visible or [str(i) for i in range(gpus)])[:gpus])
-    return {**allowed, **FIXED, **limits, **declared}
+    return {**DEFAULTS, **allowed, **FIXED, **limits, **declared}
