@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from llmctl import __version__
+from llmctl.command_table import CORE, HIDDEN, stage_order
 from llmctl.errors import InputError, LlmctlError, StageError, UsageError
 from llmctl.hookspecs import Command
 from llmctl.registry import DISABLE, Failure, get_registry
@@ -18,30 +19,6 @@ from llmctl.stage import load_string, missing_module
 
 if TYPE_CHECKING:
     from llmctl.registry import Plugin
-
-CORE = (
-    Command(
-        name="run",
-        help="Run a pipeline; what is done already is not done again.",
-        target="llmctl.pipeline.commands:run",
-    ),
-    Command(name="plan", help="Say what a run would do, and why.", target="llmctl.pipeline.commands:plan"),
-    Command(name="check", help="Check spec files without running anything.", target="llmctl.spec.commands:check"),
-    Command(name="ls", help="List the artifacts in the store.", target="llmctl.store.commands:ls"),
-    Command(
-        name="show", help="Show an artifact: what it is, its numbers, its files.", target="llmctl.store.commands:show"
-    ),
-    Command(name="lineage", help="Show what an artifact was made from.", target="llmctl.store.commands:lineage"),
-    Command(name="get", help="Copy an artifact out of the store.", target="llmctl.store.commands:get"),
-    Command(name="plugins", help="List plugins: stages, hooks, failures.", target="llmctl.cli:plugins"),
-)
-HIDDEN = (Command(name="stage", help="Run one stage of a request (internal).", target="llmctl.launch.commands:stage"),)
-
-ORDER = (
-    "data", "tokenize", "embed", "train-pretrain", "sft", "rlhf", "prune", "distill", "quantize", "export-onnx",
-    "serve", "eval", "rag", "prompt", "monitor",
-)  # fmt: skip
-"""The order of stages in `--help`; others follow by name."""
 
 EPILOG = (
     "`llmctl COMMAND --help` shows the options of a command. Stages read and write references, so they can be piped."
@@ -86,11 +63,6 @@ class Root(click.Group):
             if rows:
                 with formatter.section(title):
                     formatter.write_dl(rows)
-
-
-def stage_order(names: Iterable[str]) -> list[str]:
-    """Stage names in pipeline order, then the others by name."""
-    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
 def _load(command: Command) -> click.Command:

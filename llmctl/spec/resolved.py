@@ -92,11 +92,32 @@ Ref = StageRef | SourceRef | PathRef | IdRef | NameRef | StdinRef
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Data made outside llmctl: a file, a directory or a glob."""
+    """Data made outside llmctl: a file, a directory or a glob.
+
+    `digest` (`sha256:…`, the content id of what is there) is what it must be. With `identity` `pinned` it is taken on
+    trust and nothing is hashed.
+    """
 
     name: str
     uri: str
     type: str
+    identity: Literal["sha256", "pinned"] = "sha256"
+    digest: str = ""
+    where: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secret:
+    """Where the value of a secret comes from. The value itself is never part of a spec, a key or an artifact."""
+
+    name: str
+    origin: Literal["env", "file", "command"]
+    variable: str = ""
+    """The variable of the runner's environment, for `env`."""
+    path: Path | None = None
+    """Absolute, for `file`."""
+    command: str = ""
+    """A shell command of the user's own configuration, never of a spec."""
     where: str = field(default="", compare=False)
 
 
@@ -121,10 +142,24 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvValue:
-    """A variable of the stage's process; it is part of the action key unless `affects_output` is False."""
+    """A variable of the stage's process; it is part of the action key unless `affects_output` is False.
 
-    value: str
+    With `secret`, the name of one of `Pipeline.secrets`, `value` is empty and `affects_output` False.
+    """
+
+    value: str = ""
     affects_output: bool = True
+    secret: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """How a `select` stage picks its row: the one whose `metric` is least or largest, the first of equals."""
+
+    metric: str
+    mode: Literal["min", "max"]
+    port: str
+    """The input of type `metrics` that the metric is read from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +174,10 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """One stage of a pipeline, ready to run."""
+    """One stage instance of a pipeline, ready to run."""
 
     id: str
+    """`sft`, or `sft[lr=3e-5,seed=2]` for one row of a matrix."""
     stage: Stage
     params: Params
     inputs: Mapping[str, tuple[Ref, ...]]
@@ -156,6 +192,17 @@ class StageSpec:
     resources: Resources = Resources()
     cache: Literal["auto", "off", "refresh"] = "auto"
     tag: str = ""
+    retries: int = 0
+    """How often a failed attempt (exit 1 or 3) is repeated."""
+    ephemeral: bool = False
+    """Whether its outputs may be collected as soon as nothing in the run needs them any more."""
+    base: str = ""
+    """The id of the stage in the spec; that of the instance where there is no matrix."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The values of its matrix row, empty without one."""
+    select: Select | None = None
+    """Set for a node of the engine that picks one row of its inputs; it has no process, and its outputs are the
+    winner's own artifacts. Every input port is a fan-in list and has an output of the same name."""
 
     @property
     def dependencies(self) -> tuple[str, ...]:
@@ -188,6 +235,11 @@ class Pipeline:
     stages: Mapping[str, StageSpec]
     sources: Mapping[str, Source] = field(default_factory=dict)
     profiles: tuple[str, ...] = ()
+    secrets: Mapping[str, Secret] = field(default_factory=dict)
+    store: str = ""
+    """The store that the spec asks for: a path, absolute; empty if it does not say."""
+    remotes: Mapping[str, str] = field(default_factory=dict)
+    """Name → fsspec URI of the remote stores to `push` to and `pull` from."""
     next: tuple[str, ...] = ()
     """Lines shown after a good run; `{llmctl}` stands for the program and `{spec}` for the spec as they were typed."""
     single: bool = False

@@ -65,7 +65,7 @@ def test_version(llmctl):
 
 
 def test_core_commands_cannot_be_taken_by_plugins():
-    from llmctl.cli import CORE, HIDDEN
+    from llmctl.command_table import CORE, HIDDEN
     from llmctl.registry import RESERVED
 
     assert {command.name for command in (*CORE, *HIDDEN)} == RESERVED
@@ -74,7 +74,7 @@ def test_core_commands_cannot_be_taken_by_plugins():
 def test_every_core_command_loads():
     import click
 
-    from llmctl.cli import CORE, HIDDEN
+    from llmctl.command_table import CORE, HIDDEN
     from llmctl.stage import load_string
 
     for command in (*CORE, *HIDDEN):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.cli import CORE
+from llmctl.command_table import CORE
 from llmctl.registry import get_registry
 
 from .conftest import DOCS, ROOT

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmctl.cli import stage_order
+from llmctl.command_table import stage_order
 from llmctl.registry import get_registry
 from llmctl.stage import Stage
 from llmctl.train.params import TrainParams
