@@ -31,11 +31,27 @@ def keys_at(annotation: Any, path: Sequence[str | int]) -> list[str]:
     return [key for kind in types_at(annotation, path) if is_model(kind) for key in field_names(kind)]
 
 
-def takes_text(annotation: Any, path: Sequence[str]) -> bool:
+def takes_text(annotation: Any, path: Sequence[str | int]) -> bool:
     """Whether only text may stand at `path`, so that `--set` keeps what was typed."""
     kinds = [kind for kind in types_at(annotation, path) if kind is not NoneType]
     kinds = [inner for kind in kinds for inner in _shorthand(kind)]
     return bool(kinds) and all(kind in (str, Path) or _text_choice(kind) for kind in kinds)
+
+
+def default_at(annotation: Any, path: Sequence[str | int]) -> Any:
+    """The default at `path` below a model, as plain JSON; None where there is none."""
+    from pydantic_core import PydanticUndefined, to_jsonable_python
+
+    if not is_model(annotation) or not path:
+        return None
+    info = annotation.model_fields.get(field_names(annotation).get(str(path[0]), ""))
+    value = PydanticUndefined if info is None else info.get_default(call_default_factory=True, validated_data={})
+    if value is PydanticUndefined:
+        return None
+    plain = to_jsonable_python(value, by_alias=True)
+    for step in path[1:]:
+        plain = plain.get(step) if isinstance(plain, dict) else None
+    return plain
 
 
 def is_model(kind: Any) -> bool:
@@ -70,7 +86,7 @@ def _inside(kind: Any, step: str | int) -> Iterator[Any]:
 
 def _shorthand(kind: Any) -> list[Any]:
     name = getattr(kind, "shorthand", "")
-    return types_at(kind, [name]) if name else [kind]
+    return [inner for inner in types_at(kind, [name]) if inner is not NoneType] if name else [kind]
 
 
 def _text_choice(kind: Any) -> bool:

@@ -43,7 +43,7 @@ def find(path_or_name: str | Path) -> Found:
     if text not in known:
         hint = suggest(text, list(known), "shipped specs")
         fail("E011", f"no file and no shipped spec is called `{text}`", None, hint)
-    return Found(known[text], Path.cwd() / "specs", _display(known[text]))
+    return Found(known[text], Path.cwd() / "specs", display(known[text]))
 
 
 def find_file(path: Path) -> Found:
@@ -62,22 +62,30 @@ def read(found: Found) -> Map:
         data = found.path.read_bytes()
     except OSError as error:
         fail("E011", f"cannot read {found.name}: {error.strerror}", None)
+    return document(data, found.name, found.base)
+
+
+def document(data: bytes, name: str, base: Path) -> Map:
+    """The map that the bytes of a spec hold. Raises SpecError (E001 to E004, E011, E012).
+
+    `name` is how a person knows the file, `base` where its relative paths start from.
+    """
     try:
         content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = data[: error.start].decode("utf-8-sig").split("\n")
         line, column = len(before), len(before[-1]) + 1
-        text = Text(found.name, data.decode("utf-8-sig", "replace"), found.base)
+        text = Text(name, data.decode("utf-8-sig", "replace"), base)
         mark = Mark(text, line, column, line, column + 1)
-        fail("E011", f"{found.name} is not UTF-8 (byte 0x{data[error.start]:02x})", mark, "save it as UTF-8")
-    text = Text(found.name, content.replace("\r\n", "\n"), found.base)
-    node = parse(text)
+        fail("E011", f"{name} is not UTF-8 (byte 0x{data[error.start]:02x})", mark, "save it as UTF-8")
+    node = parse(Text(name, content.replace("\r\n", "\n"), base))
     if node is None:
-        fail("E012", f"{found.name} is empty", None, "start it with `llmctl: 1` and `name:`")
+        fail("E012", f"{name} is empty", None, "start it with `llmctl: 1` and `name:`")
     if not isinstance(node, Map):
         fail("E012", "a spec is a map of keys, such as `llmctl: 1`", node.mark)
     return node
 
 
-def _display(path: Path) -> str:
+def display(path: Path) -> str:
+    """A path as a person would type it: relative to the current directory if it lies below it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

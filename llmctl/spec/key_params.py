@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -24,7 +24,7 @@ def key_params(params: BaseModel, *, extent: bool = True) -> dict[str, Any]:
 
 def _changed(model: BaseModel, left_out: set[str]) -> dict[str, Any]:
     found = {}
-    for name, info, value in _fields(model, left_out):
+    for name, info, value in _fields(model, left_out, model.model_fields_set):  # what was not set is the default
         default = info.get_default(call_default_factory=True, validated_data={})
         # Compared without what is left out: a default that differs only there is still the default.
         if default is PydanticUndefined or canonical(_whole(value, left_out)) != canonical(_whole(default, left_out)):
@@ -56,8 +56,12 @@ def _whole(value: Any, left_out: set[str]) -> Any:
     return normalised(value)
 
 
-def _fields(model: BaseModel, left_out: set[str]) -> Iterator[tuple[str, FieldInfo, Any]]:
+def _fields(
+    model: BaseModel, left_out: set[str], among: Collection[str] | None = None
+) -> Iterator[tuple[str, FieldInfo, Any]]:
     for name, info in type(model).model_fields.items():
+        if among is not None and name not in among:
+            continue
         extra = info.json_schema_extra
         affects = extra.get("affects", "output") if isinstance(extra, dict) else "output"
         if affects not in left_out:

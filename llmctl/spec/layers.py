@@ -1,4 +1,7 @@
-"""Layers of a spec, low to high: the file, its `--profile` overlays in order, `--set`. Every value keeps its mark."""
+"""Layers of a spec, low to high: `include` files, the file, `--profile` overlays in order, `--set`.
+
+Every value keeps its mark, so that it can be told which layer it came from.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from pathlib import Path
 from llmctl.spec.diagnostics import Mark, Report, Text, suggest
 from llmctl.spec.nodes import Entry, Map, Node, fail
 
-DEFAULT_KEYS = ("env", "resources")
+DEFAULT_KEYS = ("env", "resources", "retries")
 
 
 def merge(low: Node, high: Node) -> Node:
-    """`high` over `low`: maps merge key by key, scalars and lists replace."""
-    if not (isinstance(low, Map) and isinstance(high, Map)):
+    """`high` over `low`: maps merge key by key, scalars, lists and maps marked `!replace` replace."""
+    if not (isinstance(low, Map) and isinstance(high, Map)) or high.replaces:
         return high
     entries = dict(low.entries)
     for key, entry in high.entries.items():
@@ -23,7 +26,7 @@ def merge(low: Node, high: Node) -> Node:
         else:
             value = merge(below.value, entry.value)
             entries[key] = Entry(below.key if isinstance(value, Map) else entry.key, value)
-    return Map(low.mark, entries)
+    return Map(low.mark, entries, low.replaces)
 
 
 def merge_maps(low: Map, high: Map) -> Map:
@@ -35,7 +38,7 @@ def merge_maps(low: Map, high: Map) -> Map:
 
 def without(node: Map, *keys: str) -> Map:
     """`node` without some of its keys."""
-    return Map(node.mark, {key: entry for key, entry in node.entries.items() if key not in keys})
+    return Map(node.mark, {key: entry for key, entry in node.entries.items() if key not in keys}, node.replaces)
 
 
 def at(path: Sequence[tuple[str, Mark]], value: Node) -> Map:

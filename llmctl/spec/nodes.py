@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MOST_NODES = 200_000
 DEEPEST = 100
+REPLACE = "!replace"
+"""The one tag that is known: the map behind it replaces a map of a lower layer."""
 
 _INT = re.compile(r"[-+]?[0-9]+\Z")
 _OCTAL = re.compile(r"0o[0-7]+\Z")
@@ -38,6 +40,8 @@ class Scalar:
     mark: Mark
     value: object
     text: str
+    via: Mark | None = None
+    """Where the expression stands that this value was filled in for."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Map:
 
     mark: Mark
     entries: Mapping[str, Entry] = field(default_factory=dict)
+    replaces: bool = False
+    """Whether it was written with `!replace`: it takes the place of a map below it instead of being merged into it."""
 
     def get(self, *path: str) -> Node | None:
         """The value at a path of keys, or None."""
@@ -95,7 +101,7 @@ def scalar_value(text: str) -> object:
 
 
 def parse(text: Text, content: str | None = None) -> Node | None:
-    """The one document in `text`, or None if it is empty. Raises `SpecError` (E001 to E004, E104).
+    """The one document in `text`, or None if it is empty. Raises `SpecError` (E001 to E004).
 
     `content` is read in place of the text's own; it must have the same layout, since marks point into the text.
     """
@@ -115,6 +121,26 @@ def parse(text: Text, content: str | None = None) -> Node | None:
         before = text.content[: error.position].split("\n")
         fail("E001", f"not YAML: {error.reason}", _at(text, len(before) - 1, len(before[-1])))
     return reader.root
+
+
+def texts(node: Node | None) -> list[Scalar]:
+    """The texts of a scalar or a list; whatever else stands there is left out."""
+    items = node.items if isinstance(node, Sequence) else [node]
+    return [item for item in items if isinstance(item, Scalar) and isinstance(item.value, str)]
+
+
+def maps(node: Node | None) -> list[Map]:
+    """The maps of a list."""
+    return [item for item in node.items if isinstance(item, Map)] if isinstance(node, Sequence) else []
+
+
+def node_of(value: object, mark: Mark) -> Node:
+    """Plain JSON values as nodes that all stand at `mark`."""
+    if isinstance(value, Mapping):
+        return Map(mark, {str(key): Entry(mark, node_of(item, mark)) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return Sequence(mark, tuple(node_of(item, mark) for item in value))
+    return Scalar(mark, value, "" if value is None else str(value))
 
 
 def fail(code: str, message: str, mark: Mark | None, hint: str = "") -> NoReturn:
@@ -214,7 +240,8 @@ class _Reader:
 
     def mappingend(self, event: Any) -> None:
         done = self.stack.pop()
-        self.finish(Map(self.span(done, event), done.entries), done.anchor, done.size, 1)
+        replaces = done.event.tag == REPLACE
+        self.finish(Map(self.span(done, event), done.entries, replaces), done.anchor, done.size, 1)
 
     def span(self, done: _Open, event: Any) -> Mark:
         start, end = done.event.start_mark, event.end_mark
@@ -253,6 +280,9 @@ class _Reader:
         if event.tag is None:
             return
         mark = self.mark(event)
-        if event.tag == "!replace":
-            fail("E104", "`!replace` is not supported yet by this version of llmctl", mark.part("!replace"))
+        if event.tag == REPLACE:
+            if type(event).__name__ == "MappingStartEvent":
+                return
+            hint = "lists and single values replace what is below them anyway"
+            fail("E001", f"`{REPLACE}` stands before a map only", mark.part(REPLACE), hint)
         fail("E001", f"tags are not allowed: `{event.tag}`", mark, "a spec holds plain values only")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmctl.spec.resolved import (
     EnvValue,
@@ -25,6 +25,10 @@ from llmctl.spec.resolved import (
     StdinRef,
 )
 from llmctl.stage import Stage
+
+if TYPE_CHECKING:
+    from llmctl.registry import Origin
+    from llmctl.spec.overrides import Setting
 
 __all__ = [
     "EnvValue",
@@ -54,22 +58,21 @@ class Registry(Protocol):
     def stages(self) -> Mapping[str, Stage]:
         """Stages by name."""
 
+    def origin(self, stage_name: str, /) -> Origin:
+        """The distribution of a stage; asked for only where a spec wants a version of it."""
+
 
 def load_pipeline(
-    path_or_name: str | Path, profiles: Sequence[str] = (), sets: Sequence[str] = (), *, registry: Registry
+    path_or_name: str | Path, profiles: Sequence[str] = (), sets: Sequence[str | Setting] = (), *, registry: Registry
 ) -> Pipeline:
     """Read a spec: an existing file, or the name of a shipped spec, which then counts as lying in `./specs`.
 
-    `profiles` are overlays in order, `sets` are `KEY=VALUE` texts on top; relative paths in those start from the
-    current directory. Raises `SpecError` (a `UsageError`) with every mistake found.
+    `profiles` are overlays in order, `sets` are settings or `KEY=VALUE` texts on top; relative paths in those start
+    from the current directory. Raises `SpecError` (a `UsageError`) with every mistake found.
     """
-    from llmctl.spec.files import find, read
-    from llmctl.spec.reading import Reading
+    from llmctl.spec.reading import open_spec
 
-    found = find(path_or_name)
-    reading = Reading(read(found), registry, single=None)
-    reading.overlay(profiles)
-    reading.overrides().set(sets)
+    found, reading = open_spec(path_or_name, profiles, sets, registry)
     return reading.finish(found.path, found.base, tuple(profiles))
 
 
@@ -78,7 +81,7 @@ def single_stage(
     *,
     file: Path | None = None,
     inputs: Sequence[str] = (),
-    sets: Sequence[str] = (),
+    sets: Sequence[str | Setting] = (),
     flags: Mapping[str, Any] | None = None,
     output: str | None = None,
     stdin: bool = False,
@@ -92,10 +95,12 @@ def single_stage(
     Raises `SpecError`.
     """
     from llmctl.spec.files import Found, find_file, read
+    from llmctl.spec.includes import with_includes
     from llmctl.spec.reading import Reading, bare_stage
 
     found = find_file(file) if file else Found(path=None, base=Path.cwd(), name="")
-    reading = Reading(read(found) if file else bare_stage(stage), registry, single=stage)
+    document = with_includes(read(found), found.path) if file else bare_stage(stage)
+    reading = Reading(document, registry, single=stage)
     overrides = reading.overrides()
     overrides.inputs(inputs)
     overrides.flags(flags or {})

@@ -11,8 +11,7 @@ from llmctl.spec.resolved import IdRef, NameRef, PathRef, Ref, SourceRef, StageR
 _ID = re.compile(r"sha256:[0-9a-f]{8,64}\Z")
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w./-]*)@(?P<tag>[\w.-]+)\Z")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-_STAGE = re.compile(r"(?P<stage>[a-z][a-z0-9-]*)(\.(?P<port>[a-z][a-z0-9_-]*))?\Z")
-_FAN_IN = re.compile(r"[a-z][a-z0-9-]*\[[^\]]*\](\.[a-z][a-z0-9_-]*)?\Z")
+_STAGE = re.compile(r"(?P<stage>[a-z][a-z0-9-]*(\[[^\]]*\])?)(\.(?P<port>[a-z][a-z0-9_-]*))?\Z")
 _PATH_STARTS = ("./", "../", "/", "~/")
 
 
@@ -28,7 +27,8 @@ class NotAReference(ValueError):
 def parse_reference(node: Scalar, base: Path) -> Ref:
     """The reference that `node` writes; types are not known yet, a bare stage name has no port yet.
 
-    Relative paths become relative to `base`. Raises NotAReference.
+    The stage of a StageRef is as written: `sft`, one instance `sft[lr=3e-5]`, or all of them `sft[*]`. Relative paths
+    become relative to `base`. Raises NotAReference.
     """
     text = node.text
     if text == "-":
@@ -39,8 +39,6 @@ def parse_reference(node: Scalar, base: Path) -> Ref:
         return IdRef(id=text)
     if text.startswith(_PATH_STARTS) or text in (".", "..") or _SCHEME.match(text):
         return PathRef(uri=located(node, base), where=str(node.mark))
-    if _FAN_IN.match(text):
-        raise NotAReference("E104", f"`{text}`: fan-in is not supported yet by this version of llmctl")
     if match := _NAMED.match(text):
         return NameRef(name=match["name"], tag=match["tag"])
     if text.startswith("sources."):

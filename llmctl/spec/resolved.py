@@ -164,11 +164,15 @@ class Select:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a stage asks of the machine. `memory` in bytes, `time` in seconds; None means no request."""
+    """What a stage asks of the machine. `memory` and `disk` in bytes, `time` in seconds; None means no request."""
 
     cpus: int | None = None
     memory: int | None = None
     gpus: int | None = None
+    gpu_type: str | None = None
+    """Part of a model's name as the driver gives it, in any case: `H100`."""
+    disk: int | None = None
+    """What must be free where the store is when the stage begins."""
     time: int | None = None
 
 

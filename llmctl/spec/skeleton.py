@@ -55,31 +55,78 @@ class Skeleton(BaseModel):
 class SourceModel(Skeleton):
     """`sources.<name>`."""
 
-    later = frozenset({"identity", "digest"})
     shorthand = "uri"
 
     uri: str = Field(min_length=1)
     type: str = "files"
+    identity: Literal["sha256", "pinned"] = "sha256"
+    digest: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _pinned_to_something(self) -> Self:
+        if self.identity == "pinned" and self.digest is None:
+            raise ValueError("`identity: pinned` needs the `digest` that it is pinned to")
+        return self
+
+
+class SecretModel(Skeleton):
+    """`secrets.<NAME>`. A command can stand in the user's own configuration only: a spec may come from anywhere."""
+
+    shorthand = "from"
+
+    origin: Literal["env", "file"] = Field(alias="from")
+    variable: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    path: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _says_where(self) -> Self:
+        given = {"env": self.variable, "file": self.path, "command": getattr(self, "command", None)}
+        for origin, value in given.items():
+            if value is not None and origin != self.origin:
+                raise ValueError(f"`{_WHERE[origin]}` belongs to `from: {origin}`")
+        if self.origin != "env" and given[self.origin] is None:
+            raise ValueError(f"`from: {self.origin}` needs `{_WHERE[self.origin]}`")
+        return self
+
+
+_WHERE = {"env": "variable", "file": "path", "command": "command"}
+
+
+class UserSecretModel(SecretModel):
+    """`secrets.<NAME>` of the user's own configuration."""
+
+    origin: Literal["env", "file", "command"] = Field(alias="from")  # type: ignore[assignment]  # wider, on purpose
+    command: str | None = Field(default=None, min_length=1)
 
 
 class EnvModel(Skeleton):
     """`stages.<id>.env.<NAME>`."""
 
-    later = frozenset({"secret"})
     shorthand = "value"
 
-    value: str
-    affects_output: bool = True
+    value: str | None = None
+    affects_output: bool | None = None
+    secret: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.value is None) == (self.secret is None):
+            raise ValueError("a variable needs either `value` or `secret`")
+        if self.secret is not None and self.affects_output:
+            raise ValueError("a secret is never part of a key, so it cannot have `affects_output: true`")
+        return self
 
 
 class ResourcesModel(Skeleton):
     """`stages.<id>.resources`."""
 
-    later = frozenset({"gpu_type", "nodes", "disk", "shards"})
+    later = frozenset({"nodes", "shards"})
 
     cpus: int | None = Field(default=None, ge=1)
     memory: Annotated[str, AfterValidator(memory_bytes)] | None = None
     gpus: int | None = Field(default=None, ge=0)
+    gpu_type: str | None = Field(default=None, min_length=1)
+    disk: Annotated[str, AfterValidator(memory_bytes)] | None = None
     time: Annotated[str, AfterValidator(time_seconds)] | None = None
 
 
@@ -118,45 +165,96 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+Listed = BeforeValidator(_listed, json_schema_input_type=str | list[str])
+References = Annotated[list[str], Listed, Field(min_length=1)]
+Retries = Annotated[int, Field(ge=0, le=100)]
+
+
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Env = dict[EnvName, EnvModel]
 
 
-class StageModel(Skeleton):
-    """`stages.<id>`, and the body of a single-stage file."""
+class NodeModel(Skeleton):
+    """What every node of the graph has, a stage and a `select` alike."""
 
-    later = frozenset({"matrix", "foreach", "select", "by", "retries", "launcher", "ephemeral"})
-
-    uses: str
-    inputs: dict[str, Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]] = {}
-    params: dict[str, Any] = Field(default={}, alias="with")
-    env: Env = {}
-    resources: ResourcesModel = ResourcesModel()
     needs: list[str] = []
     gates: list[GateModel] = []
     output: str | None = Field(default=None, min_length=1)
-    cache: Literal["auto", "off", "refresh"] = "auto"
     tag: str = Field(default="", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class BodyModel(NodeModel):
+    """What a stage of a pipeline and a single-stage file have in common."""
+
+    later = frozenset({"launcher"})
+
+    uses: str
+    inputs: dict[str, References] = {}
+    params: dict[str, Any] = Field(default={}, alias="with")
+    env: Env = {}
+    resources: ResourcesModel = ResourcesModel()
+    cache: Literal["auto", "off", "refresh"] = "auto"
+    retries: Retries = 0
+
+
+class StageModel(BodyModel):
+    """`stages.<id>` with `uses`."""
+
+    ephemeral: bool = False
+    matrix: dict[str, Any] | None = None
+    foreach: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind_of_rows(self) -> Self:
+        if self.matrix is not None and self.foreach is not None:
+            raise ValueError("a stage has `matrix` or `foreach`, not both")
+        return self
+
+
+class ByModel(Skeleton):
+    """`by` of a `select`."""
+
+    metric: str = Field(min_length=1)
+    mode: Literal["min", "max"]
+
+
+class SelectModel(NodeModel):
+    """`stages.<id>` with `select` in place of `uses`."""
+
+    select: dict[str, References] = Field(min_length=1)
+    by: ByModel
 
 
 class DefaultsModel(Skeleton):
     """`defaults`; only keys that decide how a stage runs."""
 
-    later = frozenset({"retries", "launcher"})
+    later = frozenset({"launcher"})
 
     env: Env = {}
     resources: ResourcesModel = ResourcesModel()
+    retries: Retries = 0
+
+
+class StoreModel(Skeleton):
+    """`store`."""
+
+    shorthand = "uri"
+
+    uri: str | None = Field(default=None, min_length=1)
+    remotes: dict[Annotated[str, Field(pattern=NAME)], str] = {}
 
 
 class FileModel(Skeleton):
     """What pipelines and single-stage files have in common."""
 
-    later = frozenset({"include", "secrets", "store", "launchers"})
+    later = frozenset({"launchers"})
 
     llmctl: Literal[1]
     name: str = Field(pattern=NAME)
     vars: dict[str, Any] = {}
+    secrets: dict[EnvName, SecretModel] = {}
     sources: dict[Annotated[str, Field(pattern=NAME)], SourceModel] = {}
+    store: StoreModel = StoreModel()
     profiles: dict[str, dict[str, Any]] = {}
 
 
@@ -168,10 +266,31 @@ class PipelineModel(FileModel):
     next: list[str] = []
 
 
-class SingleModel(FileModel, StageModel):
+class SingleModel(FileModel, BodyModel):
     """A file with `uses`."""
 
-    later = FileModel.later | StageModel.later
+    later = FileModel.later | BodyModel.later
 
 
-SECTIONS = ("llmctl", "name", "vars", "sources", "stages", "defaults", "profiles", "next", *sorted(FileModel.later))
+class UserModel(Skeleton):
+    """The user's own configuration; operational keys only."""
+
+    store: str = ""
+    remotes: dict[Annotated[str, Field(pattern=NAME)], str] = {}
+    secrets: dict[EnvName, UserSecretModel] = {}
+    log_format: Literal["", "text", "json"] = ""
+
+
+SECTIONS = (
+    "llmctl",
+    "name",
+    "include",
+    "vars",
+    "secrets",
+    "sources",
+    "store",
+    "stages",
+    "defaults",
+    "profiles",
+    "next",
+) + (*sorted(FileModel.later),)

@@ -130,7 +130,7 @@ class _Errors:
             return ""
         known = keys_at(self.model, parent)
         near = nearest(key, known)
-        listed = f"known keys: {', '.join(known)}" if 0 < len(known) <= 12 else ""
+        listed = f"known keys: {', '.join(known)}" if 0 < len(known) <= 16 else ""
         self.report.add("E101", f"unknown key `{key}`", mark, f"did you mean `{near}`?" if near else listed)
         return near
 

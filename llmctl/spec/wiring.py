@@ -5,6 +5,7 @@ A stage with a mistake has unknown outputs, so that one mistake causes no others
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,15 @@ from pathlib import Path
 
 from llmctl.spec.diagnostics import Mark, Report, did_you_mean, suggest
 from llmctl.spec.draft import Draft
-from llmctl.spec.nodes import Map, Node, Scalar, Sequence
+from llmctl.spec.nodes import Map, Node, Scalar, maps, texts
 from llmctl.spec.references import NotAReference, parse_reference
 from llmctl.spec.resolved import Gate, Ref, Source, SourceRef, StageRef
+from llmctl.spec.selecting import declare_select
 from llmctl.stage import In
 
 METRICS = In("metrics")
+FEW = 12
+"""Instances up to which a hint lists all of them."""
 
 
 @dataclass
@@ -26,6 +30,7 @@ class Wiring:
     """The stages of one spec, while they are being connected."""
 
     drafts: Mapping[str, Draft]
+    """By instance id."""
     sources: Mapping[str, Source]
     source_names: List[str]
     """All declared sources; those with mistakes are not in `sources`."""
@@ -35,47 +40,113 @@ class Wiring:
     """Whether a required input may stay open."""
     edges: dict[str, dict[str, Mark]] = field(default_factory=dict)
     """For each stage the stages it waits for, with the mark of the text that says so."""
+    _rows: dict[str, list[Draft]] = field(default_factory=dict)
+    """The instances of every stage of the spec."""
+    _parsed: dict[int, Ref | NotAReference] = field(default_factory=dict)
+    """By the scalar, which the rows of a stage share."""
 
     def connect(self) -> list[str]:
         """Bind every stage; returns the stage ids in topological order, as far as there is one."""
+        for draft in self.drafts.values():
+            self._rows.setdefault(draft.base, []).append(draft)
         self.edges = {name: {} for name in self.drafts}
         for draft in self.drafts.values():
             self._needs(draft)
             for reference, mark in self._texts(draft):
-                self.edges[draft.id].setdefault(reference.stage, mark)
+                with contextlib.suppress(NotAReference):  # reported where it is bound
+                    for other in self.instances(draft, reference.stage):
+                        self.edges[draft.id].setdefault(other.id, mark)
         order = self._order()
         # Sources of a stage come before it, so that `same_as` types are known; stages on a cycle come last.
-        for name in [*order, *(name for name in self.drafts if name not in order)]:
-            self._bind(self.drafts[name])
-            self._gates(self.drafts[name])
+        placed = set(order)
+        for name in [*order, *(name for name in self.drafts if name not in placed)]:
+            draft = self.drafts[name]
+            if draft.selects:
+                declare_select(self, draft)
+            else:
+                self._bind(draft)
+            self._gates(draft)
         return order
+
+    def instances(self, draft: Draft, name: str, *, every: bool = False) -> list[Draft]:
+        """What `name` means in `draft`: `sft`, `sft[lr=3e-5]` or `sft[*]`, which is ordered by instance id.
+
+        In a stage that follows the same matrix a bare name means the same row; elsewhere it means all rows with
+        `every`, and is a mistake without. Raises NotAReference.
+        """
+        base, bracket, row = name.partition("[")
+        rows = self._rows.get(base)
+        if rows is None:
+            known = [other for other in self._rows if other != draft.base]
+            raise NotAReference(
+                "E122", f"no stage `{base}`", did_you_mean(base, known) or suggest(base, known, "stages")
+            )
+        if row == "*]":
+            return sorted(rows, key=lambda other: other.id)
+        if bracket:
+            return [self._instance(name, rows)]
+        if len(rows) == 1 and rows[0].row is None:
+            return rows
+        if draft.row is not None and draft.family == rows[0].family:
+            return [self.drafts[f"{base}[{draft.row.id}]"]]
+        if every:
+            return rows
+        raise NotAReference("E129", f"`{base}` has {len(rows)} instances", f'all of them: "{base}[*]", or name one')
+
+    def _instance(self, name: str, rows: List[Draft]) -> Draft:
+        if name in self.drafts:
+            return self.drafts[name]
+        hint = suggest(name, [other.id for other in rows], "instances") if len(rows) < FEW else f"e.g. {rows[0].id}"
+        raise NotAReference("E122", f"no instance `{name}`", hint)
 
     # -- order --------------------------------------------------------------------------------------------------------
 
     def _needs(self, draft: Draft) -> None:
         _, node = draft.entry("needs")
-        for item in _scalars(node):
-            if item.text in self.drafts:
-                self.edges[draft.id].setdefault(item.text, item.mark)
+        found: dict[str, None] = {}
+        for item in texts(node):
+            try:
+                instances = self.instances(draft, item.text, every=True)
+            except NotAReference as wrong:
+                self.report.add("E125", f"`needs` names no stage: `{item.text}`", item.mark, wrong.hint)
             else:
-                hint = suggest(item.text, [name for name in self.drafts if name != draft.id], "stages")
-                self.report.add("E125", f"`needs` names no stage: `{item.text}`", item.mark, hint)
+                found |= dict.fromkeys(other.id for other in instances)
+                for other in instances:
+                    self.edges[draft.id].setdefault(other.id, item.mark)
+        draft.needs = tuple(found)
 
     def _texts(self, draft: Draft) -> Iterator[tuple[StageRef, Mark]]:
         """Every text of a stage that names another stage of the spec; a single stage has no others."""
         if not draft.path:
             return
-        _, inputs = draft.entry("inputs")
+        nodes: list[Node] = []
+        for key in ("inputs", "select"):
+            _, inputs = draft.entry(key)
+            nodes += [entry.value for entry in inputs.entries.values()] if isinstance(inputs, Map) else []
         _, gates = draft.entry("gates")
-        nodes = [entry.value for entry in inputs.entries.values()] if isinstance(inputs, Map) else []
-        nodes += [entry.value for gate in _maps(gates) for key, entry in gate.entries.items() if key == "baseline"]
-        for item in (item for node in nodes for item in _scalars(node)):
+        nodes += [entry.value for gate in maps(gates) for key, entry in gate.entries.items() if key == "baseline"]
+        for item in (item for node in nodes for item in texts(node)):
+            found = self._look_at(item)
+            if isinstance(found, StageRef):
+                yield found, item.mark
+
+    def _look_at(self, item: Scalar) -> Ref | NotAReference:
+        """What a text refers to; texts that the rows of a stage share are read once."""
+        found = self._parsed.get(id(item))
+        if found is None:
             try:
-                reference = parse_reference(item, self.base)
-            except NotAReference:
-                continue  # reported where it is bound
-            if isinstance(reference, StageRef) and reference.stage in self.drafts:
-                yield reference, item.mark
+                found = parse_reference(item, self.base)
+            except NotAReference as wrong:
+                found = wrong
+            self._parsed[id(item)] = found
+        return found
+
+    def reference(self, item: Scalar) -> Ref:
+        """What a text refers to; raises NotAReference."""
+        found = self._look_at(item)
+        if isinstance(found, NotAReference):
+            raise found
+        return found
 
     def _order(self) -> list[str]:
         """Each stage after what it waits for, otherwise as written; what lies on or behind a cycle is left out."""
@@ -140,43 +211,42 @@ class Wiring:
         """How a missing input could be given: by the one earlier output that fits, else in general."""
         if not draft.path:
             return f"give it: inputs: {{{name}: ./PATH}}, or --input {name}=PATH"
-        fitting = [
-            f"{other.id}.{out}"
+        fitting = {
+            f"{other.base}.{out}"
             for other in self.drafts.values()
-            if other is not draft
+            if other.base != draft.base
             for out, kind in (other.ports() or {}).items()
             if kind in port.types
-        ]
-        return f"give it: inputs: {{{name}: {fitting[0] if len(fitting) == 1 else 'STAGE or ./PATH'}}}"
+        }
+        return f"give it: inputs: {{{name}: {fitting.pop() if len(fitting) == 1 else 'STAGE or ./PATH'}}}"
 
     def _bind_port(self, draft: Draft, name: str, port: In, node: Node) -> None:
-        items = _scalars(node)
-        if len(items) > 1 and not port.many:
-            where = draft.where("inputs", name)
-            self.report.add("E102", f"{where}: this port takes one input (got {len(items)})", node.mark)
-            return
-        bound = []
+        bound: list[Ref] = []
+        items = texts(node)
         for item in items:
             try:
-                found = self._resolve(draft, f"{draft.id}.{name}", port, item)
+                bound += self._resolve(draft, f"{draft.base}.{name}", port, item)
             except NotAReference as wrong:
                 self.report.add(wrong.code, str(wrong), item.mark, wrong.hint)
-            else:
-                bound += [found] if found else []
-        if bound:
+        if max(len(items), len(bound)) > 1 and not port.many:
+            where = draft.where("inputs", name)
+            count = max(len(items), len(bound))
+            self.report.add("E102", f"{where}: this port takes one input (got {count})", node.mark)
+        elif bound:
             draft.inputs[name] = tuple(bound)
 
-    def _resolve(self, draft: Draft, wanted: str, port: In, item: Scalar) -> Ref | None:
-        """The reference with port and type, None if that cannot be known because of another mistake.
+    def _resolve(self, draft: Draft, wanted: str, port: In, item: Scalar) -> List[Ref]:
+        """The references with port and type, none if that cannot be known because of another mistake.
 
         Raises NotAReference.
         """
-        found = parse_reference(item, self.base)
+        found = self.reference(item)
         if isinstance(found, StageRef):
-            return self._stage_output(draft, wanted, port, found, item.text)
+            return self.outputs_of(draft, wanted, port, found, item.text)
         if isinstance(found, SourceRef):
-            return self._source(wanted, port, found)
-        return replace(found, type=port.types[0]) if len(port.types) == 1 else found
+            source = self._source(wanted, port, found)
+            return [source] if source else []
+        return [replace(found, type=port.types[0]) if len(port.types) == 1 else found]
 
     def _source(self, wanted: str, port: In, found: SourceRef) -> SourceRef | None:
         if found.name not in self.source_names:
@@ -191,54 +261,62 @@ class Wiring:
             raise NotAReference("E123", message, hint if source.type == "files" else "")
         return replace(found, type=source.type)
 
-    def _stage_output(self, draft: Draft, wanted: str, port: In, found: StageRef, text: str) -> StageRef | None:
+    def outputs_of(self, draft: Draft, wanted: str, port: In, found: StageRef, text: str) -> list[StageRef]:
+        """The output that fits `port`, of every instance that a reference names; raises NotAReference."""
         if not draft.path:  # a single stage has no others
             message = f"`{text}` is no source, path or artifact"
             raise NotAReference("E102", message, f"a path starts with ./: ./{text}")
-        producer = self.drafts.get(found.stage)
-        if producer is None:
-            path_hint = f"a path starts with ./: ./{text}" if "." in text else ""
-            names = [name for name in self.drafts if name != draft.id]
-            hint = did_you_mean(found.stage, names) or path_hint or suggest(found.stage, names, "stages")
-            raise NotAReference("E122", f"no stage `{found.stage}`", hint)
+        try:
+            producers = self.instances(draft, found.stage)
+        except NotAReference as wrong:
+            if wrong.code == "E122" and "." in text and "did you mean" not in wrong.hint:
+                wrong.hint = f"a path starts with ./: ./{text}"
+            raise
+        refs = (self._output(wanted, port, found.port, producer) for producer in producers)
+        return [ref for ref in refs if ref is not None]
+
+    def _output(self, wanted: str, port: In, output: str, producer: Draft) -> StageRef | None:
         ports = producer.ports()
         if ports is None:
             return None
-        kinds = {name: kind or self.same_as(producer, name) for name, kind in ports.items()}
-        if found.port:
-            return self._named_output(wanted, port, found, kinds, producer)
+        kinds = self.kinds(producer)
+        if output:
+            return self._named_output(wanted, port, output, kinds, producer)
         fitting = [name for name, kind in kinds.items() if kind in port.types]
         open_ = [name for name, kind in kinds.items() if not kind]
         if len(fitting) > 1:
-            choices = ", ".join(f"{found.stage}.{name}" for name in fitting)
-            raise NotAReference("E128", f"several outputs of `{found.stage}` fit `{wanted}`: {choices}", "name one")
+            choices = ", ".join(f"{producer.base}.{name}" for name in fitting)
+            raise NotAReference("E128", f"several outputs of `{producer.base}` fit `{wanted}`: {choices}", "name one")
         chosen = fitting or open_
         if len(chosen) == 1:
-            return StageRef(stage=found.stage, port=chosen[0], type=kinds[chosen[0]])
+            return StageRef(stage=producer.id, port=chosen[0], type=kinds[chosen[0]])
         if chosen:
             return None
-        raise NotAReference("E123", self._mismatch(wanted, port, found.stage, kinds))
+        raise NotAReference("E123", self._mismatch(wanted, port, producer.base, kinds))
 
-    def _named_output(
-        self, wanted: str, port: In, found: StageRef, kinds: Mapping[str, str], producer: Draft
-    ) -> StageRef:
+    def _named_output(self, wanted: str, port: In, output: str, kinds: Mapping[str, str], producer: Draft) -> StageRef:
         assert producer.stage is not None
-        if found.port not in kinds:
-            hint = suggest(found.port, list(kinds), "outputs")
-            if found.port in producer.stage.outputs:
-                message = f"`{found.stage}` does not produce `{found.port}` with these parameters"
+        stage = producer.base
+        if output not in kinds:
+            hint = suggest(output, list(kinds), "outputs")
+            if output in producer.stage.outputs:
+                message = f"`{stage}` does not produce `{output}` with these parameters"
                 raise NotAReference("E122", message, f"it produces: {', '.join(kinds) or 'nothing'}")
-            raise NotAReference("E122", f"`{found.stage}` has no output `{found.port}`", hint)
-        kind = kinds[found.port]
+            raise NotAReference("E122", f"`{stage}` has no output `{output}`", hint)
+        kind = kinds[output]
         if kind and kind not in port.types:
-            message = f"type mismatch: `{wanted}` wants {' or '.join(port.types)}, `{found}` is {kind}"
+            message = f"type mismatch: `{wanted}` wants {' or '.join(port.types)}, `{stage}.{output}` is {kind}"
             fitting = [name for name, other in kinds.items() if other in port.types]
-            raise NotAReference("E123", message, f"did you mean `{found.stage}.{fitting[0]}`?" if fitting else "")
-        return replace(found, type=kind)
+            raise NotAReference("E123", message, f"did you mean `{stage}.{fitting[0]}`?" if fitting else "")
+        return StageRef(stage=producer.id, port=output, type=kind)
 
     def _mismatch(self, wanted: str, port: In, stage: str, kinds: Mapping[str, str]) -> str:
         has = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "no outputs with these parameters"
         return f"type mismatch: `{wanted}` wants {' or '.join(port.types)}, `{stage}` has {has}"
+
+    def kinds(self, producer: Draft) -> dict[str, str]:
+        """The type of every output of a stage, empty where only the run can know it."""
+        return {name: kind or self.same_as(producer, name) for name, kind in (producer.ports() or {}).items()}
 
     def same_as(self, producer: Draft, output: str) -> str:
         """The type of an output that takes its input's type, empty if that is not known before the run."""
@@ -251,7 +329,7 @@ class Wiring:
     def _gates(self, draft: Draft) -> None:
         """Check that gates have metrics to read, and resolve their baselines."""
         mark, node = draft.entry("gates")
-        nodes = _maps(node)
+        nodes = maps(node)
         ports = draft.ports()
         if nodes and ports is not None and "metrics" not in ports.values():
             assert draft.stage is not None
@@ -263,27 +341,15 @@ class Wiring:
 
     def _baseline(self, draft: Draft, item: Scalar) -> StageRef | None:
         try:
-            found = parse_reference(item, self.base)
+            found = self.reference(item)
             if not isinstance(found, StageRef):
                 raise NotAReference("E127", f"a baseline is the metrics of a stage, not `{item.text}`")
-            return self._stage_output(draft, "baseline", METRICS, found, item.text)
+            outputs = self.outputs_of(draft, "baseline", METRICS, found, item.text)
+            if len(outputs) > 1:
+                raise NotAReference("E127", f"a baseline is one stage, `{item.text}` are {len(outputs)}")
+            return outputs[0] if outputs else None
         except NotAReference as wrong:
             code = "E127" if wrong.code in ("E123", "E102") else wrong.code
             message = f"`{item.text}` is not metrics" if code == "E127" else str(wrong)
             self.report.add(code, message, item.mark, wrong.hint or "write STAGE.metrics")
         return None
-
-
-def output_types(wiring: Wiring, draft: Draft) -> dict[str, str]:
-    """The outputs of a stage that is bound, with their types."""
-    return {name: kind or wiring.same_as(draft, name) for name, kind in (draft.ports() or {}).items()}
-
-
-def _scalars(node: Node | None) -> list[Scalar]:
-    """The texts of a scalar or a list; anything else was reported in phase A."""
-    items = node.items if isinstance(node, Sequence) else [node]
-    return [item for item in items if isinstance(item, Scalar) and isinstance(item.value, str)]
-
-
-def _maps(node: Node | None) -> list[Map]:
-    return [item for item in node.items if isinstance(item, Map)] if isinstance(node, Sequence) else []

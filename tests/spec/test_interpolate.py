@@ -47,12 +47,14 @@ MISTAKES = [
     ('lr: "${{ vars.rat }}"', "E030 spec.yaml:15:17 `vars.rat` is not defined [did you mean `rate`?]"),
     ('lr: "${{ vars.deep.lst }}"', "E030 spec.yaml:15:17 `vars.deep.lst` is not defined [did you mean `list`?]"),
     ('lr: "${{ var.rate }}"', "E030 spec.yaml:15:17 `var.rate` is not defined [did you mean `vars`?]"),
-    ('lr: "${{ stages }}"', "E030 spec.yaml:15:17 `stages` is not defined [only `vars.NAME` and `name` can be used]"),
+    ('lr: "${{ stages }}"', "E030 spec.yaml:15:17 `stages` is not defined [write `vars.NAME`, "
+     "`matrix.KEY` or `name`]"),
     ('lr: "${{ vars.rate * 2 }}"', "E030 spec.yaml:15:17 `vars.rate * 2` is not the name of a value "
      "[write `vars.NAME` or `name`; there are no functions and no arithmetic]"),
     ('run_tag: "x ${{ vars.rate"', "E030 spec.yaml:15:24 `${{` has no `}}`"),
     ('run_tag: "x ${{ vars.mix }}"', "E030 spec.yaml:15:24 `vars.mix` is a map or list and cannot stand inside text"),
-    ('lr: "${{ env.LR }}"', "E104 spec.yaml:15:17 `env` in `${{ }}` is not supported yet by this version of llmctl"),
+    ('lr: "${{ env.LR }}"', "E030 spec.yaml:15:17 `env.LR` cannot be used here [use `vars` and --set; the environment is "
+     "read in `store`, `secrets` and `env` only]"),
 ]  # fmt: skip
 
 

@@ -99,7 +99,7 @@ BAD = [
     ("a: !!str 3\n", "E001", "t.yaml:1:4", "tags are not allowed"),
     ("a: !!python/object/apply:os.system ['true']\n", "E001", "t.yaml:1:4", "tags are not allowed"),
     ("a: ! 3\n", "E001", "t.yaml:1:4", "tags are not allowed"),
-    ("a: !replace {b: 1}\n", "E104", "t.yaml:1:4", "not supported yet"),
+    ("a: !replace [1]\n", "E001", "t.yaml:1:4", "`!replace` stands before a map only"),
     ("a: 1\n---\nb: 2\n", "E001", "t.yaml:2:1", "one YAML document"),
     ("a: *x\n", "E001", "t.yaml:1:4", "is not defined above"),
     ("a: &x [*x]\n", "E001", "t.yaml:1:8", "inside the value it names"),

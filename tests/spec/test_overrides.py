@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from llmctl.spec.overrides import Setting
+
 TEXT = """
 llmctl: 1
 name: t
@@ -106,25 +108,81 @@ def test_paths_on_the_command_line_start_from_the_current_directory(load, regist
     assert pipeline.resolve(pipeline.stages["train"].inputs["tokens"][0].uri) == elsewhere / "shards"
 
 
+@pytest.mark.parametrize(
+    ("options", "field", "value"),
+    [
+        (["train.betas[1]=0.5"], "betas", (0.8, 0.5)),
+        (["train.betas[0]=0.1", "train.betas[1]=0.2"], "betas", (0.1, 0.2)),
+        (["train.weights={c: 3}"], "weights", {"a": 1.0, "c": 3.0}),
+        (["train.weights=!replace {c: 3}"], "weights", {"c": 3.0}),
+        ([Setting("--set-json", 'train.betas=[0.25, 0.75]')], "betas", (0.25, 0.75)),
+        ([Setting("--set-json", 'train.run_tag="a\\u00e9"')], "run_tag", "aé"),
+        ([Setting("--set-file", "train.run_tag=note.txt")], "run_tag", "=two\nlines: x\n"),
+        ([Setting("--set-file", "train.weights=mix.yaml")], "weights", {"a": 0.5, "z": 1.0}),
+        (["train.lr=1", Setting("--set-json", "train.lr=2")], "lr", 2.0),
+        ([Setting("--set-json", "train.lr=2"), "train.lr=1"], "lr", 1.0),
+    ],
+)  # fmt: skip
+def test_the_forms_of_set(load, tmp_path, options, field, value):
+    (tmp_path / "note.txt").write_text("=two\nlines: x\n")
+    (tmp_path / "mix.yaml").write_text("a: 0.5\nz: 1\n")
+    assert getattr(train(load(TEXT, *options)), field) == value
+
+
+def test_appending_goes_behind_what_is_there_or_behind_the_default(load):
+    eval_ = TEXT.replace("profiles:", "  eval: {uses: eval, inputs: {model: train, data: tok.tokens}}\nprofiles:")
+    more = load(eval_, "eval.tasks+=exact-match").stages["eval"]
+    assert more.params.tasks == ["perplexity", "exact-match"], "the default, which no layer had written"
+    more = load(eval_, "eval.tasks=[]", "eval.tasks+=[exact-match, perplexity]").stages["eval"]
+    assert more.params.tasks == ["exact-match", "perplexity"]
+    more = load(eval_, "stages.eval.inputs.data+=data.chat").stages["eval"]
+    assert [str(ref) for ref in more.inputs["data"]] == ["tok.tokens", "data.chat"]
+    more = load(eval_, "stages.train.gates+={metric: loss, max: 3}").stages["train"]
+    assert [gate.max for gate in more.gates] == [3]
+    more = load(eval_, "stages.train.gates+={metric: loss, max: 3}", "stages.train.gates[0].max=4").stages["train"]
+    assert [gate.max for gate in more.gates] == [4]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (Setting("--set-json", "train.lr=[1"), "E001 --set-json#1:1:10 not JSON"),
+        (Setting("--set-json", "train.lr=NaN"), "E001 --set-json#1:1:10 not JSON: NaN is no number of JSON"),
+        (Setting("--set-json", "train.lr"), "E020 --set-json#1:1:1 `--set-json train.lr` has no `=`"),
+        (Setting("--set-file", "train.run_tag=none.txt"), "E011 --set-file#1:1:15 cannot read none.txt"),
+        (Setting("--set-file", "train.lr=mix.yaml"), "E102 mix.yaml:1:1 stages.train.with.lr: Input should be a valid"),
+        (Setting("--set-file", "train.lr=bad.yaml"), "E001 bad.yaml:2:1 not YAML"),
+    ],
+)
+def test_mistakes_in_files_and_json_have_a_place(mistakes, tmp_path, setting, expected):
+    (tmp_path / "mix.yaml").write_text("a: 0.5\n")
+    (tmp_path / "bad.yaml").write_text("a: [\n")
+    assert mistakes(TEXT, setting)[-1].startswith(expected)
+
+
 MISTAKES = [
     ("lr", "E020 --set#1:1:1 `--set lr` has no `=` [write KEY=VALUE]"),
-    ("=3", "E020 --set#1:1:1 `` is not a key [join the parts of a key by `.`]"),
-    ("train..lr=3", "E020 --set#1:1:1 `train..lr` is not a key [join the parts of a key by `.`]"),
+    ("=3", "E020 --set#1:1:1 `` is not a key [as in a.b or a.list[0].b]"),
+    ("train..lr=3", "E020 --set#1:1:1 `train..lr` is not a key [as in a.b or a.list[0].b]"),
     ("train=3", "E020 --set#1:1:1 `train` is a stage, not a parameter [write train.PARAM=VALUE]"),
     ("trian.lr=1", "E021 --set#1:1:1 no stage or section `trian` [did you mean `train`?]"),
     ("stages.trian.with.lr=1", "E021 --set#1:1:8 no stage `trian` [did you mean `train`?]"),
-    ("stages.train.lr=1", "E101 --set#1:1:14 unknown key `lr` [known keys: uses, inputs, with, env, resources, "
-     "needs, gates, output, cache, tag]"),
+    ("stages.train.lr=1", "E101 --set#1:1:14 unknown key `lr` [known keys: needs, gates, output, tag, uses, inputs, "
+     "with, env, resources, cache, retries, ephemeral, matrix, foreach]"),
     ("train.lrr=1", "E101 --set#1:1:7 unknown key `lrr` [did you mean `lr`?]"),
     ("vars.sed=1", "E030 --set#1:1:6 no variable `sed` [did you mean `seed`?]"),
     ("sources.corups.uri=./x", "E121 --set#1:1:9 no source `corups` [did you mean `corpus`?]"),
     ("profiles.small.vars.seed=1", "E021 --set#1:1:1 a profile cannot be set [set the value itself, or choose with "
      "--profile]"),
-    ("store.uri=./x", "E104 --set#1:1:1 `store` is not supported yet by this version of llmctl"),
-    ("train.betas[0]=1", "E104 --set#1:1:7 `--set train.betas[0]=`: appending and indexing are not supported yet by "
-     "this version of llmctl [give the whole list]"),
-    ("train.betas+=1", "E104 --set#1:1:7 `--set train.betas+=`: appending and indexing are not supported yet by "
-     "this version of llmctl [give the whole list]"),
+    ("launchers.a=1", "E104 --set#1:1:1 `launchers` is not supported yet by this version of llmctl"),
+    ("include=[./x.yaml]", "E021 --set#1:1:1 `include` cannot be set [files are read before the command line counts]"),
+    ("secrets.A=env", "E130 --set#1:1:9 no secret `A`"),
+    ("train.betas[2]=1", "E020 --set#1:1:7 there is no `stages.train.with.betas[2]`: it has 2 items "
+     "[stages.train.with.betas+=… appends]"),
+    ("train.lr[0]=1", "E020 --set#1:1:7 there is no `stages.train.with.lr[0]`: it is no list"),
+    ("train.weights+=1", "E020 --set#1:1:7 cannot append to `stages.train.with.weights`: it is a map, not a list "
+     "[give the whole list]"),
+    ("train.x[]=1", "E020 --set#1:1:7 `train.x[]` is not a key [as in a.b or a.list[0].b]"),
     ("train.betas=[0.1", "E001 --set#1:1:17 not YAML: did not find expected ',' or ']', while parsing a flow sequence"),
     ("train.lr=fast", "E102 --set#1:1:10 stages.train.with.lr: Input should be a valid number (got 'fast')"),
     ("train.lr=${{ vars.sed }}", "E030 --set#1:1:10 `vars.sed` is not defined [did you mean `seed`?]"),

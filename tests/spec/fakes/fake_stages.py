@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llmctl import In, Out, Stage
+from llmctl.registry import Origin
 
 
 def stage(name: str, params: str, inputs: dict[str, In], outputs: dict[str, Out], **more) -> Stage:
@@ -67,3 +68,6 @@ STAGES = [
 @dataclass
 class FakeRegistry:
     stages: dict[str, Stage] = field(default_factory=lambda: {stage.name: stage for stage in STAGES})
+
+    def origin(self, stage_name: str) -> Origin:
+        return Origin(dist="fakes", version="1.4.0", editable=False)

@@ -1,0 +1,100 @@
+"""From a wired draft to a frozen `StageSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llmctl.spec.diagnostics import Report, suggest
+from llmctl.spec.draft import Draft
+from llmctl.spec.nodes import Map, Scalar
+from llmctl.spec.references import NotAReference, located
+from llmctl.spec.resolved import EnvValue, Resources, StageSpec
+from llmctl.spec.skeleton import BodyModel
+from llmctl.spec.wiring import Wiring
+
+
+@dataclass
+class Resolving:
+    """Makes the `StageSpec` of each draft of one spec; None if there is a mistake in it."""
+
+    wiring: Wiring
+    base: Path
+    secrets: Sequence[str]
+    """The names of the declared secrets."""
+    report: Report
+    _outputs: dict[Path, str] = field(default_factory=dict)
+    _shared: dict[int, tuple[Mapping[str, EnvValue], Resources]] = field(default_factory=dict)
+    """By the model, which rows of a matrix may share."""
+
+    def __call__(self, draft: Draft) -> StageSpec | None:
+        """The frozen form of a stage."""
+        model = draft.model
+        if model is None or draft.stage is None or draft.params is None:
+            return None
+        body = draft.body
+        env, resources = self._operational(draft, body) if body else ({}, Resources())
+        rows = {key: value.value for key, value in draft.row.values.items()} if draft.row else {}
+        return StageSpec(
+            id=draft.id,
+            stage=draft.stage,
+            params=draft.params,
+            inputs={name: draft.inputs[name] for name in draft.stage.inputs if name in draft.inputs},
+            outputs=self.wiring.kinds(draft),
+            needs=draft.needs,
+            gates=tuple(draft.gates),
+            output=self._output(draft),
+            env=env,
+            resources=resources,
+            cache=body.cache if body else "auto",
+            tag=model.tag,
+            retries=body.retries if body else 0,
+            ephemeral=getattr(body, "ephemeral", False),
+            base=draft.base,
+            row=rows,
+            select=draft.select,
+        )
+
+    def _operational(self, draft: Draft, body: BodyModel) -> tuple[Mapping[str, EnvValue], Resources]:
+        if id(body) not in self._shared:
+            self._shared[id(body)] = self._env(draft, body), Resources(**dict(body.resources))
+        return self._shared[id(body)]
+
+    def _env(self, draft: Draft, body: BodyModel) -> dict[str, EnvValue]:
+        """The variables of a stage; E130 for a secret that is not declared."""
+        found = {}
+        _, node = draft.entry("env")
+        for name, model in body.env.items():
+            if model.secret is None:
+                affects = True if model.affects_output is None else model.affects_output
+                found[name] = EnvValue(value=model.value or "", affects_output=affects)
+                continue
+            if model.secret not in self.secrets:
+                place = node.get(name, "secret") if isinstance(node, Map) else None
+                hint = suggest(model.secret, self.secrets, "secrets") + (
+                    "" if self.secrets else ": declare it under `secrets`"
+                )
+                self.report.add("E130", f"no secret `{model.secret}`", place.mark if place else draft.key, hint)
+            found[name] = EnvValue(secret=model.secret, affects_output=False)
+        return found
+
+    def _output(self, draft: Draft) -> Path | None:
+        """The absolute directory of `output`; E102 if another stage writes there too."""
+        node = draft.node.get("output")
+        if not isinstance(node, Scalar) or draft.model is None or draft.model.output is None:
+            return None
+        try:
+            output = (self.base / located(node, self.base)).absolute()
+        except NotAReference as wrong:
+            self.report.add(wrong.code, str(wrong), node.mark, wrong.hint)
+            return None
+        other = self._outputs.setdefault(output, draft.id)
+        if other != draft.id:
+            keys = ", ".join(f"${{{{ matrix.{key} }}}}" for key in (draft.row.values if draft.row else ()))
+            hint = f"write {keys} into it" if keys else "give each its own"
+            where = draft.where("output")
+            self.report.add(
+                "E102", f"{where}: `{other}` is copied to the same place", node.mark, hint, essence="same place"
+            )
+        return output
