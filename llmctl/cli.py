@@ -12,6 +12,7 @@ import click
 
 from llmctl import __version__
 from llmctl.command_table import CORE, HIDDEN, stage_order
+from llmctl.error_output import json_lines, wants_json
 from llmctl.errors import InputError, LlmctlError, StageError, UsageError
 from llmctl.hookspecs import Command
 from llmctl.registry import DISABLE, Failure, get_registry
@@ -214,7 +215,11 @@ def _explain(error: BaseException, args: Sequence[str]) -> int:
         import traceback
 
         traceback.print_exception(error)
-    _say_error(expected)
+    if wants_json(args):
+        for line in json_lines(expected):
+            _say(line)
+    else:
+        _say_error(expected)
     return expected.exit_code
 
 

@@ -14,6 +14,12 @@ CORE = (
     ),
     Command(name="plan", help="Say what a run would do, and why.", target="llmctl.pipeline.commands:plan"),
     Command(name="check", help="Check spec files without running anything.", target="llmctl.spec.commands:check"),
+    Command(
+        name="render",
+        help="Print a spec with all its layers in one, or where each value comes from.",
+        target="llmctl.spec.commands:render",
+    ),
+    Command(name="schema", help="Print the JSON Schema of spec files.", target="llmctl.spec.commands:schema"),
     Command(name="ls", help="List the artifacts in the store.", target="llmctl.store.commands:ls"),
     Command(
         name="show", help="Show an artifact: what it is, its numbers, its files.", target="llmctl.store.commands:show"

@@ -1,27 +1,38 @@
-"""`llmctl check`: read specs, run nothing."""
+"""`llmctl check`, `render` and `schema`: read specs, run nothing."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from llmctl.error_output import json_lines, wants_json
+from llmctl.errors import UsageError
 from llmctl.spec.diagnostics import SpecError
+from llmctl.spec.options import settings, spec_layers
 from llmctl.spec.pipeline import Pipeline, load_pipeline
+
+WIDEST = 48
+"""Characters of a value in a table."""
 
 
 @click.command()
 @click.argument("specs", metavar="SPEC...", nargs=-1, required=True)
-@click.option("--profile", "profiles", metavar="NAME", multiple=True, help="Put this profile on top; may be repeated.")
-@click.option(
-    "--set", "sets", metavar="KEY=VALUE", multiple=True, help="Set a value, as STAGE.PARAM=VALUE; may be repeated."
-)
+@spec_layers
 @click.option(
     "--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
 )
-def check(specs: Sequence[str], profiles: Sequence[str], sets: Sequence[str], format_: str) -> int:
+def check(
+    specs: Sequence[str],
+    profiles: Sequence[str],
+    sets: Sequence[str],
+    set_jsons: Sequence[str],
+    set_files: Sequence[str],
+    format_: str,
+) -> int:
     """Validate specs: keys, parameters, wiring. Each SPEC is a file or the name of a shipped spec.
 
     Nothing runs, no network and no torch is needed. Exits with 0, or with 2 and all mistakes.
@@ -32,7 +43,8 @@ def check(specs: Sequence[str], profiles: Sequence[str], sets: Sequence[str], fo
     results: list[Pipeline | SpecError] = []
     for spec in specs:
         try:
-            results.append(load_pipeline(spec, profiles, sets, registry=registry))
+            layers = settings(sets, set_jsons, set_files)
+            results.append(load_pipeline(spec, profiles, layers, registry=registry))
         except SpecError as error:
             results.append(error)
     errors = [result for result in results if isinstance(result, SpecError)]
@@ -42,12 +54,22 @@ def check(specs: Sequence[str], profiles: Sequence[str], sets: Sequence[str], fo
         pipelines = [pipeline for pipeline in results if isinstance(pipeline, Pipeline)]
         for pipeline in pipelines:
             click.echo(_table(pipeline))
-        for failed in errors:
-            click.echo(failed.render() + "\n", err=True)
-        if errors:
-            count = sum(len(failed.diagnostics) for failed in errors)
-            click.echo(f"{count} error{'s' if count > 1 else ''}", err=True)
+        _say(errors)
     return 2 if errors else 0
+
+
+def _say(errors: Sequence[SpecError]) -> None:
+    """The mistakes on stderr, in the form that `--error-format` asks for."""
+    if wants_json(sys.argv[1:]):
+        for failed in errors:
+            for line in json_lines(failed):
+                click.echo(line, err=True)
+        return
+    for failed in errors:
+        click.echo(failed.render() + "\n", err=True)
+    if errors:
+        count = sum(len(failed.diagnostics) for failed in errors)
+        click.echo(f"{count} error{'s' if count > 1 else ''}", err=True)
 
 
 def _inputs(pipeline: Pipeline, stage: str) -> dict[str, list[str]]:
@@ -87,3 +109,65 @@ def _report(specs: Sequence[str], results: Sequence[Pipeline | SpecError]) -> di
         found.as_json() for result in results if isinstance(result, SpecError) for found in result.diagnostics
     ]
     return {"ok": not diagnostics, "specs": entries, "diagnostics": diagnostics}
+
+
+@click.command()
+@click.argument("spec", metavar="SPEC")
+@spec_layers
+@click.option("--explain", is_flag=True, help="Show for every value the file, line and column that it comes from.")
+@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
+def render(
+    spec: str,
+    profiles: Sequence[str],
+    sets: Sequence[str],
+    set_jsons: Sequence[str],
+    set_files: Sequence[str],
+    explain: bool,
+    format_: str,
+) -> None:
+    """Print SPEC with includes, profiles, settings and variables worked in: a spec again.
+
+    With --explain every value, defaults included, with the place of the layer that sets it.
+    """
+    from llmctl.console import table
+    from llmctl.registry import get_registry
+    from llmctl.spec.rendering import origin_rows
+    from llmctl.spec.rendering import render as rendered
+
+    found = rendered(spec, profiles, settings(sets, set_jsons, set_files), registry=get_registry())
+    if not explain:
+        text = json.dumps(found.plain(), indent=2, ensure_ascii=False) if format_ == "json" else found.yaml().rstrip()
+        click.echo(text)
+    elif format_ == "json":
+        click.echo(json.dumps(origin_rows(found.origins()), indent=2, ensure_ascii=False))
+    else:
+        rows = [
+            (item.path, _short(json.dumps(item.value, ensure_ascii=False)), _from(item.place, item.through))
+            for item in found.origins()
+        ]
+        click.echo(table(("VALUE", "IS", "FROM"), rows))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= WIDEST else f"{text[: WIDEST - 1]}…"
+
+
+def _from(place: str, through: str) -> str:
+    return f"{place}, through {through}" if through else place
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["pipeline", "stage"]))
+@click.argument("name", required=False)
+def schema(kind: str, name: str | None) -> None:
+    """Print the JSON Schema of spec files, for editors: `pipeline`, or `stage NAME` for the file of a single stage."""
+    from llmctl.registry import get_registry
+    from llmctl.spec.schema import pipeline_schema, stage_schema
+
+    registry = get_registry()
+    if kind == "stage" and name is None:
+        raise UsageError("`llmctl schema stage` needs the name of a stage", hint="e.g. llmctl schema stage sft")
+    if kind == "pipeline" and name is not None:
+        raise UsageError(f"unexpected argument `{name}`", hint=f"llmctl schema stage {name}")
+    found = stage_schema(registry.stage(name)) if name else pipeline_schema(registry)
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -48,7 +48,7 @@ def find(path_or_name: str | Path) -> Found:
 
 def find_file(path: Path) -> Found:
     """A spec by its path. Raises SpecError (E011)."""
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         problem = "is a directory" if path.is_dir() else "no such file"
         near = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         fail("E011", f"cannot read {path}: {problem}", None, suggest(path.name, sorted(near), "specs there"))

@@ -65,14 +65,15 @@ def apply_profiles(document: Map, names: Sequence[str], report: Report) -> Map:
 
 
 def apply_defaults(document: Map) -> Map:
-    """`document` with the section `defaults` merged under every stage."""
+    """`document` with the section `defaults` merged under every stage; a `select` has no process to have defaults."""
     defaults, stages = document.get("defaults"), document.get("stages")
     if not (isinstance(defaults, Map) and isinstance(stages, Map)):
         return document
     shared = Map(defaults.mark, {key: defaults.entries[key] for key in DEFAULT_KEYS if key in defaults.entries})
     filled = {
-        name: Entry(entry.key, merge(shared, entry.value) if isinstance(entry.value, Map) else entry.value)
+        name: Entry(entry.key, merge(shared, node) if isinstance(node, Map) and "select" not in node.entries else node)
         for name, entry in stages.entries.items()
+        for node in [entry.value]
     }
     section = Entry(document.entries["stages"].key, Map(stages.mark, filled))
     return Map(document.mark, {**document.entries, "stages": section})

@@ -111,7 +111,7 @@ def single_stage(
 
 
 def print_spec(pipeline: Pipeline) -> str:
-    """The YAML text that gives the same pipeline when it is read from a file in `pipeline.base`.
+    """The YAML text that gives the same pipeline, one without rows, when it is read from a file in `pipeline.base`.
 
     Parameters that were not given stay out; profiles, variables and `--set` are worked in.
     """

@@ -7,12 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.spec.nodes import scalar_value
-from llmctl.spec.resolved import EnvValue, Gate, Pipeline, Ref, Resources, StageSpec
+from llmctl.spec.resolved import EnvValue, Gate, Pipeline, Ref, Resources, Secret, Source, StageSpec
 from llmctl.spec.skeleton import FORMAT
+
+BREAKS = set("\x85\u2028\u2029\ufeff")
+"""Characters that YAML 1.1 takes for ends of lines, and the byte order mark: only an escape brings them back."""
 
 
 def spec_text(pipeline: Pipeline) -> str:
-    """The YAML of a spec that reads as `pipeline`."""
+    """The YAML of a spec that reads as `pipeline`, which has no rows of a matrix and no `select`."""
+    return yaml_text(_document(pipeline))
+
+
+class Verbatim(str):
+    """A number as its source writes it: `1e-4` in the id of a matrix row is not `0.0001`."""
+
+
+def yaml_text(value: Any) -> str:
+    """JSON values, numbers perhaps `Verbatim`, as YAML that our reader reads back as they are."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -21,21 +33,32 @@ def spec_text(pipeline: Pipeline) -> str:
         def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
             super().increase_indent(flow, False)
 
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
     def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
         plain = isinstance(scalar_value(value), str) if len(value) < 4000 else True
+        plain = plain and not BREAKS & set(value)
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
 
+    def verbatim(dumper: yaml.SafeDumper, value: Verbatim) -> yaml.ScalarNode:
+        # Whatever PyYAML takes it for, it is left alone.
+        tag = dumper.resolve(yaml.ScalarNode, str(value), (True, False))  # type: ignore[no-untyped-call]  # PyYAML
+        return yaml.ScalarNode(tag, str(value))
+
     Dumper.add_representer(str, text)
-    return str(
-        yaml.dump(
-            _document(pipeline), Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
-        )
-    )
+    Dumper.add_representer(Verbatim, verbatim)
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "default_flow_style": None, "width": 110}
+    return str(yaml.dump(value, Dumper=Dumper, **options))
 
 
 def _document(pipeline: Pipeline) -> dict[str, Any]:
     head: dict[str, Any] = {"llmctl": FORMAT, "name": pipeline.name}
-    sources = {name: {"uri": source.uri, "type": source.type} for name, source in pipeline.sources.items()}
+    if pipeline.secrets:
+        head["secrets"] = {name: _secret(secret, pipeline.base) for name, secret in pipeline.secrets.items()}
+    if pipeline.store:
+        head["store"] = {"uri": pipeline.store}
+    sources = {name: _source(source) for name, source in pipeline.sources.items()}
     stages = {name: _stage(stage, pipeline.base) for name, stage in pipeline.stages.items()}
     if pipeline.single:
         return head | ({"sources": sources} if sources else {}) | next(iter(stages.values()))
@@ -54,9 +77,22 @@ def _stage(spec: StageSpec, base: Path) -> dict[str, Any]:
         "gates": [_gate(gate) for gate in spec.gates],
         "output": _path(spec.output, base) if spec.output else None,
         "cache": spec.cache if spec.cache != "auto" else None,
+        "retries": spec.retries,
+        "ephemeral": spec.ephemeral,
         "tag": spec.tag,
     }
     return {key: value for key, value in written.items() if value}
+
+
+def _source(source: Source) -> dict[str, Any]:
+    pinned = {"identity": source.identity} if source.identity != "sha256" else {}
+    return {"uri": source.uri, "type": source.type, **pinned, **({"digest": source.digest} if source.digest else {})}
+
+
+def _secret(secret: Secret, base: Path) -> dict[str, Any]:
+    if secret.path is not None:
+        return {"from": "file", "path": _path(secret.path, base)}
+    return {"from": "env", "variable": secret.variable or secret.name}
 
 
 def _references(refs: Sequence[Ref]) -> str | list[str]:
@@ -65,6 +101,8 @@ def _references(refs: Sequence[Ref]) -> str | list[str]:
 
 
 def _env(value: EnvValue) -> str | dict[str, Any]:
+    if value.secret:
+        return {"secret": value.secret}
     return value.value if value.affects_output else {"value": value.value, "affects_output": False}
 
 
@@ -73,6 +111,8 @@ def _resources(resources: Resources) -> dict[str, Any]:
         "cpus": resources.cpus,
         "memory": None if resources.memory is None else f"{resources.memory}B",
         "gpus": resources.gpus,
+        "gpu_type": resources.gpu_type,
+        "disk": None if resources.disk is None else f"{resources.disk}B",
         "time": None if resources.time is None else f"{resources.time}s",
     }
     return {key: value for key, value in texts.items() if value is not None}

@@ -81,9 +81,9 @@ CASES = [
     ("include: [./a.yaml]", {"a.yaml": "uses: data\n"}, "E101 a.yaml:1:1 `uses` cannot stand in an included file"),
     ("include: [3]", {}, "E102 spec.yaml:3:11 `include` is a list of paths"),
     ("include: ['https://x.org/a.yaml']", {}, "E102 spec.yaml:3:11 `https://x.org/a.yaml` has no digest"),
-    ("include: [{url: https://x.org/a.yaml}]", {}, "E102 spec.yaml:3:11 an included URL is written {url: …, sha256: …}"),
+    ("include: [{url: https://x.org/a.yaml}]", {}, "E102 spec.yaml:3:11 an included URL is written {url: …, sha256: "),
     ("include: [{url: ./a.yaml, sha256: aa}]", {}, "E102 spec.yaml:3:17 `./a.yaml` is no URL"),
-    ("include: [{url: 'http://127.0.0.1:9/a', sha256: aa}]", {}, "E011 spec.yaml:3:17 cannot include http://127.0.0.1:9/a"),
+    ("include: [{url: 'http://127.0.0.1:9/a', sha256: aa}]", {}, "E011 spec.yaml:3:17 cannot include http://127.0.0.1"),
 ]  # fmt: skip
 
 

@@ -53,8 +53,8 @@ MISTAKES = [
      "[write `vars.NAME` or `name`; there are no functions and no arithmetic]"),
     ('run_tag: "x ${{ vars.rate"', "E030 spec.yaml:15:24 `${{` has no `}}`"),
     ('run_tag: "x ${{ vars.mix }}"', "E030 spec.yaml:15:24 `vars.mix` is a map or list and cannot stand inside text"),
-    ('lr: "${{ env.LR }}"', "E030 spec.yaml:15:17 `env.LR` cannot be used here [use `vars` and --set; the environment is "
-     "read in `store`, `secrets` and `env` only]"),
+    ('lr: "${{ env.LR }}"', "E030 spec.yaml:15:17 `env.LR` cannot be used here [use `vars` and --set; the environment "
+     "is read in `store`, `secrets` and `env` only]"),
 ]  # fmt: skip
 
 
