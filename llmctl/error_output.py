@@ -20,7 +20,7 @@ def wants_json(args: Sequence[str]) -> bool:
     Read from the words as they were typed: the error may be that they cannot be parsed.
     """
     values = [os.environ.get(ENVIRONMENT, "")]
-    for word, following in zip(args, [*args[1:], ""], strict=True):
+    for word, following in zip(args, [*args[1:], ""], strict=False):
         if word == OPTION:
             values.append(following)
         elif word.startswith(f"{OPTION}="):

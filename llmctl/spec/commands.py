@@ -79,13 +79,19 @@ def _inputs(pipeline: Pipeline, stage: str) -> dict[str, list[str]]:
 def _table(pipeline: Pipeline) -> str:
     """Stages in the order in which they run, with what each uses and gets."""
     rows = [
-        (stage.id, stage.stage.name, " ".join(f"{p}={','.join(r)}" for p, r in _inputs(pipeline, stage.id).items()))
+        (stage.id, stage.stage.name, " ".join(f"{p}={_brief(r)}" for p, r in _inputs(pipeline, stage.id).items()))
         for stage in pipeline.stages.values()
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"  {id_:<{widths[0]}}  {uses:<{widths[1]}}  {inputs}".rstrip() for id_, uses, inputs in rows]
     count = f"{len(rows)} stage{'s' if len(rows) > 1 else ''}"
     return "\n".join([f"{pipeline.name}: {count}, no mistakes", *lines])
+
+
+def _brief(refs: Sequence[str]) -> str:
+    """References on one line; a fan-in of more than two as its stage with `[*]` and their number."""
+    bases = {f"{ref.partition('[')[0]}[*].{ref.rpartition('].')[2]}" for ref in refs if "]." in ref}
+    return f"{bases.pop()} ({len(refs)})" if len(refs) > 2 and len(bases) == 1 else ",".join(refs)
 
 
 def _report(specs: Sequence[str], results: Sequence[Pipeline | SpecError]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .conftest import BLOCKS, Block
 CONSOLE = [block for block in BLOCKS if block.language == "console"]
 SPECS = [block for block in BLOCKS if block.language == "yaml" and "llmctl: 1" in block.text.splitlines()]
 GOOD = [block for block in SPECS if not block.title.startswith("broken")]
-CHEAP = ("check", "plan", "plugins")
+CHEAP = ("check", "plan", "plugins", "render")
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 
@@ -86,7 +86,7 @@ def check_command(arguments: list[str]) -> None:
     for param in {param.name: param for param in used}.values():
         if isinstance(values.get(param.name), str | tuple | list):
             param.type_cast_value(own, values[param.name])
-    if name in ("run", "plan", "check"):
+    if name in ("run", "plan", "check", "render"):
         for spec in [values["spec"]] if isinstance(values.get("spec"), str) else values.get("specs", ()):
             check_shipped(spec, values)
 

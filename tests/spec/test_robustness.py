@@ -53,7 +53,8 @@ profiles: {p: {stages: {train: {with: {max_steps: 5}}}}}
 PIECES = st.sampled_from(
     ["", "null", "3", "1.5", "x", "[]", "{}", "[x, 3]", "{a: 1}", "true", "'1'", ".nan", "-", "./p", "train", "data",
      "sources.chat", "${{ vars.seed }}", "${{ vars.nope }}", "${{ vars.deep }}", "eval", "uses: x", "*a", "&a x",
-     "\t", "!replace", "!replace {a: 1}", "tuned[*]", "tuned[lr=7]", "${{ matrix.lr }}", "${{ env.NO }}", "foreach:", "select:", "matrix:", "include:", "tuned"]
+     "\t", "!replace", "!replace {a: 1}", "tuned[*]", "tuned[lr=7]", "${{ matrix.lr }}", "${{ env.NO }}",
+     "foreach:", "select:", "matrix:", "include:", "tuned"]
 )  # fmt: skip
 OPTIONS = st.sampled_from(
     ["train.lr=1", "train.betas=x", "vars.deep=3", "sources.more=5", "stages.train=3", "stages.train.with=[1]",
