@@ -58,9 +58,41 @@ def write_genai_config(
     """
     generation = target / "generation_config.json"
     ids = {**config, **(json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {})}
-    eos = ids.get("eos_token_id")
-    pad = ids.get("pad_token_id")
-    first_eos = eos[0] if isinstance(eos, list) and eos else eos
+    decoder = {
+        **_graph(positions),
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "head_size": head_size,
+        "hidden_size": _first(config, "hidden_size", "n_embd"),
+        "num_attention_heads": _first(config, "num_attention_heads", "n_head"),
+        "num_hidden_layers": _first(config, "num_hidden_layers", "n_layer"),
+        "num_key_value_heads": kv_heads,
+    }
+    model = {
+        **_special_ids(ids),
+        "context_length": context,
+        "decoder": decoder,
+        "type": GENAI_TYPE,
+        "vocab_size": config["vocab_size"],
+    }
+    search = {**GREEDY, "max_length": context, "past_present_share_buffer": in_place}
+    _write(target / "genai_config.json", {"model": model, "search": search})
+
+
+GREEDY = {
+    "do_sample": False,
+    "early_stopping": True,
+    "min_length": 0,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
+
+
+def _graph(positions: bool) -> dict[str, Any]:
+    """The names of the graph's inputs and outputs."""
     inputs = {
         "input_ids": "input_ids",
         "attention_mask": "attention_mask",
@@ -68,45 +100,23 @@ def write_genai_config(
         "past_key_names": "past_key_values.%d.key",
         "past_value_names": "past_key_values.%d.value",
     }
-    decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": "model.onnx",
-        "head_size": head_size,
-        "hidden_size": _first(config, "hidden_size", "n_embd"),
-        "inputs": inputs,
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
-        },
-        "num_attention_heads": _first(config, "num_attention_heads", "n_head"),
-        "num_hidden_layers": _first(config, "num_hidden_layers", "n_layer"),
-        "num_key_value_heads": kv_heads,
+    outputs = {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
     }
-    model = {
-        # onnxruntime-genai refuses null.
+    return {"filename": "model.onnx", "inputs": inputs, "outputs": outputs}
+
+
+def _special_ids(ids: dict[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens; onnxruntime-genai refuses null."""
+    eos, pad = ids.get("eos_token_id"), ids.get("pad_token_id")
+    first_eos = eos[0] if isinstance(eos, list) and eos else eos
+    return {
         "bos_token_id": ids.get("bos_token_id") or 0,
         "eos_token_id": eos if eos is not None else 0,
         "pad_token_id": pad if pad is not None else (first_eos or 0),
-        "context_length": context,
-        "decoder": decoder,
-        "type": GENAI_TYPE,
-        "vocab_size": config["vocab_size"],
     }
-    search = {
-        "do_sample": False,
-        "early_stopping": True,
-        "max_length": context,
-        "min_length": 0,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "past_present_share_buffer": in_place,
-        "repetition_penalty": 1.0,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 1.0,
-    }
-    _write(target / "genai_config.json", {"model": model, "search": search})
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,9 @@ from llmctl.ort import open_bundle
 from llmctl.ort.sessions import open_session
 from llmctl_export_onnx import bundle
 from llmctl_export_onnx.params import ExportParams
+from llmctl_export_onnx.silence import quiet
+
+TALKERS = ("optimum", "transformers", "torch.onnx")
 
 TASKS = {
     "CausalLM": "text-generation-with-past",
@@ -60,7 +59,7 @@ def choose_task(config: dict[str, Any]) -> str:
 
 
 def _export(source: Path, target: Path, task: str, opset: int) -> None:
-    with _quiet():
+    with quiet(*TALKERS):
         from optimum.exporters.onnx import main_export
 
         try:
@@ -97,12 +96,12 @@ def _prove_generator(
         in_place=False,
         positions=layout.position_ids,
     )
-    with _quiet():
+    with quiet(*TALKERS):
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
         model.eval()
 
     def reference(tokens: list[int]) -> np.ndarray:
-        with torch.inference_mode(), _quiet():
+        with torch.inference_mode(), quiet(*TALKERS):
             return model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()  # type: ignore[no-any-return]
 
     found = prove(ctx, params, reference, generator, source, data)
@@ -114,7 +113,7 @@ def _prove_encoder(ctx: Context, params: ExportParams, source: Path, target: Pat
     import torch
     from optimum.exporters.tasks import TasksManager
 
-    with _quiet():
+    with quiet(*TALKERS):
         model: Any = TasksManager.get_model_from_task(task, str(source), framework="pt", local_files_only=True)
         model.eval()
     session = open_session(target / "model.onnx", "cpu", params.threads)
@@ -129,7 +128,7 @@ def _prove_encoder(ctx: Context, params: ExportParams, source: Path, target: Pat
         mask[1, length // 2 :] = 0
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
         feeds = {name: value for name, value in feeds.items() if name in inputs}
-        with torch.inference_mode(), _quiet():
+        with torch.inference_mode(), quiet(*TALKERS):
             expected = model(**{name: torch.from_numpy(value) for name, value in feeds.items()})
         for name, got in zip(names, session.run(None, feeds), strict=True):
             worst = float(np.maximum(worst, np.abs(got - expected[name].numpy()).max()))
@@ -144,19 +143,3 @@ def _prove_encoder(ctx: Context, params: ExportParams, source: Path, target: Pat
         "parity.prompts": params.parity_prompts,
         "parameters": model.num_parameters(),
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Optimum and transformers remark on many things that are no concern of the user; errors still come."""
-    loggers = [logging.getLogger(name) for name in ("optimum", "transformers", "torch.onnx")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

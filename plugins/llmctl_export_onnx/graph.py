@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +14,7 @@ from torch import Tensor, nn
 from llmctl.errors import StageError
 from llmctl.nn.onnx_attention import OnnxContext, cache_width, rotary_tables, rotates_inside
 from llmctl.nn.transformer import Transformer
+from llmctl_export_onnx.silence import quiet
 
 DATA = "model.onnx.data"
 MICROSOFT = "com.microsoft"
@@ -80,7 +75,7 @@ def trace(model: Transformer, opset: int) -> ir.Model:
     past = [(torch.zeros(shape), torch.zeros(shape)) for _ in layers]
     cache = {0: "batch_size", 2: "past_sequence_length"}
     kinds = [(i, kind) for i in layers for kind in ("key", "value")]
-    with _quiet():
+    with quiet("torch.onnx", "torch.export", "onnxscript"):
         program = torch.onnx.export(
             Traced(model).eval(),
             (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64), past),
@@ -192,19 +187,3 @@ def _tidy(model: ir.Model) -> ir.Model:
     model.functions.clear()
     model.opset_imports.setdefault(MICROSOFT, 1)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints its progress and warns of torchvision and of torch's own deprecations: not for the user."""
-    loggers: list[Any] = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
