@@ -144,6 +144,49 @@ SPECS = [
     Mistake("source that is not there", "run spec.yaml", 5, ("nothing.jsonl",), spec("sources: {x: {uri: ./nothing.jsonl, type: dataset.text}}\nstages: {d: {uses: data, inputs: {text: sources.x}}}\n")),
 ]  # fmt: skip
 
+SWEEP = 'stages:\n  tok: {uses: fake-tok, matrix: {size: [1, 2]}, with: {size: "${{ matrix.size }}"}}\n'
+PRE = "  pre: {uses: fake-pre, inputs: {tokens: tok, tokenizer: tok}}\n"
+LAYERS = [
+    Mistake("included file that is not there", "check spec.yaml", 2, ("cannot include ./base.yaml: no such file", "spec.yaml:3:11"), spec("include: [./base.yaml]\n" + FAKE)),
+    Mistake("files that include each other", "check spec.yaml", 2, ("files include each other", "a.yaml:1:11"), {**spec("include: [./a.yaml]\n" + FAKE), "a.yaml": "include: [./spec.yaml]\n"}),
+    Mistake("included URL without a digest", "check spec.yaml", 2, ("has no digest", "sha256: …"), spec("include: ['https://example.org/a.yaml']\n" + FAKE)),
+    Mistake("key that an included file cannot hold", "check spec.yaml", 2, ("`uses` cannot stand in an included file", "a.yaml:1:1"), {**spec("include: [./a.yaml]\n" + FAKE), "a.yaml": "uses: fake-tok\n"}),
+    Mistake("!replace before a list", "check spec.yaml", 2, ("`!replace` stands before a map only",), spec(FAKE + "vars: {x: !replace [1]}\n")),
+    Mistake("alias that is not defined", "check spec.yaml", 2, ("alias `*x` is not defined above",), spec("vars: {a: *x}\n" + FAKE)),
+    Mistake("key that is a number", "check spec.yaml", 2, ("a key must be plain text, not `3`", "quote it"), spec("vars: {3: x}\n" + FAKE)),
+    Mistake("value that does not end", "check spec.yaml", 2, ("nested deeper than",), spec("vars: {x: " + "[" * 120 + "]" * 120 + "}\n" + FAKE)),
+    Mistake("variable defined by itself", "check spec.yaml", 2, ("is defined by itself", "vars.a → vars.a"), spec('vars: {a: "${{ vars.a }}"}\n' + FAKE.replace("fake-tok}", 'fake-tok, with: {text: "${{ vars.a }}"}}'))),
+    Mistake("arithmetic in an expression", "check spec.yaml", 2, ("no functions and no arithmetic",), spec('vars: {a: "${{ vars.b * 2 }}"}\n' + FAKE)),
+    Mistake("environment in a parameter", "check spec.yaml", 2, ("`env.X` cannot be used here", "use `vars` and --set"), spec('stages:\n  tok: {uses: fake-tok, with: {text: "${{ env.X }}"}}\n')),
+    Mistake("environment variable that is not set", "check spec.yaml", 2, ("`env.NO_SUCH` is not set", "export NO_SUCH=…"), spec('stages:\n  tok: {uses: fake-tok, env: {A: "${{ env.NO_SUCH }}"}}\n')),
+    Mistake("matrix without values", "check spec.yaml", 2, ("stages.tok.matrix.size: an empty list gives no rows", "write [1e-5, 3e-5]"), spec(SWEEP.replace("[1, 2]", "[]"))),
+    Mistake("row that is there twice", "check spec.yaml", 2, ("has the row `size=1` twice", "spec.yaml:4"), spec(SWEEP.replace("[1, 2]", "[1, 1]"))),
+    Mistake("key that the matrix does not have", "check spec.yaml", 2, ("`matrix.sise` is not defined", "did you mean `size`?"), spec(SWEEP.replace("${{ matrix.size", "${{ matrix.sise"))),
+    Mistake("matrix expression without a matrix", "check spec.yaml", 2, ("`matrix.size` is not defined here", "only a stage with `matrix` or `foreach`"), spec(SWEEP.replace(" matrix: {size: [1, 2]},", ""))),
+    Mistake("foreach of a stage without a matrix", "check spec.yaml", 2, ("`foreach` of a stage without a matrix: `tok`",), spec(FAKE + "  more: {uses: fake-tok, foreach: tok}\n")),
+    Mistake("several instances where one is wanted", "check spec.yaml", 2, ("`tok` has 2 instances", "or name one"), spec(SWEEP + PRE)),
+    Mistake("instance that does not exist", "check spec.yaml", 2, ("no instance `tok[size=3]`", "did you mean `tok[size=2]`?"), spec(SWEEP + PRE.replace("tokens: tok,", 'tokens: "tok[size=3]",'))),
+    Mistake("all instances for a port that takes one", "check spec.yaml", 2, ("this port takes one input (got 2)",), spec(SWEEP + PRE.replace("tokens: tok,", 'tokens: "tok[*]",'))),
+    Mistake("instances that write to one place", "check spec.yaml", 2, ("is copied to the same place", "${{ matrix.size }}"), spec(SWEEP.replace("matrix:", "output: ./out, matrix:"))),
+    Mistake("select without metrics", "check spec.yaml", 2, ("it has no list of metrics to decide by",), spec(SWEEP + '  best: {select: {tokens: "tok[*].tokens"}, by: {metric: answer, mode: max}}\n')),
+    Mistake("select of lists that do not match", "check spec.yaml", 2, ("have different lengths: tokens 2, metrics 1",), spec(SWEEP + '  one: {uses: fake-tok}\n  best: {select: {tokens: "tok[*].tokens", metrics: one}, by: {metric: answer, mode: max}}\n')),
+    Mistake("select without by", "check spec.yaml", 2, ("missing key `by` in stages.best",), spec(SWEEP + '  best: {select: {metrics: "tok[*]"}}\n')),
+    Mistake("secret that is not declared", "check spec.yaml", 2, ("no secret `TOKEM`", "did you mean `TOKEN`?"), spec("secrets: {TOKEN: env}\nstages:\n  tok: {uses: fake-tok, env: {A: {secret: TOKEM}}}\n")),
+    Mistake("command in a spec's secret", "check spec.yaml", 2, ("unknown key `command`", "spec.yaml:3:30"), spec("secrets: {TOKEN: {from: env, command: rm}}\n" + FAKE)),
+    Mistake("secret that is not set", "run spec.yaml", 7, ("NO_SUCH_TOKEN",), spec("secrets: {NO_SUCH_TOKEN: env}\nstages:\n  tok: {uses: fake-tok, env: {A: {secret: NO_SUCH_TOKEN}}}\n")),
+    Mistake("version of a stage that is not installed", "check spec.yaml", 2, ("is of fake 0.1, the spec wants >=2", "pip install 'fake>=2'"), spec(FAKE.replace("uses: fake-tok", '"uses": "fake-tok@>=2"'))),
+    Mistake("pinned source without a digest", "check spec.yaml", 2, ("`identity: pinned` needs the `digest`",), spec("sources: {x: {uri: ./x, identity: pinned}}\n" + FAKE)),
+    Mistake("store at an address", "check spec.yaml", 2, ("`s3://` is not supported yet",), spec("store: {uri: 's3://b/x'}\n" + FAKE)),
+    Mistake("resources of a wrong unit", "check spec.yaml", 2, ("a size such as `8GiB`",), spec("stages:\n  tok: {uses: fake-tok, resources: {memory: lots}}\n")),
+    Mistake("--set beyond the end of a list", "check spec.yaml --set tok.names[4]=x", 2, ("there is no `stages.tok.with.names[4]`: it has 0 items",), spec(FAKE)),
+    Mistake("--set that appends to a map", "check spec.yaml --set vars.a+=1", 2, ("cannot append to `vars.a`: it is a map",), spec("vars: {a: {b: 1}}\n" + FAKE)),
+    Mistake("--set-json that is no JSON", "check spec.yaml --set-json tok.size=[1", 2, ("not JSON",), spec(FAKE)),
+    Mistake("--set-file that is not there", "check spec.yaml --set-file tok.text=none.txt", 2, ("cannot read none.txt",), spec(FAKE)),
+    Mistake("--set of a profile", "check spec.yaml --set profiles.a.vars.x=1", 2, ("a profile cannot be set", "--profile"), spec(FAKE)),
+    Mistake("schema of an unknown stage", "schema stage fake-tokk", 2, ("fake-tokk", "did you mean `fake-tok`?")),
+    Mistake("user configuration that changes results", "check spec.yaml", 2, ("unknown key `lr`", "config/llmctl/config.yaml:1:1"), {**spec("secrets: {T: env}\n" + FAKE), "../config/llmctl/config.yaml": "lr: 3\n"}),
+]  # fmt: skip
+
 STAGES = [
     Mistake("stage that fails", "fake-tok --fail stage", 3, ("it went wrong", "try again")),
     Mistake("bad input found by the stage", "fake-tok --fail input", 5, ("the input is bad", "get a better one")),
@@ -208,7 +251,7 @@ MODELS = [
 ]  # fmt: skip
 
 
-ALL = [*COMMAND_LINE, *SPECS, *STAGES, *DATA, *MODELS]
+ALL = [*COMMAND_LINE, *SPECS, *LAYERS, *STAGES, *DATA, *MODELS]
 
 
 @pytest.fixture(scope="session")
@@ -330,7 +373,7 @@ def test_mistake(mistake, make):
 
 
 def test_there_are_many_and_no_two_are_the_same():
-    assert len({row.name for row in ALL}) == len(ALL) >= 30
+    assert len({row.name for row in ALL}) == len(ALL) >= 80
     assert len({(row.args, str(row.files), row.stdin) for row in ALL}) == len(ALL)
 
 
