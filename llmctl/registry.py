@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 GROUP = "llmctl"
 DISABLE = "LLMCTL_DISABLE"
-RESERVED = frozenset({"check", "get", "lineage", "ls", "plan", "plugins", "run", "show", "stage"})
+RESERVED = frozenset(
+    {"check", "completion", "doctor", "get", "init", "lineage", "ls", "plan", "plugins", "run", "show", "stage"}
+)
 """The names of llmctl's own commands (`llmctl.command_table`); a plugin cannot take one."""
 
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "llmctl_spec"))
