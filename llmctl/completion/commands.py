@@ -21,7 +21,7 @@ MARK = "Made by `llmctl completion"
 def completion(shell: str | None, install: bool) -> None:
     """Print the completion script of SHELL, or install it.
 
-    For this shell alone: source <(llmctl completion bash), source <(llmctl completion zsh), llmctl completion fish | source.
+    This shell alone: `source <(llmctl completion bash)`, the same with zsh, `llmctl completion fish | source`.
     """
     if not install:
         if shell is None:

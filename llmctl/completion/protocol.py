@@ -1,8 +1,9 @@
 """The line before the cursor in, candidates out: what the three scripts and llmctl say to each other.
 
-A script sets `_LLMCTL_COMPLETE=<shell>_complete` and `_LLMCTL_LINE`; bash also `_LLMCTL_WORD`, the part it will replace.
-Each line of the answer is `plain`, `file`, `dir` or `nospace`, then, tab-separated, the value and a text beside it. Whatever
-goes wrong, a broken spec or a plugin, the answer is empty: a person in the middle of a command line needs no traceback.
+A script sets `_LLMCTL_COMPLETE=<shell>_complete` and `_LLMCTL_LINE`; bash also `_LLMCTL_WORD`, the part it will
+replace. Each line of the answer is `plain`, `file`, `dir` or `nospace`, then, tab-separated, the value and a text
+beside it. Whatever goes wrong, a broken spec or a plugin, the answer is empty: nobody in the middle of a line needs
+a traceback.
 """
 
 from __future__ import annotations

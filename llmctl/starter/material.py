@@ -19,7 +19,7 @@ KINDS = {
     "files": "texts (.txt, .md, .jsonl with `text`, .parquet)",
     "dataset.text": "texts (.txt, .md, .jsonl with `text`, .parquet)",
     "dataset.chat": 'conversations (.jsonl or .parquet, rows {"messages": [{"role": …, "content": …}, …]})',
-    "dataset.preference": "preferences (.jsonl or .parquet, rows {prompt, chosen, rejected})",
+    "dataset.preference": "preferences (.jsonl or .parquet, rows {prompt, chosen, rejected}, each a list of messages)",
     "dataset.tokens": "token shards",
 }
 FOUND = {
@@ -123,6 +123,8 @@ def _plain_folder(path: Path, kind: str) -> bool:
 
 def _look_at_data(path: Path, kind: str) -> Found:
     types.check(kind, path)
+    if fault := _fault(path, kind):
+        return Found(path=path, kind="", text=fault, hint='a message is {"role": "user", "content": "…"}')
     size = path.stat().st_size if path.is_file() else sum(file.stat().st_size for file in _files(path))
     if path.is_file():
         splits: tuple[str, ...] = ("train",)
@@ -130,6 +132,18 @@ def _look_at_data(path: Path, kind: str) -> Found:
         matches = (types.DATASET_FILE.match(file.name) for file in sorted(path.iterdir()))
         splits = tuple(dict.fromkeys(match["split"] for match in matches if match))
     return Found(path=path, kind=kind, text=FOUND.get(kind, kind), splits=splits, bytes=size)
+
+
+def _fault(path: Path, kind: str) -> str:
+    """What is wrong with the first row of conversations or preferences: their columns hold lists of messages."""
+    columns = types.COLUMNS.get(kind, ())
+    files = [path] if path.is_file() else [file for file in _files(path) if types.DATASET_FILE.match(file.name)]
+    row = types.first_row(files[0]) if files and kind != "dataset.text" else None
+    for name in columns if row else ():
+        value = (row or {}).get(name)
+        if not isinstance(value, list) or not all(isinstance(item, dict) and "role" in item for item in value):
+            return f"rows whose `{name}` is no list of messages"
+    return ""
 
 
 def _look_at_glob(pattern: Path) -> Found:
