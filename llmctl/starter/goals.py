@@ -163,7 +163,7 @@ def _derived(data: Found | None) -> dict[str, Any]:
     by_rows = kind in ("dataset.chat", "dataset.preference")
     held_out = data is not None and "validation" in data.splits
     split = "validation" if not by_rows or held_out else "train"
-    size = data.bytes if data and data.bytes else 20 << 20
+    size = data.bytes if data and data.bytes else 3 << 20  # what is read of Python's library
     return {
         "texts": kind in TEXTS,
         "chat": kind == "dataset.chat",
@@ -173,11 +173,11 @@ def _derived(data: Found | None) -> dict[str, Any]:
         "split": split,
         "few": "limit: 4, resamples: 100" + (", max_new_tokens: 8" if kind == "dataset.chat" else "")
         if by_rows
-        else "max_tokens: 2048",
+        else "max_tokens: 16384",
         "modules": MODULES,
         "share": 0.08 if size > 1 << 20 else 0.2,  # of a small corpus 8 % may be no document at all
         # About 1000 bytes of text for every token of the vocabulary, so that each is seen often enough to be learnt.
-        "vocabulary": next((count for count in (8192, 4096, 2048, 1024, 512) if size >= 1000 * count), 300),
+        "vocabulary": next((count for count in (4096, 2048, 1024, 512) if size >= 1000 * count), 300),
     }
 
 

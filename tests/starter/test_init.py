@@ -85,6 +85,11 @@ def work(tmp_path):
     write_rows(folder / "plain.jsonl", [{"text": "some words"}])
     write_rows(folder / "odd.jsonl", [{"instruction": "a", "output": "b"}])
     write_model(folder / "base")
+    (folder / "shards").mkdir()
+    meta = {"dtype": "uint16", "vocab_size": 9, "tokenizer": "x", "splits": {"train": {"tokens": 1, "documents": 1}}}
+    (folder / "shards/meta.json").write_text(json.dumps(meta))
+    (folder / "shards/train-00000.bin").write_bytes(bytes(2))
+    (folder / "shards/train-00000.idx").write_bytes(bytes(16))
     return folder
 
 
@@ -108,6 +113,7 @@ GIVEN = [
     ("evaluate", {"data": "chat.jsonl", "model": "base"}),
     ("evaluate", {"data": "split", "model": "base"}),
     ("evaluate", {"data": "pairs.jsonl", "model": "base"}),
+    ("evaluate", {"data": "shards", "model": "base"}),
 ]
 
 
@@ -162,7 +168,7 @@ class Program:
         env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         self.env = {**env, "OMP_NUM_THREADS": "1"}
 
-    def __call__(self, *args):
+    def __call__(self, *args, timeout=250):
         program = Path(sys.executable).with_name("llmctl")
         done = subprocess.run(
             [program, *args],
@@ -171,7 +177,7 @@ class Program:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=timeout,
         )
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout
@@ -251,10 +257,11 @@ def test_rag_with_a_model_serves(program):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_pretrain_in_full_passes_its_gates(program):
     """Not only the smoke profile: the spec as a person runs it."""
     program("init", "pretrain", "--name", "whole")
-    assert "gates: 3 of 3 passed" in program("run", "whole.yaml")
+    assert "gates: 3 of 3 passed" in program("run", "whole.yaml", timeout=1100)
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
