@@ -190,10 +190,8 @@ def _give(param: click.Parameter, callback: Callback) -> None:
 
 def _spec(ctx: click.Context) -> str:
     """The spec on the command line; an option that still lacks its value makes click leave arguments unread."""
-    given = ctx.params.get("spec") or (ctx.args[0] if ctx.args else "")
-    if not given:
-        raise LookupError("no spec yet")
-    return str(given)
+    given = [ctx.params.get("spec"), *(ctx.params.get("specs") or ()), *ctx.args]
+    return next(str(word) for word in given if word)  # without one there is nothing to offer: StopIteration ends it
 
 
 def _pipeline(ctx: click.Context) -> Pipeline:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmctl.doctor.finding import Finding
 from llmctl.doctor.world import Dist, World, normal
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
 OLDEST = (3, 11)
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-rocm")
 """Distributions that write the same module `onnxruntime`."""
+ROOTS = ("llmctl", "alt-profanity-check", "datasets", "datatrove", "sentence-transformers")
+"""Whose requirements are followed: llmctl's, and those of packages often beside it that bind versions of its own."""
 
 
 def python(world: World) -> Iterator[Finding]:
@@ -46,7 +53,9 @@ def llmctl(world: World) -> Iterator[Finding]:
 def onnxruntime_packages(world: World) -> Iterator[Finding]:
     """Exactly one ONNX Runtime: side by side they overwrite each other's files."""
     found = [dist.name for name in RUNTIMES if (dist := world.has(name))]
-    wanted = "onnxruntime-gpu" if len(found) != 1 and ("onnxruntime-gpu" in found or world.gpus) else "onnxruntime"
+    ours = world.has("llmctl")
+    needs = [need.name for need in requirements(ours) if applies(need)] if ours else []
+    wanted = next((name for name in needs if name in RUNTIMES), "onnxruntime")
     if len(found) > 1:
         text = f"{' and '.join(found)} overwrite each other's files; keep one"
         fix = f"{world.pip} uninstall -y {' '.join(found)} && {world.pip} install {wanted}"
@@ -111,30 +120,52 @@ def known_conflicts(world: World) -> Iterator[Finding]:
 def _within(dist: Dist, versions: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
-    return SpecifierSet(versions).contains(dist.version, prereleases=True)
+    return fits(SpecifierSet(versions), dist)
+
+
+def fits(versions: SpecifierSet, dist: Dist) -> bool:
+    """Whether an installed version is allowed; one that nobody can read is."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return versions.contains(Version(dist.version), prereleases=True)
+    except InvalidVersion:
+        return True
+
+
+def requirements(dist: Dist) -> Iterator[Requirement]:
+    """What a distribution says that it needs; lines that nobody can read are left out."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for text in dist.requires:
+        try:
+            yield Requirement(text)
+        except InvalidRequirement:
+            continue
+
+
+def applies(need: Requirement, extra: str = "") -> bool:
+    """Whether a requirement is one here, with an extra or without."""
+    return need.marker is None or need.marker.evaluate({"extra": extra})
 
 
 def _unmet(world: World) -> Iterator[tuple[Dist, Dist, str, str]]:
-    """Requirements of llmctl and of what it uses that the installed versions do not meet; pip lets that happen.
+    """Requirements of `ROOTS` and of what they use that the installed versions do not meet; pip lets that happen.
 
     Extras are the affair of `extras`: what an extra of llmctl lacks is no conflict.
     """
-    from packaging.requirements import Requirement
-
-    waiting, seen = ["llmctl"], set()
+    waiting, seen = list(ROOTS), set()
     while waiting:
         name = waiting.pop()
         dist = world.distributions.get(name)
         if dist is None or name in seen:
             continue
         seen.add(name)
-        for text in dist.requires:
-            need = Requirement(text)
-            applies = need.marker is None or need.marker.evaluate({"extra": ""})
+        for need in requirements(dist):
             other = world.has(need.name)
-            if applies or name == "llmctl":
+            if applies(need) or name == "llmctl":
                 waiting.append(normal(need.name))
-            if applies and other and not need.specifier.contains(other.version, prereleases=True):
+            if applies(need) and other and not fits(need.specifier, other):
                 said = f"{dist.name} {dist.version} needs {need.name}{need.specifier}, {other.version} is installed"
                 yield dist, other, said, f"{need.name}{need.specifier}"
 
@@ -157,18 +188,15 @@ def tried(world: World) -> Iterator[Finding]:
 
 def missing(world: World, extra: str) -> list[str]:
     """Packages that an extra of llmctl names and that are not here, or in another version than it needs."""
-    from packaging.requirements import Requirement
-
     dist = world.has("llmctl")
     found = []
-    for text in dist.requires if dist else ():
-        need = Requirement(text)
-        if need.marker is None or need.marker.evaluate({"extra": ""}) or not need.marker.evaluate({"extra": extra}):
+    for need in requirements(dist) if dist else ():
+        if applies(need) or not applies(need, extra):
             continue
         other = world.has(need.name)
         if other is None:
             found.append(need.name)
-        elif not need.specifier.contains(other.version, prereleases=True):
+        elif not fits(need.specifier, other):
             found.append(f"{need.name}{need.specifier} (not {other.version})")
     return found
 

@@ -71,6 +71,8 @@ class World:
     which: Callable[[str], str | None]
     run: Callable[[Sequence[str]], Output]
     probe: Callable[[str], Probe]
+    kernel_gpus: tuple[str, ...] = ()
+    """Names of the GPUs that the kernel's driver lists."""
     store: Path
     free: int
     """Bytes free on the disk of the store."""
@@ -90,6 +92,8 @@ class World:
     def gpus(self) -> list[str]:
         """Names of the NVIDIA GPUs that the driver shows."""
         answer = self.run(("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"))
+        if answer.code is None:  # not every container has the program
+            return list(self.kernel_gpus)
         return [line.strip() for line in answer.text.splitlines() if line.strip()] if answer.code == 0 else []
 
     @property
@@ -135,6 +139,7 @@ def real_world(store: Path, spec: Callable[[], Pipeline] | None = None) -> World
         which=shutil.which,
         run=_Memory(),
         probe=lambda name: probes[name].result(),
+        kernel_gpus=kernel_gpus(Path("/proc/driver/nvidia/gpus")),
         store=store,
         free=free_bytes(store),
         cores=os.cpu_count() or 1,
@@ -155,11 +160,25 @@ def installed() -> dict[str, Dist]:
         name = dist.metadata["Name"]
         if not name or normal(name) in found:
             continue
-        direct = dist.read_text("direct_url.json")
-        origin = json.loads(direct) if direct else {}
-        editable = origin.get("dir_info", {}).get("editable") and origin.get("url", "").removeprefix("file://")
-        found[normal(name)] = Dist(name, dist.version or "", tuple(dist.requires or ()), editable or "")
+        found[normal(name)] = Dist(
+            name, dist.version or "", tuple(dist.requires or ()), _project(dist.read_text("direct_url.json"))
+        )
     return found
+
+
+def _project(direct_url: str | None) -> str:
+    """The directory of an editable install by its record (PEP 610), empty if it is none."""
+    try:
+        origin = json.loads(direct_url or "{}")
+        return str(origin["url"]).removeprefix("file://") if origin["dir_info"]["editable"] else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def kernel_gpus(folder: Path) -> tuple[str, ...]:
+    """The `Model:` lines that NVIDIA's kernel driver shows, one for each GPU."""
+    texts = [read_text(str(path)) for path in sorted(folder.glob("*/information"))]
+    return tuple(match[1].strip() for text in texts if (match := re.search(r"^Model:(.*)$", text, re.MULTILINE)))
 
 
 def tried_versions(constraints: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ from llmctl import __version__
 from llmctl.doctor import compute, machine, packages, request
 from llmctl.doctor.commands import as_json, as_text, checks
 from llmctl.doctor.finding import Finding, examine
-from llmctl.doctor.world import Dist, Output, Probe, World, normal, tried_versions
+from llmctl.doctor.world import Dist, Output, Probe, World, kernel_gpus, normal, tried_versions
 from llmctl.errors import InputError, MachineError
 from llmctl.registry import Failure
 from llmctl.spec.resolved import Pipeline, Resources, Secret, StageSpec
@@ -22,6 +22,8 @@ LLMCTL = Dist(
     __version__,
     (
         "click>=8.2",
+        "onnxruntime-gpu>=1.31.1",
+        "not a requirement at all",
         'torch>=2.11; extra == "train"',
         'transformers<4.58,>=4.57; extra == "optimum"',
         'scipy>=1.15; extra == "eval"',
@@ -159,7 +161,7 @@ WORLDS = [
         "onnxruntime-packages",
         "problem",
         "none is installed",
-        "pip install onnxruntime",
+        "pip install onnxruntime-gpu",
         {"distributions": with_dists(without=("onnxruntime-gpu",))},
     ),
     (
@@ -217,6 +219,13 @@ WORLDS = [
         f"llmctl {__version__} needs click>=8.2, 8.0 is installed",
         "pip install 'click>=8.2'",
         {"distributions": with_dists(Dist("click", "8.0"))},
+    ),
+    (
+        "conflicts",
+        "problem",
+        "alt-profanity-check 1.9.1 needs joblib==1.6.0, 1.5 is installed",
+        "pip install 'joblib==1.6.0'",
+        {"distributions": with_dists(Dist("alt-profanity-check", "1.9.1", ("joblib==1.6.0",)), Dist("joblib", "1.5"))},
     ),
     (
         "extras",
@@ -431,6 +440,20 @@ def test_a_machine_with_a_gpu_on_which_all_is_well():
     assert texts["gpu"] == "NVIDIA H100; driver 580.65"
     assert texts["torch"] == "2.13.0, built for CUDA 13.0, computes on H100"
     assert texts["onnxruntime"] == "onnxruntime-gpu 1.31.1, usable: CUDA, CPU"
+
+
+def test_a_container_without_nvidia_smi(tmp_path):
+    (tmp_path / "0000:01:00.0").mkdir()
+    (tmp_path / "0000:01:00.0/information").write_text("Model: \t\t NVIDIA L4\nIRQ:   \t\t 1\n")
+    assert kernel_gpus(tmp_path) == ("NVIDIA L4",)
+    read = files(__proc__driver__nvidia__version="NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build")
+    world = healthy(read=read, kernel_gpus=("NVIDIA L4",))
+    (found,) = compute.driver(world)
+    assert (found.state, found.text) == ("ok", "NVIDIA L4; driver 580.65")
+
+
+def test_a_version_that_nobody_can_read_is_no_conflict():
+    assert list(packages.known_conflicts(healthy(distributions=with_dists(Dist("click", "unknown"))))) == []
 
 
 def test_a_cuda_build_without_a_gpu_is_no_fault():

@@ -47,6 +47,23 @@ def test_two_runtimes_and_a_broken_plugin_really_installed(llmctl, install):
     assert done.stdout.splitlines()[-1].startswith("2 problems")
 
 
+def test_damaged_records_of_installations_are_no_traceback(llmctl, site):
+    for name, files in {
+        "bad_url": {"METADATA": "Name: bad-url\nVersion: 1\n", "direct_url.json": "{"},
+        "odd_url": {"METADATA": "Name: odd-url\nVersion: 1\n", "direct_url.json": "[1]"},
+        "empty": {"METADATA": ""},
+        "none": {},
+        "click_twin": {"METADATA": "Name: click-twin\nVersion: ?\nRequires-Dist: what ever (\n"},
+    }.items():
+        folder = site / f"{name}-1.dist-info"
+        folder.mkdir()
+        for file, text in files.items():
+            (folder / file).write_text(text)
+    done = llmctl("doctor", timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "check failed" not in done.stdout
+
+
 def test_a_spec_that_asks_for_too_much(llmctl, tmp_path):
     (tmp_path / "work/s.yaml").write_text(
         "llmctl: 1\nname: s\nstages:\n  data: {uses: data, with: {reader: python-stdlib}, resources: {gpus: 99}}\n"
