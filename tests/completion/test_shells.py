@@ -250,3 +250,16 @@ def test_bash_runs_the_printed_line(env, work):
     (line,) = [line[line.index("source") :] for line in done.stdout.splitlines() if "source " in line]
     shown = run(["bash", "--norc", "-c", f"{line}; complete -p llmctl"], env, work)
     assert "_llmctl_completion llmctl" in shown.stdout
+
+
+LOADER = Path("/usr/share/bash-completion/bash_completion")
+
+
+@needs("bash")
+@pytest.mark.skipif(not LOADER.exists(), reason="the package bash-completion is not installed")
+def test_bash_completion_finds_the_installed_script_by_itself(env, work, terminal):
+    done = run(["llmctl", "completion", "--install", "bash"], env, work)
+    assert "new shells have it" in done.stdout
+    shell = terminal("bash", "--norc", "--noprofile", "-i")
+    shell.type(f"PS1='rea''dy> '; source {LOADER}\n", r"ready> ")
+    shell.type("llmctl plu\t", r"llmctl plugins ")

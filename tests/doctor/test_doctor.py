@@ -17,7 +17,7 @@ from llmctl.doctor import probes
 from llmctl.doctor.world import run_program, start_probe
 
 
-def test_the_environment_of_the_tests_is_healthy(llmctl):
+def test_the_environment_of_the_tests_is_healthy(llmctl, tmp_path):
     done = llmctl("doctor", timeout=200)
     assert done.returncode == 0, done.stdout
     assert done.stderr == ""
@@ -25,43 +25,34 @@ def test_the_environment_of_the_tests_is_healthy(llmctl):
     assert not [line for line in lines if line.startswith("problem")]
     if not [line for line in lines if line.startswith("warning")]:  # a container or a slow disk may deserve one
         assert lines[-1] == "nothing to do"
+    assert list((tmp_path / "work").iterdir()) == [], "nothing is left where the store would be"
 
 
-def test_json_says_the_same(llmctl):
-    done = llmctl("doctor", "--format", "json", timeout=200)
-    report = json.loads(done.stdout)
-    assert report["ok"] is True
-    assert {"python", "torch", "onnxruntime", "file-system"} <= {row["check"] for row in report["findings"]}
-    assert all(set(row) == {"check", "state", "text", "fix"} for row in report["findings"])
+DAMAGED = {
+    "bad_url": {"METADATA": "Name: bad-url\nVersion: 1\n", "direct_url.json": "{"},
+    "odd_url": {"METADATA": "Name: odd-url\nVersion: 1\n", "direct_url.json": "[1]"},
+    "empty": {"METADATA": ""},
+    "none": {},
+    "odd": {"METADATA": "Name: odd\nVersion: ?\nRequires-Dist: what ever (\n"},
+}
 
 
-def test_two_runtimes_and_a_broken_plugin_really_installed(llmctl, install):
-    """Found among what is really on the path; each with its way out, and exit 7."""
+def test_what_is_really_installed_is_looked_at(llmctl, install, site):
+    """Two runtimes, a broken plugin, an absent spec: each with its way out. Damaged records are no traceback."""
     install("onnxruntime", {}, {}, version="1.31.1")
     install("acme", {"acme": "acme"}, {"acme/__init__.py": "raise RuntimeError('boom')"})
-    done = llmctl("doctor", timeout=200)
-    assert done.returncode == 7
+    for name, files in DAMAGED.items():
+        (site / f"{name}-1.dist-info").mkdir()
+        for file, text in files.items():
+            (site / f"{name}-1.dist-info" / file).write_text(text)
+    done = llmctl("doctor", "absent.yaml", timeout=200)
+    assert (done.returncode, done.stderr) == (7, "")
     assert "onnxruntime and onnxruntime-gpu overwrite each other's files" in done.stdout
     assert "uninstall -y onnxruntime onnxruntime-gpu" in done.stdout
     assert "acme 0.1 is broken: RuntimeError: boom" in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("2 problems")
-
-
-def test_damaged_records_of_installations_are_no_traceback(llmctl, site):
-    for name, files in {
-        "bad_url": {"METADATA": "Name: bad-url\nVersion: 1\n", "direct_url.json": "{"},
-        "odd_url": {"METADATA": "Name: odd-url\nVersion: 1\n", "direct_url.json": "[1]"},
-        "empty": {"METADATA": ""},
-        "none": {},
-        "click_twin": {"METADATA": "Name: click-twin\nVersion: ?\nRequires-Dist: what ever (\n"},
-    }.items():
-        folder = site / f"{name}-1.dist-info"
-        folder.mkdir()
-        for file, text in files.items():
-            (folder / file).write_text(text)
-    done = llmctl("doctor", timeout=200)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert "cannot read absent.yaml" in done.stdout
     assert "check failed" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("3 problems")
 
 
 def test_a_spec_that_asks_for_too_much(llmctl, tmp_path):
@@ -73,28 +64,25 @@ def test_a_spec_that_asks_for_too_much(llmctl, tmp_path):
     assert done.returncode == 7
     assert "data asks for 99 GPUs" in done.stdout and "--set stages.data.resources.gpus=" in done.stdout
     assert llmctl("doctor", "s.yaml", "--profile", "small", timeout=200).returncode == 0
-    done = llmctl("doctor", "absent.yaml", timeout=200)
-    assert done.returncode == 7 and "cannot read absent.yaml" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_nothing_heavy_in_this_process_and_little_cpu_in_all(llmctl_env, tmp_path):
+def test_as_json_with_little_cpu_and_nothing_heavy_in_this_process(llmctl_env, tmp_path):
     code = (
         "import sys, resource\nfrom llmctl.cli import main\n"
-        "try: main(['doctor'])\nexcept SystemExit: pass\n"
-        "own = resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print([n for n in ('torch', 'onnxruntime', 'numpy', 'transformers') if n in sys.modules], own.ru_utime)"
+        "try: main(['doctor', '--format', 'json'])\nexcept SystemExit: pass\n"
+        "own = resource.getrusage(resource.RUSAGE_SELF).ru_utime\n"
+        "print([n for n in ('torch', 'onnxruntime', 'numpy') if n in sys.modules], own, file=sys.stderr)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], env=llmctl_env, cwd=tmp_path, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    modules, own = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    modules, own = done.stderr.splitlines()[-1].rsplit(" ", 1)
     assert modules == "[]" and float(own) < 2
     assert after.ru_utime - before.ru_utime < 15  # torch and ONNX Runtime are imported once each
-
-
-def test_nothing_is_left_where_the_store_would_be(llmctl, tmp_path):
-    llmctl("doctor", timeout=200)
-    assert list((tmp_path / "work").iterdir()) == []
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    assert {"python", "torch", "onnxruntime", "file-system"} <= {row["check"] for row in report["findings"]}
+    assert all(set(row) == {"check", "state", "text", "fix"} for row in report["findings"])
 
 
 # -- experiments ------------------------------------------------------------------------------------------------------
