@@ -53,6 +53,8 @@ class Found:
 
 def look(text: str) -> Found:
     """The kind of data at a path or a glob. InputError if there is nothing, or it cannot be read."""
+    if not text.strip():
+        raise InputError("the path of the data is empty", hint="give a file, a folder or a glob")
     path = Path(text).expanduser()
     try:
         if not path.exists() and any(sign in text for sign in "*?["):
@@ -68,6 +70,8 @@ def look(text: str) -> Found:
 
 def look_at_model(text: str, kinds: Sequence[str], *, trains: bool) -> Found:
     """The model in a directory. InputError says what is there instead, or which architecture cannot be trained."""
+    if not text.strip():
+        raise InputError("the path of the model is empty", hint="give the directory with its config.json")
     path = Path(text).expanduser()
     try:
         _must_exist(path)

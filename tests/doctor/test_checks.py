@@ -590,3 +590,14 @@ def test_the_report_counts():
     assert as_text(rows).splitlines()[-1] == "1 problem, 2 warnings"
     assert MachineError.exit_code == 7
     assert dataclasses.asdict(rows[0])["fix"] in as_json(rows)
+
+
+def test_a_terminal_sees_that_something_happens(monkeypatch):
+    from rich.status import Status
+
+    from llmctl.doctor import commands
+
+    monkeypatch.setattr("llmctl.console.wants_bars", lambda stream: True)
+    assert isinstance(commands._waiting(), Status)
+    monkeypatch.setattr("llmctl.console.wants_bars", lambda stream: False)
+    assert not isinstance(commands._waiting(), Status)

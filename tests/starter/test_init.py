@@ -348,6 +348,7 @@ def test_goals_are_listed_and_near_ones_named(llmctl):
         ("evaluate", "flat.jsonl", "holds rows whose `prompt` is no list of messages", "a message is"),
         ("pretrain", "chat.jsonl", "holds conversations (column `messages`); pretrain wants texts", None),
         ("pretrain", "base", "holds a model; pretrain wants texts", None),
+        ("pretrain", " ", "the path of the data is empty", "give a file"),
         ("pretrain", "zzz", "no such file or directory: zzz", None),
         ("pretrain", "text", "no such file or directory: text", "did you mean `texts`?"),
         ("pretrain", "*.nothing", "nothing matches", "quote a pattern"),
@@ -408,6 +409,7 @@ def test_models_that_cannot_be_used_are_told_apart(work, monkeypatch):
         ("fine-tune", "pickled", "model.safetensors is missing (pytorch_model.bin is not read"),
         ("fine-tune", "texts", "texts holds no config.json and no model.safetensors, model.hf is wanted"),
         ("fine-tune", "chat.jsonl", "chat.jsonl holds conversations"),
+        ("fine-tune", "", "the path of the model is empty"),
         ("fine-tune", "bas", "no such file or directory: bas"),
     ):
         with pytest.raises(InputError) as caught:
