@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from llmctl.console import human_bytes
@@ -67,11 +68,13 @@ def _resources(world: World, pipeline: Pipeline) -> Iterator[Finding]:
         ):
             if wanted is not None and wanted > there:
                 text = f"{stage.id} asks for {wanted} {what}, this machine has {there}"
-                yield Finding("spec", "problem", text, _lower(stage, name, str(there)))
+                yield Finding("spec", "problem", text, _lower(pipeline, stage, name, str(there)))
         if asked.memory is not None and limit is not None and asked.memory > limit:
             text = f"{stage.id} asks for {human_bytes(asked.memory)} of memory, {human_bytes(limit)} are here"
-            yield Finding("spec", "problem", text, _lower(stage, "memory", f"{limit >> 20}MiB"))
+            yield Finding("spec", "problem", text, _lower(pipeline, stage, "memory", f"{limit >> 20}MiB"))
 
 
-def _lower(stage: StageSpec, name: str, value: str) -> str:
-    return f"llmctl run SPEC --set stages.{stage.base or stage.id}.resources.{name}={value}"
+def _lower(pipeline: Pipeline, stage: StageSpec, name: str, value: str) -> str:
+    """The command that runs the spec with what is here."""
+    file = shlex.quote(str(pipeline.file)) if pipeline.file else "SPEC"
+    return f"llmctl run {file} --set stages.{stage.base or stage.id}.resources.{name}={value}"

@@ -62,7 +62,9 @@ def test_a_spec_that_asks_for_too_much(llmctl, tmp_path):
     )
     done = llmctl("doctor", "s.yaml", timeout=200)
     assert done.returncode == 7
-    assert "data asks for 99 GPUs" in done.stdout and "--set stages.data.resources.gpus=" in done.stdout
+    assert (
+        "data asks for 99 GPUs" in done.stdout and "llmctl run s.yaml --set stages.data.resources.gpus=" in done.stdout
+    )
     assert llmctl("doctor", "s.yaml", "--profile", "small", timeout=200).returncode == 0
 
 
