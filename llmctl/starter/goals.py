@@ -16,7 +16,7 @@ from llmctl.starter.material import KINDS, Found, look, look_at_model
 
 TEXTS = ("files", "dataset.text")
 TEMPLATES = Path(__file__).parent / "templates"
-MODULES = "[argparse, bisect, fractions, glob, heapq, json, keyword, shlex, stat, string, textwrap]"
+MODULES = "[bisect, fnmatch, fractions, glob, heapq, json, keyword, shlex, stat, string, textwrap]"
 """Of Python's library, what a smoke run reads."""
 
 
