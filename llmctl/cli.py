@@ -185,9 +185,9 @@ def _invoke(args: list[str]) -> int:
     """Parse and run; a command may return None (0) or an exit code, or raise."""
     instruction = os.environ.get("_LLMCTL_COMPLETE")
     if instruction:
-        from click.shell_completion import shell_complete
+        from llmctl.completion.protocol import respond
 
-        return shell_complete(root, {}, "llmctl", "_LLMCTL_COMPLETE", instruction)
+        return respond(root, instruction)
     try:
         with root.make_context("llmctl", args) as ctx:
             result = root.invoke(ctx)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from llmctl import hookspecs
+from llmctl.command_table import CORE, HIDDEN
 from llmctl.errors import BY_EXIT_CODE, InputError, LlmctlError, MachineError, UsageError
 from llmctl.hookspecs import Command
 from llmctl.stage import NAME, Stage, missing_module
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 GROUP = "llmctl"
 DISABLE = "LLMCTL_DISABLE"
-RESERVED = frozenset({"check", "get", "lineage", "ls", "plan", "plugins", "render", "run", "schema", "show", "stage"})
-"""The names of llmctl's own commands (`llmctl.command_table`); a plugin cannot take one."""
+RESERVED = frozenset(command.name for command in (*CORE, *HIDDEN))
+"""The names of llmctl's own commands; a plugin cannot take one."""
 
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "llmctl_spec"))
 

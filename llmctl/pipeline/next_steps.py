@@ -23,7 +23,7 @@ def next_steps(pipeline: Pipeline, result: RunResult, spec: str) -> list[str]:
 
     `spec` is how the user named the spec.
     """
-    own = [line.replace("{llmctl}", _program()).replace("{spec}", shlex.quote(spec)) for line in pipeline.next]
+    own = [line.replace("{llmctl}", program_name()).replace("{spec}", shlex.quote(spec)) for line in pipeline.next]
     exported = [
         target
         for id, stage in result.stages.items()
@@ -32,7 +32,7 @@ def next_steps(pipeline: Pipeline, result: RunResult, spec: str) -> list[str]:
     ]
     if not exported or pipeline.single:
         return own
-    model, program = _short(exported[-1]), _program()
+    model, program = _short(exported[-1]), program_name()
     questions = list(dict.fromkeys(_answered(result)))[:QUESTIONS]
     question = questions[0] if questions else "Who are you?"
     body = json.dumps({"model": exported[-1].name, "messages": [{"role": "user", "content": question}]})
@@ -56,7 +56,7 @@ def _answered(result: RunResult) -> Iterator[str]:
                 yield row["question"]
 
 
-def _program() -> str:
+def program_name() -> str:
     """How this program was started: `llmctl` where the shell would find the same file, else its path."""
     started = Path(sys.argv[0])
     if started.name != "llmctl":

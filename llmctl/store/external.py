@@ -103,6 +103,8 @@ def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str
     artifact whose bytes are no longer those of its manifest.
     """
     manifest = _manifest(path)
+    if manifest and list(accepted) == ["tokenizer"] and manifest.type.startswith("model."):
+        manifest = None  # a model brings its tokenizer along: the directory is taken as the tokenizer that it holds too
     if manifest and accepted and manifest.type not in accepted:
         raise InputError(
             f"{path} is a {manifest.type}, wanted {' or '.join(accepted)}", hint="check which input it is for"

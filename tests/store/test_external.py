@@ -192,6 +192,19 @@ def test_another_type(accepted, message, copy, store):
     assert "dataset.text" in f"{error.value.message} {error.value.hint}"
 
 
+def test_a_model_brings_its_tokenizer_along(put, store, tmp_path):
+    """A copy of a model is taken where a tokenizer is wanted, as any model directory without a manifest is."""
+    files = {"config.json": "{}", "tokenizer.json": '{"model": {}}'}
+    materialise(put(files, type="model.hf"), tmp_path / "copy")
+    found = read_external(store, tmp_path / "copy", ("tokenizer",)).artifact
+    assert found.type == "tokenizer" and found.metadata["tokenizer"].startswith("sha256:")
+    (tmp_path / "copy/llmctl.json").unlink()
+    assert read_external(store, tmp_path / "copy", ("tokenizer",)).artifact.id == found.id
+    materialise(put({"config.json": "{}"}, type="model.hf"), tmp_path / "mute")
+    with pytest.raises(InputError, match="is no tokenizer: tokenizer.json is missing"):
+        read_external(store, tmp_path / "mute", ("tokenizer",))
+
+
 def test_nothing_there(store, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="is empty"):

@@ -1,0 +1,251 @@
+"""What is offered where, asked through the protocol of the scripts; what it costs; what goes wrong quietly."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from llmctl.completion import commands
+from llmctl.completion.protocol import split
+from llmctl.errors import InputError, UsageError
+
+MATRIX = """
+llmctl: 1
+name: small
+vars: {seed: 1}
+stages:
+  data: {uses: data, with: {reader: python-stdlib}}
+  tokenize: {uses: tokenize, inputs: {text: data}}
+"""
+
+
+@pytest.fixture
+def offered(llmctl):
+    """The candidates for a line, as fish would get them."""
+
+    def ask(line, **env):
+        done = llmctl(env={"_LLMCTL_COMPLETE": "fish_complete", "_LLMCTL_LINE": line, **env})
+        assert (done.returncode, done.stderr) == (0, "")
+        rows = [row.split("\t") for row in done.stdout.splitlines()]
+        return [row[1] if row[0] == "plain" else f"<{row[0]}>" for row in rows]
+
+    return ask
+
+
+def test_names_of_commands_and_stages(offered):
+    every = offered("llmctl ")
+    assert every[0] == "run" and {"init", "doctor", "sft", "chat"} <= set(every)
+    assert "stage" not in every, "an internal command"
+    assert offered("llmctl --v") == ["--version"]
+
+
+PLUGIN = {
+    "acme/__init__.py": """
+        from llmctl import Command, In, Out, Stage, hookimpl
+
+        @hookimpl
+        def register_stages():
+            return [Stage(name="acme-stage", help="A stage.", inputs={"text": In("dataset.text")},
+                          outputs={"metrics": Out("metrics")}, params="acme.params:P", run="acme.run:run")]
+
+        @hookimpl
+        def register_commands():
+            return [Command(name="acme-cmd", help="A command.", target="acme.cmd:cmd")]
+    """,
+    "acme/params.py": """
+        print("a print at import")
+        from typing import Literal
+        from llmctl import Field, Params
+
+        class P(Params):
+            colour: Literal["red", "blue"] = Field("red", description="which")
+    """,
+    "acme/cmd.py": """
+        import click
+
+        @click.command()
+        @click.argument("spec")
+        @click.option("--loud", is_flag=True)
+        def cmd(spec, loud):
+            pass
+    """,
+    "acme/run.py": "",
+}
+
+
+def test_stages_and_commands_of_plugins(offered, install):
+    install("acme", {"acme": "acme"}, PLUGIN)
+    assert offered("llmctl acme") == ["acme-stage", "acme-cmd"]
+    assert offered("llmctl acme-stage --col") == ["--colour"]
+    assert offered("llmctl acme-stage --colour b") == ["blue"]
+    assert offered("llmctl acme-stage --set colour=") == ["colour=red", "colour=blue"]
+    assert offered("llmctl acme-cmd --l") == ["--loud"]
+    assert offered("llmctl acme-cmd qui") == [], "what a third party's `spec` is, we do not know"
+
+
+def test_a_broken_plugin_hurts_nobody(offered, install):
+    install("acme", {"acme": "acme"}, {"acme/__init__.py": "raise SystemExit('boom')"})
+    assert "sft" in offered("llmctl s")
+    assert offered("llmctl acme ") == []
+
+
+def test_a_plugin_whose_params_fail_offers_nothing(offered, install):
+    install("acme", {"acme": "acme"}, {**PLUGIN, "acme/params.py": "import sys; sys.exit('boom')"})
+    assert offered("llmctl acme-stage --") == []
+
+
+@pytest.fixture
+def stored(llmctl, tmp_path):
+    refs = tmp_path / "work/.llmctl/store/refs/quick"
+    refs.mkdir(parents=True)
+    for name, kind in (("train.model", "model.hf"), ("int8.model", "model.onnx"), ("train.model@best", "model.hf")):
+        (refs / f"{name}.json").write_text(json.dumps({"id": "sha256:" + "ab" * 32, "type": kind}))
+    (tmp_path / "work/.llmctl/store/artifacts/sha256/ab" / ("ab" * 32)).mkdir(parents=True)
+
+
+@pytest.mark.parametrize("command", ["show", "get", "lineage", "chat"])
+def test_artifacts_of_the_store(offered, stored, command):
+    assert set(offered(f"llmctl {command} q")) == {"quick/train.model", "quick/int8.model", "quick/train.model@best"}
+    assert offered(f"llmctl {command} sha256:a") == ["sha256:" + "ab" * 32]
+    assert offered(f"llmctl {command} ./") == ["<file>"]
+
+
+def test_ports_take_artifacts_of_their_types(offered, stored):
+    assert offered("llmctl quantize --model q") == ["quick/int8.model"]
+    assert set(offered("llmctl serve --model q")) == {"quick/train.model", "quick/int8.model", "quick/train.model@best"}
+    assert offered("llmctl quantize --input model=q") == ["model=quick/int8.model"]
+    assert offered("llmctl quantize -i ") == ["<nospace>", "model=", "data="]
+    assert offered("llmctl sft --data q") == ["<file>"]
+
+
+def test_values_for_set(offered, tmp_path):
+    (tmp_path / "work/small.yaml").write_text(MATRIX)
+    ask = "llmctl plan small.yaml --set "
+    assert offered(ask) == ["<nospace>", "data.", "tokenize.", "vars."]
+    assert offered(ask + "vars.") == ["<nospace>", "vars.seed="]
+    assert offered(ask + "data.questions.fa") == ["<nospace>", "data.questions.facts="]
+    assert offered(ask + "data.reader=") == ["data.reader=auto", "data.reader=python-stdlib"]
+    assert offered(ask + "data.no_such=") == []
+
+
+def test_instances_of_a_matrix(monkeypatch):
+    """As the loader will give them: the base, and each row."""
+    from types import SimpleNamespace
+
+    from llmctl.completion import candidates
+
+    stage = SimpleNamespace(name="sft")
+    rows = [SimpleNamespace(id=f"sft[lr={lr}]", base="sft", stage=stage) for lr in ("1e-5", "3e-5")]
+    monkeypatch.setattr(candidates, "_pipeline", lambda ctx: SimpleNamespace(stages={row.id: row for row in rows}))
+    found = [item.value for item in candidates.stages(None, None, "sft")]
+    assert found == ["sft", "sft[lr=1e-5]", "sft[lr=3e-5]"]
+
+
+def test_bash_gets_the_end_of_an_instance_id():
+    from click.shell_completion import CompletionItem
+
+    from llmctl.completion.protocol import _for_bash
+
+    item = CompletionItem("sft[lr=3e-5,seed=1]")
+    assert list(_for_bash([item], "sft[lr=3", "3", "")) == [r"3e-5\,seed=1\]".replace(r"\,", ",")]
+    assert list(_for_bash([item], "sft", "sft", "")) == [r"sft\[lr=3e-5,seed=1\]"]
+    assert list(_for_bash([item], "sft[lr=", "", "")) == [r"3e-5,seed=1\]"]
+
+
+def test_lines_are_split_as_a_shell_does():
+    assert split("llmctl run ") == (["llmctl", "run"], "", "")
+    assert split("llmctl run a\\ ") == (["llmctl", "run"], "a ", "")
+    assert split("llmctl 'a b") == (["llmctl"], "a b", "'")
+    assert split('llmctl "a b" c') == (["llmctl", "a b"], "c", "")
+    assert split("") == ([], "", "")
+
+
+def test_the_variable_that_click_documents_prints_our_script(llmctl):
+    assert llmctl(env={"_LLMCTL_COMPLETE": "zsh_source"}).stdout == llmctl("completion", "zsh").stdout
+
+
+def test_debugging_shows_what_is_hidden_otherwise(llmctl):
+    line = {"_LLMCTL_COMPLETE": "fish_complete", "_LLMCTL_LINE": "llmctl run no-such.yaml --to "}
+    assert "no such file" in llmctl(env={**line, "LLMCTL_DEBUG": "1"}).stderr
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def cpu(env):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "llmctl"], env=env, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_a_command_name_costs_under_150_ms_of_cpu(llmctl_env):
+    env = {**llmctl_env, "_LLMCTL_COMPLETE": "bash_complete", "_LLMCTL_LINE": "llmctl ru"}
+    cpu(env)  # writes the byte code
+    assert min(cpu(env) for _ in range(5)) < 0.150
+
+
+HEAVY = ("pydantic", "yaml", "rich", "numpy", "torch", "llmctl.pipeline", "llmctl.store")
+
+
+@pytest.mark.parametrize(("line", "heavy"), [("llmctl ru", False), ("llmctl ", False), ("llmctl sft --l", True)])
+def test_a_command_name_imports_nothing_heavy(llmctl_env, line, heavy):
+    code = (
+        "import sys, io, contextlib\nfrom llmctl.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n  try: main([])\n  except SystemExit: pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    env = {**llmctl_env, "_LLMCTL_COMPLETE": "bash_complete", "_LLMCTL_LINE": line}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert (done.stdout.strip() != "[]") == heavy  # the options of a stage need pydantic: the control
+
+
+# -- llmctl completion ------------------------------------------------------------------------------------------------
+
+
+def test_a_shell_must_be_named(llmctl):
+    done = llmctl("completion")
+    assert done.returncode == 2 and "which shell?" in done.stderr
+    assert llmctl("completion", "tcsh").returncode == 2
+
+
+def test_install_is_idempotent_and_leaves_foreign_files_alone(tmp_path):
+    path = tmp_path / "deep/llmctl"
+    assert commands.write("bash", path) == f"wrote {path}"
+    assert commands.write("bash", path) == f"{path} is up to date"
+    path.write_text(path.read_text() + "# an older one\n")
+    assert commands.write("bash", path) == f"updated {path}"
+    path.write_text("something else")
+    with pytest.raises(InputError, match="not made by llmctl"):
+        commands.write("bash", path)
+    assert path.read_text() == "something else"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="no text"):
+        commands.write("bash", path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        commands.write("bash", tmp_path / "file/llmctl")
+
+
+def test_places_follow_the_variables_of_the_shells(tmp_path):
+    home = {"HOME": str(tmp_path)}
+    assert commands.place("bash", home).path == tmp_path / ".local/share/bash-completion/completions/llmctl"
+    own = {**home, "BASH_COMPLETION_USER_DIR": "/b"}
+    assert str(commands.place("bash", own).path) == "/b/completions/llmctl"
+    assert str(commands.place("fish", {**home, "XDG_CONFIG_HOME": "/c"}).path) == "/c/fish/completions/llmctl.fish"
+    assert str(commands.place("zsh", {**home, "XDG_DATA_HOME": "/d"}).path) == "/d/zsh/site-functions/_llmctl"
+    assert "~/.bashrc" in commands._for_bash(tmp_path, tmp_path / "absent")[0]
+    assert "new shells have it" in commands._for_bash(tmp_path, tmp_path)[0]
+
+
+def test_the_shell_is_the_parent_else_the_login_shell(monkeypatch):
+    monkeypatch.setattr(commands.os, "getppid", lambda: 0)  # /proc/0 does not exist
+    monkeypatch.setenv("SHELL", "/usr/bin/zsh")
+    assert commands.running_shell() == "zsh"
+    monkeypatch.setenv("SHELL", "/bin/tcsh")
+    with pytest.raises(UsageError, match="which shell"):
+        commands.running_shell()
