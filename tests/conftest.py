@@ -66,7 +66,7 @@ def llmctl_env(site: Path, tmp_path: Path) -> dict[str, str]:
     """A clean environment for child processes: no colour or terminal settings of the developer's shell."""
     dropped = ("LLMCTL_", "NO_COLOR", "CLICOLOR", "FORCE_COLOR", "CI", "TERM", "COLUMNS", "PYTHONPATH")
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    config = {"XDG_CONFIG_HOME": str(tmp_path / "config")}  # nor the developer's own configuration
+    config = {"LLMCTL_CONFIG": str(tmp_path / "config" / "llmctl" / "config.yaml")}  # nor the developer's own
     own = {"PYTHONPATH": str(site), "TMPDIR": str(tmp_path), **config, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     return {**env, **own}
 

@@ -15,7 +15,6 @@ import click
 from click.shell_completion import CompletionItem
 
 from llmctl.errors import InputError, LlmctlError, UsageError
-from llmctl.stage import load_string
 
 if TYPE_CHECKING:
     from llmctl.starter.goals import Goal
@@ -160,14 +159,10 @@ def next_commands(path: Path) -> list[str]:
 def write_schema(directory: Path) -> str:
     """Write the JSON Schema of specs into the nearest `.llmctl` and return its path as seen from `directory`.
 
-    Editors complete and check the spec with it. Empty where this llmctl makes no schema.
+    Editors complete and check the spec with it.
     """
-    try:
-        pipeline_schema = load_string("llmctl.spec.schema:pipeline_schema")
-    except ModuleNotFoundError as error:
-        if error.name != "llmctl.spec.schema":
-            raise
-        return ""
+    from llmctl.registry import get_registry
+    from llmctl.spec.schema import pipeline_schema
     from llmctl.store.layout import HOME
 
     here = directory.absolute()
@@ -176,7 +171,7 @@ def write_schema(directory: Path) -> str:
     home.mkdir(exist_ok=True)
     if not (home / ".gitignore").exists():
         (home / ".gitignore").write_text("*\n", encoding="utf-8")
-    text = json.dumps(pipeline_schema(), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(pipeline_schema(get_registry()), indent=1, ensure_ascii=False) + "\n"
     (home / "pipeline.schema.json").write_text(text, encoding="utf-8")
     relative = os.path.relpath(home, here)
     return f"{relative if relative.startswith('..') else f'./{relative}'}/pipeline.schema.json"
