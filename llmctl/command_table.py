@@ -20,7 +20,7 @@ CORE = (
     ),
     Command(name="lineage", help="Show what an artifact was made from.", target="llmctl.store.commands:lineage"),
     Command(name="get", help="Copy an artifact out of the store.", target="llmctl.store.commands:get"),
-    Command(name="plugins", help="List plugins: stages, hooks, failures.", target="llmctl.cli:plugins"),
+    Command(name="plugins", help="List, check, start and test plugins.", target="llmctl.plugin_commands:plugins"),
 )
 HIDDEN = (Command(name="stage", help="Run one stage of a request (internal).", target="llmctl.launch.commands:stage"),)
 

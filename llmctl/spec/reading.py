@@ -218,7 +218,7 @@ class Reading:
             model = stage.load_params()
         except Exception as error:  # a plugin's import
             problem = f"the parameters of stage `{name}` cannot be imported: {type(error).__name__}: {error}"
-            missing = missing_module(error, stage.extra, name) if isinstance(error, ModuleNotFoundError) else None
+            missing = missing_module(error, stage, name) if isinstance(error, ModuleNotFoundError) else None
             self.report.add("E110", problem, uses.mark, getattr(missing, "hint", None) or "")
             return
         draft.stage = stage
