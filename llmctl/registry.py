@@ -33,7 +33,20 @@ RESERVED = frozenset({"check", "get", "lineage", "ls", "plan", "plugins", "run",
 """The names of llmctl's own commands (`llmctl.command_table`); a plugin cannot take one."""
 
 SECTIONS = frozenset(
-    ("cache", "defaults", "include", "llmctl", "name", "next", "profiles", "remotes", "secrets", "sources", "stages")
+    (
+        "cache",
+        "defaults",
+        "include",
+        "launchers",
+        "llmctl",
+        "name",
+        "next",
+        "profiles",
+        "remotes",
+        "secrets",
+        "sources",
+        "stages",
+    )
     + ("store", "vars")
 )
 """The names of a spec's sections; `--set NAME.KEY=…` could not tell a stage of such a name from the section."""
