@@ -6,7 +6,8 @@ import contextlib
 import io
 import os
 import random
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Trial:
             if stage.inputs[port].many and isinstance(bound, Artifact):
                 inputs[port] = [bound]
         spy = spied(values, self.read)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with _silence():
             try:
                 return execute(stage, spy, inputs, self.directory, resume or self.directory / ".resume", stop_after)
             except TempFail:
@@ -76,6 +77,24 @@ class Trial:
             files = entries(artifact.path, plain_files(artifact.path)) if artifact.path.is_dir() else []
             found[port] = (content_id(artifact.type, files), artifact.type)
         return compared(found)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Let what a stage prints go nowhere, by whatever way: our stdout is the report."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    null, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(1), os.dup(2)]
+    try:
+        for descriptor in (1, 2):
+            os.dup2(null, descriptor)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for descriptor, saved in zip((1, 2), kept, strict=True):
+            os.dup2(saved, descriptor)
+        for number in (null, *kept):
+            os.close(number)
 
 
 def compared(ids: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:

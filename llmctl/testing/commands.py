@@ -56,9 +56,7 @@ def test(
     Without DIST: the distribution that FILE names, else every installed one but llmctl.
     """
     path = file or Path(baseline.NAME)
-    found = PluginFile.read(path) if file or path.is_file() else None
-    if record and file and not path.is_file():
-        found = None
+    found = PluginFile.read(path) if path.is_file() or (file and not record) else None
     registry = get_registry()
     chosen = choose(registry, distributions, found)
     if record:

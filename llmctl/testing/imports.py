@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 HEAVY = ("torch", "numpy", "onnxruntime", "pydantic", "yaml", "rich", "transformers", "tokenizers")
 """Modules that must not be loaded by `llmctl --help`."""
@@ -13,10 +15,12 @@ HEAVY_PARAMS = ("torch", "numpy", "onnxruntime", "transformers", "tokenizers")
 """Modules that must not be loaded to read a spec or to show a stage's help."""
 MOST_CPU = 0.015
 """Seconds of CPU time that importing one plugin may take."""
-ATTEMPTS = 5
+ATTEMPTS = 3
 
 PROBE = """
-import contextlib, importlib, json, logging, os, sys, time
+import contextlib, importlib, json, logging, os, sys, tempfile, time
+sys.path[:] = [os.path.abspath(path) for path in sys.path]
+os.chdir(tempfile.gettempdir())
 import importlib.metadata, click, pluggy, llmctl.cli, llmctl.registry
 if sys.argv[2] == "params":
     import llmctl.spec.params
@@ -49,12 +53,22 @@ class Import:
     error: str = ""
 
 
+def original_environment() -> dict[str, str]:
+    """The environment that this process was started with: importing a plugin here may have changed ours already."""
+    try:
+        raw = Path("/proc/self/environ").read_bytes()
+    except OSError:
+        return dict(os.environ)
+    pairs = (os.fsdecode(item).partition("=") for item in raw.split(b"\0") if item)
+    return {name: value for name, _, value in pairs}
+
+
 def probe(module: str, kind: str = "plugin", attempts: int = ATTEMPTS) -> Import:
     """Import `module` in `attempts` fresh processes; `kind="params"` has pydantic loaded before."""
-    best = None
+    best, environment = None, original_environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     for _ in range(attempts):
         command = [sys.executable, "-c", PROBE, module, kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
             return Import(0.0, frozenset(), (), "", lines[-1])

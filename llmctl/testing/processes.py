@@ -21,7 +21,7 @@ from llmctl.store import Store
 
 MARKER = "LLMCTL_CONFORMANCE"
 """A variable by which everything that an example has started is known again."""
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds after a kill within which everything that was started must be gone."""
 
 
@@ -109,11 +109,16 @@ class Runner:
         return Ended(process.returncode, stdout, stderr, seconds, watch.count, watch.began)
 
     def left_behind(self) -> list[str]:
-        """Processes of this example that are still there `PATIENCE` seconds after everything should have ended."""
-        ends = time.monotonic() + PATIENCE
-        while (found := _processes(f"{MARKER}={self.directory}".encode())) and time.monotonic() < ends:
+        """The command lines of this example's processes that are still there `PATIENCE` seconds after everything
+        should have ended; they are ended then.
+        """
+        ends, marker = time.monotonic() + PATIENCE, f"{MARKER}={self.directory}".encode()
+        while (found := _processes(marker)) and time.monotonic() < ends:
             time.sleep(0.05)
-        return found
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return list(found.values())
 
     def damage(self) -> str:
         """The first artifact in the store that is not whole; empty if all are."""
@@ -158,9 +163,9 @@ def _kind(line: bytes) -> str:
         return ""  # cut off by the kill
 
 
-def _processes(marker: bytes) -> list[str]:
-    """`pid: command line` of the processes whose environment holds `marker`; needs /proc."""
-    found = []
+def _processes(marker: bytes) -> dict[int, str]:
+    """Pid → command line of the processes whose environment holds `marker`; needs /proc."""
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if (
@@ -168,5 +173,5 @@ def _processes(marker: bytes) -> list[str]:
                 and b"\nState:\tZ" not in (entry / "status").read_bytes()
             ):
                 words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                found.append(f"{entry.name}: {words[:80]}")
+                found[int(entry.name)] = words[:80]
     return found
