@@ -61,6 +61,10 @@ def examine() -> tuple[Registry, list[Finding]]:
         if plugin.dist_name not in seen:
             seen.add(plugin.dist_name)
             found += _requirement(plugin)
+        if not plugin.hooks:
+            text, hint = "it implements no hook", "decorate the function: @hookimpl"
+            about = {"distribution": plugin.dist_name, "where": plugin.name}
+            found.append(Finding(level="problem", text=text, hint=hint, **about))
         from llmctl.stage_check import check_offers
 
         found += check_offers(plugin)
@@ -85,7 +89,7 @@ def _requirement(plugin: Plugin) -> Iterator[Finding]:
         yield Finding(level="note", distribution=dist, where="", text=text, hint=f'dependencies = ["{pinned()}"]')
     elif not fits(asked):
         text = f"{dist} {plugin.version} asks for llmctl{asked}, this is {__version__}"
-        hint = f"pip install --upgrade {dist}, or pip install 'llmctl{asked}'"
+        hint = f"install a version of {dist} for llmctl {__version__}, or an llmctl that is {asked}"
         yield Finding(level="problem", distribution=dist, where="", text=text, hint=hint)
 
 

@@ -48,6 +48,8 @@ class Trial:
     directory: Path
     read: set[str] = field(default_factory=set)
     all_names: set[str] = field(default_factory=set)
+    moved: bool = False
+    """Whether it changed the working directory."""
 
     def __call__(self, stop_after: int | None = None, resume: Path | None = None) -> StageResult:
         """Run the stage. What it prints goes nowhere; Failed if it raises anything but a request to stop."""
@@ -62,6 +64,7 @@ class Trial:
             if stage.inputs[port].many and isinstance(bound, Artifact):
                 inputs[port] = [bound]
         spy = spied(values, self.read)
+        here, variables = Path.cwd(), dict(os.environ)
         with _silence():
             try:
                 return execute(stage, spy, inputs, self.directory, resume or self.directory / ".resume", stop_after)
@@ -69,6 +72,12 @@ class Trial:
                 raise
             except (Exception, SystemExit) as error:  # plugin code
                 raise Failed(f"run raised {_say(error)}") from error
+            finally:
+                # What a stage does to its own process is its business; this one has other checks to run.
+                self.moved = Path.cwd() != here
+                os.chdir(here)
+                os.environ.clear()
+                os.environ.update(variables)
 
     def ids(self, result: StageResult) -> dict[str, tuple[str, str]]:
         """(content id, type) of every output that is compared."""
@@ -245,16 +254,10 @@ def effects(subject: Subject, directory: Path) -> str:
         raise Failed(f"it changed its input {changed[0]}")
     if foreign := [line for line in ended.stdout.splitlines() if not line.startswith('{"llmctl":')]:
         raise Failed(f"stdout has a line that is no record: {foreign[0][:60]!r}")
-    here, variables = Path.cwd(), dict(os.environ)
-    try:
-        with contextlib.suppress(TempFail):
-            Trial(subject, example, directory / "inside")()
-        if Path.cwd() != here:
-            raise Failed("run changes the working directory")
-    finally:
-        os.chdir(here)
-        os.environ.clear()
-        os.environ.update(variables)
+    inside = Trial(subject, example, directory / "inside")
+    inside()
+    if inside.moved:
+        raise Failed("run changes the working directory")
     return ""
 
 

@@ -113,7 +113,7 @@ PROBLEMS = {
     "requirement": (
         dict(metadata="Requires-Dist: llmctl>=9,<10\n"),
         f"acme-dist 0.1 asks for llmctl<10,>=9, this is {__version__}",
-        "pip install --upgrade acme-dist, or pip install 'llmctl<10,>=9'",
+        "install a version of acme-dist for llmctl",
     ),
 }
 
@@ -148,6 +148,13 @@ def test_broken_and_contested_plugins_are_problems(acme, install, llmctl):
     assert "LLMCTL_DISABLE=acme-dist" in done.stdout
     hidden = llmctl("plugins", "--check", env={"LLMCTL_DISABLE": "acme-dist,acme-broken"})
     assert hidden.returncode == 0, hidden.stdout
+
+
+def test_a_plugin_that_forgot_to_decorate_its_hook(install, llmctl):
+    install("acme", {"acme": "acme_plugin"}, {"acme_plugin.py": "def register_stages():\n    return []"}, metadata=GOOD)
+    done = llmctl("plugins", "--check")
+    assert done.returncode == 7
+    assert "problem: acme: `acme`: it implements no hook\n  hint: decorate the function: @hookimpl" in done.stdout
 
 
 def test_two_versions_of_a_distribution_on_the_path(acme, install, llmctl):

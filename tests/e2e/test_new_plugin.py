@@ -126,18 +126,9 @@ def clean(tmp_path_factory) -> Place:
     if "+cpu" in importlib.metadata.version("torch"):
         files.append("constraints-cpu.txt")
     constraints = [word for name in files for word in ("-c", str(ROOT / name))]
-    (demo,) = wheels.glob("llmctl_demo-*.whl")
-    command = [
-        base / "env/bin/python",
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        *constraints,
-        "--find-links",
-        wheels,
-        f"{demo}[test]",
-    ]
+    (ours,), (demo,) = wheels.glob("llmctl-*.whl"), wheels.glob("llmctl_demo-*.whl")
+    # Both by path: on the index another project has the name `llmctl`.
+    command = [base / "env/bin/python", "-m", "pip", "install", "-q", *constraints, ours, f"{demo}[test]"]
     good(subprocess.run(command, capture_output=True, text=True, cwd=base))
     return Place(base / "env/bin/python", notes(base))
 
