@@ -279,6 +279,7 @@ def test_the_files_shown_are_those_of_the_project(directory):
         assert block.text.replace("demo", "dmeo") not in text or "demo" not in block.text, "the control"
 
 
+@pytest.mark.slow
 def test_the_sessions_with_the_plugin_print_what_is_shown(directory):
     project = new_plugin(directory)
     sessions = [block for block in BLOCKS if block.title == INSTALLED]
@@ -302,7 +303,9 @@ def test_the_sessions_with_the_plugin_print_what_is_shown(directory):
         assert done.returncode == 0, done.stdout
         found = re.sub(r"sha256:[0-9a-f]{64}", "sha256:...", done.stdout)
         found = re.sub(r"killed \d times", "killed ...", found)
-        assert matches(output.rstrip() + "\n", found.rstrip() + "\n"), found
+        counts = r"\d+ plugins, \d+ stages"  # as many as are installed
+        shown, found = (re.sub(counts, "N plugins, N stages", text.rstrip() + "\n") for text in (output, found))
+        assert matches(shown, found), found
 
 
 def read_text(directory: Path) -> str:

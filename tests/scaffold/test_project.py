@@ -163,6 +163,7 @@ def test_its_own_tests_pass_as_generated(demo):
     assert "skipped" not in done.stdout
 
 
+@pytest.mark.slow
 def test_it_conforms(demo):
     done = call(demo, "llmctl", "plugins", "test", "llmctl-demo", "--kills", "1")
     assert done.returncode == 0, done.stdout
