@@ -12,9 +12,15 @@ from llmctl.hookspecs import Command, hookimpl
 from llmctl.stage import Artifact, Context, In, Out, Stage
 
 if TYPE_CHECKING:
+    from llmctl.deprecation import Deprecated
     from llmctl.spec.params import Field, Params
 
 __version__ = "0.1.0"
+
+PLUGIN_API = "1.0"
+"""Version of what is exported here: the first number rises when something is removed, the second when something is
+added. `tests/core/golden/api.txt` holds what it promises.
+"""
 
 __all__ = [
     "Artifact",
@@ -26,6 +32,7 @@ __all__ = [
     "LlmctlError",
     "MachineError",
     "Out",
+    "PLUGIN_API",
     "Params",
     "Stage",
     "StageError",
@@ -35,6 +42,9 @@ __all__ = [
     "hookimpl",
 ]
 
+_DEPRECATED: dict[str, Deprecated] = {}
+"""Names that still work and warn; a test fails when one outlives its version."""
+
 
 def __getattr__(name: str) -> Any:
     # Params and Field import pydantic (0.1 s CPU), so they are resolved on first use only.
@@ -42,4 +52,6 @@ def __getattr__(name: str) -> Any:
         from llmctl.spec import params
 
         return getattr(params, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from llmctl.deprecation import deprecated_attribute
+
+    return deprecated_attribute(__name__, name, _DEPRECATED)

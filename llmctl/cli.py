@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -15,11 +15,8 @@ from llmctl.command_table import CORE, HIDDEN, stage_order
 from llmctl.error_output import json_lines, wants_json
 from llmctl.errors import InputError, LlmctlError, StageError, UsageError
 from llmctl.hookspecs import Command
-from llmctl.registry import DISABLE, Failure, get_registry
+from llmctl.registry import Failure, get_registry
 from llmctl.stage import load_string, missing_module
-
-if TYPE_CHECKING:
-    from llmctl.registry import Plugin
 
 EPILOG = (
     "`llmctl COMMAND --help` shows the options of a command. Stages read and write references, so they can be piped."
@@ -70,7 +67,7 @@ def _load(command: Command) -> click.Command:
     try:
         loaded = load_string(command.target)
     except ModuleNotFoundError as error:
-        raise missing_module(error, command.extra, f"`llmctl {command.name}`") from error
+        raise missing_module(error, command, f"`llmctl {command.name}`") from error
     if not isinstance(loaded, click.Command):
         raise TypeError(f"{command.target} is no click command but {type(loaded).__name__}")
     return loaded
@@ -106,54 +103,6 @@ def root(ctx: click.Context) -> None:
     """From raw text to a served ONNX language model."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-
-
-@click.command()
-@click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print the list.")
-def plugins(format_: str) -> None:
-    """List the plugins: distribution, version, stages, commands, hooks and failures."""
-    registry = get_registry()
-    contested = [
-        (name, why) for name, why in registry.failures.items() if not any(p.failure is why for p in registry.plugins)
-    ]
-    if format_ == "json":
-        import json
-
-        rows = [_plugin_record(plugin) for plugin in registry.plugins]
-        refused = [
-            {"name": n, "reason": w.reason, "hint": w.hint, "distributions": w.distributions} for n, w in contested
-        ]
-        click.echo(json.dumps({"plugins": rows, "refused": refused}, indent=2))
-        return
-    from llmctl.console import table
-
-    headers = ("PLUGIN", "DISTRIBUTION", "VERSION", "STAGES", "COMMANDS", "HOOKS", "STATE")
-    click.echo(table(headers, [tuple(_plugin_row(plugin)) for plugin in registry.plugins]))
-    problems = [(p.name, p.failure) for p in registry.plugins if p.failure] + contested
-    for name, failure in problems:
-        click.echo(f"\n{name}: {failure.reason}\n  hint: {failure.hint}")
-    if registry.unknown_disabled:
-        click.echo(f"\n{DISABLE} names no installed plugin: {', '.join(registry.unknown_disabled)}")
-
-
-def _plugin_record(plugin: Plugin) -> dict[str, object]:
-    return {
-        "name": plugin.name,
-        "distribution": plugin.dist_name,
-        "version": plugin.version,
-        "stages": [stage.name for stage in plugin.stages],
-        "commands": [command.name for command in plugin.commands],
-        "hooks": list(plugin.hooks),
-        "disabled": plugin.disabled,
-        "failure": plugin.failure and plugin.failure.reason,
-    }
-
-
-def _plugin_row(plugin: Plugin) -> list[str]:
-    record = _plugin_record(plugin)
-    lists = [", ".join(record[key]) or "-" for key in ("stages", "commands", "hooks")]  # type: ignore[arg-type]  # str lists
-    state = "disabled" if plugin.disabled else "broken" if plugin.failure else "ok"
-    return [plugin.name, plugin.dist_name, plugin.version or "-", *lists, state]
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
@@ -246,7 +195,9 @@ def _from_click(error: click.ClickException, args: Sequence[str]) -> LlmctlError
     known = root.list_commands(click.Context(root))
     if isinstance(error, click.exceptions.NoSuchCommand):
         message = f"no such command `{error.command_name}`"
-        near = near_names(error.command_name, known)
+        group = error.ctx.command if error.ctx else None
+        here = group.list_commands(error.ctx) if isinstance(group, click.Group) and error.ctx else known
+        near = near_names(error.command_name, here)
     elif isinstance(error, click.NoSuchOption):
         message = f"no such option `{error.option_name}`"
     else:

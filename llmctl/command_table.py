@@ -26,7 +26,7 @@ CORE = (
     ),
     Command(name="lineage", help="Show what an artifact was made from.", target="llmctl.store.commands:lineage"),
     Command(name="get", help="Copy an artifact out of the store.", target="llmctl.store.commands:get"),
-    Command(name="plugins", help="List plugins: stages, hooks, failures.", target="llmctl.cli:plugins"),
+    Command(name="plugins", help="List, check, start and test plugins.", target="llmctl.plugin_commands:plugins"),
     Command(name="init", help="Write a spec for a goal, to begin with.", target="llmctl.starter.commands:init"),
     Command(
         name="doctor", help="Look for what is wrong with this installation.", target="llmctl.doctor.commands:doctor"

@@ -18,20 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from llmctl import hookspecs
+from llmctl import __version__, hookspecs
 from llmctl.command_table import CORE, HIDDEN
 from llmctl.errors import BY_EXIT_CODE, InputError, LlmctlError, MachineError, UsageError
 from llmctl.hookspecs import Command
-from llmctl.stage import NAME, Stage, missing_module
+from llmctl.stage import NAME, SECTIONS, Stage, missing_module
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
-    from llmctl.stage import Artifact
+    from llmctl.stage import Artifact, Offer
 
 GROUP = "llmctl"
 DISABLE = "LLMCTL_DISABLE"
 RESERVED = frozenset(command.name for command in (*CORE, *HIDDEN))
 """The names of llmctl's own commands; a plugin cannot take one."""
+ENTRY_POINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?\Z")
 
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "llmctl_spec"))
 
@@ -96,6 +97,16 @@ class Plugin:
         """The version of the distribution, empty if it states none."""
         return (self.distribution and self.distribution.metadata["Version"]) or ""
 
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """The extras that the distribution offers."""
+        return tuple((self.distribution and self.distribution.metadata.get_all("Provides-Extra")) or ())
+
+    @property
+    def requires_llmctl(self) -> str | None:
+        """The versions of llmctl that the distribution asks for, as in `>=0.1,<0.2`; None if it names no llmctl."""
+        return _requires_llmctl((self.distribution and self.distribution.requires) or ())
+
 
 class Registry:
     """Everything the installed plugins offer. Contested names are in `failures` and nowhere else."""
@@ -150,6 +161,10 @@ class Registry:
         digest = _source_digest(plugin.package) if editable and name != "llmctl" else ""
         return Origin(dist=name, version=plugin.version, editable=editable, source_digest=digest)
 
+    def owner(self, offer: Offer) -> Plugin | None:
+        """The plugin that offers a stage or a command; None for what no plugin has registered."""
+        return next((plugin for plugin in self.plugins if any(item is offer for item in plugin.offers)), None)
+
     def open_generator(self, artifact: Artifact, **options: Any) -> Generator:
         """Open a model for generation with the first plugin that knows its type.
 
@@ -158,7 +173,10 @@ class Registry:
         try:
             generator = self.hook.open_generator(artifact=artifact, options=options)
         except ModuleNotFoundError as error:
-            raise missing_module(error, self._extra_of(error), f"opening `{artifact.path}`") from error
+            offer = self._offer_of(error)
+            if offer is None:
+                raise
+            raise missing_module(error, offer, f"opening `{artifact.path}`") from error
         if generator is None:
             raise InputError(
                 f"nothing installed can generate from {artifact.path} ({artifact.type or 'unknown type'})",
@@ -166,16 +184,16 @@ class Registry:
             )
         return generator  # type: ignore[no-any-return]  # pluggy's hooks are untyped
 
-    def _extra_of(self, error: ModuleNotFoundError) -> str:
-        """The extra of the plugin in whose code the import failed, found by the frames of the traceback."""
+    def _offer_of(self, error: ModuleNotFoundError) -> Offer | None:
+        """What names the extra of the plugin in whose code the import failed, found by the frames of the traceback."""
         packages = {plugin.package: plugin for plugin in self.plugins}
-        trace, extra = error.__traceback__, ""
+        trace, offer = error.__traceback__, None
         while trace is not None:
             plugin = packages.get(str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0])
             if plugin:
-                extra = next((item.extra for item in plugin.offers if item.extra), extra)
+                offer = next((item for item in plugin.offers if item.extra), offer)
             trace = trace.tb_next
-        return extra
+        return offer
 
 
 @cache
@@ -188,15 +206,15 @@ def discover() -> Registry:
     """Load every entry point of the group, each in its own `try`; those in `LLMCTL_DISABLE` not at all."""
     manager = pluggy.PluginManager("llmctl")
     manager.add_hookspecs(hookspecs)
-    disabled = {_normal(name) for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
+    disabled = {normal(name) for name in os.environ.get(DISABLE, "").split(",") if name.strip()}
     plugins = []
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         plugin = Plugin(name=entry.name, target=entry.value, distribution=entry.dist)
-        plugin.disabled = bool(disabled) and _normal(plugin.dist_name) in disabled
+        plugin.disabled = bool(disabled) and normal(plugin.dist_name) in disabled
         if not plugin.disabled:
             _load(manager, plugin, entry)
         plugins.append(plugin)
-    known = {_normal(plugin.dist_name) for plugin in plugins} if disabled else set()
+    known = {normal(plugin.dist_name) for plugin in plugins} if disabled else set()
     return Registry(manager, plugins, sorted(disabled - known))
 
 
@@ -206,6 +224,8 @@ def _load(manager: pluggy.PluginManager, plugin: Plugin, entry: EntryPoint) -> N
     try:
         # A print at import time would corrupt the records on stdout.
         with contextlib.redirect_stdout(sys.stderr):
+            if not ENTRY_POINT.match(entry.value):
+                raise TypeError(f"the entry point `{entry.name} = {entry.value}` is no import string")
             loaded = entry.load()
             if manager.is_registered(loaded):
                 raise TypeError(f"{entry.value} is registered already, by another entry point")
@@ -214,7 +234,9 @@ def _load(manager: pluggy.PluginManager, plugin: Plugin, entry: EntryPoint) -> N
             plugin.hooks = tuple(sorted(caller.name for caller in manager.get_hookcallers(loaded) or ()))
             plugin.stages = tuple(_offers(manager, loaded, "register_stages", Stage))
             plugin.commands = tuple(_offers(manager, loaded, "register_commands", Command))
-    except (Exception, SystemExit) as error:  # plugin code: anything may come out, and nothing may get past here
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # plugin code: anything may come out, and nothing else may get past here
         with contextlib.suppress(Exception):
             manager.unregister(loaded)
         plugin.stages, plugin.commands = (), ()
@@ -233,11 +255,19 @@ def _offers(manager: pluggy.PluginManager, loaded: object, hook: str, kind: type
         for item in returned:
             if not isinstance(item, kind):
                 raise TypeError(f"{hook} must return a list of {kind.__name__}, it holds {_show(item)}")
-            if not NAME.match(item.name) or item.name in RESERVED:
-                why = "is a command of llmctl" if item.name in RESERVED else f"must match {NAME.pattern}"
+            if why := _refused(item.name, kind):
                 raise TypeError(f"{hook}: the name {item.name!r} {why}")
         items.extend(returned)
     return items
+
+
+def _refused(name: object, kind: type[Any]) -> str:
+    """Why nothing may be called `name`, empty if it may."""
+    if not isinstance(name, str) or not NAME.match(name):
+        return f"must match {NAME.pattern}"
+    if name in RESERVED:
+        return "is a command of llmctl"
+    return "is a section of spec files" if kind is Stage and name in SECTIONS else ""
 
 
 def _show(value: object) -> str:
@@ -253,11 +283,12 @@ def _failure(plugin: Plugin, error: BaseException) -> Failure:
     elif isinstance(error, SyntaxError) and error.filename:
         text = f"{type(error).__name__}: {error.msg} ({error.filename}:{error.lineno})"
     else:
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    dist = plugin.dist_name
+        text = _declaration_text(text) or (f"{type(error).__name__}: {text}" if text else type(error).__name__)
+    dist, asked = plugin.dist_name, plugin.requires_llmctl
+    wanted = f"; it asks for llmctl{asked}, this is {__version__}" if asked and not fits(asked) else ""
     return Failure(
         name=plugin.name,
-        reason=f"the plugin `{plugin.target}` of {dist} {plugin.version} is broken: {text}",
+        reason=f"the plugin `{plugin.target}` of {dist} {plugin.version} is broken: {text}{wanted}",
         hint=f"repair or uninstall {dist}, or hide it with {DISABLE}={dist}",
         exit_code=MachineError.exit_code,
         distributions=(dist,),
@@ -275,6 +306,36 @@ def _validation_text(text: str) -> str:
     return f"unknown hook `{unknown[1]}`" + (f", did you mean `{near[0]}`?" if near else "")
 
 
+def _declaration_text(text: str) -> str:
+    """Python's message about a wrong field of a declaration, in terms of llmctl's versions; empty for another one."""
+    unknown = re.match(r"(Stage|In|Out|Command)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if unknown:
+        return f"{unknown[1]} has no field `{unknown[2]}` in llmctl {__version__}"
+    missing = re.match(r"(Stage|Command)\.__init__\(\) missing \d+ required keyword-only arguments?: (.+)", text)
+    return f"{missing[1]} lacks {missing[2]}".replace("'", "`") if missing else ""
+
+
+def _requires_llmctl(requirements: Iterable[str]) -> str | None:
+    """The specifier of llmctl among a distribution's unconditional requirements; of several the last one counts."""
+    found = None
+    for text in requirements:
+        if re.match(r"llmctl\b(?![-_.])", text, re.IGNORECASE):
+            from packaging.requirements import InvalidRequirement, Requirement
+
+            with contextlib.suppress(InvalidRequirement):
+                requirement = Requirement(text)
+                if "extra" not in str(requirement.marker or ""):
+                    found = str(requirement.specifier)
+    return found
+
+
+def fits(specifier: str, version: str = __version__) -> bool:
+    """Whether a version, by default that of this llmctl, is one that `specifier` asks for; pre-releases count."""
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
 def _contested(name: str, owners: list[Plugin]) -> Failure:
     dists = sorted({owner.dist_name for owner in owners})
     if len(dists) == 1:
@@ -287,7 +348,7 @@ def _contested(name: str, owners: list[Plugin]) -> Failure:
     return Failure(name=name, reason=reason, hint=hint, exit_code=UsageError.exit_code, distributions=tuple(dists))
 
 
-def _normal(name: str) -> str:
+def normal(name: str) -> str:
     """A distribution name as packaging compares it (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 

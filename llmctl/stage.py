@@ -8,12 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llmctl.errors import LlmctlError, MachineError, TempFail
 
 Emit = Callable[[str, Mapping[str, Any]], None]
 NAME = re.compile(r"[a-z][a-z0-9-]*\Z")
+SECTIONS = (
+    "llmctl", "name", "include", "vars", "secrets", "sources", "store", "stages", "defaults", "profiles", "next",
+    "launchers",
+)  # fmt: skip
+"""The sections of a spec; no stage may be called like one, since `--set NAME.KEY=…` could mean either."""
+PORT = re.compile(r"[a-z][a-z0-9_]*\Z")
+TYPE = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*\Z")
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,9 @@ class Stage:
     def __post_init__(self) -> None:
         if not NAME.match(self.name):
             raise ValueError(f"stage name {self.name!r} must match {NAME.pattern}")
+        for kind, ports in ((In, self.inputs), (Out, self.outputs)):
+            for port, declared in ports.items():
+                _check_port(f"stage `{self.name}`, {kind.__name__} `{port}`", port, kind, declared)
 
     def load_params(self) -> Any:
         """Import and return the stage's `Params` class."""
@@ -73,7 +83,23 @@ class Stage:
         try:
             return load_string(self.run)  # type: ignore[no-any-return]  # a plugin's callable
         except ModuleNotFoundError as error:
-            raise missing_module(error, self.extra, f"stage `{self.name}`") from error
+            raise missing_module(error, self, f"stage `{self.name}`") from error
+
+
+def _check_port(where: str, name: str, kind: type[In] | type[Out], declared: object) -> None:
+    """Raise TypeError or ValueError for what would fail only when somebody runs the stage."""
+    if not PORT.match(name):
+        raise ValueError(f"{where}: a port's name must match {PORT.pattern}")
+    if not isinstance(declared, kind):
+        raise TypeError(f"{where}: it must be an {kind.__name__}, not {type(declared).__name__}")
+    if isinstance(declared, Out) and bool(declared.type) == bool(declared.same_as):
+        raise ValueError(f"{where}: give either a type or same_as")
+    types = declared.types if isinstance(declared, In) else (declared.type,) if declared.type else ()
+    if isinstance(declared, In) and not types:
+        raise ValueError(f"{where}: it takes no type")
+    wrong = next((type for type in types if not isinstance(type, str) or not TYPE.match(type)), None)
+    if wrong is not None:
+        raise ValueError(f"{where}: {wrong!r} is no artifact type, which is a text like dataset.text")
 
 
 def load_string(target: str) -> Any:
@@ -82,12 +108,32 @@ def load_string(target: str) -> Any:
     return getattr(import_module(module), attribute)
 
 
-def missing_module(error: ModuleNotFoundError, extra: str, who: str) -> LlmctlError | ModuleNotFoundError:
-    """Turn a missing third-party module into the install line; a missing module of ours keeps its traceback."""
+class Offer(Protocol):
+    """What a plugin offers, a stage or a command: its name, and the pip extra that installs what it imports."""
+
+    @property
+    def name(self) -> str:
+        """The name on the command line."""
+
+    @property
+    def extra(self) -> str:
+        """An extra of the plugin's distribution, or of llmctl."""
+
+
+def missing_module(error: ModuleNotFoundError, offer: Offer, who: str) -> LlmctlError | ModuleNotFoundError:
+    """Turn a missing third-party module into the install line; a missing module of ours or the plugin's own keeps
+    its traceback. The line names the distribution that has the extra: the plugin's, else llmctl.
+    """
     name = (error.name or "").partition(".")[0]
-    if not extra or name.startswith("llmctl"):
+    if not offer.extra or name.startswith("llmctl"):
         return error
-    return MachineError(f"{who} needs the module `{name}`", hint=f"pip install 'llmctl[{extra}]'")
+    from llmctl.registry import get_registry
+
+    plugin = get_registry().owner(offer)
+    if plugin is not None and name == plugin.package:
+        return error
+    owner = plugin.dist_name if plugin is not None and offer.extra in plugin.extras else "llmctl"
+    return MachineError(f"{who} needs the module `{name}`", hint=f"pip install '{owner}[{offer.extra}]'")
 
 
 @dataclass(frozen=True)

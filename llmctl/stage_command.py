@@ -43,7 +43,7 @@ class StageCommand(click.Command):
             try:
                 fields: Mapping[str, FieldInfo] = self.stage.load_params().model_fields
             except ModuleNotFoundError as error:
-                raise missing_module(error, self.stage.extra, f"stage `{self.stage.name}`") from error
+                raise missing_module(error, self.stage, f"stage `{self.stage.name}`") from error
             self.params = [*port_options(self.stage, fields), *param_options(fields), *common_options()]
             self._by_set = by_set(fields)
         return super().get_params(ctx)

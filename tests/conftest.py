@@ -27,11 +27,15 @@ def write_distribution(
     files: Mapping[str, str],
     version: str = "0.1",
     record: bool = False,
+    metadata: str = "",
 ) -> Path:
-    """Lay out `site` as `pip install --target` would: the modules and `name-version.dist-info`."""
+    """Lay out `site` as `pip install --target` would: the modules and `name-version.dist-info`.
+
+    `metadata` are further lines of METADATA, such as `Requires-Dist: llmctl>=0.1`.
+    """
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{metadata}")
     lines = [f"{key} = {value}" for key, value in entry_points.items()]
     (info / "entry_points.txt").write_text("\n".join(["[llmctl]", *lines]) + "\n")
     if record:

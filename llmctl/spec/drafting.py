@@ -12,9 +12,9 @@ from llmctl.spec.interpolate import Interpolation
 from llmctl.spec.matrix import Family, families
 from llmctl.spec.nodes import Map, Node, Scalar
 from llmctl.spec.params import Params
-from llmctl.spec.skeleton import SECTIONS, BodyModel, NodeModel, SelectModel, StageModel
+from llmctl.spec.skeleton import BodyModel, NodeModel, SelectModel, StageModel
 from llmctl.spec.validate import validate
-from llmctl.stage import NAME, Stage, missing_module
+from llmctl.stage import NAME, SECTIONS, Stage, missing_module
 
 if TYPE_CHECKING:
     from llmctl.spec.pipeline import Registry
@@ -136,7 +136,7 @@ class Drafting:
             return stage, stage.load_params()
         except Exception as error:  # a plugin's import
             problem = f"the parameters of stage `{name}` cannot be imported: {type(error).__name__}: {error}"
-            missing = missing_module(error, stage.extra, name) if isinstance(error, ModuleNotFoundError) else None
+            missing = missing_module(error, stage, name) if isinstance(error, ModuleNotFoundError) else None
             self.report.add("E110", problem, uses.mark, getattr(missing, "hint", None) or "")
             return None
 

@@ -14,7 +14,8 @@ from llmctl.spec.layers import at, merge_maps, option
 from llmctl.spec.nodes import Map, Node, Scalar, parse
 from llmctl.spec.nodes import Sequence as List
 from llmctl.spec.placing import file_text, json_node, placed
-from llmctl.spec.skeleton import SECTIONS, FileModel, PipelineModel, SourceModel, StageModel
+from llmctl.spec.skeleton import FileModel, PipelineModel, SourceModel, StageModel
+from llmctl.stage import SECTIONS
 
 FIRST_RANK = 100  # profiles come before
 Path = list[tuple[str | int, Mark]]

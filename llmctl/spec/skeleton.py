@@ -279,18 +279,3 @@ class UserModel(Skeleton):
     remotes: dict[Annotated[str, Field(pattern=NAME)], str] = {}
     secrets: dict[EnvName, UserSecretModel] = {}
     log_format: Literal["", "text", "json"] = ""
-
-
-SECTIONS = (
-    "llmctl",
-    "name",
-    "include",
-    "vars",
-    "secrets",
-    "sources",
-    "store",
-    "stages",
-    "defaults",
-    "profiles",
-    "next",
-) + (*sorted(FileModel.later),)

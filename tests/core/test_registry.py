@@ -49,6 +49,50 @@ BROKEN = {
         STAGES + "[Stage(name='run', help='', params='', run='')]",
         "the name 'run' is a command of llmctl",
     ),
+    "name of a section": (
+        STAGES + "[Stage(name='vars', help='', params='', run='')]",
+        "the name 'vars' is a section of spec files",
+    ),
+    "unknown field": (
+        STAGES + "[Stage(name='x', help='', params='', run='', retries=3)]",
+        "Stage has no field `retries` in llmctl 0.1.0",
+    ),
+    "unknown field of a port": (
+        "from llmctl import In\nIn('dataset.text', default=3)",
+        "In has no field `default` in llmctl 0.1.0",
+    ),
+    "missing fields": (STAGES + "[Stage(name='x', help='')]", "Stage lacks `params` and `run`"),
+    "type that is none": (
+        "from llmctl import In\n" + STAGES + "[Stage(name='x', help='', params='', run='', inputs={'a': In(['x'])})]",
+        "stage `x`, In `a`: ['x'] is no artifact type, which is a text like dataset.text",
+    ),
+    "misspelled type": (
+        "from llmctl import Out\n"
+        + STAGES
+        + "[Stage(name='x', help='', params='', run='', outputs={'a': Out('A B')})]",
+        "'A B' is no artifact type",
+    ),
+    "no type": (
+        "from llmctl import Out\n" + STAGES + "[Stage(name='x', help='', params='', run='', outputs={'a': Out()})]",
+        "stage `x`, Out `a`: give either a type or same_as",
+    ),
+    "input without a type": (
+        "from llmctl import In\n" + STAGES + "[Stage(name='x', help='', params='', run='', inputs={'a': In()})]",
+        "stage `x`, In `a`: it takes no type",
+    ),
+    "port that is no argument": (
+        "from llmctl import In\n" + STAGES + "[Stage(name='x', help='', params='', run='', inputs={'a-b': In('x')})]",
+        "a port's name must match",
+    ),
+    "text for a port": (
+        STAGES + "[Stage(name='x', help='', params='', run='', inputs={'a': 'dataset.text'})]",
+        "it must be an In, not str",
+    ),
+    "exits in a hook": (
+        "from llmctl import hookimpl\n@hookimpl\ndef register_stages():\n    raise SystemExit(0)",
+        "SystemExit: 0",
+    ),
+    "raises what is no Exception": ("import asyncio\nraise asyncio.CancelledError('late')", "CancelledError: late"),
     "raises in a hook": (
         "from llmctl import hookimpl\n@hookimpl\ndef register_commands():\n    raise KeyError('nope')",
         "KeyError: 'nope'",
@@ -145,6 +189,95 @@ def test_a_print_at_import_does_not_reach_stdout(install, llmctl):
     done = llmctl("plugins", "--format", "json")
     json.loads(done.stdout)
     assert "hello from an import" in done.stderr
+
+
+def test_a_print_in_a_hook_does_not_reach_stdout(install, llmctl):
+    source = STAGE.format(name="good", module="good")
+    source = source.replace("return [", "print('from a hook')\n        return [")
+    install("chatty", {"chatty": "chatty"}, {"chatty.py": source})
+    done = llmctl("plugins", "--format", "json")
+    assert "good" in {stage for row in json.loads(done.stdout)["plugins"] for stage in row["stages"]}
+    assert "from a hook" in done.stderr
+
+
+def test_an_entry_point_that_is_no_import_string(install, llmctl):
+    install("odd", {"odd": "not a module!"}, {})
+    assert llmctl("--help").returncode == 0
+    used = llmctl("odd")
+    assert used.returncode == 7
+    assert "the entry point `odd = not a module!` is no import string" in used.stderr
+
+
+def test_a_broken_plugin_for_another_llmctl_says_so(install, llmctl):
+    source = STAGES + "[Stage(name='x', help='', params='', run='', retries=3)]"
+    for dist, asked in (("new", "llmctl (>=9.1)"), ("fit", "llmctl>=0.1"), ("other", "llmctl-extras>=9")):
+        install(dist, {dist: f"{dist}_p"}, {f"{dist}_p.py": source}, metadata=f"Requires-Dist: {asked}\n")
+    assert "in llmctl 0.1.0; it asks for llmctl>=9.1, this is 0.1.0" in llmctl("new").stderr
+    assert "asks for" not in llmctl("fit").stderr + llmctl("other").stderr
+
+
+def test_sections_of_specs_cannot_be_taken_by_stages():
+    from llmctl.spec import skeleton
+    from llmctl.spec.fields import field_names
+    from llmctl.stage import SECTIONS
+
+    assert {"include", *field_names(skeleton.PipelineModel), *skeleton.FileModel.later} == set(SECTIONS)
+
+
+def test_a_damaged_distribution_hurts_nobody(install, site, llmctl):
+    install("acme", {"acme": "acme_plugin"}, {"acme_plugin.py": STAGE.format(name="acme", module="acme")})
+    (site / "acme-0.1.dist-info/METADATA").unlink()
+    assert "Does acme." in llmctl("--help").stdout
+    done = llmctl("plugins")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "unknown" in done.stdout
+
+
+LACKING = """
+    from llmctl import Command, Stage, hookimpl
+    @hookimpl
+    def register_stages():
+        return [Stage(name="lacks", help="Lacks.", params="lacks_impl:P", run="{module}:run", extra="{extra}")]
+    @hookimpl
+    def register_commands():
+        return [Command(name="lack", help="Lacks.", target="{module}:x", extra="{extra}")]
+    @hookimpl
+    def open_generator(artifact, options):
+        import a_heavy_library
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "line"),
+    [("fast", "pip install 'acme-dist[fast]'"), ("train", "pip install 'llmctl[train]'")],
+    ids=["an extra of its own", "an extra of llmctl"],
+)
+def test_the_install_line_names_the_distribution_that_has_the_extra(extra, line, install, llmctl, llmctl_env):
+    files = {
+        "lacks.py": LACKING.format(module="lacks_impl", extra=extra),
+        "lacks_impl.py": "import a_heavy_library",
+    }
+    install("acme-dist", {"lacks": "lacks"}, files, metadata="Provides-Extra: fast\n")
+    for command in ("lack", "lacks"):
+        done = llmctl(command)
+        assert done.returncode == 7
+        assert done.stderr.endswith(f"needs the module `a_heavy_library`\n  hint: {line}\n")
+    code = (
+        "from pathlib import Path\nfrom llmctl import Artifact, MachineError\n"
+        "from llmctl.registry import get_registry\n"
+        "try: get_registry().open_generator(Artifact(Path('x'), 'model.x'))\n"
+        "except MachineError as error: print(error.hint)"
+    )
+    assert in_child(code, llmctl_env) == line + "\n"
+
+
+def test_a_missing_module_of_the_plugin_itself_is_a_bug(install, llmctl):
+    files = {"lacks/__init__.py": LACKING.format(module="lacks.not_there", extra="fast")}
+    install("acme-dist", {"lacks": "lacks"}, files, metadata="Provides-Extra: fast\n")
+    done = llmctl("lack")
+    assert done.returncode == 1
+    assert "pip install" not in done.stderr
+    assert "No module named 'lacks.not_there'" in done.stderr
 
 
 # -- hooks ---------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ SOURCES = sorted([*(ROOT / "llmctl").rglob("*.py"), *(ROOT / "plugins").rglob("*
 
 def test_public_api_is_pinned():
     assert llmctl.__all__ == [
-        "Artifact", "Command", "Context", "Field", "In", "InputError", "LlmctlError", "MachineError", "Out", "Params",
-        "Stage", "StageError", "TempFail", "UsageError", "__version__", "hookimpl",
+        "Artifact", "Command", "Context", "Field", "In", "InputError", "LlmctlError", "MachineError", "Out",
+        "PLUGIN_API", "Params", "Stage", "StageError", "TempFail", "UsageError", "__version__", "hookimpl",
     ]  # fmt: skip
     for name in llmctl.__all__:
         assert getattr(llmctl, name) is not None
@@ -27,11 +27,32 @@ def test_hooks_are_pinned():
     assert set(HOOKS) == {"register_stages", "register_commands", "run_stage", "log_metrics", "open_generator"}
 
 
+def hook_tests(hook, sources):
+    """The functions `test_hook_<hook>` of the test files that assert something or run a helper that does."""
+    found = []
+    for text in sources:
+        if f"def test_hook_{hook}" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and re.fullmatch(rf"test_hook_{hook}(_.*)?", node.name):
+                found += [node for inner in ast.walk(node) if isinstance(inner, ast.Assert)][:1]
+    return found
+
+
+TESTS = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+
+
 @pytest.mark.parametrize("hook", HOOKS)
 def test_every_hook_is_documented_and_has_a_test_of_its_name(hook):
     assert (getattr(hookspecs, hook).__doc__ or "").strip(), f"{hook} has no docstring"
-    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    assert re.search(rf"def test_hook_{hook}\b", tests), f"no test is called test_hook_{hook}"
+    assert hook_tests(hook, TESTS), f"no test is called test_hook_{hook}"
+
+
+def test_a_hook_without_a_test_is_noticed():
+    assert not hook_tests("brand_new", TESTS)
+    assert not hook_tests("log_metrics", ["def test_hook_log_metrics():\n    pass\n"]), "an empty test is none"
+    assert not hook_tests("log", ["def test_hook_logger():\n    assert True\n"]), "a test of another hook is none"
+    assert hook_tests("log", ["def test_hook_log_twice():\n    assert True\n"])
 
 
 def test_gradients_are_taken_in_one_file():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import re
@@ -24,7 +22,9 @@ from llmctl.spec.pipeline import load_pipeline, single_stage
 
 from .conftest import BLOCKS, Block
 
-CONSOLE = [block for block in BLOCKS if block.language == "console"]
+INSTALLED = "with the plugin"
+"""The title of sessions in which the plugin of docs/plugins.md is installed."""
+CONSOLE = [block for block in BLOCKS if block.language == "console" and block.title != INSTALLED]
 SPECS = [block for block in BLOCKS if block.language == "yaml" and "llmctl: 1" in block.text.splitlines()]
 GOOD = [block for block in SPECS if not block.title.startswith("broken")]
 CHEAP = ("check", "plan", "plugins", "render")
@@ -80,6 +80,10 @@ def check_command(arguments: list[str]) -> None:
     assert command is not None, f"no such command: {name}"
     rest = arguments[arguments.index(name) + 1 :]
     own = click.Context(command, info_name=name, parent=context)
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        inner = command.get_command(own, rest[0])
+        assert inner is not None, f"no such command: {name} {rest[0]}"
+        command, own, rest = inner, click.Context(inner, info_name=rest[0], parent=own), rest[1:]
     given, extra, used = command.make_parser(own).parse_args(list(rest))
     assert not extra, f"unexpected arguments: {extra}"
     values = {param.name: given[param.name] for param in used if param.name in given and rest}
@@ -115,6 +119,9 @@ def test_every_command_shown_exists_with_its_options(block, line):
         "llmctl sft --no-such-option",
         "llmctl tokenize --text a | llmctl sft --no-such-option",
         "llmctl quantize --bits 5",
+        "llmctl plugins nwe demo",
+        "llmctl plugins new demo --no-such-option",
+        "llmctl plugins test --only nothing",
         "llmctl run no-such-spec",
         "llmctl run quickstart --set sft.no_such=1",
         "llmctl run quickstart --profile nosuch",
@@ -235,51 +242,73 @@ def test_another_output_is_noticed():
 # -- the plugin of docs/plugins.md ------------------------------------------------------------------------------------
 
 
-def plugin_files(directory: Path) -> Path:
-    """Write the titled blocks of the page as the project that it describes."""
-    for block in BLOCKS:
-        if block.page == "plugins.md" and block.language in ("python", "toml") and block.title:
-            path = directory / block.title
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(block.text)
-    return directory
+def new_plugin(directory: Path) -> Path:
+    """The project that the page begins with, installed by pip into `directory/site`, without the network."""
+    printed("llmctl plugins new demo", directory)
+    project = directory / "llmctl-demo"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [*command, "--target", directory / "site", project], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return project
 
 
 def test_the_plugin_of_the_page_is_installed_by_pip_and_runs_like_a_built_in_stage(directory):
-    """Really installed, without the network: the build backend is that of the environment."""
-    project = plugin_files(directory / "acme")
-    site = directory / "site"
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run(
-        [*command, "--target", site, project], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "upper" in printed("llmctl --help", directory)
+    new_plugin(directory)
+    assert "demo" in printed("llmctl --help", directory)
     rows = json.loads(printed("llmctl plugins --format json", directory))["plugins"]
-    (ours,) = [row for row in rows if row["distribution"] == "llmctl-upper"]
-    assert (ours["stages"], ours["failure"]) == (["upper"], None)
-    (directory / "text.jsonl").write_text('{"text": "some words"}\n')
-    assert "upper: done" in printed("llmctl upper --text text.jsonl --suffix ! -o out", directory)
-    assert "SOME WORDS!" in read_text(directory / "out")
-    assert "upper: cached" in printed("llmctl upper --text text.jsonl --suffix ! -o out", directory)
-    shutil.rmtree(site / "llmctl_upper")  # the control: broken, it is named and hurts nobody
+    (ours,) = [row for row in rows if row["distribution"] == "llmctl-demo"]
+    assert (ours["stages"], ours["failure"]) == (["demo"], None)
+    (directory / "text.jsonl").write_text('{"text": "some words again"}\n{"text": "few"}\n')
+    assert "demo: done" in printed("llmctl demo --text text.jsonl -o out", directory)
+    assert read_text(directory / "out") == "some words again"
+    assert "demo: cached" in printed("llmctl demo --text text.jsonl -o out", directory)
+    shutil.rmtree(directory / "site" / "llmctl_demo")  # the control: broken, it is named and hurts nobody
     shown = " ".join(printed("llmctl --help", directory).split())
-    assert "Unavailable: upper the plugin `llmctl_upper` of llmctl-upper 0.1.0 is broken" in shown
+    assert "Unavailable: demo the plugin `llmctl_demo` of llmctl-demo 0.1.0 is broken" in shown
+
+
+def test_the_files_shown_are_those_of_the_project(directory):
+    printed("llmctl plugins new demo", directory)
+    shown = [block for block in BLOCKS if block.page == "plugins.md" and block.title.startswith("llmctl_demo/")]
+    assert len(shown) == 3
+    for block in shown:
+        text = (directory / "llmctl-demo" / block.title).read_text()
+        assert block.text in text, block.where
+        assert block.text.replace("demo", "dmeo") not in text or "demo" not in block.text, "the control"
+
+
+@pytest.mark.slow
+def test_the_sessions_with_the_plugin_print_what_is_shown(directory):
+    project = new_plugin(directory)
+    sessions = [block for block in BLOCKS if block.title == INSTALLED]
+    lines = [(line, output) for block in sessions for line, output in commands(block)]
+    assert len(lines) == 3
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("LLMCTL_", "FORCE_COLOR"))}
+    env |= {"COLUMNS": "80", "NO_COLOR": "1", "PYTHONPATH": str(directory / "site")}
+    for line, output in lines:
+        shell = f'llmctl() {{ "{sys.executable}" -m llmctl "$@"; }}\n{line}'
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-c", shell],
+            cwd=project,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        found = re.sub(r"sha256:[0-9a-f]{64}", "sha256:...", done.stdout)
+        found = re.sub(r"killed \d times", "killed ...", found)
+        counts = r"\d+ plugins, \d+ stages"  # as many as are installed
+        shown, found = (re.sub(counts, "N plugins, N stages", text.rstrip() + "\n") for text in (output, found))
+        assert matches(shown, found), found
 
 
 def read_text(directory: Path) -> str:
     from llmctl.text.datasets import read_rows
 
     return " ".join(row["text"] for row in read_rows(directory, "train"))
-
-
-def test_the_test_of_the_page_passes(directory, monkeypatch):
-    """The test that the page shows for its plugin."""
-    project = plugin_files(directory / "acme")
-    monkeypatch.syspath_prepend(str(project))
-    scope: dict = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile((project / "test_upper.py").read_text(), "test_upper.py", "exec"), scope)
-        scope["test_it_makes_capitals"](directory / "out")
-    for name in [name for name in sys.modules if name.startswith("llmctl_upper")]:
-        del sys.modules[name]

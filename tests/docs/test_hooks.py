@@ -22,6 +22,13 @@ def test_every_hook_has_a_heading_with_its_exact_arguments(pages):
     assert signatures(pages["plugins.md"]) == expected
 
 
+def test_a_missing_hook_is_noticed(pages):
+    text = pages["plugins.md"]
+    for name in HOOKS:
+        without = "\n".join(line for line in text.splitlines() if not line.startswith(f"### `{name}("))
+        assert set(signatures(text)) - set(signatures(without)) == {name}
+
+
 def test_a_missing_argument_is_noticed(pages):
     text = pages["plugins.md"].replace("`log_metrics(stage, values, step)`", "`log_metrics(stage, values)`")
     assert signatures(text) != signatures(pages["plugins.md"])

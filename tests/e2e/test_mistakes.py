@@ -76,6 +76,18 @@ COMMAND_LINE = [
     Mistake("format that does not exist", "ls --format xml", 2, ("'xml'", "json")),
 ]
 
+PLUGINS = [
+    Mistake("name that no plugin can have", "plugins new Demo_Stage", 2, ("Demo_Stage", "how about `demo-stage`?")),
+    Mistake("new plugin of a name that is taken", "plugins new tokenize", 2, ("an installed stage", "`my-tokenize`")),
+    Mistake("new plugin where something is", "plugins new demo", 5, ("not empty", "--force"), {"llmctl-demo/x": ""}),
+    Mistake("test of what is not installed", "plugins test fakes", 2, ("`fakes` is installed", "did you mean `fake`?")),
+    Mistake("test of a stage that is none", "plugins test fake --stage fake-tokk", 2, ("`fake-tokk`", "did you mean")),
+    Mistake(
+        "damaged plugin file", "plugins test fake --file x.json", 5, ("x.json",), {"x.json": '{"llmctl-plugin": 7}'}
+    ),
+    Mistake("subcommand that does not exist", "plugins tset", 2, ("no such command `tset`", "did you mean `test`?")),
+]
+
 SPECS = [
     Mistake("spec that is not there", "run missing.yaml", 2, ("missing.yaml",)),
     Mistake("name that is no shipped spec", "run quikstart", 2, ("quikstart", "quickstart")),
@@ -251,7 +263,7 @@ MODELS = [
 ]  # fmt: skip
 
 
-ALL = [*COMMAND_LINE, *SPECS, *LAYERS, *STAGES, *DATA, *MODELS]
+ALL = [*PLUGINS, *COMMAND_LINE, *SPECS, *LAYERS, *STAGES, *DATA, *MODELS]
 
 
 @pytest.fixture(scope="session")

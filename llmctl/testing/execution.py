@@ -1,4 +1,4 @@
-"""Help for plugin authors: run one stage without a store, a runner or a spec."""
+"""Run one stage in this process, without a store, a runner or a spec."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class StageResult:
     outputs: dict[str, Artifact]
     metrics: dict[str, Any]
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    asked: int = 0
+    """How often the stage asked `should_stop`."""
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """The (step, value) pairs of a metric that was recorded step by step."""
@@ -37,7 +39,20 @@ def run_stage(
     directory resumes. `stop_after=n` makes `should_stop` true from the n-th time it is asked, as a signal would.
     """
     values = stage.load_params().model_validate(dict(params or {}))
-    ports = values.outputs() or set(stage.outputs)
+    bound = {port: inputs.get(port) for port in stage.inputs}
+    return execute(stage, values, bound, directory, directory / ".resume", stop_after)
+
+
+def execute(
+    stage: Stage,
+    params: Any,
+    inputs: Mapping[str, Artifact | list[Artifact] | None],
+    directory: Path,
+    resume: Path,
+    stop_after: int | None = None,
+) -> StageResult:
+    """Run `stage` with validated `params`; outputs land in `directory/<port>`, `resume` is the resume directory."""
+    ports = params.outputs() or set(stage.outputs)
     events: list[tuple[str, dict[str, Any]]] = []
     asked = 0
 
@@ -49,15 +64,21 @@ def run_stage(
     context = Context(
         stage.name,
         {port: directory / port for port in ports},
-        directory / ".resume",
+        resume,
         lambda kind, fields: events.append((kind, dict(fields))),
         stop,
     )
-    stage.load_run()(context, values, **{port: inputs.get(port) for port in stage.inputs})
-    outputs = {}
-    for port in sorted(ports):
-        out = stage.outputs[port]
-        same = inputs.get(out.same_as)
-        kind = out.type or (same.type if isinstance(same, Artifact) else "")
-        outputs[port] = Artifact(directory / port, kind, "", context.metadata[port])
-    return StageResult(outputs, dict(context.reported), events)
+    stage.load_run()(context, params, **inputs)
+    outputs = {
+        port: Artifact(directory / port, output_type(stage, port, inputs), "", context.metadata[port])
+        for port in sorted(ports)
+    }
+    return StageResult(outputs, dict(context.reported), events, asked)
+
+
+def output_type(stage: Stage, port: str, inputs: Mapping[str, Artifact | list[Artifact] | None]) -> str:
+    """The artifact type of an output; one that is `same_as` an input has the type that the input has."""
+    out = stage.outputs[port]
+    same = inputs.get(out.same_as)
+    same = same[0] if isinstance(same, list) and same else same
+    return out.type or (same.type if isinstance(same, Artifact) else "")
