@@ -95,7 +95,7 @@ def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
     spec = _only(pipeline)
     explicit = explicit or any(_is_stdin(ref) for refs in spec.inputs.values() for ref in refs)
     reads = explicit or (piped and (bool(spec.unbound()) or not spec.inputs))
-    stream = shell.open_stream(stage.name, values["format_"])
+    stream = shell.open_stream(stage.name, values["format_"], values["log_format"])
     stream.hello(announced(spec), stdin=reads)
     if reads:
         pipeline = bind_upstream(pipeline, store, stream, build, explicit=explicit)
@@ -205,11 +205,13 @@ def bind_upstream(
     pipeline: Pipeline, store: Store, stream: shell.Stream, build: Callable[[bool], Pipeline], *, explicit: bool
 ) -> Pipeline:
     """Read stdin to its end and put the references into the open ports; raises what is missing."""
+    from llmctl.upstream import Upstream, read_upstream
+
     spec = _only(pipeline)
     asked = {port for port, refs in spec.inputs.items() if any(_is_stdin(ref) for ref in refs)}
     open_ports: dict[str, In] = {n: p for n, p in spec.stage.inputs.items() if n in asked or n not in spec.inputs}
-    upstream = shell.Upstream(open_ports, frozenset(asked | set(spec.unbound())))
-    shell.read_upstream(upstream, stream, explicit=explicit)
+    upstream = Upstream(open_ports, frozenset(asked | set(spec.unbound())))
+    read_upstream(upstream, stream, explicit=explicit)
     bound = upstream.bind()
     if not upstream.records and spec.unbound():
         return build(False)  # an empty pipe is no pipe: the same message as without one
@@ -243,9 +245,8 @@ def execute(pipeline: Pipeline, store: Store, stream: shell.Stream, values: Mapp
             stop.request(shell.ReaderGone.exit_code)
 
     spec = _only(pipeline)
-    result = run_session(
-        pipeline, store, events=values["events"], watch=watch, to=(spec.id,), on_busy=values["on_busy"]
-    )
+    options = {name: values[name] for name in ("events", "log_format", "on_busy")}
+    result = run_session(pipeline, store, watch=watch, to=(spec.id,), **options)
     error = result.error()
     if error is not None:
         raise error

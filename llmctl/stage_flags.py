@@ -20,7 +20,7 @@ PARAM, PORT = "param__", "port__"
 """Prefixes of the names under which click gives the values of parameters and input ports."""
 RESERVED = frozenset(
     ("config", "set", "input", "output", "print-spec", "format", "store", "events", "cache", "on-busy", "help")
-    + ("stop-on-reader-exit",)
+    + ("stop-on-reader-exit", "log-format")
 )
 """Flags of every stage command; a parameter or port of that name is reached by `--set` or `--input`."""
 
@@ -167,6 +167,14 @@ def common_options() -> list[click.Parameter]:
         click.Option(["--store"], metavar="DIR", help="The store; by default that of the nearest .llmctl directory."),
         click.Option(
             ["--events"], metavar="FILE|fd:N", envvar="LLMCTL_EVENTS", help="Also write events as JSON lines."
+        ),
+        click.Option(
+            ["--log-format"],
+            type=click.Choice(["text", "json"]),
+            default="text",
+            envvar="LLMCTL_LOG_FORMAT",
+            show_default=True,
+            help="What stderr gets: lines for a person, or the events as JSON lines.",
         ),
         click.Option(["--cache"], type=click.Choice(CACHE_MODES), help="auto: reuse; off: do not look; refresh: redo."),
         click.Option(

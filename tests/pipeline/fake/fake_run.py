@@ -50,6 +50,10 @@ def score(ctx, params, text):
 def count(ctx, params, text):
     state = ctx.resume_dir / "state.json"
     step, value = json.loads(state.read_text()) if state.exists() else (0, params.start)
+    if step > params.max_steps:  # of a run that went further
+        step, value = 0, params.start
+    if step:
+        ctx.log(f"continuing from step {step}")
     begun = step
     while step < params.max_steps:
         value, step = value * 31 % 1_000_003 + step, step + 1
