@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 from llmctl.errors import LlmctlError, MachineError, StageError, TempFail
 from llmctl.launch import stopping
-from llmctl.launch.extent import has_extent
 from llmctl.launch.failures import Failure, explain
 from llmctl.launch.hooks import MetricSinks, call_stage
 from llmctl.launch.masking import Masker
 from llmctl.launch.request import Request
 from llmctl.launch.stopping import StopFlag
 from llmctl.registry import Registry, get_registry
+from llmctl.spec.extent import has_extent
 from llmctl.stage import Artifact, Context, Stage
 from llmctl.store import Store, types
 from llmctl.store.hashing import NotPlain, plain_files
@@ -180,7 +180,7 @@ class Execution:
         except (NotPlain, types.Unfit) as error:
             raise StageError(f"output `{port}` is no valid {type}: {error}", hint="nothing was committed") from error
         for name in names:
-            if secret := self.masker.found_in(directory / name):
+            if secret := self.masker.found(os.fsencode(name)) or self.masker.found_in(directory / name):
                 hint = f"nothing was committed; keep the value of {secret} out of what the stage writes"
                 raise StageError(f"output `{port}` holds the secret in {secret}: {self.masker.text(name)}", hint=hint)
         described = json.loads(encode(context.metadata[port]))

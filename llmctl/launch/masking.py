@@ -65,7 +65,7 @@ class Masker:
                 if name := self.found(before + chunk):
                     return name
                 before = (before + chunk)[-overlap:]
-        return self.found(path.name.encode(errors="surrogateescape"))
+        return ""
 
     def split(self, data: bytes) -> int:
         """How many bytes at the beginning of `data` can be masked now: a secret may go on after its end."""

@@ -172,17 +172,28 @@ class Planner:
 def needed_again(specs: Sequence[StageSpec], decisions: Sequence[Decision]) -> list[Decision]:
     """The decisions, with those stages run again whose collected bytes another one that runs will read."""
     by_id = {decision.id: decision for decision in decisions}
+    declared = {spec.id: spec for spec in specs}
     if any(decision.collected for decision in decisions):
         for spec in reversed(specs):
             if not by_id[spec.id].works:
                 continue
-            for stage in sources(spec):
-                found = by_id.get(stage)
-                if found is not None and found.collected:
+            for stage in _read_by(spec, declared, by_id):
+                if by_id[stage].collected:
                     why = (f"`{spec.id}` needs its bytes again (ephemeral)",)
-                    again = replace(found, action="run", why=why, needed_by=spec.id)
+                    again = replace(by_id[stage], action="run", why=why, needed_by=spec.id)
                     by_id[stage] = replace(again, pointer=None, outputs={}, collected=False)
     return list(by_id.values())
+
+
+def _read_by(spec: StageSpec, declared: Mapping[str, StageSpec], by_id: Mapping[str, Decision]) -> Iterator[str]:
+    """The stages whose bytes `spec` reads; what it takes from a `select` stage is the winners'."""
+    for stage in sources(spec):
+        choice = by_id[stage].choice if stage in by_id else None
+        if choice is None:
+            yield from (stage,) if stage in by_id else ()
+        else:
+            rows = [refs[choice.row] for refs in declared[stage].inputs.values()]
+            yield from (ref.stage for ref in rows if isinstance(ref, StageRef) and ref.stage in by_id)
 
 
 def _waiting(waits: Sequence[str]) -> tuple[str, ...]:

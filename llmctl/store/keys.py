@@ -32,12 +32,15 @@ def make_keys(
     `strict` are facts of the machine that count, too (`--strict-env`).
     """
     from llmctl.spec.canonical import digest
+    from llmctl.spec.extent import has_extent
 
     preimage = {
         **static_preimage(spec, origin, strict),
         "inputs": {port: list(ids) for port, ids in sorted(inputs.items())},
     }
-    resume = {**preimage, "with": spec.key_params(extent=False), "resume": True}
+    resume = {**preimage, "resume": True}
+    if has_extent(type(spec.params)):
+        resume["with"] = spec.key_params(extent=False)
     return Keys(preimage=preimage, action=digest(preimage), resume=digest(resume))
 
 

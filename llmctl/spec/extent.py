@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 
+@cache
 def has_extent(params: type[BaseModel]) -> bool:
     """Whether any parameter, in a nested model too, says how far to go (`affects="extent"`)."""
     return any(
