@@ -279,18 +279,14 @@ class _Run:
         self.compare_schedule(values["total"])
 
     def compare_schedule(self, planned: int) -> None:
-        """Say that the rates so far were those of a run of another length; warn if they had fallen by now."""
-        if planned == self.total or self.params.schedule == "constant":
-            return
-        share = self.factor(self.step - 1, planned) if self.step else 1.0
-        then = f"from here on the schedule is that of {self.total}"
-        if self.step > self.params.warmup_steps and share < 1.0:
+        """Warn if the rates so far, of a run of `planned` steps, are not those that one of this length has."""
+        past = (0, self.step - 1) if self.step else ()
+        if any(self.factor(step, planned) != self.factor(step, self.total) for step in past):
+            share = self.factor(self.step - 1, planned)
             self.ctx.warn(
-                f"its run was planned for {planned} steps, and by step {self.step} the rate had fallen to {share:.0%}; "
-                f"{then}, and the result is not that of an uninterrupted run"
+                f"its run was planned for {planned} steps, the rate was {share:.0%} of its peak at step {self.step}; "
+                f"from here on the schedule is that of {self.total}, the result not that of an uninterrupted run"
             )
-        else:
-            self.ctx.log(f"its run was planned for {planned} steps; {then}")
 
 
 @contextmanager
