@@ -265,7 +265,6 @@ def test_a_finished_run_goes_on_as_if_it_had_never_ended(make_context, make_mode
     _, said, warned = go("cosine", 12, schedule="cosine")
     assert said == ["continuing from step 6 of 12"]
     assert "its run was planned for 6 steps, the rate was 15% of its peak at step 6" in warned[0]
-    assert not torch.equal(other, [0])
     # `wsd` that still holds has not looked at the end yet, a warm-up that was cut short has.
     with pytest.raises(TempFail):
         values = params(max_steps=10, schedule="wsd", save_every=0)
