@@ -128,7 +128,8 @@ class Executor:
             again = self._planner.decide(spec, bound)
             if again.pointer is not None:
                 return self.cached(spec, again)
-            stopping.clear(self._store, keys.resume)  # an old request to stop is no reason not to begin
+            # An old request to stop is no reason not to begin; one to a runner beside us is not ours.
+            (self._store.work(keys.resume, work) / stopping.NAME).unlink(missing_ok=True)
             return self._attempts(spec, keys, self._job(spec, bound, keys, lock, work, grant))
 
     def _acquire(self, spec: StageSpec, keys: Keys) -> tuple[Lock | None, int]:
