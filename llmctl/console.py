@@ -279,6 +279,7 @@ class LiveReporter(Reporter):
 
     def _on_stage_start(self, event: Mapping[str, Any]) -> None:
         stage = str(event["stage"])
+        self._remove(stage)  # of an attempt before this one
         self._started[stage] = self.clock()
         self._metrics.pop(stage, None)
         self._tasks[stage] = self._bars.add_task(f"{self._position()}{stage}", total=None, note="")

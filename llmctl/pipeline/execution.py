@@ -107,10 +107,10 @@ class Executor:
         self._events("stage.end", stage=spec.id, code=0, seconds=0.0, metrics=number, choice=choice.to_json())
         return StageResult(id=spec.id, status="done", outputs=choice.outputs, choice=choice)
 
-    def failed(self, spec: StageSpec, error: LlmctlError) -> StageResult:
+    def failed(self, spec: StageSpec, error: LlmctlError, key: str = "") -> StageResult:
         """The result of a stage that cannot begin."""
         failure = Failure(code=error.exit_code, message=error.message, hint=error.hint or "")
-        return self._failed(spec, "", failure)
+        return self._failed(spec, key, failure)
 
     def run(self, spec: StageSpec, bound: Bound, decision: Decision, grant: Grant) -> StageResult:
         """Make the stage's result, or find that another runner has made it while this one waited."""
@@ -121,7 +121,7 @@ class Executor:
         try:
             lock, work = self._acquire(spec, keys)
         except BusyError as error:
-            return self.failed(spec, error)
+            return self.failed(spec, error, keys.action)
         if lock is None:
             return StageResult(id=spec.id, status="stopped", key=keys.action, message="stopped while it waited")
         with lock:
@@ -185,7 +185,8 @@ class Executor:
         ).write(self._store)
         declared = {name: self._secrets[v.secret] if v.secret else v.value for name, v in spec.env.items()}
         devices = None if spec.resources.gpus is None else grant.devices
-        hidden = {secret.variable or secret.name for secret in self._pipeline.secrets.values()}
+        secrets = self._pipeline.secrets.values()
+        hidden = {secret.variable or secret.name for secret in secrets if secret.origin == "env"}
         return Job(
             key=keys.action,
             instance=spec.id,

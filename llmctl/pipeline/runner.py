@@ -57,6 +57,7 @@ class Runner:
         self.directory = store.run(events.run)
         self.durations = Durations(store, pipeline)
         idle = {decision.id for decision in decisions if not decision.works}
+        idle |= {spec.id for spec in specs if spec.select is not None}
         self.progress = RunProgress(specs, idle, self.durations, options.jobs)
         self.executor = Executor(pipeline, store, planner, inputs, events, options, secrets, self.progressed)
         self.settlement = Settlement(pipeline, store, events, options.gates)
