@@ -12,7 +12,6 @@ import click
 
 from llmctl import __version__
 from llmctl.command_table import CORE, HIDDEN, stage_order
-from llmctl.console import json_line, log_format
 from llmctl.errors import InputError, LlmctlError, StageError, UsageError
 from llmctl.hookspecs import Command
 from llmctl.registry import DISABLE, Failure, get_registry
@@ -203,6 +202,8 @@ def _invoke(args: list[str]) -> int:
 
 def _explain(error: BaseException, args: Sequence[str]) -> int:
     """Print what went wrong on stderr and return the exit code."""
+    from llmctl.console import log_format
+
     as_json = log_format(args) == "json"
     if isinstance(error, KeyboardInterrupt | click.Abort | EOFError):
         _say(_error_line("interrupted", None, 130) if as_json else "interrupted")
@@ -225,6 +226,8 @@ def _explain(error: BaseException, args: Sequence[str]) -> int:
 
 def _error_line(message: str, hint: str | None, exit_code: int, code: str | None = None) -> str:
     """An error for `--log-format json`."""
+    from llmctl.console import json_line
+
     return json_line({"type": "error", "code": code, "exit_code": exit_code, "message": message, "hint": hint})[:-1]
 
 
