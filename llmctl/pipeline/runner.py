@@ -66,6 +66,8 @@ class Runner:
         self._dependencies = {spec.id: spec.dependencies for spec in specs}
         self._slots = Slots.of_machine(options.jobs)
         self._running: dict[str, threading.Thread] = {}
+        self._work: dict[str, str] = {}
+        """The resume key of each running stage."""
         self._ended: queue.SimpleQueue[Ended] = queue.SimpleQueue()
         self._blocked: dict[str, str] = {}
         """Why the dependants of a stage cannot run: `failed`, `gate`, `stopped` or `skipped`."""
@@ -75,7 +77,7 @@ class Runner:
 
     def __call__(self) -> RunResult:
         """Run everything that can run."""
-        self.events("run.progress", **self.progress.fields())
+        self._say_progress(now=True)
         waiting = list(self.specs)
         try:
             while waiting or self._running:
@@ -101,9 +103,13 @@ class Runner:
     def progressed(self, stage: str, event: Mapping[str, Any]) -> None:
         """A running stage says how far it is; the whole run's progress follows at most once a second."""
         self.progress.step(stage, event)
-        now = time.monotonic()
-        if now - self._said >= 1.0:
-            self._said = now
+        self._say_progress()
+
+    def _say_progress(self, *, now: bool = False) -> None:
+        """How far the run is, at most once a second unless it matters `now`: it takes a look at every stage."""
+        clock = time.monotonic()
+        if now or clock - self._said >= 1.0:
+            self._said = clock
             self.events("run.progress", **self.progress.fields())
 
     # -- starting -----------------------------------------------------------------------------------------------------
@@ -163,19 +169,24 @@ class Runner:
         return None
 
     def _start(self, spec: StageSpec, bound: Bound, decision: Decision) -> bool:
-        """Start a stage if there is room for it."""
+        """Start a stage if there is room for it, and no other stage of this run does the very same work."""
+        work = decision.keys.resume if decision.keys else ""
+        if work in self._work.values():
+            del self._decided[spec.id]  # what is running now may be its result
+            return False
         grant = self._slots.take(spec)
         if grant is None:
             return False
+        self._work[spec.id] = work
         self.progress.start(spec.id)
 
-        def work() -> None:
+        def watch() -> None:
             try:
                 self._ended.put((spec, grant, self.executor.run(spec, bound, decision, grant)))
             except BaseException as error:  # it belongs to the thread that waits
                 self._ended.put((spec, grant, error))
 
-        thread = threading.Thread(target=work, name=spec.id)
+        thread = threading.Thread(target=watch, name=spec.id)
         self._running[spec.id] = thread
         thread.start()
         return True
@@ -212,6 +223,7 @@ class Runner:
                 if self.options.stopping != stopping:
                     return
         self._running.pop(spec.id).join()
+        del self._work[spec.id]
         self._slots.give_back(grant)
         if isinstance(result, BaseException):
             raise result
@@ -233,7 +245,7 @@ class Runner:
         else:
             self._blocked[spec.id] = result.status
         self.progress.end(spec.id, result.seconds if result.status == "done" else 0.0)
-        self.events("run.progress", **self.progress.fields())
+        self._say_progress(now=result.status == "done" or len(self.results) == len(self.specs))
 
     def _verdict(self, stages: Mapping[str, StageResult]) -> tuple[int, str, str]:
         """Exit code, line and hint: a signal before a failure, a failure before a gate."""

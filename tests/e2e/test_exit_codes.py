@@ -103,8 +103,12 @@ def test_6_busy_and_7_no_such_machine(work, llmctl, llmctl_env):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGUSR1, 75), (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)],
-    ids=["75", "130", "143", "143-SIGHUP"],
+    [
+        pytest.param(signal.SIGUSR1, 75, id="75"),
+        pytest.param(signal.SIGINT, 130, id="130", marks=pytest.mark.slow),  # `test_pipes.py` has it, too
+        pytest.param(signal.SIGTERM, 143, id="143"),
+        pytest.param(signal.SIGHUP, 143, id="143-SIGHUP", marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_by_a_signal(number, code, work, llmctl_env, tmp_path):
     log = tmp_path / "log"

@@ -150,17 +150,12 @@ def test_waiting_is_announced_in_the_format_of_the_log(llmctl_process):
 # -- 3.1 channels -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["text", "json", "path", "id"])
-def test_formats(format, pipe):
-    text = pipe(f"{T} --format {format}").stdout
-    rows = text.splitlines()
-    if format == "text":
-        assert [row.split()[0] for row in rows] == ["fake-tok.tokenizer", "fake-tok.tokens", "fake-tok.metrics"]
-    elif format == "json":
-        assert [row["llmctl"] for row in records(text)] == ["hello", "ref", "ref", "ref", "end"]
-    else:
-        start = "/" if format == "path" else "sha256:"
-        assert len(rows) == 2 and all(row.startswith(start) for row in rows)
+def test_lines_for_a_person_where_asked_for(pipe):
+    """`json` is in every other test, `path` and `id` are case 10 of `test_pipes.py`."""
+    rows = pipe(f"{T} --format text").stdout.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        ["fake-tok.tokenizer", "fake.tokenizer"], ["fake-tok.tokens", "fake.tokens"], ["fake-tok.metrics", "metrics"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -169,8 +164,8 @@ def test_formats(format, pipe):
         ({"TERM": "xterm"}, True, True),
         ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
         ({"TERM": "dumb"}, False, False),
-        ({"TERM": "xterm", "CI": "true"}, False, True),
-        ({"TERM": "xterm", "LLMCTL_LOG_FORMAT": "json"}, False, False),
+        pytest.param({"TERM": "xterm", "CI": "true"}, False, True, marks=pytest.mark.slow),
+        pytest.param({"TERM": "xterm", "LLMCTL_LOG_FORMAT": "json"}, False, False, marks=pytest.mark.slow),
     ],
     ids=["terminal", "NO_COLOR", "dumb", "CI", "json"],
 )

@@ -69,7 +69,10 @@ def test_bytes_go_when_the_last_reader_is_done_and_come_back_when_needed(run, ac
     assert actions() == {"a": "cached", "b": "run", "c": "cached", "d": "cached"} and bytes_of(plain, "b")
 
 
-@pytest.mark.parametrize("by", ["tag", "output", "name", "key"])
+@pytest.mark.parametrize(
+    "by",
+    ["tag", "key", pytest.param("output", marks=pytest.mark.slow), pytest.param("name", marks=pytest.mark.slow)],
+)
 def test_what_something_else_holds_stays(by, run, work):
     assert run(CHAIN, to=["b"]).code == 0
     store = Store.open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -102,7 +103,7 @@ def test_independent_stages_run_at_once(run, events, monkeypatch):
     assert list(result.stages) == ["a", "x", "y"]
 
 
-@pytest.mark.parametrize("why", ["cpus", "memory"])
+@pytest.mark.parametrize("why", ["cpus", pytest.param("memory", marks=pytest.mark.slow)])
 def test_a_stage_for_which_there_is_no_room_waits(why, run, events, monkeypatch):
     monkeypatch.setattr(machine, "cores", lambda: 1 if why == "cpus" else 4)
     monkeypatch.setattr(machine, "memory", lambda: 6 << 30)
@@ -144,6 +145,29 @@ def test_a_request_to_stop_reaches_all_running_stages(run, events, monkeypatch):
     assert result.code == 143
     assert [stage.status for stage in result.stages.values()] == ["stopped", "stopped", "skipped"]
     assert sorted(e["stage"] for e in events() if e["type"] == "stage.checkpoint") == ["x", "y"]
+
+
+def test_the_second_request_ends_all_of_them_at_once(run, work, monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    pids = [work / "x.pid", work / "y.pid"]
+    stages = "".join(f"{path.stem}: {{uses: wrong, with: {{how: deaf, path: {path}}}}}\n" for path in pids)
+    with Stop() as stop:
+
+        def tick():
+            if stop.requests < 2 and all(path.exists() and path.read_text() for path in pids):
+                stop.request(130)
+
+        result = run(stages, jobs=2, stop=stop, tick=tick)
+    assert result.code == 130
+    assert [stage.status for stage in result.stages.values()] == ["stopped", "stopped"]
+    assert not any(Path(f"/proc/{path.read_text()}").exists() for path in pids)
+
+
+def test_two_stages_with_the_same_key_do_not_get_in_each_others_way(run, actions, monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 4)
+    stages = "x: {uses: make}\ny: {uses: make, with: {threads: 2}}"
+    assert run(stages, jobs=2, on_busy="fail").code == 0
+    assert sorted(actions().values()) == ["cached", "run"]
 
 
 def test_a_bug_in_the_runner_leaves_no_process(run, monkeypatch, work):
