@@ -106,16 +106,20 @@ class Planner:
         keys = make_keys(spec, self.origin(spec), ids, self.strict)
         if forced:
             return Decision(id=spec.id, action="run", why=forced, keys=keys)
-        pointer = self.store.pointer(keys.action)
-        if pointer is not None:
-            outputs, missing = self._outputs(spec, pointer)
-            if not missing or (spec.ephemeral and spec.id not in self._remade):
-                return Decision(
-                    id=spec.id, action="cached", keys=keys, pointer=pointer, outputs=outputs, collected=missing
-                )
-            return Decision(id=spec.id, action="run", why=("its artifact is gone or damaged",), keys=keys)
+        if self.store.key(keys.action).exists():
+            return self._known(spec, keys)
         why = self._changes(spec, lambda: keys.preimage, "new")
         return Decision(id=spec.id, action="run", why=why or ("it was not finished",), keys=keys)
+
+    def _known(self, spec: StageSpec, keys: Keys) -> Decision:
+        """What to do with a stage whose key was published: its artifacts may have gone meanwhile."""
+        found = self.store.lookup(keys.action)
+        pointer = found or self.store.pointer(keys.action)
+        counts = found is not None or (spec.ephemeral and spec.id not in self._remade)
+        if pointer is None or not counts:
+            return Decision(id=spec.id, action="run", why=("its artifact is gone or damaged",), keys=keys)
+        outputs, gone = self._outputs(spec, pointer), found is None
+        return Decision(id=spec.id, action="cached", keys=keys, pointer=pointer, outputs=outputs, collected=gone)
 
     def origin(self, spec: StageSpec) -> Origin:
         """Where the stage comes from, looked up once."""
@@ -144,14 +148,14 @@ class Planner:
         last = self.last(spec)
         return tuple(differences(last.preimage, preimage())) if last else (new,)
 
-    def _outputs(self, spec: StageSpec, pointer: Pointer) -> tuple[dict[str, Artifact], bool]:
-        """The artifacts of a published result, and whether any of them is not there."""
-        outputs, missing = {}, False
-        for port, id in pointer.outputs.items():
-            artifact = self._artifacts.get(id) or self._read(id)
-            missing = missing or artifact is None
-            outputs[port] = artifact or Artifact(self.store.artifact(id), spec.outputs.get(port, ""), id)
-        return outputs, missing
+    def _outputs(self, spec: StageSpec, pointer: Pointer) -> dict[str, Artifact]:
+        """The artifacts of a published result; of one that was collected only the id is known."""
+        return {
+            port: self._artifacts.get(id)
+            or self._read(id)
+            or Artifact(self.store.artifact(id), spec.outputs.get(port, ""), id)
+            for port, id in pointer.outputs.items()
+        }
 
     def _read(self, id: str) -> Artifact | None:
         directory = self.store.artifact(id)
