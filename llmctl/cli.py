@@ -12,7 +12,7 @@ import click
 
 from llmctl import __version__
 from llmctl.command_table import CORE, HIDDEN, stage_order
-from llmctl.error_output import json_lines, wants_json
+from llmctl.error_output import json_line, json_lines, wants_json
 from llmctl.errors import InputError, LlmctlError, StageError, UsageError
 from llmctl.hookspecs import Command
 from llmctl.registry import Failure, get_registry
@@ -152,19 +152,20 @@ def _invoke(args: list[str]) -> int:
 
 def _explain(error: BaseException, args: Sequence[str]) -> int:
     """Print what went wrong on stderr and return the exit code."""
+    as_json = wants_json(args)
     if isinstance(error, KeyboardInterrupt | click.Abort | EOFError):
-        _say("interrupted")
+        _say(json_line("interrupted", None, 130) if as_json else "interrupted")
         return 130
     if isinstance(error, OSError) and error.errno == errno.EPIPE:
         return 141
     expected = _expected(error, args)
     if expected is None:
-        return _save_traceback(error)
+        return _save_traceback(error, as_json=as_json)
     if os.environ.get("LLMCTL_DEBUG"):
         import traceback
 
         traceback.print_exception(error)
-    if wants_json(args):
+    if as_json:
         for line in json_lines(expected):
             _say(line)
     else:
@@ -238,7 +239,7 @@ def _say_error(error: LlmctlError) -> None:
         _say(f"  hint: {error.hint}")
 
 
-def _save_traceback(error: BaseException) -> int:
+def _save_traceback(error: BaseException, *, as_json: bool = False) -> int:
     """A bug: keep the whole traceback in a file and name it on one line; `LLMCTL_DEBUG=1` prints it instead."""
     import platform
     import tempfile
@@ -255,8 +256,9 @@ def _save_traceback(error: BaseException) -> int:
     except OSError:
         _say(text)
         return 1
-    _say(f"error: unexpected {type(error).__name__}: {last}")
-    _say(f"  hint: this is a bug in llmctl or in a plugin; the traceback is in {file.name}")
+    message = f"unexpected {type(error).__name__}: {last}"
+    hint = f"this is a bug in llmctl or in a plugin; the traceback is in {file.name}"
+    _say(json_line(message, hint, 1) if as_json else f"error: {message}\n  hint: {hint}")
     return 1
 
 

@@ -135,7 +135,8 @@ class Reporter:
         self._started[stage] = self._said[stage] = self.clock()
         self._metrics.pop(stage, None)
         left = f", about {human_seconds(self._left)} left in all" if self._left and self.total > 1 else ""
-        self._print(f"{self._position()}{stage}: start{left}")
+        attempt = f" attempt {event['attempt']}" if int(event.get("attempt") or 1) > 1 else ""
+        self._print(f"{self._position()}{stage}: start{attempt}{left}")
 
     def _on_stage_progress(self, event: Mapping[str, Any]) -> None:
         stage, now = str(event["stage"]), self.clock()
@@ -167,6 +168,11 @@ class Reporter:
         if code:
             self._print(f"{stage}: failed with exit {code} after {human_seconds(took)}", style="red")
             return
+        if choice := event.get("choice"):
+            values = "".join(f", {name} {value}" for name, value in choice["values"].items())
+            number = f"{choice['metric']} {human_number(choice['value'])}"
+            self._print(f"{stage}: chose {choice['stage']} of {choice['rows']}{values}: {number}")
+            return
         numbers = event.get("metrics") or self._headline(stage, event.get("headline", ()))
         text = "".join(f"  {name} {human_number(value)}" for name, value in numbers.items())
         self._print(f"{stage}: done in {human_seconds(took)}{text}")
@@ -193,7 +199,9 @@ class Reporter:
     # -- text -----------------------------------------------------------------------------------------------------
 
     def _position(self) -> str:
-        return f"[{min(self.finished + 1, self.total)}/{self.total}] " if self.total > 1 else ""
+        """`[3/7] `: the stages that are done and those that run, this one included."""
+        number = self.finished + max(1, len(self._started))
+        return f"[{min(number, self.total)}/{self.total}] " if self.total > 1 else ""
 
     def _headline(self, stage: str, names: Sequence[str]) -> dict[str, Any]:
         known = self._metrics.get(stage, {})
@@ -271,6 +279,7 @@ class LiveReporter(Reporter):
 
     def _on_stage_start(self, event: Mapping[str, Any]) -> None:
         stage = str(event["stage"])
+        self._remove(stage)  # of an attempt before this one
         self._started[stage] = self.clock()
         self._metrics.pop(stage, None)
         self._tasks[stage] = self._bars.add_task(f"{self._position()}{stage}", total=None, note="")
@@ -327,7 +336,28 @@ class LiveReporter(Reporter):
         self._bars.stop()
 
 
-def open_reporter(*, stream: TextIO | None = None) -> Reporter:
-    """Bars on a capable terminal, plain lines elsewhere (pipe, file, CI, TERM=dumb); `stream` is stderr by default."""
+class JsonReporter(Reporter):
+    """Every event as it is, a JSON object per line."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Write one event."""
+        self.stream.write(json_line(event))
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Warnings are events; none is repeated."""
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of JSON."""
+    import json
+
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def open_reporter(*, stream: TextIO | None = None, log_format: str = "text") -> Reporter:
+    """Bars on a capable terminal, plain lines elsewhere (pipe, file, CI, TERM=dumb), or JSON; stderr by default."""
     target = sys.stderr if stream is None else stream
+    if log_format == "json":
+        return JsonReporter(target)
     return LiveReporter(target) if wants_bars(target) else Reporter(target)

@@ -1,4 +1,4 @@
-"""Errors as JSON lines, for editors, CI annotations and programs."""
+"""Errors as JSON lines, for editors, CI annotations and programs that read the log."""
 
 from __future__ import annotations
 
@@ -9,28 +9,38 @@ from typing import Any
 
 from llmctl.errors import LlmctlError
 
-OPTION = "--error-format"
-ENVIRONMENT = "LLMCTL_ERROR_FORMAT"
+FORMATS = (("--error-format", "LLMCTL_ERROR_FORMAT"), ("--log-format", "LLMCTL_LOG_FORMAT"))
+"""Options with their variables; `json` in either gives JSON. They are read from the words as they were typed: the
+error may be that these cannot be parsed."""
 PLACE = ("file", "line", "column", "end_column")
 
 
 def wants_json(args: Sequence[str]) -> bool:
-    """Whether errors are to be told as JSON: the last `--error-format`, else `$LLMCTL_ERROR_FORMAT`.
+    """Whether errors are to be told as JSON."""
+    return any(typed(args, option, variable) == "json" for option, variable in FORMATS)
 
-    Read from the words as they were typed: the error may be that they cannot be parsed.
-    """
-    values = [os.environ.get(ENVIRONMENT, "")]
-    for word, following in zip(args, [*args[1:], ""], strict=False):
-        if word == OPTION:
-            values.append(following)
-        elif word.startswith(f"{OPTION}="):
-            values.append(word.partition("=")[2])
-    return values[-1] == "json"
+
+def typed(args: Sequence[str], option: str, variable: str) -> str:
+    """The last value of an option in a command line that may be wrong elsewhere, else that of its variable."""
+    values = [arg.partition("=")[2] for arg in args if arg.startswith(f"{option}=")]
+    values += [value for name, value in zip(args, args[1:], strict=False) if name == option]
+    return values[-1] if values else os.environ.get(variable, "")
 
 
 def json_lines(error: LlmctlError) -> Iterator[str]:
-    """One line per mistake: `{code, message, file, line, column, end_column, hint, exit_code}`."""
+    """One line per mistake: `{type: error, code, message, file, line, column, end_column, hint, exit_code}`."""
     diagnostics: Sequence[Any] = getattr(error, "diagnostics", ())
-    own: dict[str, Any] = {"code": error.code, "message": error.message, **dict.fromkeys(PLACE), "hint": error.hint}
-    for row in [found.as_json() for found in diagnostics] or [own]:
-        yield json.dumps({**row, "exit_code": error.exit_code}, ensure_ascii=False)
+    if not diagnostics:
+        yield json_line(error.message, error.hint, error.exit_code, error.code)
+    for found in diagnostics:
+        yield _line({**found.as_json(), "exit_code": error.exit_code})
+
+
+def json_line(message: str, hint: str | None, exit_code: int, code: str | None = None) -> str:
+    """The line of an error without a place."""
+    place = dict.fromkeys(PLACE)
+    return _line({"code": code, "message": message, **place, "hint": hint, "exit_code": exit_code})
+
+
+def _line(fields: dict[str, Any]) -> str:
+    return json.dumps({"type": "error", **fields}, ensure_ascii=False)

@@ -169,7 +169,8 @@ class Context:
         """Instance id, e.g. `sft` or `sft[lr=3e-5]`."""
         self.title = title or stage
         self.resume_dir = resume_dir
-        """Survives crashes; cleared when the stage has committed. Create it when needed."""
+        """Survives crashes; cleared when the stage has committed, unless its parameters have an extent: then the next
+        larger one continues here, and a smaller one finds what a larger one has left. Create it when needed."""
         self.metadata: dict[str, dict[str, Any]] = {port: {} for port in outputs}
         self.reported: dict[str, float | int | str | bool] = {}
         self._outputs = dict(outputs)
@@ -224,7 +225,7 @@ class Context:
         self._emit("checkpoint", {"step": step})
 
     def should_stop(self) -> bool:
-        """True after SIGTERM, SIGINT or SIGUSR1: write a checkpoint, then call `stopped`."""
+        """True after a signal or `llmctl stage stop`: write a checkpoint, then call `stopped`. Ask at every step."""
         return self._stop()
 
     def stopped(self, step: int) -> TempFail:

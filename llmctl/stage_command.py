@@ -16,6 +16,7 @@ import click
 from llmctl import shell
 from llmctl.errors import InputError, UsageError
 from llmctl.registry import get_registry
+from llmctl.spec.options import settings
 from llmctl.stage import In, Stage, missing_module
 from llmctl.stage_flags import PARAM, PORT, by_set, common_options, flag_name, param_options, port_options
 
@@ -81,10 +82,13 @@ class StageCommand(click.Command):
 
 def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
     """Validate, say hello, read stdin, run, write references: the order of `pipeline.md` 3.3."""
+    from llmctl.pipeline.commands import spec_store
     from llmctl.spec.pipeline import print_spec
+    from llmctl.spec.user_config import chosen_log_format
     from llmctl.store import Store
 
     store = Store.open(Path(values["store"]) if values["store"] else None)
+    values = {**values, "log_format": chosen_log_format(values["log_format"])}
     explicit, inputs = given_inputs(stage, values, store)
     piped = shell.is_pipe(shell.STDIN)
     build = spec_builder(stage, values, inputs)
@@ -92,10 +96,12 @@ def run_stage_command(stage: Stage, values: Mapping[str, Any]) -> int:
         click.echo(print_spec(_piped(build(True))), nl=False)
         return 0
     pipeline = build(explicit or piped)
+    if not values["store"] and (asked := spec_store(pipeline)):
+        store = Store.open(asked)
     spec = _only(pipeline)
     explicit = explicit or any(_is_stdin(ref) for refs in spec.inputs.values() for ref in refs)
     reads = explicit or (piped and (bool(spec.unbound()) or not spec.inputs))
-    stream = shell.open_stream(stage.name, values["format_"])
+    stream = shell.open_stream(stage.name, values["format_"], values["log_format"])
     stream.hello(announced(spec), stdin=reads)
     if reads:
         pipeline = bind_upstream(pipeline, store, stream, build, explicit=explicit)
@@ -156,7 +162,7 @@ def spec_builder(stage: Stage, values: Mapping[str, Any], inputs: Sequence[str])
             stage,
             file=values["config"],
             inputs=inputs,
-            sets=values["sets"],
+            sets=settings(values["sets"], values["set_jsons"], values["set_files"]),
             flags={name: value for name, value in flags.items() if value is not None},
             output=values["output"] and str(Path.cwd() / Path(values["output"]).expanduser()),
             stdin=stdin,
@@ -205,11 +211,13 @@ def bind_upstream(
     pipeline: Pipeline, store: Store, stream: shell.Stream, build: Callable[[bool], Pipeline], *, explicit: bool
 ) -> Pipeline:
     """Read stdin to its end and put the references into the open ports; raises what is missing."""
+    from llmctl.upstream import Upstream, read_upstream
+
     spec = _only(pipeline)
     asked = {port for port, refs in spec.inputs.items() if any(_is_stdin(ref) for ref in refs)}
     open_ports: dict[str, In] = {n: p for n, p in spec.stage.inputs.items() if n in asked or n not in spec.inputs}
-    upstream = shell.Upstream(open_ports, frozenset(asked | set(spec.unbound())))
-    shell.read_upstream(upstream, stream, explicit=explicit)
+    upstream = Upstream(open_ports, frozenset(asked | set(spec.unbound())))
+    read_upstream(upstream, stream, explicit=explicit)
     bound = upstream.bind()
     if not upstream.records and spec.unbound():
         return build(False)  # an empty pipe is no pipe: the same message as without one
@@ -243,9 +251,8 @@ def execute(pipeline: Pipeline, store: Store, stream: shell.Stream, values: Mapp
             stop.request(shell.ReaderGone.exit_code)
 
     spec = _only(pipeline)
-    result = run_session(
-        pipeline, store, events=values["events"], watch=watch, to=(spec.id,), on_busy=values["on_busy"]
-    )
+    options = {name: values[name] for name in ("events", "log_format", "on_busy")}
+    result = run_session(pipeline, store, watch=watch, to=(spec.id,), **options)
     error = result.error()
     if error is not None:
         raise error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llmctl import shell
+from llmctl.spec.options import set_rows
 from llmctl.stage import Stage
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ PARAM, PORT = "param__", "port__"
 """Prefixes of the names under which click gives the values of parameters and input ports."""
 RESERVED = frozenset(
     ("config", "set", "input", "output", "print-spec", "format", "store", "events", "cache", "on-busy", "help")
-    + ("stop-on-reader-exit",)
+    + ("stop-on-reader-exit", "log-format", "set-json", "set-file", "error-format")
 )
 """Flags of every stage command; a parameter or port of that name is reached by `--set` or `--input`."""
 
@@ -152,9 +153,7 @@ def common_options() -> list[click.Parameter]:
     path = click.Path(path_type=Path)
     return [
         click.Option(["-c", "--config"], type=path, metavar="FILE", help="A single-stage spec; flags and --set win."),
-        click.Option(
-            ["--set", "sets"], multiple=True, metavar="NAME=VALUE", help="Set any parameter; may be repeated."
-        ),
+        *(click.Option(names, **details) for names, details in set_rows("NAME")),
         click.Option(["-o", "--output"], metavar="DIR", help="Also copy the result here."),
         click.Option(["--print-spec"], is_flag=True, help="Print this command as a spec file, run nothing."),
         click.Option(
@@ -167,6 +166,12 @@ def common_options() -> list[click.Parameter]:
         click.Option(["--store"], metavar="DIR", help="The store; by default that of the nearest .llmctl directory."),
         click.Option(
             ["--events"], metavar="FILE|fd:N", envvar="LLMCTL_EVENTS", help="Also write events as JSON lines."
+        ),
+        click.Option(
+            ["--log-format"],
+            type=click.Choice(["text", "json"]),
+            envvar="LLMCTL_LOG_FORMAT",
+            help="What stderr gets: lines for a person, or the events as JSON lines.",
         ),
         click.Option(["--cache"], type=click.Choice(CACHE_MODES), help="auto: reuse; off: do not look; refresh: redo."),
         click.Option(

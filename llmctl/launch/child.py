@@ -7,21 +7,23 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from llmctl.errors import LlmctlError, MachineError, StageError, TempFail
+from llmctl.launch import stopping
 from llmctl.launch.failures import Failure, explain
 from llmctl.launch.hooks import MetricSinks, call_stage
+from llmctl.launch.masking import Masker
 from llmctl.launch.request import Request
+from llmctl.launch.stopping import StopFlag
 from llmctl.registry import Registry, get_registry
+from llmctl.spec.extent import has_extent
 from llmctl.stage import Artifact, Context, Stage
 from llmctl.store import Store, types
 from llmctl.store.hashing import NotPlain, plain_files
@@ -80,27 +82,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class StopFlag:
-    """Set by a signal. A stage that never asks is stopped where it reports: it has no checkpoint to write."""
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a request is to be carried out. `run` and `attempt` are for the manifest, `work` numbers the directory."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._set = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._set = True
-
-    def __call__(self) -> bool:
-        """Whether to stop; asking marks the stage as one that writes checkpoints."""
-        self.asked = True
-        return self._set
-
-    @property
-    def ends_silent_stage(self) -> bool:
-        """Whether to stop a stage that does not ask."""
-        return self._set and not self.asked
+    run: str = ""
+    work: int = 1
+    publish: Publish = "first"
+    attempt: int = 1
 
 
 @dataclass
@@ -110,13 +99,13 @@ class Execution:
     store: Store
     request: Request
     channel: Channel
-    run: str
-    work: int
-    publish: Publish
+    launch: Launch
 
     def __post_init__(self) -> None:
         self.registry: Registry = get_registry()
-        self.stop = StopFlag()
+        self.resume = self.store.work(self.request.resume, self.launch.work)
+        self.stop = StopFlag(self.resume)
+        self.masker = Masker({name: os.environ.get(name, "") for name in self.request.secrets})
         self.begun = time.monotonic()
         self.started = timestamp()
         self.sinks = MetricSinks(self.registry, self.request.instance, self._warn)
@@ -129,17 +118,23 @@ class Execution:
 
             resource.setrlimit(resource.RLIMIT_DATA, (self.request.memory, self.request.memory))
         staging = self.store.staging()
-        resume = self.store.work(self.request.resume, self.work)
-        resume.parent.mkdir(parents=True, exist_ok=True)
+        self.resume.parent.mkdir(parents=True, exist_ok=True)
         try:
             folders = {port: staging / port for port in self.request.outputs}
-            context = Context(self.request.instance, folders, resume, self.emit, self.stop)
+            context = Context(self.request.instance, folders, self.resume, self.emit, self.stop)
             self._run(stage, context)
             outputs = self._commit(context, folders)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         self._publish(outputs, context.reported)
-        shutil.rmtree(resume, ignore_errors=True)
+        self._tidy(stage)
+
+    def _tidy(self, stage: Stage) -> None:
+        """Remove unfinished state, but for that of a stage that can be asked to go further: it continues there."""
+        if has_extent(stage.load_params()):
+            (self.resume / stopping.NAME).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(self.resume, ignore_errors=True)
 
     def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
         """What the stage's Context calls: pass the event on, copy lines to the log, feed the metric sinks."""
@@ -184,8 +179,12 @@ class Execution:
             derived = types.check_commit(type, directory, names)
         except (NotPlain, types.Unfit) as error:
             raise StageError(f"output `{port}` is no valid {type}: {error}", hint="nothing was committed") from error
+        for name in names:
+            if secret := self.masker.found(os.fsencode(name)) or self.masker.found_in(directory / name):
+                hint = f"nothing was committed; keep the value of {secret} out of what the stage writes"
+                raise StageError(f"output `{port}` holds the secret in {secret}: {self.masker.text(name)}", hint=hint)
         described = json.loads(encode(context.metadata[port]))
-        return names, {**derived, **described}
+        return names, self.masker.plain({**derived, **described})
 
     def _provenance(self, ended: str) -> dict[str, Any]:
         request = self.request
@@ -199,7 +198,8 @@ class Execution:
             "key_deps": dict(request.preimage["key_deps"]),
             "env": dict(request.preimage["env"]),
             "observed": {**observed(), **request.observed},
-            "run": self.run,
+            "run": self.launch.run,
+            "attempts": self.launch.attempt,
             "started": self.started,
             "ended": ended,
         }
@@ -210,16 +210,16 @@ class Execution:
             key=self.request.key,
             preimage=self.request.preimage,
             outputs={port: artifact.id for port, artifact in outputs.items()},
-            metrics=json.loads(encode(reported)),
-            run=self.run,
+            metrics=self.masker.plain(json.loads(encode(reported))),
+            run=self.launch.run,
             ended=timestamp(),
             seconds=round(time.monotonic() - self.begun, 3),
         )
         changed = next((text for snapshot in self.request.snapshots if (text := snapshot.changed())), "")
         if changed:
             self._warn(f"{changed} changed while the stage ran: the result is kept, but will not be reused")
-        elif self.publish != "no":
-            pointer = self.store.publish(pointer, replace=self.publish == "replace")
+        elif self.launch.publish != "no":
+            pointer = self.store.publish(pointer, replace=self.launch.publish == "replace")
         self.channel.send("result", {"outputs": dict(pointer.outputs), "metrics": dict(pointer.metrics)})
 
 
@@ -245,7 +245,7 @@ def observed() -> dict[str, Any]:
     return {"python": platform.python_version(), "platform": system, **{n: str(v) for n, v in versions.items()}}
 
 
-def execute(store: Store, key: str, *, run: str, work: int, publish: Publish, channel: Channel) -> int:
+def execute(store: Store, key: str, launch: Launch, channel: Channel) -> int:
     """Do what the request of `key` says and return the exit code; every failure is told on the channel.
 
     The traceback of whatever was raised goes to stderr, which is the stage's log.
@@ -254,7 +254,7 @@ def execute(store: Store, key: str, *, run: str, work: int, publish: Publish, ch
     try:
         request = Request.read(store, key)
         owner = str(request.plugin["dist"])
-        Execution(store, request, channel, run, work, publish)()
+        Execution(store, request, channel, launch)()
     except BaseException as error:  # the edge of the process: plugin code raises anything
         failure = explain(error, owner, store.root)
         with contextlib.suppress(OSError):

@@ -19,6 +19,7 @@ def stage() -> None:
 @click.option("--run", "run_id", default="", help="Id of the run, for the manifest.")
 @click.option("--work", default=1, help="Number of the work directory.")
 @click.option("--publish", type=click.Choice(["first", "replace", "no"]), default="first", help="How to publish.")
+@click.option("--attempt", default=1, help="How often this work was begun in this run, for the manifest.")
 @click.option("--events", type=int, default=1, help="Descriptor that gets the events.")
 @click.option("--parent", type=int, help="Process that this one must not outlive.")
 @click.option("--heartbeat", type=int, help="Descriptor that ends when the parent does.")
@@ -29,6 +30,7 @@ def exec_(
     run_id: str,
     work: int,
     publish: str,
+    attempt: int,
     events: int,
     parent: int | None,
     heartbeat: int | None,
@@ -49,11 +51,29 @@ def exec_(
     from typing import cast
 
     faulthandler.enable()
-    from llmctl.launch.child import Channel, Publish, execute
+    from llmctl.launch.child import Channel, Launch, Publish, execute
     from llmctl.store import Store
 
-    channel = Channel(events)
-    code = execute(Store.open(store_path), key, run=run_id, work=work, publish=cast(Publish, publish), channel=channel)
+    launch = Launch(run=run_id, work=work, publish=cast(Publish, publish), attempt=attempt)
+    code = execute(Store.open(store_path), key, launch, Channel(events))
     if watchdog is not None:
         guard.release(watchdog)
     return code
+
+
+@stage.command("stop")
+@click.option("--key", required=True, help="Action key of the request.")
+@click.option("--store", "store_path", required=True, type=click.Path(path_type=Path), help="The store.")
+@click.option("--clear", is_flag=True, help="Take the request to stop back.")
+def stop(key: str, store_path: Path, clear: bool) -> None:
+    """Ask whoever works on KEY to write a checkpoint and leave with exit 75, by a file in its work directory."""
+    from llmctl.launch import stopping
+    from llmctl.launch.request import Request
+    from llmctl.store import Store
+
+    store = Store.open(store_path)
+    resume = Request.read(store, key).resume
+    if clear:
+        stopping.clear(store, resume)
+    else:
+        stopping.ask(store, resume)

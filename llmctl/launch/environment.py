@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 NAMES = frozenset(
     ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "TMP", "TEMP", "VIRTUAL_ENV")
@@ -32,17 +32,25 @@ DEFAULTS = {
 def stage_environment(
     declared: Mapping[str, str],
     cpus: int | None = None,
-    gpus: int | None = None,
+    devices: Sequence[str] | None = None,
     base: Mapping[str, str] | None = None,
+    hidden: Collection[str] = (),
 ) -> dict[str, str]:
     """What the stage sees: allowed variables of `base` (this process), defaults, fixed ones, resources, declared
-    ones last."""
+    ones last.
+
+    `devices` are the GPUs it was given, None if it asked for none in particular; `hidden` are variables that hold
+    secrets, which only a stage that declares them gets.
+    """
     source = os.environ if base is None else base
-    allowed = {name: value for name, value in source.items() if name in NAMES or name.startswith(PREFIXES)}
+    allowed = {
+        name: value
+        for name, value in source.items()
+        if (name in NAMES or name.startswith(PREFIXES)) and name not in hidden
+    }
     limits: dict[str, str] = {}
     if cpus is not None:
         limits |= {"OMP_NUM_THREADS": str(cpus), "MKL_NUM_THREADS": str(cpus)}
-    if gpus is not None:
-        visible = [name for name in allowed.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        limits["CUDA_VISIBLE_DEVICES"] = ",".join((visible or [str(i) for i in range(gpus)])[:gpus])
+    if devices is not None:
+        limits["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
     return {**DEFAULTS, **allowed, **FIXED, **limits, **declared}

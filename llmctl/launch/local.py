@@ -17,10 +17,12 @@ from typing import Any
 
 from llmctl.errors import TempFail
 from llmctl.launch.failures import Failure, killed
+from llmctl.launch.masking import MaskedStream, Masker
 from llmctl.launch.signals import Stop
 from llmctl.store.layout import Layout
 from llmctl.store.locks import Lock
 
+NO_SECRETS = Masker({})
 GRACE = 30.0
 """Seconds between the request to stop and SIGKILL; Slurm's default KillWait is the same."""
 PAUSE = 0.25
@@ -40,8 +42,13 @@ class Job:
     """The distribution of the plugin, for the message of a bug."""
     work: int = 1
     publish: str = "first"
+    attempt: int = 1
     lock: Lock | None = None
     time_limit: float | None = None
+    masker: Masker = NO_SECRETS
+    """Hides the secrets of the run in what the stage says."""
+    masks_log: bool = False
+    """Whether the stage was given secrets, so that its prints go through this process on their way to the log."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +63,7 @@ class Outcome:
 
 
 class StageProcess:
-    """A running stage. Start it from a thread that outlives it: Linux's parent-death signal follows the thread."""
+    """A running stage. Supervise it in the thread that started it: Linux's parent-death signal follows the thread."""
 
     def __init__(self, layout: Layout, job: Job, grace: float = GRACE) -> None:
         self.job = job
@@ -67,21 +74,22 @@ class StageProcess:
         self._timed_out = False
         self._buffer = b""
         self._final: dict[str, Any] = {}
+        self._prints: _MaskedLog | None = None
+        job.log.parent.mkdir(parents=True, exist_ok=True)
         self._events, write_events = os.pipe()
         read_heartbeat, self._heartbeat = os.pipe()
-        lock = [job.lock.descriptor] if job.lock else []
-        command = [sys.executable, "-P", "-m", "llmctl", "stage", "exec", "--key", job.key, "--store", str(layout.root)]
-        command += ["--run", job.run, "--work", str(job.work), "--publish", job.publish, "--events", str(write_events)]
-        command += ["--parent", str(os.getpid()), "--heartbeat", str(read_heartbeat)]
-        command += [word for descriptor in lock for word in ("--lock", str(descriptor))]
-        job.log.parent.mkdir(parents=True, exist_ok=True)
         try:
             with job.log.open("ab") as log:
+                target = log.fileno()
+                if job.masks_log:
+                    self._prints = _MaskedLog(job.log, job.masker)
+                    target = self._prints.target
+                lock = [job.lock.descriptor] if job.lock else []
                 self._process = subprocess.Popen(
-                    command,
+                    command(layout, job, write_events, read_heartbeat),
                     stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
+                    stdout=target,
+                    stderr=target,
                     env=dict(job.environment),
                     start_new_session=True,
                     pass_fds=(write_events, read_heartbeat, *lock),
@@ -89,6 +97,8 @@ class StageProcess:
         finally:
             os.close(write_events)
             os.close(read_heartbeat)
+            if self._prints is not None:
+                self._prints.started()
         os.set_blocking(self._events, False)
 
     @property
@@ -110,12 +120,16 @@ class StageProcess:
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._events, selectors.EVENT_READ)
+                if self._prints is not None:
+                    selector.register(self._prints, selectors.EVENT_READ)
                 if stop is not None:
                     selector.register(stop, selectors.EVENT_READ)
                 while not self._exited():
                     ready = {key.fd for key, _ in selector.select(PAUSE)}
                     if self._events in ready and not self._read(on_event):
                         selector.unregister(self._events)
+                    if self._prints is not None and self._prints.fileno() in ready and not self._prints.copy():
+                        selector.unregister(self._prints)
                     self._check_stop(stop)
                     if tick is not None:
                         tick()
@@ -146,6 +160,7 @@ class StageProcess:
             event = json.loads(line)
         except ValueError:
             return  # not ours: something in the stage wrote to a descriptor that it did not open
+        event = self.job.masker.plain(event)
         if event.get("type") in ("result", "failure"):
             self._final = event
         else:
@@ -174,6 +189,8 @@ class StageProcess:
         """End what is left of the group, then let go of everything."""
         self._kill()
         self._process.wait()
+        if self._prints is not None:
+            self._prints.close()
         os.close(self._events)
         os.close(self._heartbeat)
 
@@ -193,3 +210,47 @@ class StageProcess:
             hint = "run the same command again; it continues from the last checkpoint there is"
             return Outcome(failure=Failure(code=TempFail.exit_code, message=text, hint=hint), stopped=True)
         return Outcome(failure=killed(code, self.job.owner))
+
+
+class _MaskedLog:
+    """A pipe whose contents go to a log with every secret masked."""
+
+    def __init__(self, path: Path, masker: Masker) -> None:
+        self._read, self.target = os.pipe()
+        os.set_blocking(self._read, False)
+        self._log = path.open("ab", buffering=0)
+        self._stream = MaskedStream(masker)
+
+    def fileno(self) -> int:
+        """Becomes readable when the stage prints."""
+        return self._read
+
+    def started(self) -> None:
+        """The stage has its end of the pipe by now."""
+        os.close(self.target)
+
+    def copy(self) -> bool:
+        """Copy what has arrived; False at the end of the pipe."""
+        while True:
+            try:
+                data = os.read(self._read, 1 << 16)
+            except BlockingIOError:
+                return True
+            if not data:
+                return False
+            self._log.write(self._stream.feed(data))
+
+    def close(self) -> None:
+        """Copy the rest; all processes of the stage have ended."""
+        self.copy()
+        self._log.write(self._stream.end())
+        self._log.close()
+        os.close(self._read)
+
+
+def command(layout: Layout, job: Job, events: int, heartbeat: int) -> list[str]:
+    """The command line of a stage's process, given its ends of the two pipes."""
+    words = [sys.executable, "-P", "-m", "llmctl", "stage", "exec", "--key", job.key, "--store", str(layout.root)]
+    words += ["--run", job.run, "--work", str(job.work), "--publish", job.publish, "--attempt", str(job.attempt)]
+    words += ["--events", str(events), "--parent", str(os.getpid()), "--heartbeat", str(heartbeat)]
+    return words + (["--lock", str(job.lock.descriptor)] if job.lock else [])

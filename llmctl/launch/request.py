@@ -39,6 +39,8 @@ class Request:
     """External inputs, to see before publishing whether they changed meanwhile."""
     memory: int | None = None
     """Most bytes of data the process may allocate."""
+    secrets: Sequence[str] = ()
+    """Variables of the process that hold secrets: names, never values."""
     observed: Mapping[str, Any] = field(default_factory=dict)
     """What the runner knows about the circumstances, for the manifest's `observed`."""
 
@@ -55,6 +57,7 @@ class Request:
             "params": json.loads(self.params),
             "inputs": inputs,
             "snapshots": [snapshot.to_json() for snapshot in self.snapshots],
+            "secrets": list(self.secrets),
         }
         replace_json(layout, layout.request(self.key), value)
 

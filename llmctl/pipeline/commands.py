@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from llmctl.spec.options import spec_layers
 from llmctl.store.commands import format_option, store_option
+
+if TYPE_CHECKING:
+    from llmctl.pipeline.plan import Decision
+    from llmctl.spec.overrides import Setting
+    from llmctl.spec.resolved import Pipeline
+    from llmctl.store import Store
 
 
 def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,16 +25,27 @@ def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
             click.argument("spec", metavar="SPEC"),
-            click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Apply a profile of the spec."),
-            click.option("--set", "sets", multiple=True, metavar="STAGE.PARAM=VALUE", help="Change a value."),
+            spec_layers,
             click.option("--to", multiple=True, metavar="STAGE", help="Only this stage and what it needs; repeatable."),
             click.option("--until", metavar="STAGE", help="Leave out what comes after this stage."),
+            click.option(
+                "--from",
+                "start",
+                metavar="STAGE",
+                help="Only this stage and what depends on it; what lies before must be done.",
+            ),
             click.option(
                 "--cache",
                 type=click.Choice(["auto", "refresh"]),
                 default="auto",
                 show_default=True,
                 help="refresh: make everything anew.",
+            ),
+            click.option(
+                "--strict-env",
+                "strict",
+                is_flag=True,
+                help="Results of another Python, torch, CUDA or driver do not count.",
             ),
             store_option,
         )
@@ -51,20 +70,42 @@ def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="When another process does the same work.",
 )
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How many stages may run at once, as far as cores, GPUs and memory suffice.",
+)
+@click.option("--keep-going", is_flag=True, help="After a failure still run what does not depend on it.")
 @click.option("--events", envvar="LLMCTL_EVENTS", metavar="FILE|fd:N", help="Also write events as JSON lines.")
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    envvar="LLMCTL_LOG_FORMAT",
+    help="What stderr gets: lines for a person, or the events as JSON lines.",
+)
 def run(
     spec: str,
     profiles: tuple[str, ...],
-    sets: tuple[str, ...],
+    sets: tuple[Setting, ...],
     to: tuple[str, ...],
     until: str | None,
+    start: str | None,
     cache: str,
+    strict: bool,
     store_path: Path | None,
     gates: Literal["stop", "warn"],
     on_busy: Literal["wait", "fail", "run"],
+    jobs: int,
+    keep_going: bool,
     events: str | None,
+    log_format: str | None,
 ) -> None:
     """Run SPEC, a file or the name of a shipped spec. What is done already is not done again.
+
+    STAGE is a stage, with all its rows if it has a matrix, or one row: sft[lr=3e-5].
 
     Stages that act on the world, like serve, run only when named with --to.
     """
@@ -74,12 +115,25 @@ def run(
     from llmctl.pipeline.summary import summary
     from llmctl.registry import get_registry
     from llmctl.spec.pipeline import load_pipeline
+    from llmctl.spec.user_config import chosen_log_format
     from llmctl.store import Store
 
     pipeline = load_pipeline(spec, profiles, sets, registry=get_registry())
-    store = Store.open(store_path)
+    store = Store.open(store_path or spec_store(pipeline))
     result = run_session(
-        pipeline, store, events=events, to=to, until=until, gates=gates, on_busy=on_busy, refresh=cache == "refresh"
+        pipeline,
+        store,
+        events=events,
+        log_format=chosen_log_format(log_format),
+        to=to,
+        until=until,
+        start=start,
+        jobs=jobs,
+        keep_going=keep_going,
+        gates=gates,
+        on_busy=on_busy,
+        refresh=cache == "refresh",
+        strict=strict,
     )
     report = write_report(pipeline, result)  # before anything is printed: the reader of a pipe may have left
     click.echo(summary(result))
@@ -96,10 +150,12 @@ def run(
 def plan(
     spec: str,
     profiles: tuple[str, ...],
-    sets: tuple[str, ...],
+    sets: tuple[Setting, ...],
     to: tuple[str, ...],
     until: str | None,
+    start: str | None,
     cache: str,
+    strict: bool,
     store_path: Path | None,
     format_: str,
 ) -> None:
@@ -107,23 +163,52 @@ def plan(
     from llmctl.console import table
     from llmctl.pipeline.inputs import Inputs
     from llmctl.pipeline.plan import Planner
+    from llmctl.pipeline.run import check_given
     from llmctl.pipeline.selection import select
     from llmctl.registry import get_registry
     from llmctl.spec.pipeline import load_pipeline
     from llmctl.store import Store
 
     pipeline = load_pipeline(spec, profiles, sets, registry=get_registry())
-    store = Store.open(store_path)
-    specs = select(pipeline, to, until)
+    store = Store.open(store_path or spec_store(pipeline))
+    chosen = select(pipeline, to, until, start)
     inputs = Inputs(pipeline, store)
-    inputs.check_paths(specs)
-    decisions = Planner(pipeline, store, get_registry(), refresh=cache == "refresh").plan(specs, inputs)
+    inputs.check_paths(chosen.specs)
+    refresh = cache == "refresh"
+    planner = Planner(pipeline, store, get_registry(), refresh=refresh, given=chosen.given, strict=strict)
+    decisions = planner.plan(chosen.specs, inputs)
+    check_given(chosen, decisions)
+    rows = [(d.id, d.action, plan_notes(d, store)) for d in decisions]
     if format_ == "json":
-        rows = [
-            {"stage": d.id, "action": d.action, "why": list(d.why), "key": d.keys.action if d.keys else None}
-            for d in decisions
-        ]
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        keys = [d.keys.action if d.keys else None for d in decisions]
+        found = [{"stage": id, "action": action, "why": why} for id, action, why in rows]
+        listed = [{**row, "key": key} for row, key in zip(found, keys, strict=True)]
+        click.echo(json.dumps(listed, indent=2, ensure_ascii=False))
         return
-    words = {"cached": "cached", "run": "run", "unknown": "perhaps"}
-    click.echo(table(("STAGE", "ACTION", "WHY"), [(d.id, words[d.action], "; ".join(d.why)) for d in decisions]))
+    words = {"unknown": "perhaps"}
+    click.echo(
+        table(("STAGE", "ACTION", "WHY"), [(id, words.get(action, action), "; ".join(why)) for id, action, why in rows])
+    )
+
+
+def spec_store(pipeline: Pipeline) -> Path | None:
+    """The store that a spec asks for; what the environment says wins."""
+    from llmctl.store.layout import ENVIRONMENT
+
+    return Path(pipeline.store) if pipeline.store and not os.environ.get(ENVIRONMENT) else None
+
+
+def plan_notes(decision: Decision, store: Store) -> list[str]:
+    """Why a stage runs; of one that does not, what is worth knowing about its result."""
+    from llmctl.pipeline.drift import circumstances, drift
+
+    notes = list(decision.why)
+    if decision.pointer is not None:
+        from llmctl.store.commit import intact
+
+        manifests = (intact(artifact.path) for artifact in decision.outputs.values())
+        made = next((found.provenance.get("observed") or {} for found in manifests if found), {})
+        notes += drift(made, circumstances())
+        if decision.collected:
+            notes.append("its bytes were collected (ephemeral); nothing needs them")
+    return notes

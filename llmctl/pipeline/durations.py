@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from llmctl.spec.resolved import Pipeline, StageSpec
@@ -32,61 +33,76 @@ class Durations:
 
 
 class RunProgress:
-    """The share of the run that is done, in expected seconds; a stage of unknown length counts like the average."""
+    """The share of the run that is done, in expected seconds; a stage of unknown length counts like the average.
+
+    Running stages report from threads of their own.
+    """
 
     def __init__(
         self,
         specs: Sequence[StageSpec],
-        cached: set[str],
+        cached: Collection[str],
         durations: Durations,
+        jobs: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
-        self._total = len(specs)
+        self._jobs = jobs
+        self._lock = threading.Lock()
         self._done: set[str] = set()
         self._known = {spec.id: 0.0 if spec.id in cached else durations.expected(spec) for spec in specs}
-        self._current = ""
-        self._begun = clock()
-        self._fraction = 0.0
+        self._needs = {spec.id: [id for id in spec.dependencies if id in self._known] for spec in specs}
+        self._begun: dict[str, float] = {}
+        """When each running stage began."""
+        self._fractions: dict[str, float] = {}
 
     def start(self, stage: str) -> None:
         """A stage begins."""
-        self._current, self._begun, self._fraction = stage, self._clock(), 0.0
+        with self._lock:
+            self._begun[stage], self._fractions[stage] = self._clock(), 0.0
 
-    def step(self, event: Mapping[str, Any]) -> None:
-        """The running stage says how far it is."""
+    def step(self, stage: str, event: Mapping[str, Any]) -> None:
+        """A running stage says how far it is."""
         step, total = event.get("step"), event.get("total")
         if isinstance(step, int | float) and total:
-            self._fraction = min(1.0, step / total)
+            with self._lock:
+                self._fractions[stage] = min(1.0, step / total)
 
     def end(self, stage: str, seconds: float) -> None:
         """A stage is over: done, cached, failed or skipped."""
-        self._done.add(stage)
-        self._known[stage] = seconds
-        self._current = ""
+        with self._lock:
+            self._done.add(stage)
+            self._known[stage] = seconds
+            self._begun.pop(stage, None)
 
     def fields(self) -> dict[str, Any]:
         """`done` and `total` stages, and `eta_s`, None while nothing is known about the rest."""
-        eta = self._remaining()
-        return {"done": len(self._done), "total": self._total, "eta_s": None if eta is None else round(eta, 1)}
+        with self._lock:
+            eta = self._remaining()
+            done = len(self._done)
+        return {"done": done, "total": len(self._known), "eta_s": None if eta is None else round(eta, 1)}
 
     def _remaining(self) -> float | None:
+        """The work that is left, shared by the jobs, but no less than its longest chain: that cannot be shared."""
         known = [seconds for seconds in self._known.values() if seconds]
         average = sum(known) / len(known) if known else None
-        left = 0.0
+        left = longest = 0.0
+        ends: dict[str, float] = {}
         for stage, expected in self._known.items():
             if stage in self._done:
                 continue
-            seconds = self._rest(expected) if stage == self._current else expected
+            seconds = self._rest(stage, expected) if stage in self._begun else expected
             seconds = average if seconds is None else seconds
             if seconds is None:
                 return None
             left += seconds
-        return left
+            ends[stage] = seconds + max((ends.get(before, 0.0) for before in self._needs[stage]), default=0.0)
+            longest = max(longest, ends[stage])
+        return max(longest, left / self._jobs)
 
-    def _rest(self, expected: float | None) -> float | None:
-        """Seconds left in the running stage: by its own pace once a tenth is done, else by its last run."""
-        passed = self._clock() - self._begun
-        if self._fraction >= 0.1:
-            return passed / self._fraction * (1 - self._fraction)
+    def _rest(self, stage: str, expected: float | None) -> float | None:
+        """Seconds left in a running stage: by its own pace once a tenth is done, else by its last run."""
+        passed, fraction = self._clock() - self._begun[stage], self._fractions[stage]
+        if fraction >= 0.1:
+            return passed / fraction * (1 - fraction)
         return None if expected is None else max(0.0, expected - passed)

@@ -4,37 +4,48 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 from llmctl.errors import UsageError
+from llmctl.launch.masking import Masker
 
 Event = dict[str, Any]
 
 
 class EventLog:
-    """Writes `events.jsonl` and `metrics.jsonl` of one run and hands every event to `emit`."""
+    """Writes `events.jsonl` and `metrics.jsonl` of one run and hands every event to `emit`.
+
+    Several threads may call it: events are numbered, written and handed on one at a time, in one order.
+    """
 
     def __init__(self, run: str, directory: Path, emit: Callable[[Event], None] | None = None) -> None:
         self.run = run
+        self.masker = Masker({})
+        """Hides the secrets of the run, once they are known."""
         self._emit = emit
         self._seq = 0
+        self._lock = threading.Lock()
         directory.mkdir(parents=True, exist_ok=True)
         self._events = (directory / "events.jsonl").open("a", encoding="utf-8")
         self._metrics = (directory / "metrics.jsonl").open("a", encoding="utf-8")
 
     def __call__(self, type: str, **fields: Any) -> None:
         """Add one event."""
-        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        event = {"ts": now, "seq": self._seq, "run": self.run, "type": type, **fields}
-        self._seq += 1
-        _write(self._events, event)
-        if type == "metric":
-            _write(self._metrics, {name: fields[name] for name in ("stage", "name", "value", "step") if name in fields})
-        if self._emit is not None:
-            self._emit(event)
+        fields = dict(self.masker.plain(fields))
+        with self._lock:
+            now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+            event = {"ts": now, "seq": self._seq, "run": self.run, "type": type, **fields}
+            self._seq += 1
+            _write(self._events, event)
+            if type == "metric":
+                known: Event = {name: fields[name] for name in ("stage", "name", "value", "step") if name in fields}
+                _write(self._metrics, known)
+            if self._emit is not None:
+                self._emit(event)
 
     def close(self) -> None:
         """Close the files."""

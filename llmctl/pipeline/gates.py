@@ -53,8 +53,8 @@ def _limits(gate: Gate, baseline: Callable[[StageRef], Mapping[str, Any]]) -> li
         found.append((gate.max, "<=", ""))
     if gate.baseline is not None:
         values = baseline(gate.baseline)
-        base = _number(values.get(gate.metric))
-        source = f"{gate.baseline}" if base is not None else f"{gate.baseline}; {_available(values)}"
+        base = number(values.get(gate.metric))
+        source = f"{gate.baseline}" if base is not None else f"{gate.baseline}; {available(values)}"
         for name, (relation, limit_of) in RELATIVE.items():
             given = getattr(gate, name)
             if given is not None:
@@ -65,9 +65,9 @@ def _limits(gate: Gate, baseline: Callable[[StageRef], Mapping[str, Any]]) -> li
 def _compare(
     stage: str, gate: Gate, metrics: Mapping[str, Any], limit: float | None, relation: Any, source: str, warn: bool
 ) -> GateResult:
-    value = _number(metrics.get(gate.metric))
+    value = number(metrics.get(gate.metric))
     if value is None:
-        ok, text = False, f"`{stage}` reports no number `{gate.metric}`; {_available(metrics)}"
+        ok, text = False, f"`{stage}` reports no number `{gate.metric}`; {available(metrics)}"
     elif limit is None:
         ok, text = False, f"the baseline of `{stage}` has no number `{gate.metric}`: {source}"
     else:
@@ -86,12 +86,13 @@ def _compare(
     )
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A finite number; truth values count as 1 and 0, anything else as missing."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _available(metrics: Mapping[str, Any]) -> str:
-    names = sorted(name for name, value in metrics.items() if _number(value) is not None)
+def available(metrics: Mapping[str, Any]) -> str:
+    """`it has accuracy, loss`: which numbers there are, for a message about one that is not."""
+    names = sorted(name for name, value in metrics.items() if number(value) is not None)
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
     return f"it has {', '.join(names[:FEW])}{more}" if names else "it has no numbers at all"

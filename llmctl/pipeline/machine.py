@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
+from llmctl.console import human_bytes
 from llmctl.errors import MachineError, StageError
 from llmctl.launch.failures import free_bytes, no_space
 from llmctl.spec.resolved import StageSpec
@@ -16,17 +18,40 @@ LEAST_FREE = 32 << 20
 """Bytes below which no stage is begun: the smallest useful result would not fit."""
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def devices() -> list[str]:
+    """NVIDIA GPUs that stages may be given, as CUDA_VISIBLE_DEVICES names them; what it hides stays hidden."""
+    there = [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return there
+    names = [name.strip() for name in visible.split(",")]
+    # CUDA takes the names up to the first that means nothing; one that is no number is the UUID of a card.
+    known = list(takewhile(lambda name: name and (name in there or not name.lstrip("-").isdigit()), names))
+    return known[: len(there)]
+
+
+def memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_resources(specs: Sequence[StageSpec]) -> None:
     """MachineError for the first stage that asks for more than there is."""
+    there = {"cpus": cores(), "gpus": len(devices()), "memory": memory()}
+    words = {"cpus": "{} CPU cores", "gpus": "{} GPUs", "memory": "{} of memory"}
     for spec in specs:
-        for name, wanted, there in (
-            ("CPU cores", spec.resources.cpus, len(os.sched_getaffinity(0))),
-            ("GPUs", spec.resources.gpus, len(list(Path("/proc/driver/nvidia/gpus").glob("*")))),
-        ):
-            if wanted is not None and wanted > there:
+        for name, most in there.items():
+            wanted = getattr(spec.resources, name)
+            if wanted is not None and wanted > most:
+                shown = (human_bytes(wanted), human_bytes(most)) if name == "memory" else (wanted, most)
                 raise MachineError(
-                    f"`{spec.id}` asks for {wanted} {name}, this machine has {there}",
-                    hint=f"lower its resources: --set stages.{spec.id}.resources.{'gpus' if 'G' in name else 'cpus'}=…",
+                    f"`{spec.id}` asks for {words[name].format(shown[0])}, this machine has {shown[1]}",
+                    hint=f"lower its resources: --set stages.{spec.base or spec.id}.resources.{name}=…",
                 )
 
 

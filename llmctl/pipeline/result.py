@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.errors import BY_EXIT_CODE, LlmctlError
 from llmctl.stage import Artifact
+
+if TYPE_CHECKING:
+    from llmctl.pipeline.choice import Choice
 
 Status = Literal["done", "cached", "failed", "stopped", "skipped"]
 
@@ -45,6 +48,12 @@ class StageResult:
     message: str = ""
     hint: str = ""
     log: Path | None = None
+    attempts: int = 1
+    """How often it was begun in this run; more than once after failures that `retries` allows."""
+    choice: Choice | None = None
+    """Of a `select` stage: which row won."""
+    collected: bool = False
+    """Whether bytes of its outputs are in the store no more (`ephemeral: true`); those are not in `outputs`."""
     gates: tuple[GateResult, ...] = ()
 
     def summary(self) -> dict[str, Any]:
@@ -57,6 +66,9 @@ class StageResult:
             "seconds": round(self.seconds, 3),
             "code": self.code,
             "message": self.message,
+            "attempts": self.attempts,
+            **({"choice": self.choice.to_json()} if self.choice else {}),
+            **({"collected": True} if self.collected else {}),
             "gates": [asdict(gate) for gate in self.gates],
         }
 

@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from llmctl.errors import UsageError
 from llmctl.spec.resolved import Pipeline, StageSpec
 
 
-def select(pipeline: Pipeline, to: Sequence[str] = (), until: str | None = None) -> list[StageSpec]:
-    """The selected stages in order.
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The selected stages in order; `given` are those before `--from`, whose results must be in the store already."""
+
+    specs: tuple[StageSpec, ...]
+    given: frozenset[str] = frozenset()
+    start: str = ""
+
+
+def select(pipeline: Pipeline, to: Sequence[str] = (), until: str | None = None, start: str | None = None) -> Selection:
+    """The stages of a run. Every name is a stage, which means all its instances, or one instance.
 
     `to`: these stages and all that they need, effects included. Without it: every stage that is no effect, and a single
-    stage always. `until` leaves out what comes after that stage. UsageError names an unknown stage.
+    stage always. `until` leaves out what comes after that stage, `start` what neither is that stage nor depends on it;
+    what those that are left need besides is `given`. UsageError names an unknown stage, and names that exclude another.
     """
-    for name in (*to, *([until] if until else [])):
-        if name not in pipeline.stages:
-            raise UsageError(f"there is no stage `{name}` in `{pipeline.name}`", hint=_hint(pipeline, name))
-    chosen = set(to) or {id for id, spec in pipeline.stages.items() if pipeline.single or not spec.stage.effect}
+    wanted = {id for name in to for id in instances(pipeline, name)}
+    first = set(instances(pipeline, start)) if start else set()
+    begun = first | _after(pipeline, first)
+    last = set(instances(pipeline, until)) if until else set()
+    if lost := sorted(wanted - begun) if start else []:
+        raise UsageError(f"`{lost[0]}` does not depend on `{start}`", hint="give either --to or --from")
+    chosen = wanted or {id for id, spec in pipeline.stages.items() if pipeline.single or not spec.stage.effect}
+    if start and not wanted:
+        chosen = first | chosen & begun
     if until:
-        after = _after(pipeline, until)
-        if lost := sorted(set(to) & after):
+        after = _after(pipeline, last) - last
+        if lost := sorted(wanted & after):
             raise UsageError(f"`{lost[0]}` comes after `{until}`", hint="give either --to or --until")
         chosen -= after
+        if not chosen:
+            raise UsageError(f"`{start}` comes after `{until}`: nothing is left to run", hint="exchange them")
     for id in reversed(list(pipeline.stages)):
         if id in chosen:
             chosen |= set(pipeline.stages[id].dependencies)
-    return [spec for id, spec in pipeline.stages.items() if id in chosen]
+    specs = tuple(spec for id, spec in pipeline.stages.items() if id in chosen)
+    return Selection(specs=specs, given=frozenset(chosen - begun if start else ()), start=start or "")
 
 
-def _after(pipeline: Pipeline, stage: str) -> set[str]:
-    """All stages that depend on `stage`."""
-    found: set[str] = set()
+def instances(pipeline: Pipeline, name: str) -> list[str]:
+    """The instance ids that a name means: itself, or all rows of a matrix; UsageError if there is none."""
+    if name in pipeline.stages:
+        return [name]
+    if found := [id for id, spec in pipeline.stages.items() if spec.base == name]:
+        return found
+    raise UsageError(f"there is no stage `{name}` in `{pipeline.name}`", hint=_hint(pipeline, name))
+
+
+def _after(pipeline: Pipeline, stages: Iterable[str]) -> set[str]:
+    """All stages that depend on one of `stages`."""
+    behind, found = set(stages), set()
     for id, spec in pipeline.stages.items():
-        if (found | {stage}) & set(spec.dependencies):
+        if not behind.isdisjoint(spec.dependencies):
+            behind.add(id)
             found.add(id)
     return found
 
@@ -41,5 +70,6 @@ def _after(pipeline: Pipeline, stage: str) -> set[str]:
 def _hint(pipeline: Pipeline, name: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, pipeline.stages, 1)
-    return f"did you mean `{near[0]}`?" if near else f"its stages: {', '.join(pipeline.stages)}"
+    bases = list(dict.fromkeys(spec.base or id for id, spec in pipeline.stages.items()))
+    near = get_close_matches(name, pipeline.stages if "[" in name else bases, 1)
+    return f"did you mean `{near[0]}`?" if near else f"its stages: {', '.join(bases)}"

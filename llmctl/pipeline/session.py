@@ -20,6 +20,7 @@ def run_session(
     store: Store,
     *,
     events: str | None = None,
+    log_format: str = "text",
     watch: Callable[[Stop], None] | None = None,
     **options: Any,
 ) -> RunResult:
@@ -30,7 +31,7 @@ def run_session(
     """
     with contextlib.ExitStack() as stack:
         copy = stack.enter_context(open_copy(events)) if events else None
-        reporter = stack.enter_context(open_reporter())
+        reporter = stack.enter_context(open_reporter(log_format=log_format))
         stop = stack.enter_context(signals_stop())
 
         def emit(event: Event) -> None:

@@ -26,15 +26,24 @@ def _number(stage: StageResult) -> str:
         return f"skipped: {stage.message}"
     if not stage.ok:
         return stage.status
+    if stage.choice is not None:
+        choice = stage.choice
+        values = "".join(f"  {name} {value}" for name, value in choice.values.items())
+        return f"chose {choice.stage}{values}  {choice.metric} {human_number(choice.value)}"
     return "  ".join(f"{name} {human_number(value)}" for name, value in stage.headline.items()) or "-"
 
 
 def _time(stage: StageResult) -> str:
-    return human_seconds(stage.seconds) if stage.status in ("done", "failed", "stopped") else stage.status
+    if stage.choice is not None:
+        return "-"
+    attempts = f", {stage.attempts} attempts" if stage.attempts > 1 else ""
+    return human_seconds(stage.seconds) + attempts if stage.status in ("done", "failed", "stopped") else stage.status
 
 
 def _artifact(stage: StageResult) -> str:
-    """The id of the first output that is no metrics, and how many more there are."""
+    """The id of the first output that is no metrics, and how many more there are; `collected` if it is gone."""
+    if stage.collected:
+        return "collected"
     ids = [artifact.id for artifact in stage.outputs.values() if artifact.type != "metrics"]
     ids = ids or [artifact.id for artifact in stage.outputs.values()]
     more = f" +{len(ids) - 1}" if len(ids) > 1 else ""

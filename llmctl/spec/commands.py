@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmctl.error_output import json_lines, wants_json
 from llmctl.errors import UsageError
 from llmctl.spec.diagnostics import SpecError
-from llmctl.spec.options import settings, spec_layers
+from llmctl.spec.options import spec_layers
 from llmctl.spec.pipeline import Pipeline, load_pipeline
+
+if TYPE_CHECKING:
+    from llmctl.spec.overrides import Setting
 
 WIDEST = 48
 """Characters of a value in a table."""
@@ -25,14 +28,7 @@ WIDEST = 48
 @click.option(
     "--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print the result."
 )
-def check(
-    specs: Sequence[str],
-    profiles: Sequence[str],
-    sets: Sequence[str],
-    set_jsons: Sequence[str],
-    set_files: Sequence[str],
-    format_: str,
-) -> int:
+def check(specs: Sequence[str], profiles: Sequence[str], sets: Sequence[Setting], format_: str) -> int:
     """Validate specs: keys, parameters, wiring. Each SPEC is a file or the name of a shipped spec.
 
     Nothing runs, no network and no torch is needed. Exits with 0, or with 2 and all mistakes.
@@ -43,8 +39,7 @@ def check(
     results: list[Pipeline | SpecError] = []
     for spec in specs:
         try:
-            layers = settings(sets, set_jsons, set_files)
-            results.append(load_pipeline(spec, profiles, layers, registry=registry))
+            results.append(load_pipeline(spec, profiles, sets, registry=registry))
         except SpecError as error:
             results.append(error)
     errors = [result for result in results if isinstance(result, SpecError)]
@@ -122,15 +117,7 @@ def _report(specs: Sequence[str], results: Sequence[Pipeline | SpecError]) -> di
 @spec_layers
 @click.option("--explain", is_flag=True, help="Show for every value the file, line and column that it comes from.")
 @click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print it.")
-def render(
-    spec: str,
-    profiles: Sequence[str],
-    sets: Sequence[str],
-    set_jsons: Sequence[str],
-    set_files: Sequence[str],
-    explain: bool,
-    format_: str,
-) -> None:
+def render(spec: str, profiles: Sequence[str], sets: Sequence[Setting], explain: bool, format_: str) -> None:
     """Print SPEC with includes, profiles, settings and variables worked in: a spec again.
 
     With --explain every value, defaults included, with the place of the layer that sets it.
@@ -140,7 +127,7 @@ def render(
     from llmctl.spec.rendering import origin_rows
     from llmctl.spec.rendering import render as rendered
 
-    found = rendered(spec, profiles, settings(sets, set_jsons, set_files), registry=get_registry())
+    found = rendered(spec, profiles, sets, registry=get_registry())
     if not explain:
         text = json.dumps(found.plain(), indent=2, ensure_ascii=False) if format_ == "json" else found.yaml().rstrip()
         click.echo(text)

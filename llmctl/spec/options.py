@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+if TYPE_CHECKING:
+    from llmctl.spec.overrides import Setting
 
-ERROR_FORMATS = ("text", "json")
-
-
-def spec_layers(command: F) -> F:
-    """`--profile`, `--set` in its three forms and `--error-format`; `settings` turns the values into layers."""
-    for option in reversed((_profile, *set_options(), error_format_option())):
-        command = option(command)
-    return command
+Row = tuple[tuple[str, ...], Mapping[str, Any]]
+"""The names of an option and what click takes beside them."""
 
 
-_profile = click.option(
-    "--profile", "profiles", multiple=True, metavar="NAME", help="Put this profile on top; may be repeated."
+def set_rows(key: str) -> tuple[Row, ...]:
+    """`--set`, `--set-json`, `--set-file` and `--error-format`; `key` is how the help calls what is set."""
+    many: Mapping[str, Any] = {"multiple": True}
+    change = "Change a value; KEY+=VALUE appends to a list, KEY[0]=VALUE changes an item of it."
+    formats = click.Choice(["text", "json"])
+    return (
+        (("--set", "sets"), {**many, "metavar": f"{key}=VALUE", "help": change}),
+        (("--set-json", "set_jsons"), {**many, "metavar": f"{key}=JSON", "help": "Set a value written as JSON."}),
+        (("--set-file", "set_files"), {**many, "metavar": f"{key}=PATH", "help": "Set a value to what a file holds."}),
+        (
+            ("--error-format",),
+            # The program's edge reads it from the words as typed, since parsing itself may fail.
+            {"type": formats, "expose_value": False, "help": "How errors are told on stderr; json: a line for each."},
+        ),
+    )
+
+
+_PROFILE: Row = (
+    ("--profile", "profiles"),
+    {"multiple": True, "metavar": "NAME", "help": "Put this profile on top; may be repeated."},
 )
 
 
-def set_options(key: str = "STAGE.PARAM") -> tuple[Callable[[F], F], ...]:
-    """`--set`, `--set-json` and `--set-file` as decorators; `key` is how the help calls what is set."""
-    return (
-        click.option(
-            "--set",
-            "sets",
-            multiple=True,
-            metavar=f"{key}=VALUE",
-            help="Change a value; KEY+=VALUE appends to a list, KEY[0]=VALUE changes one of its items.",
-        ),
-        click.option(
-            "--set-json", "set_jsons", multiple=True, metavar=f"{key}=JSON", help="Set a value written as JSON."
-        ),
-        click.option(
-            "--set-file", "set_files", multiple=True, metavar=f"{key}=PATH", help="Set a value to what a file holds."
-        ),
-    )
+def spec_layers(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--profile`, `--set` in its three forms and `--error-format`; `command` gets `profiles` and all of `sets`."""
+
+    @wraps(command)
+    def call(*args: Any, sets: Iterable[str], set_jsons: Iterable[str], set_files: Iterable[str], **values: Any) -> Any:
+        return command(*args, sets=settings(sets, set_jsons, set_files), **values)
+
+    layered: Callable[..., Any] = call
+    for names, details in reversed((_PROFILE, *set_rows("STAGE.PARAM"))):
+        layered = click.option(*names, **details)(layered)
+    return layered
 
 
-def error_format_option() -> Callable[[F], F]:
-    """`--error-format`. The program's edge reads it from the command line, since parsing itself may fail."""
-    return click.option(
-        "--error-format",
-        type=click.Choice(ERROR_FORMATS),
-        default="text",
-        show_default=True,
-        expose_value=False,
-        help="How mistakes are told on stderr; json: one object per line.",
-    )
-
-
-def settings(sets: Iterable[str], set_jsons: Iterable[str] = (), set_files: Iterable[str] = ()) -> tuple[Any, ...]:
+def settings(sets: Iterable[str], set_jsons: Iterable[str], set_files: Iterable[str]) -> tuple[Setting, ...]:
     """The settings of a command line, low to high: `--set`, then `--set-json`, then `--set-file`."""
     from llmctl.spec.overrides import Setting
 

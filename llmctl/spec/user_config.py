@@ -41,6 +41,11 @@ def user_config() -> UserConfig:
     return _read(path, path.stat().st_mtime_ns) if path.is_file() else UserConfig()
 
 
+def chosen_log_format(typed: str | None) -> str:
+    """What `--log-format` says, else the user's configuration, else `text`."""
+    return typed or user_config().log_format or "text"
+
+
 @cache
 def _read(path: Path, _changed: int) -> UserConfig:
     from llmctl.spec.diagnostics import Report

@@ -24,16 +24,27 @@ class Keys:
     resume: str
 
 
-def make_keys(spec: StageSpec, origin: Origin, inputs: Mapping[str, Sequence[str]]) -> Keys:
-    """The keys of `spec` with these content ids per input port; the resume key leaves out how far to go."""
-    from llmctl.spec.canonical import digest
+def make_keys(
+    spec: StageSpec, origin: Origin, inputs: Mapping[str, Sequence[str]], strict: Mapping[str, str] | None = None
+) -> Keys:
+    """The keys of `spec` with these content ids per input port; the resume key leaves out how far to go.
 
-    preimage = {**static_preimage(spec, origin), "inputs": {port: list(ids) for port, ids in sorted(inputs.items())}}
-    resume = {**preimage, "with": spec.key_params(extent=False), "resume": True}
+    `strict` are facts of the machine that count, too (`--strict-env`).
+    """
+    from llmctl.spec.canonical import digest
+    from llmctl.spec.extent import has_extent
+
+    preimage = {
+        **static_preimage(spec, origin, strict),
+        "inputs": {port: list(ids) for port, ids in sorted(inputs.items())},
+    }
+    resume = {**preimage, "resume": True}
+    if has_extent(type(spec.params)):
+        resume["with"] = spec.key_params(extent=False)
     return Keys(preimage=preimage, action=digest(preimage), resume=digest(resume))
 
 
-def static_preimage(spec: StageSpec, origin: Origin) -> dict[str, Any]:
+def static_preimage(spec: StageSpec, origin: Origin, strict: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The part of the pre-image that is known before any input is."""
     plugin = {"dist": origin.dist, "rev": spec.stage.rev}
     if origin.source_digest:
@@ -45,6 +56,7 @@ def static_preimage(spec: StageSpec, origin: Origin) -> dict[str, Any]:
         "with": spec.key_params(),
         "env": {name: item.value for name, item in sorted(spec.env.items()) if item.affects_output},
         "key_deps": key_deps(spec.stage),
+        **({"machine": dict(strict)} if strict else {}),
     }
 
 

@@ -130,14 +130,20 @@ def sweep_dead(directory: Path, prefix: str = "") -> None:
 
 
 def locate(path: Path | None) -> Path:
-    """`path`, else `$LLMCTL_STORE`, else the store of the nearest parent that has `.llmctl/`, else one here."""
+    """`path`, else `$LLMCTL_STORE`, else the store of the nearest parent that has `.llmctl/`, else the one that the
+    user's configuration names, else one here."""
     if path is not None:
         return path.absolute()
     if named := os.environ.get(ENVIRONMENT):
         return Path(named).expanduser().absolute()
     here = Path.cwd()
-    home = next((parent for parent in (here, *here.parents) if (parent / HOME).is_dir()), here)
-    return home / HOME / "store"
+    home = next((parent for parent in (here, *here.parents) if (parent / HOME).is_dir()), None)
+    if home is None:
+        from llmctl.spec.user_config import user_config
+
+        if own := user_config().store:
+            return Path(own)
+    return (home or here) / HOME / "store"
 
 
 def check_free(root: Path) -> None:

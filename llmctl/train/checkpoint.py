@@ -55,7 +55,8 @@ class Checkpoints:
                 shutil.rmtree(final)
             aside.rename(final)
             _flush(self.directory)
-            for old in self.steps()[: -self.keep]:
+            # Those of a run that went further are not this run's, and stay.
+            for old in [found for found in self.steps() if found <= step][: -self.keep]:
                 shutil.rmtree(self.directory / f"step-{old}")
         except (OSError, SafetensorError) as error:
             raise StageError(
@@ -84,10 +85,20 @@ class Checkpoints:
         """Steps up to `limit`, falling: where to try to continue."""
         return [step for step in reversed(self.steps()) if step <= limit]
 
-    def forget_after(self, step: int) -> None:
-        """Remove the checkpoints that are not continued: damaged, of other parameters, or of a longer run."""
+    def forget_after(self, step: int, limit: int) -> None:
+        """Remove what is not continued, damaged or of other parameters, between `step` and `limit`.
+
+        Of what lies beyond, which a run that went further has left, the last stays for the next one that goes so far.
+        """
+        beyond = [found for found in self.steps() if found > limit]
         for found in self.steps():
-            if found > step:
+            if step < found <= limit or found in beyond[:-1]:
+                shutil.rmtree(self.directory / f"step-{found}")
+
+    def finish(self, step: int) -> None:
+        """The run has ended at `step`: keep that checkpoint, for a run that goes further, and the last beyond it."""
+        for found in self.steps():
+            if found < step:
                 shutil.rmtree(self.directory / f"step-{found}")
 
 

@@ -93,7 +93,7 @@ class _Run:
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
         resumed = self.resume()
-        self.checkpoints.forget_after(self.step)
+        self.checkpoints.forget_after(self.step, self.total)
         if not resumed:
             self.first_checkpoint()
         every = self.params.save_every
@@ -148,12 +148,12 @@ class _Run:
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
         return {name: float(value) for name, value in sums.items()}
 
-    def factor(self, step: int) -> float:
-        """The schedule's share of the peak rates at `step`, counted from 0."""
+    def factor(self, step: int, total: int | None = None) -> float:
+        """The schedule's share of the peak rates at `step`, counted from 0, in a run of `total` steps."""
         params = self.params
         return lr_factor(
             step,
-            total=self.total,
+            total=total or self.total,
             warmup=params.warmup_steps,
             schedule=params.schedule,
             min_ratio=params.min_lr_ratio,
@@ -185,6 +185,7 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
+        self.checkpoints.finish(self.step)
         if self.ctx.wants("metrics"):
             lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve)
             (self.ctx.output("metrics") / "curves.jsonl").write_text(lines, encoding="utf-8")
@@ -275,9 +276,16 @@ class _Run:
         self.curve, self.sums, self.recent = values["curve"], values["sums"], values["recent"]
         if self.step:
             self.ctx.log(f"continuing from step {self.step} of {self.total}")
-        if values["total"] != self.total and self.params.schedule != "constant":
-            self.ctx.log(
-                f"its run was planned for {values['total']} steps; from here on the schedule is that of {self.total}"
+        self.compare_schedule(values["total"])
+
+    def compare_schedule(self, planned: int) -> None:
+        """Warn if the rates so far, of a run of `planned` steps, are not those that one of this length has."""
+        past = (0, self.step - 1) if self.step else ()
+        if any(self.factor(step, planned) != self.factor(step, self.total) for step in past):
+            share = self.factor(self.step - 1, planned)
+            self.ctx.warn(
+                f"its run was planned for {planned} steps, the rate was {share:.0%} of its peak at step {self.step}; "
+                f"from here on the schedule is that of {self.total}, the result not that of an uninterrupted run"
             )
 
 

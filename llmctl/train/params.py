@@ -13,8 +13,8 @@ class TrainParams(Params):
     """How far, how fast and how exactly to train.
 
     Thread count, device and checkpoint interval are in no cache key, as the world size is not (they are recorded): they
-    change sums in the last bits only. Raising `max_steps` or `epochs` of a run that has not ended continues from its
-    last checkpoint; a schedule that decays towards the end is then stretched over the new length from there on.
+    change sums in the last bits only. Raising `max_steps` or `epochs` continues from the last checkpoint, of a run that
+    has ended too; a schedule that decays towards the end is then stretched over the new length from there on.
     """
 
     epochs: float = Field(1.0, gt=0, affects="extent", description="Passes over the training data.")

@@ -1,6 +1,7 @@
 """What a person sees: numbers, tables, plain lines, bars, colours."""
 
 import io
+import json
 
 import pytest
 
@@ -223,3 +224,57 @@ def test_a_stage_that_was_stopped_did_not_fail():
     reporter = console.Reporter(stream, Clock())
     reporter.event({"type": "stage.end", "stage": "train", "code": 75, "seconds": 2.0, "stopped": True})
     assert stream.getvalue() == "train: stopped after 2.0 s\n"
+
+
+def several(reporter):
+    """Two stages that run at once, the second at its second attempt, and a choice."""
+    for event in (
+        {"type": "plan", "stages": ["a", "b", "best", "c"]},
+        {"type": "stage.start", "stage": "a", "attempt": 1},
+        {"type": "stage.start", "stage": "b", "attempt": 1},
+        {"type": "stage.start", "stage": "b", "attempt": 2},
+        {"type": "stage.progress", "stage": "a", "step": 5, "total": 10},
+        {"type": "stage.progress", "stage": "b", "step": 2, "total": 10},
+    ):
+        reporter.event(event)
+
+
+CHOICE = {"stage": "sft[lr=1e-5]", "rows": 4, "values": {"lr": 1e-5}, "metric": "acc", "value": 0.5}
+
+
+def test_stages_that_run_at_once_are_counted():
+    stream = io.StringIO()
+    with console.Reporter(stream) as reporter:
+        several(reporter)
+        for stage in "ab":
+            reporter.event({"type": "stage.end", "stage": stage, "code": 0, "seconds": 1.0})
+        reporter.event({"type": "stage.end", "stage": "best", "code": 0, "seconds": 0.0, "choice": CHOICE})
+        reporter.event({"type": "stage.start", "stage": "c"})
+    assert stream.getvalue().splitlines() == [
+        "[1/4] a: start",
+        "[2/4] b: start",
+        "[2/4] b: start attempt 2",
+        "a: done in 1.0 s",
+        "b: done in 1.0 s",
+        "best: chose sft[lr=1e-5] of 4, lr 1e-05: acc 0.5",
+        "[4/4] c: start",
+    ]
+
+
+def test_every_running_stage_has_one_bar():
+    stream = Terminal()
+    with console.LiveReporter(stream) as reporter:
+        several(reporter)
+        shown = [task.description for task in reporter._bars.tasks]
+        assert shown == ["run", "[1/4] a", "[2/4] b"]
+        assert reporter._bars.tasks[0].completed == pytest.approx(0.7)
+
+
+def test_the_log_of_a_machine_is_the_events():
+    stream = Terminal()
+    with console.open_reporter(stream=stream, log_format="json") as reporter:
+        several(reporter)
+        reporter.event({"type": "warning", "text": "ä"})
+    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [row["type"] for row in rows][-2:] == ["stage.progress", "warning"]
+    assert "ä" in stream.getvalue() and "\x1b" not in stream.getvalue()

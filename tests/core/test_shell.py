@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llmctl.errors import InputError, UsageError
-from llmctl.shell import Upstream, UpstreamFailed, parse_record
 from llmctl.stage import In
+from llmctl.upstream import Upstream, UpstreamFailed, parse_record
 
 TOKENS, TOKENIZER = In("dataset.tokens"), In("tokenizer")
 MODEL, CHAT = In("model.hf"), In("dataset.chat")

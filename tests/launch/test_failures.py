@@ -86,9 +86,9 @@ def test_events_are_json_whatever_a_stage_reports():
 
 def test_gpus_are_taken_from_those_that_are_visible():
     base = {"CUDA_VISIBLE_DEVICES": "4,5,6"}
-    assert stage_environment({}, gpus=2, base=base)["CUDA_VISIBLE_DEVICES"] == "4,5"
-    assert stage_environment({}, gpus=2, base={})["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert stage_environment({}, devices=["4", "5"], base=base)["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert stage_environment({}, devices=[], base=base)["CUDA_VISIBLE_DEVICES"] == ""
     assert stage_environment({}, base=base)["CUDA_VISIBLE_DEVICES"] == "4,5,6"
     assert stage_environment({}, base={})["OMP_WAIT_POLICY"] == "PASSIVE"
     assert stage_environment({}, base={"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
-    assert stage_environment({"CUDA_VISIBLE_DEVICES": "9"}, gpus=1, base=base)["CUDA_VISIBLE_DEVICES"] == "9"
+    assert stage_environment({"CUDA_VISIBLE_DEVICES": "9"}, devices=["4"], base=base)["CUDA_VISIBLE_DEVICES"] == "9"

@@ -70,7 +70,8 @@ def actions(events):
 def run(fake_stages, work, spec, monkeypatch, llmctl_env):
     """`llmctl run` within this process, which saves its start-up: `run(stages, "b.mark=x", to=["b"])` → RunResult.
 
-    The stages still run in processes of their own. Without `stages` the `p.yaml` of before is read again.
+    `change` may alter the loaded pipeline. The stages still run in processes of their own. Without `stages` the
+    `p.yaml` of before is read again.
     """
     for name in [name for name in os.environ if name not in llmctl_env]:
         monkeypatch.delenv(name)
@@ -78,12 +79,12 @@ def run(fake_stages, work, spec, monkeypatch, llmctl_env):
     monkeypatch.syspath_prepend(str(fake_stages))
     monkeypatch.chdir(work)
 
-    def call(stages: str | None = None, *sets: str, **options) -> RunResult:
+    def call(stages: str | None = None, *sets: str, change=lambda pipeline: pipeline, **options) -> RunResult:
         if stages is not None:
             spec(stages)
         found = discover()
         monkeypatch.setattr("llmctl.pipeline.run.get_registry", lambda: found)
-        return run_pipeline(load_pipeline("p.yaml", sets=sets, registry=found), Store.open(), **options)
+        return run_pipeline(change(load_pipeline("p.yaml", sets=sets, registry=found)), Store.open(), **options)
 
     _forget_fakes()  # other tests import modules of the same name
     yield call

@@ -131,7 +131,7 @@ def test_a_damaged_artifact_is_a_miss(damage, run, work, actions, events):
 def test_a_failed_stage_is_tried_again_and_its_dependants_wait(llmctl, spec, actions, work):
     spec("a: {uses: make}\nw: {uses: wrong, with: {how: stage}}\nx: {uses: count, needs: [w]}\ny: {uses: count}")
     for _ in range(2):
-        done = llmctl("run", "p.yaml")
+        done = llmctl("run", "p.yaml", "--keep-going")
         assert done.returncode == 3
         assert actions()["w"] == "run"
         assert actions()["x"] == "skipped"
@@ -142,6 +142,18 @@ def test_a_failed_stage_is_tried_again_and_its_dependants_wait(llmctl, spec, act
         assert log.endswith("logs/w.log")
         assert "parity missed" in (work / log).read_text()
     assert actions()["y"] == "cached"
+
+
+def test_after_a_failure_nothing_new_starts_unless_told_to(run, actions, events):
+    stages = "a: {uses: make}\nw: {uses: wrong, with: {how: stage}}\nx: {uses: count, needs: [w]}\ny: {uses: count}"
+    assert run(stages).code == 3
+    assert actions() == {"a": "run", "w": "run", "x": "skipped", "y": "skipped"}
+    reasons = {event["stage"]: event["reason"] for event in events() if event["type"] == "stage.skipped"}
+    assert reasons == {"x": "`w` failed", "y": "`w` failed; --keep-going runs what does not depend on it"}
+    assert run(keep_going=True).code == 3
+    assert actions() == {"a": "cached", "w": "run", "x": "skipped", "y": "run"}
+    assert run().code == 3  # what is done already costs nothing, so it is taken
+    assert actions() == {"a": "cached", "w": "run", "x": "skipped", "y": "cached"}
 
 
 # -- gates ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_the_last_two_are_kept_and_leftovers_of_a_kill_removed(tmp_path: Path) -
     assert checkpoints.steps() == [10, 30]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-30"]
     assert checkpoints.newest(100) == [30, 10] and checkpoints.newest(29) == [10]
-    checkpoints.forget_after(10)
+    checkpoints.forget_after(10, 30)
     assert checkpoints.steps() == [10]
 
 

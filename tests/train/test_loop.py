@@ -243,6 +243,52 @@ def test_more_steps_continue_and_other_parameters_start_anew(make_context, make_
     assert said == ["continuing from step 12 of 12"] and "tokens_per_s" not in final
 
 
+def test_a_finished_run_goes_on_as_if_it_had_never_ended(make_context, make_model, make_examples) -> None:
+    """6 steps, then 12: bit for bit the weights of 12 steps, where the schedule does not look at the end."""
+    examples = make_examples(11)
+
+    def go(name: str, steps: int, **changes: object) -> tuple[torch.Tensor, list[str], list[str]]:
+        values = params(max_steps=steps, save_every=5, **{"schedule": "constant", **changes})
+        ctx, model = make_context(name), make_model(5)
+        fit(ctx, model, Noisy(), ExampleSource(examples, 32, values), values)
+        said = [[str(f["text"]) for kind, f in ctx.events if kind == wanted] for wanted in ("log", "warning")]
+        return weights(model), *said
+
+    straight, said, _ = go("straight", 12)
+    assert said == []
+    short = go("further", 6)[0]
+    longer, said, warned = go("further", 12)
+    assert said == ["continuing from step 6 of 12"] and warned == []
+    assert torch.equal(longer, straight) and not torch.equal(short, longer)
+    # With a schedule that falls towards the end it is another run, which is said.
+    go("cosine", 6, schedule="cosine")
+    _, said, warned = go("cosine", 12, schedule="cosine")
+    assert said == ["continuing from step 6 of 12"]
+    assert "its run was planned for 6 steps, the rate was 15% of its peak at step 6" in warned[0]
+    # `wsd` that still holds has not looked at the end yet, a warm-up that was cut short has.
+    with pytest.raises(TempFail):
+        values = params(max_steps=10, schedule="wsd", save_every=0)
+        fit(make_context("wsd", 4), make_model(5), Noisy(), ExampleSource(examples, 32, values), values)
+    assert go("wsd", 8, schedule="wsd")[1:] == (["continuing from step 4 of 8"], [])
+    go("warm", 3, warmup_steps=5)
+    assert "its run was planned for 3 steps" in go("warm", 5, warmup_steps=5)[2][0]
+
+
+def test_a_shorter_run_leaves_what_a_longer_one_has_left(make_context, make_model, make_examples, tmp_path) -> None:
+    examples = make_examples(11)
+
+    def go(steps: int) -> list[str]:
+        values, ctx = params(max_steps=steps, schedule="constant"), make_context("one")
+        fit(ctx, make_model(), CausalLM(), ExampleSource(examples, 32, values), values)
+        kept = sorted(path.name for path in (tmp_path / "one/resume/ckpt").iterdir())
+        return [str(f["text"]) for kind, f in ctx.events if kind == "log"] + kept
+
+    assert go(12) == ["step-12"]  # of a run that has ended one checkpoint is enough
+    assert go(8) == ["step-12", "step-8"]
+    assert go(10) == ["continuing from step 8 of 10", "step-10", "step-12"]
+    assert go(16) == ["continuing from step 12 of 16", "step-16"]
+
+
 def test_epochs_and_clipping(make_context, make_model, make_examples) -> None:
     values = params(max_steps=None, epochs=1.5, clip=1e-9, optimizer="adamw", lr=1e-3)
     ctx = make_context()

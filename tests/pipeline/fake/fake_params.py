@@ -35,5 +35,16 @@ class WrongParams(Params):
     path: Path | None = Field(None, description="file to write a pid to")
 
 
+class FlakyParams(Params):
+    path: Path = Field(description="file that counts the attempts")
+    good: int = Field(2, description="the attempt that succeeds")
+    how: str = Field("raise", description="how the others end")
+
+
+class LeakParams(Params):
+    where: str = Field("print", description="where the secret goes")
+    variable: str = Field("TOKEN", description="the variable that holds it")
+
+
 class PushParams(Params):
     path: str = Field("", description="file to append to")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from llmctl import InputError, MachineError, StageError
+from llmctl.errors import GateError, UsageError
 
 
 def _write(directory, rows):
@@ -50,6 +51,10 @@ def score(ctx, params, text):
 def count(ctx, params, text):
     state = ctx.resume_dir / "state.json"
     step, value = json.loads(state.read_text()) if state.exists() else (0, params.start)
+    if step > params.max_steps:  # of a run that went further
+        step, value = 0, params.start
+    if step:
+        ctx.log(f"continuing from step {step}")
     begun = step
     while step < params.max_steps:
         value, step = value * 31 % 1_000_003 + step, step + 1
@@ -114,6 +119,66 @@ def wrong(ctx, params):
             (out / "env.json").write_text(json.dumps(dict(os.environ)))
         case "where":
             (out / "path").write_text(str(Path.cwd()))
+
+
+def flaky(ctx, params):
+    with params.path.open("a") as file:
+        file.write("x")
+    attempt = len(params.path.read_text())
+    (ctx.resume_dir).mkdir(exist_ok=True)
+    state = ctx.resume_dir / "state"
+    ctx.log(f"attempt {attempt} finds {state.read_text() if state.exists() else 'nothing'}")
+    state.write_text(f"what {attempt} left")
+    if attempt < params.good:
+        match params.how:
+            case "raise":
+                raise ValueError("not yet")
+            case "stage":
+                raise StageError("not yet", hint="wait")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "input":
+                raise InputError("not yet")
+            case "machine":
+                raise MachineError("not yet")
+            case "usage":
+                raise UsageError("not yet")
+            case "gate":
+                raise GateError("not yet")
+            case "stopped":
+                raise ctx.stopped(1)
+    (ctx.output("result") / "attempt").write_text(str(attempt))
+
+
+def leak(ctx, params):
+    """Put the secret where `where` says; `everywhere` is all that a log or an event can hold."""
+    secret = os.environ[params.variable]
+    match params.where:
+        case "everywhere":
+            print("printed", secret, flush=True)
+            os.write(2, b"in " + secret[:4].encode())
+            time.sleep(0.05)
+            os.write(2, secret[4:].encode() + b" pieces\n")
+            print(json.dumps({"token": secret}), file=sys.stderr)
+            ctx.log(f"logged {secret}")
+            ctx.warn(f"warned {secret}")
+            ctx.progress(1, 2, note=secret)
+            ctx.metric(secret, 1.0)
+            ctx.report({"told": secret})
+            ctx.describe("result", about=secret)
+            (ctx.output("result") / "fine").write_text("x")
+        case "raise":
+            raise ValueError(f"bad token {secret}")
+        case "stage":
+            raise StageError(f"refused {secret}", hint=f"not {secret}")
+        case "file":
+            (ctx.output("result") / "config.json").write_text(json.dumps({"token": secret}))
+        case "compressed":
+            (ctx.output("result") / "rows.jsonl.gz").write_bytes(gzip.compress(b"x" * 100 + secret.encode()))
+        case "name":
+            (ctx.output("result") / f"{secret}.txt").write_text("x")
+        case "nothing":
+            (ctx.output("result") / "fine").write_text(str(len(secret)))
 
 
 def push(ctx, params, text):

@@ -46,6 +46,20 @@ WRONG = Stage(
     params="fake_params:WrongParams",
     run="fake_run:wrong",
 )
+FLAKY = Stage(
+    name="flaky",
+    help="Fail at first.",
+    outputs={"result": Out("report")},
+    params="fake_params:FlakyParams",
+    run="fake_run:flaky",
+)
+LEAK = Stage(
+    name="leak",
+    help="Show a secret.",
+    outputs={"result": Out("report")},
+    params="fake_params:LeakParams",
+    run="fake_run:leak",
+)
 PUSH = Stage(
     name="push",
     help="Act on the world.",
@@ -59,4 +73,4 @@ PUSH = Stage(
 
 @hookimpl
 def register_stages() -> list[Stage]:
-    return [MAKE, UPPER, SCORE, TRAIN, WRONG, PUSH]
+    return [MAKE, UPPER, SCORE, TRAIN, WRONG, FLAKY, LEAK, PUSH]
