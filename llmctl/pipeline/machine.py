@@ -14,6 +14,7 @@ from llmctl.errors import MachineError, StageError
 from llmctl.launch.failures import free_bytes, no_space
 from llmctl.spec.resolved import StageSpec
 
+GPUS = Path("/proc/driver/nvidia/gpus")
 LEAST_FREE = 32 << 20
 """Bytes below which no stage is begun: the smallest useful result would not fit."""
 
@@ -25,7 +26,7 @@ def cores() -> int:
 
 def devices() -> list[str]:
     """NVIDIA GPUs that stages may be given, as CUDA_VISIBLE_DEVICES names them; what it hides stays hidden."""
-    there = [str(number) for number in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
+    there = [str(number) for number in range(len(list(GPUS.glob("*"))))]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return there
@@ -35,24 +36,39 @@ def devices() -> list[str]:
     return known[: len(there)]
 
 
+def gpu_models() -> list[str]:
+    """The names of the NVIDIA GPUs as the driver gives them: `NVIDIA H100 80GB HBM3`."""
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(GPUS.glob("*/information"))]
+    return [line.partition(":")[2].strip() for text in texts for line in text.splitlines() if line.startswith("Model:")]
+
+
 def memory() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def check_resources(specs: Sequence[StageSpec]) -> None:
-    """MachineError for the first stage that asks for more than there is."""
-    there = {"cpus": cores(), "gpus": len(devices()), "memory": memory()}
-    words = {"cpus": "{} CPU cores", "gpus": "{} GPUs", "memory": "{} of memory"}
+WORDS = {"cpus": "{} CPU cores", "gpus": "{} GPUs", "memory": "{} of memory", "disk": "{} of free disk"}
+IN_BYTES = ("memory", "disk")
+
+
+def check_resources(specs: Sequence[StageSpec], store: Path) -> None:
+    """MachineError for the first stage that asks for more than there is, of disk where the store is."""
+    there = {"cpus": cores(), "gpus": len(devices()), "memory": memory(), "disk": free_bytes(store)}
     for spec in specs:
         for name, most in there.items():
             wanted = getattr(spec.resources, name)
             if wanted is not None and wanted > most:
-                shown = (human_bytes(wanted), human_bytes(most)) if name == "memory" else (wanted, most)
+                shown = (human_bytes(wanted), human_bytes(most)) if name in IN_BYTES else (wanted, most)
                 raise MachineError(
-                    f"`{spec.id}` asks for {words[name].format(shown[0])}, this machine has {shown[1]}",
+                    f"`{spec.id}` asks for {WORDS[name].format(shown[0])}, this machine has {shown[1]}",
                     hint=f"lower its resources: --set stages.{spec.base or spec.id}.resources.{name}=…",
                 )
+        kind = spec.resources.gpu_type
+        if kind is not None and not any(kind.lower() in model.lower() for model in gpu_models()):
+            raise MachineError(
+                f"`{spec.id}` asks for a GPU of type {kind}, this machine has {', '.join(gpu_models()) or 'none'}",
+                hint=f"run it where there is one, or --set stages.{spec.base or spec.id}.resources.gpu_type=…",
+            )
 
 
 def check_space(root: Path) -> None:

@@ -63,7 +63,7 @@ def run_pipeline(
     specs = chosen.specs
     inputs = Inputs(pipeline, store)
     inputs.check_paths(specs)
-    machine.check_resources(specs)
+    machine.check_resources([spec for spec in specs if spec.id not in chosen.given], store.root)
     for target in (target for spec in specs for target in export_targets(spec).values()):
         check_target(target)
     store.create()
