@@ -70,7 +70,8 @@ def _resources(world: World, pipeline: Pipeline) -> Iterator[Finding]:
                 text = f"{stage.id} asks for {wanted} {what}, this machine has {there}"
                 yield Finding("spec", "problem", text, _lower(pipeline, stage, name, str(there)))
         if asked.gpu_type and not any(asked.gpu_type.lower() in gpu.lower() for gpu in world.gpus):
-            text = f"{stage.id} asks for a GPU of type {asked.gpu_type}, this machine has {', '.join(world.gpus) or 'none'}"
+            here = ", ".join(world.gpus) or "none"
+            text = f"{stage.id} asks for a GPU of type {asked.gpu_type}, this machine has {here}"
             yield Finding("spec", "problem", text, _lower(pipeline, stage, "gpu_type", "…"))
         if asked.memory is not None and limit is not None and asked.memory > limit:
             text = f"{stage.id} asks for {human_bytes(asked.memory)} of memory, {human_bytes(limit)} are here"
