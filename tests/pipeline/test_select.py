@@ -36,7 +36,7 @@ a: {uses: make}
 u: {uses: upper, inputs: {text: a}}
 s: {uses: score, inputs: {text: u}}
 end: {uses: upper, inputs: {text: a}, with: {mark: "!"}}
-go: {uses: push, inputs: {text: end}, with: {path: pushed}}
+go: {uses: send, inputs: {text: end}, with: {path: pushed}}
 """
 
 

@@ -61,7 +61,7 @@ LEAK = Stage(
     run="fake_run:leak",
 )
 PUSH = Stage(
-    name="push",
+    name="send",
     help="Act on the world.",
     inputs={"text": In("dataset.text")},
     outputs={"receipt": Out("deployment")},
