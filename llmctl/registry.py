@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 GROUP = "llmctl"
 DISABLE = "LLMCTL_DISABLE"
-RESERVED = frozenset({"check", "get", "lineage", "ls", "plan", "plugins", "run", "show", "stage"})
+RESERVED = frozenset(
+    ("check", "gc", "get", "lineage", "ls", "plan", "plugins", "pull", "push", "refs", "run", "show", "sign", "stage")
+    + ("store", "tag", "verify", "why")
+)
 """The names of llmctl's own commands (`llmctl.command_table`); a plugin cannot take one."""
 
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "llmctl_spec"))

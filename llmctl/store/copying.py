@@ -45,6 +45,18 @@ def materialise(artifact: Artifact, target: Path, *, force: bool = False) -> Non
             old.unlink(missing_ok=True)
 
 
+def copy_signatures(folder: Path, target: Path) -> None:
+    """Put the signatures in `folder` into `<target>.signatures/`, in place of those of whatever was there before."""
+    beside = target.with_name(target.name + ".signatures")
+    for old in beside.glob("*.sig"):
+        old.unlink()
+    for path in sorted(folder.glob("*.sig")):
+        beside.mkdir(exist_ok=True)
+        shutil.copy(path, beside / path.name)
+    if beside.is_dir() and not any(beside.iterdir()):
+        beside.rmdir()
+
+
 def check_target(target: Path, *, force: bool = False) -> None:
     """Refuse to replace what llmctl did not write, and a place that cannot be written."""
     parent = next(path for path in target.absolute().parents if path.exists())
