@@ -82,6 +82,14 @@ def _copy(source: Path, target: Path) -> None:
     target.chmod(0o644)
 
 
+def can_clone(directory: Path) -> bool:
+    """Whether copies within a directory's file system share their blocks."""
+    one, two = directory / "clone-1", directory / "clone-2"
+    one.write_bytes(b"x" * 4096)
+    with one.open("rb") as reader, two.open("wb") as writer:
+        return _clone(reader.fileno(), writer.fileno())
+
+
 def _clone(source: int, target: int) -> bool:
     if sys.platform != "linux":
         return False

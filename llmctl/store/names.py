@@ -88,7 +88,7 @@ class Names:
         if name not in self._index:
             found: dict[tuple[str, str], dict[str, Path]] = {}
             for path in _files(self._layout.refs / name):
-                stage, port, tag = _placed(path)
+                stage, port, tag = placed(path)
                 found.setdefault((stage, tag), {})[port] = path
             self._index[name] = found
         return self._index[name]
@@ -101,7 +101,7 @@ def _files(folder: Path) -> list[Path]:
         return []
 
 
-def _placed(path: Path) -> Place:
+def placed(path: Path) -> Place:
     """`place` of a ref's file, which is read if its name was cut."""
     found = place(path.name)
     return found if found.stage else found._replace(stage=str(read_json(path).get("stage", path.name)))
@@ -208,7 +208,7 @@ def every(layout: Layout) -> dict[str, dict[str, Any]]:
     for folder in sorted(path for path in layout.refs.glob("*") if path.is_dir()):
         for path in _files(folder):
             if ref := read_json(path):
-                found[f"{folder.name}/{title(_placed(path))}"] = ref
+                found[f"{folder.name}/{title(placed(path))}"] = ref
     return found
 
 

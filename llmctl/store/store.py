@@ -40,7 +40,11 @@ class Pointer:
     @classmethod
     def read(cls, path: Path) -> Pointer | None:
         """The pointer in a file; None if there is none or it is damaged: both are a miss."""
-        raw = names.read_json(path)
+        return cls.parse(names.read_json(path))
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Pointer | None:
+        """The pointer in a JSON object; None if it is none."""
         if not all(name in raw for name in cls.__dataclass_fields__) or not isinstance(raw["outputs"], dict):
             return None
         return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
