@@ -28,7 +28,7 @@ PLURAL = {
 }
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs only
     """`7d`, `12h`, `30m`, `90s`, `2w` as seconds."""
 
     name = "duration"

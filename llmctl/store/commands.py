@@ -145,11 +145,17 @@ def _show_text(value: dict[str, Any], verified: bool) -> str:
 @click.command()
 @click.argument("artifact")
 @store_option
-@format_option
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json", "dot"]),
+    default="text",
+    help="How to print it; dot is Graphviz's.",
+)
 def lineage(artifact: str, store_path: Path | None, format_: str) -> None:
     """Show what ARTIFACT was made from, back to files from outside."""
+    from llmctl.store.lineage import dot, tree
     from llmctl.store.lineage import lineage as ancestors
-    from llmctl.store.lineage import tree
 
     store = Store.open(store_path)
     found = store.resolve(artifact)
@@ -158,6 +164,9 @@ def lineage(artifact: str, store_path: Path | None, format_: str) -> None:
     except (OSError, BadManifest):
         raise InputError(f"{found.path} was not made by llmctl: it has no manifest", hint="`llmctl ls`") from None
     nodes = ancestors(store, manifest)
+    if format_ == "dot":
+        click.echo(dot(nodes))
+        return
     print_as(format_, [asdict(node) for node in nodes.values()], lambda: "\n".join(tree(nodes, manifest.id)))
 
 

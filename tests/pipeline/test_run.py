@@ -226,7 +226,7 @@ new: {uses: score, inputs: {text: a}, gates: [{metric: score, baseline: base.met
 
 def test_effects_run_only_when_named_and_every_time(run, work, actions):
     stages = "a: {uses: make}\nz: {uses: make, with: {rows: 9}}\n"
-    stages += "go: {uses: push, inputs: {text: a}, with: {path: pushed}}"
+    stages += "go: {uses: send, inputs: {text: a}, with: {path: pushed}}"
     assert run(stages).code == 0
     assert set(actions()) == {"a", "z"}
     for times in (1, 2):

@@ -47,7 +47,7 @@ WRONG = Stage(
     run="fake_run:wrong",
 )
 PUSH = Stage(
-    name="push",
+    name="send",
     help="Act on the world.",
     inputs={"text": In("dataset.text")},
     outputs={"receipt": Out("deployment")},
