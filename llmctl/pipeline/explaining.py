@@ -24,7 +24,7 @@ SHOWN = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One thing that differs between two pre-images: `with.lr`, `inputs.text`, `env.X`, `key_deps.python`, `plugin.rev`."""
+    """One difference between two pre-images: `with.lr`, `inputs.text`, `env.X`, `key_deps.click`, `plugin.rev`."""
 
     what: str
     before: Any
@@ -92,7 +92,7 @@ def _is_spec(text: str) -> bool:
     return Path(text).is_file() or text in shipped() or text.endswith((".yaml", ".yml"))
 
 
-# -- a stage of a spec --------------------------------------------------------------------------------------------------
+# -- a stage of a spec ------------------------------------------------------------------------------------------------
 
 
 def explain_stage(store: Store, spec_name: str, stage: str, profiles: Sequence[str], sets: Sequence[str]) -> Answer:
@@ -207,11 +207,12 @@ def _failures(store: Store, pipeline: str, stage: str, key: str) -> Iterator[str
         if run.get("pipeline") != pipeline or not result or result.get("status") in ("skipped", "cached"):
             continue
         if result.get("key") == key and result.get("status") in ("failed", "stopped"):
-            yield f"run {path.parent.name}: it {'failed' if result['status'] == 'failed' else 'was stopped'}: {result.get('message')}"
+            word = "failed" if result["status"] == "failed" else "was stopped"
+            yield f"run {path.parent.name}: it {word}: {result.get('message')}"
         return
 
 
-# -- two artifacts ------------------------------------------------------------------------------------------------------
+# -- two artifacts ----------------------------------------------------------------------------------------------------
 
 
 def compare(store: Store, first: str, second: str) -> Answer:
@@ -242,13 +243,13 @@ def _made(store: Store, text: str) -> dict[str, Any]:
     return {**found, "id": artifact.id}
 
 
-# -- differences --------------------------------------------------------------------------------------------------------
+# -- differences ------------------------------------------------------------------------------------------------------
 
 
 def changes(
     store: Store, old: Mapping[str, Any], new: Mapping[str, Any], titles: Mapping[str, str]
 ) -> Iterator[Change]:
-    """What differs between two pre-images; inputs only if `new` knows them. `titles` says what each port is bound to now."""
+    """What differs between two pre-images; inputs only if `new` knows them. `titles`: what ports are bound to now."""
     if old.get("stage") != new.get("stage"):
         yield Change(what="stage", before=old.get("stage"), after=new.get("stage"))
     before, after = old.get("plugin") or {}, new.get("plugin") or {}
@@ -364,7 +365,7 @@ def _version(metadata: Any, name: str) -> str:
         return ""
 
 
-# -- printing -----------------------------------------------------------------------------------------------------------
+# -- printing ---------------------------------------------------------------------------------------------------------
 
 
 def _short(value: Any) -> str:

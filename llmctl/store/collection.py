@@ -1,8 +1,8 @@
 """Garbage collection: what nothing needs any more is moved to `trash/`, and deleted from there after a while.
 
 Everything is decided first and looked at again, alone and under a lock, when its turn comes. Each thing goes in one
-`rename`, so that a collection that is killed has taken some things and left the others whole. An artifact that was found
-by somebody in the meantime stays (`llmctl.store.guard`); a key whose artifact has gone is a miss, never an error.
+`rename`, so that a collection that is killed has taken some things and left the others whole. An artifact that somebody
+has found in the meantime stays (`llmctl.store.guard`); a key whose artifact has gone is a miss, never an error.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def plan(store: Store, rules: Rules, *, grace: float, now: float | None = None) 
 
 
 def apply(store: Store, collection: Collection) -> list[Item]:
-    """Take what was planned, as far as it still may go; what was taken. BusyError while another collection is at work."""
+    """Take what was planned, as far as it still may go; what was taken. BusyError beside another collection."""
     path = store.root / "locks" / "gc.lock"
     lock = try_lock(path, "")
     if lock is None:
@@ -136,7 +136,7 @@ def _take(store: Store, item: Item) -> bool:
     return True
 
 
-# -- artifacts and what belongs to them ---------------------------------------------------------------------------------
+# -- artifacts and what belongs to them -------------------------------------------------------------------------------
 
 
 def _artifacts(store: Store, rules: Rules, manifests: dict[str, Manifest], kept: Kept, now: float) -> Iterator[Item]:
@@ -168,9 +168,9 @@ def _keys(store: Store, rules: Rules, gone: set[str], now: float) -> Iterator[It
             return pointer is None or any(not store.artifact(id).is_dir() for id in pointer.outputs.values())
 
         pointer = Pointer.read(path)
-        if dead() or (pointer and gone & set(pointer.outputs.values())):
-            if now - path.stat().st_mtime >= rules.recent:
-                yield Item(kind="key", path=path, bytes=path.stat().st_size, still=dead)
+        leads_to_gone = dead() or (pointer is not None and gone & set(pointer.outputs.values()))
+        if leads_to_gone and now - path.stat().st_mtime >= rules.recent:
+            yield Item(kind="key", path=path, bytes=path.stat().st_size, still=dead)
 
 
 def _beside(store: Store, gone: set[str]) -> Iterator[Item]:
@@ -196,7 +196,7 @@ def _externals(
             yield Item(kind="external", path=path, bytes=path.stat().st_size, still=lambda: True, final=True)
 
 
-# -- work in progress ---------------------------------------------------------------------------------------------------
+# -- work in progress -------------------------------------------------------------------------------------------------
 
 
 class _Work:
@@ -255,7 +255,7 @@ class _Work:
         return all(protocol.intact(self._store.artifact(id)) for id in pointer.outputs.values())
 
 
-# -- the rest -----------------------------------------------------------------------------------------------------------
+# -- the rest ---------------------------------------------------------------------------------------------------------
 
 
 def _runs(store: Store, kept: Kept) -> Iterator[Item]:

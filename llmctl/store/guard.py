@@ -2,8 +2,8 @@
 
 Whoever finds an artifact (a cache hit, a name, a commit of bytes that are there already) takes the guard shared, checks
 the files and marks the directory as used now. Garbage collection takes it exclusively for each single artifact, looks
-at the mark again and renames. Both hold it for an instant, never while they work, and the kernel drops it when a process
-dies: nothing waits for long, and nothing goes stale.
+at the mark again and renames. Both hold it for an instant, never while they work, and the kernel drops it when a
+process dies: nothing waits for long, and nothing goes stale.
 """
 
 from __future__ import annotations

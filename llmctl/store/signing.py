@@ -95,13 +95,13 @@ def allowed_signers(path: Path | None) -> Path:
     if not path.is_file():
         raise InputError(
             f"there is no list of allowed signers at {path}",
-            hint=f"one line per key, as in ssh-keygen(1): `IDENTITY ssh-ed25519 AAAA…`; or --allowed-signers, ${ALLOWED}",
+            hint=f"one line per key, as in ssh-keygen(1): `IDENTITY ssh-ed25519 AAAA…`; or set ${ALLOWED}",
         )
     return path
 
 
 def check_signed(id: str, folders: Sequence[Path], identity: str, allowed: Path) -> Verdict:
-    """Whether one of the signatures in `folders` is a good one of `id` by `identity`; MachineError without ssh-keygen."""
+    """Whether one of the signatures in `folders` is a good one of `id` by `identity`. MachineError: no ssh-keygen."""
     files = {path.name: path for folder in reversed(folders) for path in sorted(folder.glob("*.sig"))}
     if not files:
         return Verdict(reason="it is not signed")

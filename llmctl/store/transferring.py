@@ -58,7 +58,7 @@ def push(
     All files are hashed first. What is there is not sent again, so a push that was stopped goes on where it was.
     Keys, names and signatures that lead to the artifacts go along.
     """
-    from llmctl.store.transfer import push as send
+    from llmctl.store.pushing import push as send
 
     store = Store.open(store_path)
     remote = open_remote(target, spec)
@@ -95,8 +95,8 @@ def pull(
 
     Every file is hashed before it counts. Keys come along, so the next run finds the results.
     """
-    from llmctl.store.transfer import pull as fetch
-    from llmctl.store.transfer import pull_files
+    from llmctl.store.pulling import pull as fetch
+    from llmctl.store.pulling import pull_files
 
     if bool(patterns) != (output is not None) or (patterns and (len(artifacts) > 1 or lineage)):
         raise UsageError("--files and --output go together, with one artifact", hint="`llmctl get` copies a whole one")
@@ -104,7 +104,7 @@ def pull(
     if output is not None:
         files = pull_files(remote, artifacts[0], patterns, output)
         rows = [{"path": str(output / file.path), "size": file.size, "sha256": file.sha256} for file in files]
-        print_as(format_, rows, lambda: "\n".join(row["path"] for row in rows))
+        print_as(format_, rows, lambda: "\n".join(str(row["path"]) for row in rows))
         return
     store = Store.open(store_path)
     report = fetch(store, remote, artifacts, lineage=lineage, alone=alone)

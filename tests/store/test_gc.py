@@ -1,6 +1,7 @@
 """Garbage collection: what it keeps, what it takes, and that nobody who works meanwhile notices."""
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -308,8 +309,9 @@ def test_a_lock_whose_file_is_removed_still_excludes(store):
     path = store.lock(RESUME)
     path.parent.mkdir(parents=True, exist_ok=True)
     seen = []
+    flock = fcntl.flock
 
-    def remove_once(descriptor, how, flock=__import__("fcntl").flock):
+    def remove_once(descriptor, how):
         if not seen:
             seen.append(path.unlink())
         return flock(descriptor, how)

@@ -9,9 +9,8 @@ import pytest
 
 from llmctl.store.external import list_files, read_external
 
-STATEMENT = re.compile(
-    r'(?P<node>"(?:[^"\\\n]|\\["\\n])*")(?: -> (?P<to>"(?:[^"\\\n]|\\["\\n])*"))? \[label="(?:[^"\\\n]|\\["\\n])*"(?:, style=dashed)?\];'
-)
+QUOTED = r'"(?:[^"\\\n]|\\["\\n])*"'
+STATEMENT = re.compile(rf"(?P<node>{QUOTED})(?: -> (?P<to>{QUOTED}))? \[label={QUOTED}(?:, style=dashed)?\];")
 """What a line of the graph must be: quoted names, at most one arrow, a quoted label."""
 
 ODD = 'a[q="x\\y",\nz={<|>}]'

@@ -15,9 +15,10 @@ from llmctl.spec.canonical import digest
 from llmctl.store import Store, names
 from llmctl.store import remote as remotes
 from llmctl.store.manifest import Manifest
+from llmctl.store.pulling import pull
+from llmctl.store.pushing import push
 from llmctl.store.remote import Remote
 from llmctl.store.store import Pointer
-from llmctl.store.transfer import pull, push
 
 BUCKET = "llm-artifacts"
 
@@ -380,8 +381,7 @@ def test_the_first_key_on_the_remote_wins_unless_it_leads_nowhere(uri, store, ma
 def test_long_listings_are_whole(s3):
     """mlflow#14654 saw only the first thousand objects."""
     remote = Remote(s3)
-    for number in range(1005):
-        remote._fs.pipe_file(f"{remote.root}/refs/p/{number}.model.json", b"{}")
+    remote._fs.pipe({f"{remote.root}/refs/p/{number}.model.json": b"{}" for number in range(1005)})
     assert len(remote.sizes("refs/p")) == 1005
 
 
