@@ -14,7 +14,7 @@ from llmctl.store import names
 from llmctl.store.commands import SHORT, format_option, print_as, store_option
 from llmctl.store.manifest import NAME, BadManifest, Manifest
 from llmctl.store.progress import Meter
-from llmctl.store.signing import allowed_signers, check_signed, signature_folders
+from llmctl.store.signing import allowed_signers, check_signed, fingerprint, signature_folders
 from llmctl.store.signing import sign as sign_id
 from llmctl.store.store import ID, Store
 from llmctl.store.verification import inspect
@@ -37,6 +37,8 @@ class Checked:
     type: str = ""
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    unsigned: list[str] = field(default_factory=list)
+    """The problem that no good signature was found, if that is one."""
     signers: tuple[str, ...] = ()
 
 
@@ -76,11 +78,14 @@ def verify(
             if signed_by and listed and one.directory is not None:
                 verdict = check_signed(one.id, signature_folders(one.directory, one.id, store), signed_by, listed)
                 one.signers = verdict.signers
-                one.problems += [f"{one.directory}: {verdict.reason}"] if verdict.reason else []
+                one.unsigned = [f"{one.directory}: {verdict.reason}"] if verdict.reason else []
+                one.problems += one.unsigned
     print_as(format_, [_record(one) for one in found], lambda: _text(found, deep))
     bad = [one for one in found if one.problems]
     if bad:
-        raise InputError(f"{len(bad)} of {len(found)} artifacts failed", hint="run their stages again, or pull them")
+        unsigned = signed_by is not None and all(one.unsigned == one.problems for one in bad)
+        hint = "`llmctl sign` signs them" if unsigned else "run their stages again, or pull them"
+        raise InputError(f"{len(bad)} of {len(found)} artifacts failed", hint=hint)
 
 
 def locate(store: Store, text: str) -> Checked:
@@ -174,4 +179,4 @@ def sign(artifacts: tuple[str, ...], key: Path | None, store_path: Path | None) 
             )
         folder = signature_folders(found.directory, found.id)[0]
         path = sign_id(found.id, folder, key.expanduser() if key else None)
-        click.echo(f"{found.id[:SHORT]}  signed with SHA256:{path.stem}  {path}")
+        click.echo(f"{found.id[:SHORT]}  signed with {fingerprint(path)}  {path}")

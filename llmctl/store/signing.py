@@ -57,6 +57,11 @@ def sign(id: str, folder: Path, key: Path | None) -> Path:
     return target
 
 
+def fingerprint(signature: Path) -> str:
+    """`SHA256:…` of the key that made a signature, as OpenSSH prints it, by the name of the signature's file."""
+    return "SHA256:" + signature.stem.replace("_", "/").replace("-", "+")
+
+
 def _key(path: Path | None) -> Path:
     if path is None:
         home = Path.home() / ".ssh"
@@ -114,7 +119,7 @@ def check_signed(id: str, folders: Sequence[Path], identity: str, allowed: Path)
         found = _ssh("-Y", "find-principals", "-s", str(path), "-f", str(allowed))
         names = [name for line in found.stdout.split() for name in line.split(",")]
         if found.returncode or not names:
-            reasons.append(f"it is signed with the key SHA256:{path.stem}, which {allowed} does not list")
+            reasons.append(f"it is signed with the key {fingerprint(path)}, which {allowed} does not list")
         for name in names:
             command = ("-Y", "verify", "-f", str(allowed), "-I", name, "-n", NAMESPACE, "-s", str(path))
             if _ssh(*command, message=id).returncode:
