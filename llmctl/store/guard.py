@@ -27,14 +27,14 @@ def finding(layout: Layout) -> Iterator[None]:
 @contextlib.contextmanager
 def taking(layout: Layout) -> Iterator[None]:
     """While this is held, nobody is between finding an artifact and marking it as used."""
-    layout.guard.parent.mkdir(parents=True, exist_ok=True)
     with _held(layout, fcntl.LOCK_EX):
         yield
 
 
 @contextlib.contextmanager
 def _held(layout: Layout, how: int) -> Iterator[None]:
-    descriptor = _open(layout.guard)
+    # In a directory that is no store yet there is nothing to guard, and nothing may be left.
+    descriptor = _open(layout.guard) if (layout.root / "store.json").exists() else None
     try:
         if descriptor is not None:
             fcntl.flock(descriptor, how)

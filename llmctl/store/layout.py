@@ -88,8 +88,8 @@ class Layout:
 
     @property
     def guard(self) -> Path:
-        """The lock under which artifacts are found and taken away; held for an instant only (`llmctl.store.guard`)."""
-        return self.root / "locks" / "store.guard"
+        """`guard.lock`: held for an instant by who finds artifacts and who takes them away (`llmctl.store.guard`)."""
+        return self.root / "guard.lock"
 
     @property
     def digests(self) -> Path:

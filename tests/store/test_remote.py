@@ -271,9 +271,15 @@ def test_kill_9_during_push_and_pull(tmp_path, store, put, there):
         os.kill(pid, signal.SIGKILL)
         return os.waitpid(pid, 0)[1] != 0
 
+    def took(work):
+        begun = time.monotonic()
+        work()
+        return time.monotonic() - begun
+
+    whole = took(lambda: send(store, str(tmp_path / "scale"), artifact.id))
     interrupted = 0
     for turn in range(10):
-        interrupted += killed(lambda: send(store, uri, artifact.id), 0.01 + turn * 0.006)
+        interrupted += killed(lambda: send(store, uri, artifact.id), whole * (turn + 0.5) / 11)
         folder = tmp_path / "remote" / artifact.path.relative_to(store.root)
         if (folder / "llmctl.json").exists():
             assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {
@@ -282,9 +288,11 @@ def test_kill_9_during_push_and_pull(tmp_path, store, put, there):
             shutil.rmtree(tmp_path / "remote")
     assert interrupted > 3
     send(store, uri, artifact.id)
+    whole = took(lambda: fetch(there, uri, artifact.id))
+    shutil.rmtree(there.artifact(artifact.id))
     interrupted = 0
     for turn in range(10):
-        interrupted += killed(lambda: fetch(there, uri, artifact.id), 0.01 + turn * 0.006)
+        interrupted += killed(lambda: fetch(there, uri, artifact.id), whole * (turn + 0.5) / 11)
         for id in there.ids():
             there.verify(id)
             shutil.rmtree(there.artifact(id))
