@@ -43,7 +43,7 @@ def static_preimage(spec: StageSpec, origin: Origin) -> dict[str, Any]:
         "stage": spec.stage.name,
         "plugin": plugin,
         "with": spec.key_params(),
-        "env": {name: item.value for name, item in sorted(spec.env.items()) if item.affects_output},
+        "env": {name: item.value for name, item in sorted(spec.env.items()) if item.affects_output and not item.secret},
         "key_deps": key_deps(spec.stage),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -141,6 +142,12 @@ class Layout:
         return InputError(
             f"cannot write the store {self.root}: {why}", hint=f"choose another: --store or {ENVIRONMENT}"
         )
+
+
+def relist(directory: Path) -> None:
+    """Before something counts as missing: on NFS a listing drops what the client remembers of absent names."""
+    with contextlib.suppress(OSError):
+        os.listdir(directory)  # noqa: PTH208  # nothing is made of the names
 
 
 def own_name() -> str:

@@ -17,6 +17,7 @@ from llmctl.store.manifest import NAME, FileEntry, Manifest
 from llmctl.store.progress import Meter
 from llmctl.store.reachable import input_ids
 from llmctl.store.remote import Remote
+from llmctl.store.roots import project_refs
 from llmctl.store.store import ID, Store
 from llmctl.store.transfer import (
     Report,
@@ -232,7 +233,8 @@ def _pull_name(store: Store, remote: Remote, name: str) -> Iterator[str]:
     ref = json_object(remote.read(f"refs/{name}"))
     path = store.refs / name
     if ref and str(ref.get("time", "")) >= str(names.read_json(path).get("time", "")):
-        protocol.replace_json(store, path, ref)
+        for folder in (store.refs, *project_refs(store)):
+            protocol.replace_json(store, folder / name, ref)
         yield f"{path.parent.name}/{names.title(names.placed(path))}"
 
 

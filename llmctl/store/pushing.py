@@ -32,6 +32,7 @@ def push(store: Store, remote: Remote, texts: Sequence[str], *, lineage: bool, a
     asked = _asked(store, texts)
     manifests = {id: Manifest.read(store.artifact(id)) for id in _closure(store, asked.ids, lineage, alone)}
     for id, manifest in manifests.items():
+        store.use(id)
         if problems := inspect(store.artifact(id), id, deep=True):
             raise InputError(f"{manifest.id[:15]} is not pushed: {problems[0]}", hint="run its stage again")
     report = Report()

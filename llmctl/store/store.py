@@ -13,7 +13,7 @@ from llmctl.stage import Artifact
 from llmctl.store import commit as protocol
 from llmctl.store import external, names
 from llmctl.store.guard import finding, mark_used
-from llmctl.store.layout import Layout, check_free, locate
+from llmctl.store.layout import Layout, check_free, locate, relist
 from llmctl.store.manifest import BadManifest, Manifest
 from llmctl.store.verification import inspect
 
@@ -139,14 +139,23 @@ class Store(Layout):
         """The result of an action key; None unless every artifact is there with the right sizes."""
         found = self.pointer(key)
         if found is None:
+            relist(self.key(key).parent)
+            found = self.pointer(key)
+        if found is None:
             return None
         with finding(self):
             directories = [self.artifact(id) for id in found.outputs.values()]
-            if any(protocol.intact(directory) is None for directory in directories):
+            if any(not self._is_whole(directory) for directory in directories):
                 return None
             for directory in directories:
                 mark_used(directory)
         return found
+
+    def _is_whole(self, directory: Path) -> bool:
+        if protocol.intact(directory) is None:
+            relist(directory.parent)
+            relist(directory)
+        return protocol.intact(directory) is not None
 
     def publish(self, pointer: Pointer, *, replace: bool = False) -> Pointer:
         """Publish a result; returns the one that counts: the first valid one, or ours with `replace`."""

@@ -79,6 +79,9 @@ def check_command(arguments: list[str]) -> None:
     command = root.get_command(context, name)
     assert command is not None, f"no such command: {name}"
     rest = arguments[arguments.index(name) + 1 :]
+    while isinstance(command, click.Group):
+        assert rest and rest[0] in command.commands, f"no such command: {name} {' '.join(rest[:1])}"
+        command, rest = command.commands[rest[0]], rest[1:]
     own = click.Context(command, info_name=name, parent=context)
     given, extra, used = command.make_parser(own).parse_args(list(rest))
     assert not extra, f"unexpected arguments: {extra}"

@@ -351,6 +351,28 @@ def test_a_poisoned_key_is_not_taken(tmp_path, store, there, made):
     assert there.lookup(KEYS["train"])
 
 
+def test_nothing_but_results_is_sent(tmp_path, store, made, call):
+    """A canary in logs, events, requests, notes on inputs and resume state never reaches a remote."""
+    places = (
+        "runs/r1/logs/train.log",
+        "runs/r1/events.jsonl",
+        "requests/aa/x.json",
+        "externals/x.json",
+        "work/x/state",
+    )
+    for place in places:
+        path = store.root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("canary-7c1d")
+    assert (
+        call("push", "run:r1", "p/data.text", "--with-lineage", "--to", tmp_path / "remote", "--store", store.root).code
+        == 0
+    )
+    sent = [path for path in (tmp_path / "remote").rglob("*") if path.is_file()]
+    assert len(sent) > 10
+    assert not [path for path in sent if b"canary-7c1d" in path.read_bytes()]
+
+
 # -- S3 ---------------------------------------------------------------------------------------------------------------
 
 
