@@ -11,7 +11,7 @@ from typing import NoReturn
 import click
 
 from llmctl import __version__
-from llmctl.command_table import CORE, HIDDEN, stage_order
+from llmctl.command_table import CORE, HIDDEN, SECTIONS, stage_order
 from llmctl.error_output import json_line, json_lines, wants_json
 from llmctl.errors import InputError, LlmctlError, StageError, UsageError
 from llmctl.hookspecs import Command
@@ -52,7 +52,7 @@ class Root(click.Group):
         """Sections from the declarations alone: no implementation is imported for `--help`."""
         registry = get_registry()
         sections = {
-            "Commands": [(command.name, command.help) for command in CORE],
+            **{title: [(name, text) for name, text, _ in rows] for title, rows in SECTIONS.items()},
             "Stages": [(name, registry.stages[name].help) for name in stage_order(registry.stages)],
             "More commands": [(name, registry.commands[name].help) for name in sorted(registry.commands)],
             "Unavailable": [(name, f"{why.reason} ({why.hint})") for name, why in sorted(registry.failures.items())],

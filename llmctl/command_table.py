@@ -6,37 +6,43 @@ from collections.abc import Iterable
 
 from llmctl.hookspecs import Command
 
-CORE = (
-    Command(
-        name="run",
-        help="Run a pipeline; what is done already is not done again.",
-        target="llmctl.pipeline.commands:run",
+SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "Pipelines": (
+        ("init", "Write a spec for a goal, to begin with.", "llmctl.starter.commands:init"),
+        ("check", "Check spec files without running anything.", "llmctl.spec.commands:check"),
+        ("plan", "Say what a run would do, and why.", "llmctl.pipeline.commands:plan"),
+        ("run", "Run a pipeline; what is done already is not done again.", "llmctl.pipeline.commands:run"),
+        ("why", "Say what differs from the last result.", "llmctl.pipeline.explaining:why"),
+        ("render", "Print a spec with all its layers in one.", "llmctl.spec.commands:render"),
+        ("schema", "Print the JSON Schema of spec files.", "llmctl.spec.commands:schema"),
     ),
-    Command(name="plan", help="Say what a run would do, and why.", target="llmctl.pipeline.commands:plan"),
-    Command(name="check", help="Check spec files without running anything.", target="llmctl.spec.commands:check"),
-    Command(
-        name="render",
-        help="Print a spec with all its layers in one, or where each value comes from.",
-        target="llmctl.spec.commands:render",
+    "Artifacts": (
+        ("ls", "List the artifacts in the store.", "llmctl.store.commands:ls"),
+        ("show", "Show an artifact: what it is, its numbers, its files.", "llmctl.store.commands:show"),
+        ("lineage", "Show what an artifact was made from.", "llmctl.store.commands:lineage"),
+        ("get", "Copy an artifact out of the store.", "llmctl.store.commands:get"),
+        ("refs", "List names and tags.", "llmctl.store.tagging:refs"),
+        ("tag", "Give an artifact a name that stays.", "llmctl.store.tagging:tag"),
+        ("verify", "Check artifacts against their manifests.", "llmctl.store.checking:verify"),
+        ("sign", "Sign artifacts with an SSH key.", "llmctl.store.checking:sign"),
+        ("push", "Copy artifacts to a remote store.", "llmctl.store.transferring:push"),
+        ("pull", "Copy artifacts from a remote store.", "llmctl.store.transferring:pull"),
+        ("gc", "Throw away what nothing needs any more.", "llmctl.store.collecting:gc"),
+        ("store", "Check what a store's place can do.", "llmctl.store.transferring:store"),
     ),
-    Command(name="schema", help="Print the JSON Schema of spec files.", target="llmctl.spec.commands:schema"),
-    Command(name="ls", help="List the artifacts in the store.", target="llmctl.store.commands:ls"),
-    Command(
-        name="show", help="Show an artifact: what it is, its numbers, its files.", target="llmctl.store.commands:show"
+    "Installation": (
+        ("doctor", "Look for what is wrong with this installation.", "llmctl.doctor.commands:doctor"),
+        ("plugins", "List, check, start and test plugins.", "llmctl.plugin_commands:plugins"),
+        (
+            "completion",
+            "Complete commands, stages and parameters in the shell.",
+            "llmctl.completion.commands:completion",
+        ),
     ),
-    Command(name="lineage", help="Show what an artifact was made from.", target="llmctl.store.commands:lineage"),
-    Command(name="get", help="Copy an artifact out of the store.", target="llmctl.store.commands:get"),
-    Command(name="plugins", help="List, check, start and test plugins.", target="llmctl.plugin_commands:plugins"),
-    Command(name="init", help="Write a spec for a goal, to begin with.", target="llmctl.starter.commands:init"),
-    Command(
-        name="doctor", help="Look for what is wrong with this installation.", target="llmctl.doctor.commands:doctor"
-    ),
-    Command(
-        name="completion",
-        help="Complete commands, stages and parameters in the shell.",
-        target="llmctl.completion.commands:completion",
-    ),
-)
+}
+"""What `--help` lists under each heading: name, sentence, import string."""
+
+CORE = tuple(Command(name=name, help=text, target=target) for rows in SECTIONS.values() for name, text, target in rows)
 HIDDEN = (Command(name="stage", help="Run one stage of a request (internal).", target="llmctl.launch.commands:stage"),)
 
 ORDER = (

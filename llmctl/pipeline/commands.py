@@ -200,7 +200,7 @@ def spec_store(pipeline: Pipeline) -> Path | None:
 
 def plan_notes(decision: Decision, store: Store) -> list[str]:
     """Why a stage runs; of one that does not, what is worth knowing about its result."""
-    from llmctl.pipeline.drift import circumstances, drift
+    from llmctl.pipeline.drift import drift
 
     notes = list(decision.why)
     if decision.pointer is not None:
@@ -208,7 +208,7 @@ def plan_notes(decision: Decision, store: Store) -> list[str]:
 
         manifests = (intact(artifact.path) for artifact in decision.outputs.values())
         made = next((found.provenance.get("observed") or {} for found in manifests if found), {})
-        notes += drift(made, circumstances())
+        notes += [f"made with {what} {then}, now {now}" for what, then, now in drift(made, ("python", "torch"))]
         if decision.collected:
             notes.append("its bytes were collected (ephemeral); nothing needs them")
     return notes

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 DRIVER = Path("/proc/driver/nvidia/version")
-SHOWN = ("python", "torch")
-"""Facts whose change is worth a note in `plan`."""
+UNCOMPARED = ("git", "devices", "world_size")
 
 
 def circumstances() -> dict[str, str]:
     """Facts of this machine, found without importing anything heavy: those of a stage's `observed` and the driver's."""
     facts = {
-        "python": platform.python_version(),
-        "platform": f"{platform.system().lower()}-{platform.machine()}",
+        "python": _now("python"),
+        "platform": _now("platform"),
         "torch": _version("torch"),
         "cuda": _version("nvidia-cuda-runtime-cu12") or _version("nvidia-cuda-runtime"),
         "driver": _driver(),
@@ -26,13 +25,24 @@ def circumstances() -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def drift(observed: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """`made with torch 2.12.0, now 2.13.0` for what has changed since a result was made; builds count as equal."""
-    return [
-        f"made with {name} {observed[name]}, now {now[name]}"
-        for name in SHOWN
-        if name in now and observed.get(name) and _release(str(observed[name])) != _release(now[name])
-    ]
+def drift(observed: Mapping[str, Any], names: Collection[str] | None = None) -> Iterator[tuple[str, str, str]]:
+    """(what, then, now) of each fact that was recorded with a result and is another today; nothing is imported.
+
+    `names` are the facts that count, by default all that can be told; builds of one release count as equal.
+    """
+    for name, then in observed.items():
+        if isinstance(then, str) and then and name not in UNCOMPARED and (names is None or name in names):
+            now = _now(name)
+            if _release(then) != _release(now):
+                yield name, then, now
+
+
+def _now(name: str) -> str:
+    if name == "python":
+        return platform.python_version()
+    if name == "platform":
+        return f"{platform.system().lower()}-{platform.machine()}"
+    return _version(name) or _version(f"{name}-gpu") or "not installed"
 
 
 def _release(version: str) -> str:

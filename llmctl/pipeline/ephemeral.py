@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from llmctl.pipeline.plan import sources
 from llmctl.pipeline.result import StageResult
 from llmctl.spec.resolved import Pipeline, StageSpec
 from llmctl.store import Store, names
+from llmctl.store.guard import taking
 from llmctl.store.names import MAIN
 
 
@@ -48,8 +48,10 @@ class Collector:
         """Move what only this result needs to the trash; whether anything was moved."""
         gone = []
         for port, artifact in result.outputs.items():
-            if artifact.type != MAIN and artifact.path.is_dir() and not self._held(stage, artifact.id, result.key):
-                self._move(artifact.path)
+            if artifact.type == MAIN or not artifact.path.is_dir():
+                continue
+            seen = self._store.last_use(artifact.id)
+            if not self._held(stage, artifact.id, result.key) and self._move(artifact.id, seen):
                 gone.append(port)
         result.outputs = {port: artifact for port, artifact in result.outputs.items() if port not in gone}
         result.collected = result.collected or bool(gone)
@@ -64,11 +66,14 @@ class Collector:
         others = (path for path in (self._store.root / "keys").glob("*/*.json") if path != self._store.key(key))
         return any(_names_id(path, id) for path in others)
 
-    def _move(self, directory: Path) -> None:
-        trash = self._store.root / "trash" / f"{directory.name}-{uuid.uuid4().hex}"
-        trash.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another run was faster
-            directory.rename(trash)
+    def _move(self, id: str, seen: int) -> bool:
+        """Move an artifact to the trash unless another run has found it since `seen`; whether it went."""
+        directory = self._store.artifact(id)
+        with taking(self._store), contextlib.suppress(FileNotFoundError):  # another run was faster
+            if self._store.last_use(id) == seen:
+                directory.rename(self._store.trash("artifact", directory.name))
+                return True
+        return False
 
 
 def _names_id(path: Path, id: str) -> bool:

@@ -22,7 +22,7 @@ from llmctl.pipeline.plan import Bound, Decision, Planner
 from llmctl.pipeline.result import StageResult
 from llmctl.pipeline.slots import Grant
 from llmctl.spec.resolved import Pipeline, StageSpec
-from llmctl.store import Store
+from llmctl.store import Store, names
 from llmctl.store.keys import Keys
 from llmctl.store.locks import Lock, holder, try_lock
 
@@ -191,7 +191,7 @@ class Executor:
             key=keys.action,
             instance=spec.id,
             run=self._events.run,
-            log=self._store.run(self._events.run) / "logs" / f"{spec.id}.log",
+            log=self._store.run(self._events.run) / "logs" / f"{names.file_name(spec.id)}.log",
             environment=stage_environment(declared, spec.resources.cpus, devices, hidden=hidden),
             owner=origin.dist,
             work=work,

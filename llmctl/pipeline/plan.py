@@ -10,13 +10,13 @@ from llmctl.errors import StageError
 from llmctl.pipeline.choice import Choice, choose
 from llmctl.pipeline.drift import circumstances
 from llmctl.pipeline.inputs import Inputs
-from llmctl.pipeline.latest import LatestKeys
 from llmctl.registry import Origin, Registry
 from llmctl.spec.resolved import Pipeline, StageRef, StageSpec
 from llmctl.stage import Artifact
 from llmctl.store import Store
 from llmctl.store.commit import intact
 from llmctl.store.keys import Keys, make_keys, static_preimage
+from llmctl.store.names import Names
 from llmctl.store.store import Pointer
 
 FEW = 3
@@ -75,7 +75,7 @@ class Planner:
         self.strict = circumstances() if strict else None
         self._origins: dict[str, Origin] = {}
         self._artifacts: dict[str, Artifact] = {}
-        self._latest = LatestKeys(store, pipeline.name)
+        self._names = Names(store)
         self._remade: set[str] = set()
         """Stages whose collected bytes are needed, so that their old result does not count."""
 
@@ -130,8 +130,9 @@ class Planner:
 
     def last(self, spec: StageSpec) -> Pointer | None:
         """The latest result of this stage in this pipeline, to compare with."""
-        key = self._latest[spec.id]
-        return self.store.pointer(key) if key else None
+        refs = self._names.of(self.pipeline.name, spec.id).values()
+        latest = max(refs, key=lambda ref: str(ref.get("time", "")), default=None)
+        return self.store.pointer(str(latest["key"])) if latest and "key" in latest else None
 
     def _choose(self, spec: StageSpec, bound: Bound | None, waits: Sequence[str]) -> Decision:
         """A choice as soon as its inputs are there; one that cannot be made is told by the run, as its failure."""

@@ -9,7 +9,7 @@ from llmctl.spec.nodes import Scalar
 from llmctl.spec.resolved import IdRef, NameRef, PathRef, Ref, SourceRef, StageRef, StdinRef
 
 _ID = re.compile(r"sha256:[0-9a-f]{8,64}\Z")
-_NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w./-]*)@(?P<tag>[\w.-]+)\Z")
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w./-]*(\[[^\]]*\])?(\.[\w-]+)?)@(?P<tag>[\w.-]+)\Z")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _STAGE = re.compile(r"(?P<stage>[a-z][a-z0-9-]*(\[[^\]]*\])?)(\.(?P<port>[a-z][a-z0-9_-]*))?\Z")
 _PATH_STARTS = ("./", "../", "/", "~/")

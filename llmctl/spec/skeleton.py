@@ -275,7 +275,6 @@ class SingleModel(FileModel, BodyModel):
 class UserModel(Skeleton):
     """The user's own configuration; operational keys only."""
 
-    store: str = ""
-    remotes: dict[Annotated[str, Field(pattern=NAME)], str] = {}
+    store: StoreModel = StoreModel()
     secrets: dict[EnvName, UserSecretModel] = {}
     log_format: Literal["", "text", "json"] = ""

@@ -69,8 +69,8 @@ def _read(path: Path, _changed: int) -> UserConfig:
         )
         for name, model in found.secrets.items()
     }
-    store = str(_beside(path, found.store)) if found.store else ""
-    return UserConfig(store=store, remotes=found.remotes, secrets=secrets, log_format=found.log_format)
+    store = str(_beside(path, found.store.uri)) if found.store.uri else ""
+    return UserConfig(store=store, remotes=found.store.remotes, secrets=secrets, log_format=found.log_format)
 
 
 def _beside(path: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ import click
 from llmctl.errors import InputError
 from llmctl.stage import Artifact
 from llmctl.store import names
-from llmctl.store.copying import materialise
+from llmctl.store.copying import copy_signatures, materialise
 from llmctl.store.external import list_files
 from llmctl.store.manifest import BadManifest, Manifest
 from llmctl.store.store import Store
@@ -29,7 +29,8 @@ format_option = click.option(
 )
 
 
-def _print(format_: str, value: Any, text: Callable[[], str]) -> None:
+def print_as(format_: str, value: Any, text: Callable[[], str]) -> None:
+    """`value` as JSON, or what `text()` makes of it."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False) if format_ == "json" else text())
 
 
@@ -53,7 +54,7 @@ def ls(type_: str | None, store_path: Path | None, format_: str) -> None:
         ]
         return table(("ID", "TYPE", "SIZE", "MADE", "LATEST RESULT OF"), cells)
 
-    _print(format_, rows, text)
+    print_as(format_, rows, text)
 
 
 def _rows(store: Store) -> Iterator[dict[str, Any]]:
@@ -89,7 +90,7 @@ def show(artifact: str, verify: bool, store_path: Path | None, format_: str) -> 
         # What lies outside the store was hashed when it was resolved.
         _verify(store, found)
     value = _describe(store, found)
-    _print(format_, value, lambda: _show_text(value, verify))
+    print_as(format_, value, lambda: _show_text(value, verify))
 
 
 def _verify(store: Store, found: Artifact) -> None:
@@ -144,11 +145,17 @@ def _show_text(value: dict[str, Any], verified: bool) -> str:
 @click.command()
 @click.argument("artifact")
 @store_option
-@format_option
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json", "dot"]),
+    default="text",
+    help="How to print it; dot is Graphviz's.",
+)
 def lineage(artifact: str, store_path: Path | None, format_: str) -> None:
     """Show what ARTIFACT was made from, back to files from outside."""
+    from llmctl.store.lineage import dot, tree
     from llmctl.store.lineage import lineage as ancestors
-    from llmctl.store.lineage import tree
 
     store = Store.open(store_path)
     found = store.resolve(artifact)
@@ -157,7 +164,10 @@ def lineage(artifact: str, store_path: Path | None, format_: str) -> None:
     except (OSError, BadManifest):
         raise InputError(f"{found.path} was not made by llmctl: it has no manifest", hint="`llmctl ls`") from None
     nodes = ancestors(store, manifest)
-    _print(format_, [asdict(node) for node in nodes.values()], lambda: "\n".join(tree(nodes, manifest.id)))
+    if format_ == "dot":
+        click.echo(dot(nodes))
+        return
+    print_as(format_, [asdict(node) for node in nodes.values()], lambda: "\n".join(tree(nodes, manifest.id)))
 
 
 @click.command()
@@ -166,11 +176,12 @@ def lineage(artifact: str, store_path: Path | None, format_: str) -> None:
 @click.option("--force", is_flag=True, help="Replace whatever is at DIRECTORY.")
 @store_option
 def get(artifact: str, directory: Path, force: bool, store_path: Path | None) -> None:
-    """Copy ARTIFACT (an id, or PIPELINE/STAGE[.OUTPUT]) to DIRECTORY."""
+    """Copy ARTIFACT (an id, or PIPELINE/STAGE[.OUTPUT]) to DIRECTORY; its signatures to DIRECTORY.signatures/."""
     store = Store.open(store_path)
     found = store.resolve(artifact)
     _verify(store, found)
     if not found.path.is_dir():
         raise InputError(f"{artifact} is a file outside the store", hint="copy it with cp")
     materialise(found, directory.absolute(), force=force)
+    copy_signatures(store.signatures(found.id), directory.absolute())
     click.echo(f"{found.type}  {found.id}  {directory}")

@@ -6,11 +6,11 @@ import errno
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmctl.store.guard import finding, mark_used
 from llmctl.store.hashing import entries, sync, write_durably
 from llmctl.store.layout import Layout
 from llmctl.store.manifest import NAME, BadManifest, Manifest, content_id, sort_files
@@ -47,7 +47,10 @@ def commit(
         except OSError as error:
             if error.errno not in OCCUPIED:
                 raise
-        existing = intact(final)
+        with finding(layout):
+            existing = intact(final)
+            if existing is not None:
+                mark_used(final)
         if existing is not None:
             shutil.rmtree(directory)
             _record(layout, existing, provenance)
@@ -89,10 +92,8 @@ def _record(layout: Layout, existing: Manifest, provenance: Mapping[str, Any]) -
 
 def _quarantine(layout: Layout, directory: Path) -> None:
     """Move a damaged artifact out of the way; another process may have done so already."""
-    trash = layout.root / "trash" / f"{directory.name}-{uuid.uuid4().hex}"
-    trash.parent.mkdir(parents=True, exist_ok=True)
     try:
-        directory.rename(trash)
+        directory.rename(layout.trash("damaged", directory.name))
     except FileNotFoundError:
         return
 

@@ -45,6 +45,18 @@ def materialise(artifact: Artifact, target: Path, *, force: bool = False) -> Non
             old.unlink(missing_ok=True)
 
 
+def copy_signatures(folder: Path, target: Path) -> None:
+    """Put the signatures in `folder` into `<target>.signatures/`, in place of those of whatever was there before."""
+    beside = target.with_name(target.name + ".signatures")
+    for old in beside.glob("*.sig"):
+        old.unlink()
+    for path in sorted(folder.glob("*.sig")):
+        beside.mkdir(exist_ok=True)
+        shutil.copy(path, beside / path.name)
+    if beside.is_dir() and not any(beside.iterdir()):
+        beside.rmdir()
+
+
 def check_target(target: Path, *, force: bool = False) -> None:
     """Refuse to replace what llmctl did not write, and a place that cannot be written."""
     parent = next(path for path in target.absolute().parents if path.exists())
@@ -68,6 +80,14 @@ def _copy(source: Path, target: Path) -> None:
         if not _clone(reader.fileno(), writer.fileno()):
             shutil.copyfileobj(reader, writer, 1 << 20)
     target.chmod(0o644)
+
+
+def can_clone(directory: Path) -> bool:
+    """Whether copies within a directory's file system share their blocks."""
+    one, two = directory / "clone-1", directory / "clone-2"
+    one.write_bytes(b"x" * 4096)
+    with one.open("rb") as reader, two.open("wb") as writer:
+        return _clone(reader.fileno(), writer.fileno())
 
 
 def _clone(source: int, target: int) -> bool:

@@ -7,6 +7,7 @@ at rest for two seconds when it was hashed (git's rule for racy timestamps).
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 import stat
 import time
@@ -125,7 +126,38 @@ def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str
         id, metadata = manifest.id, dict(manifest.metadata)
     else:
         id = content_id(type, sort_files(rows))
+        note_external(layout, id, type, path, rows)
     return External(Artifact(path, type, id, metadata), Snapshot(path, stats))
+
+
+MOST_FILES = 10_000
+"""Files of one input that are noted by name; of more, only their number is."""
+
+
+def note_external(layout: Layout, id: str, type: str, path: Path, rows: Sequence[FileEntry]) -> None:
+    """Remember where an input was and which files it had, for `lineage` and `why`; never part of a key or an artifact.
+
+    A note that cannot be written (no store yet, disk full) is no error.
+    """
+    target = layout.external(id)
+    if not (layout.root / "store.json").exists() or read_note(layout, id).get("path") == str(path):
+        return
+    listed = [{"path": row.path, "size": row.size, "sha256": row.sha256} for row in rows[:MOST_FILES]]
+    note = {"id": id, "type": type, "path": str(path), "count": len(rows), "files": listed}
+    with contextlib.suppress(OSError):
+        target.parent.mkdir(exist_ok=True)
+        temporary = layout.temporary()
+        temporary.write_text(json.dumps(note))  # not forced to disk: one of thousands, and easily made again
+        temporary.replace(target)
+
+
+def read_note(layout: Layout, id: str) -> dict[str, Any]:
+    """What `note_external` has remembered: path, type, files; empty if nothing."""
+    try:
+        value = json.loads(layout.external(id).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _manifest(path: Path) -> Manifest | None:

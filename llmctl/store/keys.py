@@ -54,7 +54,7 @@ def static_preimage(spec: StageSpec, origin: Origin, strict: Mapping[str, str] |
         "stage": spec.stage.name,
         "plugin": plugin,
         "with": spec.key_params(),
-        "env": {name: item.value for name, item in sorted(spec.env.items()) if item.affects_output},
+        "env": {name: item.value for name, item in sorted(spec.env.items()) if item.affects_output and not item.secret},
         "key_deps": key_deps(spec.stage),
         **({"machine": dict(strict)} if strict else {}),
     }

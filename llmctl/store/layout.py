@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -9,7 +10,9 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,27 +33,45 @@ class Layout:
 
     def artifact(self, id: str) -> Path:
         """`artifacts/sha256/f6/f6d3…`: the directory of a committed artifact."""
-        return self.root / "artifacts" / "sha256" / _hex(id)[:2] / _hex(id)
+        return self.root / "artifacts" / "sha256" / digest_of(id)[:2] / digest_of(id)
 
     def key(self, key: str) -> Path:
         """`keys/8e/8e0c….json`: the pointer of an action key."""
-        return self.root / "keys" / _hex(key)[:2] / f"{_hex(key)}.json"
+        return self.root / "keys" / digest_of(key)[:2] / f"{digest_of(key)}.json"
 
     def request(self, key: str) -> Path:
         """`requests/8e/8e0c….json`: what `stage exec` must do."""
-        return self.root / "requests" / _hex(key)[:2] / f"{_hex(key)}.json"
+        return self.root / "requests" / digest_of(key)[:2] / f"{digest_of(key)}.json"
 
     def record(self, id: str, key: str) -> Path:
         """`records/<id>/<key>.json`: a later producer of the same bytes."""
-        return self.root / "records" / _hex(id) / f"{_hex(key)}.json"
+        return self.root / "records" / digest_of(id) / f"{digest_of(key)}.json"
 
     def work(self, resume_key: str, number: int = 1) -> Path:
         """`work/<resume key>`: unfinished state that survives crashes; `.2` for a second runner at the same time."""
-        return self.root / "work" / (_hex(resume_key) + _numbered(number))
+        return self.root / "work" / (digest_of(resume_key) + _numbered(number))
 
     def lock(self, resume_key: str, number: int = 1) -> Path:
         """`locks/<resume key>.lock`: guards the work directory of the same number."""
-        return self.root / "locks" / f"{_hex(resume_key)}{_numbered(number)}.lock"
+        return self.root / "locks" / f"{digest_of(resume_key)}{_numbered(number)}.lock"
+
+    def signatures(self, id: str) -> Path:
+        """`signatures/<id>`: one `<fingerprint>.sig` per key that signed the artifact."""
+        return self.root / "signatures" / digest_of(id)
+
+    def external(self, id: str) -> Path:
+        """`externals/<id>.json`: which files an input from outside the store was, and where."""
+        return self.root / "externals" / f"{digest_of(id)}.json"
+
+    def trash(self, kind: str, name: str) -> Path:
+        """A new path under `trash/` that says when it was thrown away, what kind of thing it was, and its name."""
+        path = (
+            self.root
+            / "trash"
+            / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}--{kind}--{uuid.uuid4().hex[:8]}--{name}"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def run(self, id: str) -> Path:
         """`runs/<run id>`."""
@@ -60,6 +81,16 @@ class Layout:
     def refs(self) -> Path:
         """`refs/<pipeline>/<stage>.<port>.json`: names of latest results."""
         return self.root / "refs"
+
+    @property
+    def roots(self) -> Path:
+        """`roots/<project>/`: the names of every project that uses this store from outside."""
+        return self.root / "roots"
+
+    @property
+    def guard(self) -> Path:
+        """`guard.lock`: held for an instant by who finds artifacts and who takes them away (`llmctl.store.guard`)."""
+        return self.root / "guard.lock"
 
     @property
     def digests(self) -> Path:
@@ -113,6 +144,12 @@ class Layout:
         )
 
 
+def relist(directory: Path) -> None:
+    """Before something counts as missing: on NFS a listing drops what the client remembers of absent names."""
+    with contextlib.suppress(OSError):
+        os.listdir(directory)  # noqa: PTH208  # nothing is made of the names
+
+
 def own_name() -> str:
     """A new name that says which process of which host it belongs to."""
     return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}"
@@ -120,13 +157,24 @@ def own_name() -> str:
 
 def sweep_dead(directory: Path, prefix: str = "") -> None:
     """Remove the entries `prefix` + `own_name()` of processes of this host that are no more."""
+    for path in left_by_dead(directory, prefix):
+        remove(path)
+
+
+def left_by_dead(directory: Path, prefix: str = "") -> Iterator[Path]:
+    """What `sweep_dead` removes."""
     for path in directory.glob(f"{glob.escape(prefix)}*"):
         match = OWN_NAME.match(path.name.removeprefix(prefix))
         if match and match["host"] == socket.gethostname() and not _alive(int(match["pid"])):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            yield path
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a directory with all that is in it; what is gone already, or cannot be deleted, is left."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def locate(path: Path | None) -> Path:
@@ -162,7 +210,8 @@ def check_free(root: Path) -> None:
         raise InputError(f"{root} is no llmctl store", hint="give an empty or a new directory")
 
 
-def _hex(id: str) -> str:
+def digest_of(id: str) -> str:
+    """The hexadecimal digits of an id or a key."""
     return id.removeprefix("sha256:")
 
 

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.store.external import read_note
 from llmctl.store.manifest import Manifest
+from llmctl.store.names import read_json
 from llmctl.store.store import Store
+
+
+@dataclass(kw_only=True)
+class Producer:
+    """A later execution that gave the same bytes."""
+
+    stage: str
+    instance: str
+    run: str
+    ended: str
+    key: str
+    inputs: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -21,11 +37,22 @@ class Node:
     present: bool = False
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Port of the producing stage → ids."""
+    path: str = ""
+    """Where an input from outside lay when it was last read on this machine, if that is known."""
+    producers: list[Producer] = field(default_factory=list)
+    """Later ones; the first is that of `stage` and `run`."""
+
+    @property
+    def label(self) -> str:
+        """What it is, for a person."""
+        if self.present:
+            return f"{self.instance or self.stage}  {self.type}"
+        return f"{self.path}  {self.type}  from outside the store" if self.path else "from outside the store"
 
 
 def lineage(store: Store, manifest: Manifest) -> dict[str, Node]:
     """All ancestors of an artifact and itself first, by id, nearest first."""
-    found = {manifest.id: _node(manifest)}
+    found = {manifest.id: _node(store, manifest)}
     queue = [manifest.id]
     while queue:
         node = found[queue.pop(0)]
@@ -38,41 +65,79 @@ def lineage(store: Store, manifest: Manifest) -> dict[str, Node]:
 
 def _load(store: Store, id: str) -> Node:
     try:
-        return _node(store.manifest(id))
+        return _node(store, store.manifest(id))
     except InputError:
-        return Node(id=id)
+        note = read_note(store, id)
+        return Node(id=id, type=str(note.get("type", "")), path=str(note.get("path", "")))
 
 
-def _node(manifest: Manifest) -> Node:
-    origin = manifest.provenance
+def _node(store: Store, manifest: Manifest) -> Node:
+    records = [read_json(path) for path in sorted(store.record(manifest.id, "x").parent.glob("*.json"))]
+    producers = [_producer(dict(record.get("provenance") or {})) for record in records]
+    first = _producer(manifest.provenance)
     return Node(
         id=manifest.id,
         type=manifest.type,
-        stage=str(origin.get("stage", "")),
-        instance=str(origin.get("instance", "")),
-        run=str(origin.get("run", "")),
+        stage=first.stage,
+        instance=first.instance,
+        run=first.run,
         present=True,
-        inputs={port: list(ids) for port, ids in dict(origin.get("inputs") or {}).items()},
+        inputs=first.inputs,
+        producers=sorted(producers, key=lambda producer: producer.ended),
     )
 
 
-def tree(nodes: dict[str, Node], root: str) -> list[str]:
+def _producer(origin: Mapping[str, Any]) -> Producer:
+    names = ("stage", "instance", "run", "ended", "key")
+    inputs = {port: list(ids) for port, ids in dict(origin.get("inputs") or {}).items()}
+    return Producer(**{name: str(origin.get(name, "")) for name in names}, inputs=inputs)
+
+
+def tree(nodes: Mapping[str, Node], root: str) -> list[str]:
     """Lines of a tree from the artifact to what it came from; what was shown before is not unfolded again."""
     lines: list[str] = []
     seen: set[str] = set()
 
     def visit(id: str, port: str, lead: str, branch: str) -> None:
         node = nodes[id]
-        label = f"{node.instance or node.stage}  {node.type}" if node.present else "from outside the store"
         again = id in seen and any(node.inputs.values())
-        lines.append(f"{lead}{branch}{port}{id[:15]}  {label}{'  (see above)' if again else ''}")
+        lines.append(f"{lead}{branch}{port}{id[:15]}  {node.label}{'  (see above)' if again else ''}")
         if again:
             return
         seen.add(id)
         below = [(name, child) for name, ids in node.inputs.items() for child in ids]
         indent = lead + {"": "", "├─ ": "│  ", "└─ ": "   "}[branch]
+        for producer in node.producers:
+            what = producer.instance or producer.stage or producer.key[:15]
+            lines.append(f"{indent}{'│  ' if below else '   '}(made again by {what}{_in_run(producer)})")
         for index, (name, child) in enumerate(below):
             visit(child, f"{name}: ", indent, "└─ " if index == len(below) - 1 else "├─ ")
 
     visit(root, "", "", "")
     return lines
+
+
+def _in_run(producer: Producer) -> str:
+    return f", run {producer.run}" if producer.run else ""
+
+
+def dot(nodes: Mapping[str, Node]) -> str:
+    """The same as a Graphviz digraph: arrows go the way the data went, and carry the name of the port."""
+    return "\n".join(["digraph lineage {", "  rankdir=LR;", "  node [shape=box];", *_statements(nodes), "}"])
+
+
+def _statements(nodes: Mapping[str, Node]) -> Iterator[str]:
+    for id, node in nodes.items():
+        rows = [row for row in (node.instance or node.path, node.type, id[:15]) if row]
+        style = "" if node.present else ", style=dashed"
+        yield f"  {quoted(id)} [label={quoted(chr(10).join(rows))}{style}];"
+    for id, node in nodes.items():
+        for port, ids in node.inputs.items():
+            for source in ids:
+                yield f"  {quoted(source)} -> {quoted(id)} [label={quoted(port)}];"
+
+
+def quoted(text: str) -> str:
+    """A text as a quoted string of the DOT language: quotes and backslashes escaped, new lines as `\\n`."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + text.replace("\r", " ").replace("\n", "\\n").replace("\0", " ") + '"'

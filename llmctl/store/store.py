@@ -12,9 +12,10 @@ from llmctl.errors import InputError
 from llmctl.stage import Artifact
 from llmctl.store import commit as protocol
 from llmctl.store import external, names
-from llmctl.store.hashing import hash_files
-from llmctl.store.layout import Layout, check_free, locate
+from llmctl.store.guard import finding, mark_used
+from llmctl.store.layout import Layout, check_free, locate, relist
 from llmctl.store.manifest import BadManifest, Manifest
+from llmctl.store.verification import inspect
 
 ID = re.compile(r"(sha256:)?(?P<digits>[0-9a-f]{4,64})\Z")
 
@@ -39,7 +40,11 @@ class Pointer:
     @classmethod
     def read(cls, path: Path) -> Pointer | None:
         """The pointer in a file; None if there is none or it is damaged: both are a miss."""
-        raw = names.read_json(path)
+        return cls.parse(names.read_json(path))
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> Pointer | None:
+        """The pointer in a JSON object; None if it is none."""
         if not all(name in raw for name in cls.__dataclass_fields__) or not isinstance(raw["outputs"], dict):
             return None
         return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
@@ -60,9 +65,13 @@ class Store(Layout):
 
     # -- by id --------------------------------------------------------------------------------------------------------
 
+    def directories(self) -> list[Path]:
+        """Every directory where an artifact is or should be, in order of their ids."""
+        return sorted((self.root / "artifacts" / "sha256").glob("??/*"))
+
     def ids(self) -> Iterator[str]:
         """All committed artifacts, in order of their ids."""
-        for path in sorted((self.root / "artifacts" / "sha256").glob("*/*")):
+        for path in self.directories():
             if (path / "llmctl.json").is_file():
                 yield f"sha256:{path.name}"
 
@@ -99,13 +108,26 @@ class Store(Layout):
         manifest = self.manifest(id)
         return Artifact(self.artifact(manifest.id), manifest.type, manifest.id, manifest.metadata)
 
+    def use(self, id: str) -> Artifact:
+        """`get` for somebody who is going to read it: for a day at least it is not thrown away."""
+        with finding(self):
+            artifact = self.get(id)
+            mark_used(artifact.path)
+        return artifact
+
+    def last_use(self, id: str) -> int:
+        """When the artifact was last found by anybody, in nanoseconds; 0 if it is not there."""
+        try:
+            return self.artifact(id).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def verify(self, id: str) -> None:
-        """Hash every file again; InputError names the first that differs from the manifest."""
-        manifest = self.manifest(id)
-        paths = [self.artifact(manifest.id) / file.path for file in manifest.files]
-        for path, file, digest in zip(paths, manifest.files, hash_files(paths), strict=True):
-            if digest != file.sha256:
-                raise InputError(f"{path} is damaged: its sha256 is {digest[:12]}, not {file.sha256[:12]}")
+        """Hash every file again; InputError names the first that differs from the manifest, or what else is wrong."""
+        full = self.find(id)
+        self.manifest(full)
+        if problems := inspect(self.artifact(full), full, deep=True):
+            raise InputError(problems[0], hint="`llmctl verify --deep` lists all; run its stage again")
 
     # -- by key -------------------------------------------------------------------------------------------------------
 
@@ -116,9 +138,24 @@ class Store(Layout):
     def lookup(self, key: str) -> Pointer | None:
         """The result of an action key; None unless every artifact is there with the right sizes."""
         found = self.pointer(key)
-        if found is None or any(protocol.intact(self.artifact(id)) is None for id in found.outputs.values()):
+        if found is None:
+            relist(self.key(key).parent)
+            found = self.pointer(key)
+        if found is None:
             return None
+        with finding(self):
+            directories = [self.artifact(id) for id in found.outputs.values()]
+            if any(not self._is_whole(directory) for directory in directories):
+                return None
+            for directory in directories:
+                mark_used(directory)
         return found
+
+    def _is_whole(self, directory: Path) -> bool:
+        if protocol.intact(directory) is None:
+            relist(directory.parent)
+            relist(directory)
+        return protocol.intact(directory) is not None
 
     def publish(self, pointer: Pointer, *, replace: bool = False) -> Pointer:
         """Publish a result; returns the one that counts: the first valid one, or ours with `replace`."""
@@ -127,7 +164,8 @@ class Store(Layout):
             winner = None if replace else self.lookup(pointer.key)
             if winner is not None:
                 return winner
-            protocol.replace_json(self, path, pointer.to_json())
+            with finding(self):
+                protocol.replace_json(self, path, pointer.to_json())
         return pointer
 
     def commit(
@@ -154,9 +192,9 @@ class Store(Layout):
         if path.exists():
             artifact = self.at(path.absolute(), types)
         elif text.startswith("sha256:") or (ID.match(text) and len(text) >= 8):
-            artifact = self.get(text)
+            artifact = self.use(text)
         elif names.NAME.match(text):
-            artifact = self.get(names.read(self, text))
+            artifact = self.use(names.read(self, text, types))
         else:
             raise InputError(
                 f"no such file, directory or artifact: {text}", hint="give a path, sha256:<id> or PIPELINE/STAGE"
@@ -170,5 +208,5 @@ class Store(Layout):
     def at(self, path: Path, types: Sequence[str] = ()) -> Artifact:
         """The artifact at a path, which may lie in the store; elsewhere its bytes are compared with its manifest."""
         if path.is_relative_to(self.root / "artifacts") and (path / "llmctl.json").exists():
-            return self.get(path.name)
+            return self.use(path.name)
         return external.read_external(self, path, types).artifact

@@ -33,6 +33,18 @@ class ServeParams(Params):
     api_key_env: str | None = Field(
         default=None, min_length=1, description="environment variable that holds the key clients must send"
     )
+    require_signed_by: str | None = Field(
+        default=None,
+        min_length=1,
+        affects="nothing",
+        description="refuse a model without a good signature of this signer; every file is hashed before it is loaded",
+    )
+    allowed_signers: str | None = Field(
+        default=None,
+        min_length=1,
+        affects="nothing",
+        description="file that says whose key is whose; default $LLMCTL_ALLOWED_SIGNERS, else the user's own",
+    )
     answers: Literal["model", "closed-book", "extractive"] = Field(
         default="model",
         description="with an index: the model answers from the passages; or without seeing them, so that they only "
@@ -51,4 +63,6 @@ class ServeParams(Params):
             raise ValueError("mode smoke and smoke_questions go together: give both or neither")
         if any(not question.strip() for question in self.smoke_questions):
             raise ValueError("smoke_questions must not hold an empty question")
+        if self.allowed_signers and not self.require_signed_by:
+            raise ValueError("allowed_signers belongs to require_signed_by: give both or neither")
         return self

@@ -11,10 +11,13 @@ import socket
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from llmctl import Artifact, Context, InputError, StageError, UsageError, __version__
 from llmctl.registry import get_registry
+from llmctl.store import Store
+from llmctl.store.signing import require_signed
 from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.app import create_app
@@ -34,6 +37,7 @@ POLL = 0.1
 def run(ctx: Context, params: ServeParams, model: Artifact, index: Artifact | None = None) -> None:
     """Open the port, then the model; serve; leave a receipt."""
     api_key = read_key(params)
+    check_signature(params, model)
     with listen(params.host, params.port) as listener:
         base = url(listener)
         service = open_service(params, model, index)
@@ -65,6 +69,14 @@ def read_key(params: ServeParams) -> str:
             f"the environment variable {params.api_key_env} is not set", hint=f"export {params.api_key_env}=… first"
         )
     return key
+
+
+def check_signature(params: ServeParams, model: Artifact) -> None:
+    """InputError unless the model is what `require_signed_by` has signed, where that is asked for."""
+    if params.require_signed_by is None:
+        return
+    allowed = Path(params.allowed_signers).expanduser() if params.allowed_signers else None
+    require_signed(model.path, params.require_signed_by, allowed, Store.open())
 
 
 def open_service(params: ServeParams, model: Artifact, index: Artifact | None) -> Service:

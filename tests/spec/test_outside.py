@@ -75,7 +75,7 @@ def test_sources_stores_and_remotes(load, tmp_path):
 def test_the_users_own_configuration_says_how_to_get_a_secret_and_names_remotes(load, tmp_path):
     (tmp_path / "config.yaml").write_text(
         "secrets: {TOKEN: {from: command, command: pass show token}, UNUSED: {from: env}}\n"
-        'remotes: {home: "file:///mnt/home", team: "s3://mine"}\n'
+        'store: {remotes: {home: "file:///mnt/home", team: "s3://mine"}}\n'
     )
     pipeline = load(TEXT)
     token = pipeline.secrets["TOKEN"]

@@ -226,3 +226,27 @@ def test_eight_racing_writers_have_one_winner(same, store):
     assert len(list(store.ids())) == (1 if same else 8)
     for id in store.ids():
         Store.open(store.root).verify(id)
+
+
+@pytest.mark.parametrize("hidden", ["key", "artifact"])
+def test_a_miss_is_believed_only_after_a_listing(hidden, put, store, monkeypatch):
+    """NFS clients remember for a while that a name was not there; listing its directory makes them look again."""
+    artifact = put({"a": "1"})
+    store.publish(pointer(KEY, {"out": artifact.id}))
+    directory = store.key(KEY).parent if hidden == "key" else artifact.path
+    listed = []
+    real_read, real_list = type(directory).read_text, os.listdir
+
+    def read_text(path, *args, **kwargs):
+        if path.is_relative_to(directory) and not listed:
+            raise FileNotFoundError(path)
+        return real_read(path, *args, **kwargs)
+
+    def listdir(path):
+        listed.extend([path] if str(path) == str(directory) else [])
+        return real_list(path)
+
+    monkeypatch.setattr("pathlib.Path.read_text", read_text)
+    assert store.lookup(KEY) is None  # the control: nothing has been listed, so the name stays hidden
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert store.lookup(KEY).outputs == {"out": artifact.id}

@@ -9,6 +9,7 @@ import pytest
 
 from llmctl import Field, Params, Stage
 from llmctl.registry import Origin
+from llmctl.spec.params import Params
 from llmctl.spec.resolved import EnvValue, Gate, Resources, StageSpec
 from llmctl.store.keys import make_keys
 
@@ -112,5 +113,13 @@ def test_python_counts_in_full_others_by_major_and_minor(monkeypatch):
 
 def test_nothing_of_the_spec_but_the_parameters_is_read():
     """A stand-in without any other attribute is enough, so nothing else can get into a key."""
-    spec = SimpleNamespace(stage=STAGE, env={}, key_params=lambda extent=True: {"lr": 1})
+    spec = SimpleNamespace(stage=STAGE, env={}, params=Params(), key_params=lambda extent=True: {"lr": 1})
     assert make_keys(spec, ORIGIN, {}).preimage["with"] == {"lr": 1}
+
+
+def test_a_secret_is_in_no_key():
+    """Neither its value nor its name, even where somebody forgot to say that it does not affect the output."""
+    for secret in (EnvValue(secret="TOKEN"), EnvValue(value="canary-7c1d", secret="TOKEN")):
+        made = keys(env={"HF_TOKEN": secret})
+        assert made == keys()
+        assert "canary-7c1d" not in json.dumps(made.preimage)

@@ -1,0 +1,94 @@
+"""What an artifact was made from: as a tree, as JSON, as a graph that Graphviz reads."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from llmctl.store.external import list_files, read_external
+
+QUOTED = r'"(?:[^"\\\n]|\\["\\n])*"'
+STATEMENT = re.compile(rf"(?P<node>{QUOTED})(?: -> (?P<to>{QUOTED}))? \[label={QUOTED}(?:, style=dashed)?\];")
+"""What a line of the graph must be: quoted names, at most one arrow, a quoted label."""
+
+ODD = 'a[q="x\\y",\nz={<|>}]'
+
+
+@pytest.fixture
+def chain(store, put, tmp_path):
+    """files → a → b, where the files are known by their path and `b` was made twice."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/one.md").write_text("one")
+    outside = read_external(store, tmp_path / "notes", ("files",)).artifact
+    unknown = "sha256:" + "9" * 64
+    first = put({"x": "1"}, stage="make", instance=ODD, run="r1", inputs={"files": [outside.id, unknown]})
+    key = "sha256:" + "1" * 64
+    second = put(
+        {"x": "2"}, stage="upper", instance="b", run="r1", key="sha256:" + "2" * 64, inputs={"text": [first.id]}
+    )
+    put(
+        {"x": "2"},
+        stage="lower",
+        instance="c",
+        run="r2",
+        key=key,
+        ended="2026-01-01T00:00:00Z",
+        inputs={"in": [first.id]},
+    )
+    return {"outside": outside, "unknown": unknown, "first": first, "second": second}
+
+
+def test_the_tree_names_files_from_outside_and_later_producers(chain, store, call, tmp_path):
+    lines = call("lineage", chain["second"].id, "--store", store.root).out.splitlines()
+    assert lines[0] == f"{chain['second'].id[:15]}  b  report"
+    assert lines[1] == "│  (made again by c, run r2)"
+    assert lines[-2] == f"   ├─ files: {chain['outside'].id[:15]}  {tmp_path}/notes  files  from outside the store"
+    assert lines[-1] == "   └─ files: sha256:99999999  from outside the store"
+
+
+def test_json(chain, store, call, tmp_path):
+    nodes = {
+        node["id"]: node for node in call("lineage", chain["second"].id, "--store", store.root, "--format", "json").json
+    }
+    (producer,) = nodes[chain["second"].id]["producers"]
+    assert (producer["instance"], producer["run"], producer["inputs"]) == ("c", "r2", {"in": [chain["first"].id]})
+    outside = nodes[chain["outside"].id]
+    assert (outside["path"], outside["type"], outside["present"]) == (str(tmp_path / "notes"), "files", False)
+
+
+def test_dot_is_strict_graphviz(chain, store, call):
+    text = call("lineage", chain["second"].id, "--store", store.root, "--format", "dot").out
+    lines = text.rstrip("\n").splitlines()
+    assert lines[:3] == ["digraph lineage {", "  rankdir=LR;", "  node [shape=box];"] and lines[-1] == "}"
+    found = [STATEMENT.fullmatch(line.strip()) for line in lines[3:-1]]
+    assert all(found), lines
+    nodes = {json.loads(match["node"]) for match in found if not match["to"]}
+    edges = {(json.loads(match["node"]), json.loads(match["to"])) for match in found if match["to"]}
+    first, second = chain["first"].id, chain["second"].id
+    assert nodes == {first, second, chain["outside"].id, chain["unknown"]}
+    assert edges == {(first, second), (chain["outside"].id, first), (chain["unknown"], first)}
+    assert '\\"x\\\\y\\",\\nz={<|>}' in text
+    if program := shutil.which("dot"):
+        done = subprocess.run([program, "-Tsvg"], input=text.encode(), capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", ['"a" -> "b" [label="x"y"];', '"a [label="x"];', 'a -> b [label="x"];', '"a" [label="x\\"];']
+)
+def test_the_check_can_fail(line):
+    assert not STATEMENT.fullmatch(line)
+
+
+def test_where_files_lay_is_in_no_id(store, tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "one.md").write_text("one")
+    ids = [read_external(store, tmp_path / name, ("files",)).artifact.id for name in ("here", "there")]
+    assert ids[0] == ids[1]
+    note = json.loads(store.external(ids[0]).read_text())
+    assert note["path"] == str(tmp_path / "there") and [row["path"] for row in note["files"]] == list(
+        list_files(tmp_path / "here")
+    )
