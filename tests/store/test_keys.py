@@ -9,7 +9,6 @@ import pytest
 
 from llmctl import Field, Params, Stage
 from llmctl.registry import Origin
-from llmctl.spec.params import Params
 from llmctl.spec.resolved import EnvValue, Gate, Resources, StageSpec
 from llmctl.store.keys import make_keys
 
