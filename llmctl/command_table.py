@@ -14,6 +14,7 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("run", "Run a pipeline; what is done already is not done again.", "llmctl.pipeline.commands:run"),
         ("why", "Say what differs from the last result.", "llmctl.pipeline.explaining:why"),
         ("render", "Print a spec with all its layers in one.", "llmctl.spec.commands:render"),
+        ("lock", "Write down what a spec takes from outside.", "llmctl.pipeline.locking:lock"),
         ("schema", "Print the JSON Schema of spec files.", "llmctl.spec.commands:schema"),
     ),
     "Artifacts": (

@@ -78,6 +78,7 @@ def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="How many stages may run at once, as far as cores, GPUs and memory suffice.",
 )
+@click.option("--locked", is_flag=True, help="Run only if sources and plugins are those of sources.lock.jsonl.")
 @click.option("--keep-going", is_flag=True, help="After a failure still run what does not depend on it.")
 @click.option("--events", envvar="LLMCTL_EVENTS", metavar="FILE|fd:N", help="Also write events as JSON lines.")
 @click.option(
@@ -99,6 +100,7 @@ def run(
     gates: Literal["stop", "warn"],
     on_busy: Literal["wait", "fail", "run"],
     jobs: int,
+    locked: bool,
     keep_going: bool,
     events: str | None,
     log_format: str | None,
@@ -109,6 +111,7 @@ def run(
 
     Stages that act on the world, like serve, run only when named with --to.
     """
+    from llmctl.pipeline.locking import check_lock, lock_file
     from llmctl.pipeline.next_steps import next_steps
     from llmctl.pipeline.report import write_report
     from llmctl.pipeline.session import run_session
@@ -120,6 +123,8 @@ def run(
 
     pipeline = load_pipeline(spec, profiles, sets, registry=get_registry())
     store = Store.open(store_path or spec_store(pipeline))
+    if locked:
+        check_lock(pipeline, store, get_registry(), lock_file(pipeline))
     result = run_session(
         pipeline,
         store,

@@ -16,13 +16,16 @@ Outputs = Mapping[str, Mapping[str, Artifact]]
 """Stage id → output port → artifact, for the stages that are done."""
 
 
+ONE = "a pinned source is one file or one directory"
+
+
 class Inputs:
     """Binds the inputs of a pipeline's stages; files outside the store are read once."""
 
     def __init__(self, pipeline: Pipeline, store: Store) -> None:
         self._pipeline = pipeline
         self._store = store
-        self._external: dict[tuple[Path, tuple[str, ...], str], External] = {}
+        self._external: dict[tuple[Path, tuple[str, ...], str, str], External] = {}
 
     def check_paths(self, specs: Sequence[StageSpec]) -> None:
         """Raise InputError for the first path that does not exist or glob that matches nothing; reads no contents."""
@@ -52,6 +55,16 @@ class Inputs:
             bound[port] = artifacts
         return bound
 
+    def outside(self, specs: Sequence[StageSpec]) -> dict[PathRef | SourceRef, list[Artifact]]:
+        """Every path and source that these stages read, with what is there now; raises what `check` raises."""
+        return {
+            ref: artifacts
+            for spec in specs
+            for port, refs in spec.inputs.items()
+            for ref, artifacts in self._given(spec.stage.inputs[port], refs)
+            if isinstance(ref, PathRef | SourceRef)
+        }
+
     def snapshots(self, bound: Mapping[str, Sequence[Artifact]]) -> list[Snapshot]:
         """How the external files among these inputs looked when they were read."""
         paths = {artifact.path for artifacts in bound.values() for artifact in artifacts}
@@ -68,11 +81,28 @@ class Inputs:
                 artifacts = [self._read(path, accepted, names.get(path, ""), ref) for path in paths[ref]]
                 if len(artifacts) > 1 and not port.many:
                     raise InputError(f"`{ref}` matches {len(artifacts)} files, the input takes one{_at(ref)}")
+                self._check_digest(ref, artifacts)
                 yield ref, artifacts
             elif isinstance(ref, IdRef | NameRef):
                 yield ref, [self._stored(port, ref)]
             elif not isinstance(ref, StageRef):
                 raise InputError("an input was to come from stdin, and nothing did", hint="pipe a stage into this one")
+
+    def _check_digest(self, ref: Ref, artifacts: Sequence[Artifact]) -> None:
+        """InputError if a source is not what its `digest` says; one that is pinned is what it says by definition."""
+        source = self._pipeline.sources[ref.name] if isinstance(ref, SourceRef) else None
+        if source is None or not source.digest:
+            return
+        if source.identity == "pinned" and len(artifacts) > 1:
+            raise InputError(
+                f"`{ref}` is pinned and matches {len(artifacts)} files{_at(ref, self._pipeline)}", hint=ONE
+            )
+        if (found := outside_id(artifacts)) != source.digest:
+            raise InputError(
+                f"`{ref}` has changed: its content id is {found}, the spec wants {source.digest}"
+                f"{_at(ref, self._pipeline)}",
+                hint="look at what changed; if that is meant, write the new `digest`",
+            )
 
     def _paths(self, ref: PathRef | SourceRef) -> list[Path]:
         uri = ref.uri if isinstance(ref, PathRef) else self._pipeline.sources[ref.name].uri
@@ -91,10 +121,12 @@ class Inputs:
         inside = path.is_relative_to(self._store.root / "artifacts")
         if inside:
             return self._store.at(path, accepted)
-        key = (path, accepted, name)
+        source = self._pipeline.sources[ref.name] if isinstance(ref, SourceRef) else None
+        pinned = source.digest if source and source.identity == "pinned" else ""
+        key = (path, accepted, name, pinned)
         if key not in self._external:
             try:
-                self._external[key] = read_external(self._store, path, accepted, name)
+                self._external[key] = read_external(self._store, path, accepted, name, pinned=pinned)
             except InputError as error:
                 raise InputError(f"{error.message}{_at(ref, self._pipeline)}", hint=error.hint) from error
         return self._external[key].artifact
@@ -104,6 +136,13 @@ class Inputs:
             return self._store.resolve(ref.id, port.types)
         name = ref.name if "/" in ref.name else f"{self._pipeline.name}/{ref.name}"
         return self._store.resolve(f"{name}@{ref.tag}", port.types)
+
+
+def outside_id(artifacts: Sequence[Artifact]) -> str:
+    """The content id of an input from outside: its artifact's, or the digest of those of a glob's files."""
+    from llmctl.spec.canonical import digest
+
+    return artifacts[0].id if len(artifacts) == 1 else digest([artifact.id for artifact in artifacts])
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:

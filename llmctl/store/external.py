@@ -97,10 +97,11 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str = "") -> External:
+def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str = "", *, pinned: str = "") -> External:
     """The file or directory `path` as an artifact of one of the `accepted` types (any type if there are none).
 
-    `name` is how a single file is called in the content id. Raises InputError: missing, empty, of another type, or an
+    `name` is how a single file is called in the content id. `pinned` is an id that is taken on trust: nothing is
+    hashed. Raises InputError: missing, empty, of another type, or an
     artifact whose bytes are no longer those of its manifest.
     """
     manifest = _manifest(path)
@@ -116,6 +117,8 @@ def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str
         raise InputError(f"{path} is empty")
     metadata = _checked(type, path)
     stats = {file: _fingerprint(found.stat()) for file, found in files.items()}
+    if pinned:
+        return External(Artifact(path, type, pinned, metadata), Snapshot(path, stats))
     digests = DigestCache(layout).digests(list(files.values()))
     rows = [
         FileEntry(name if name and path.is_file() else file, files[file].stat().st_size, digest)
