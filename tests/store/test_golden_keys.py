@@ -19,7 +19,7 @@ from llmctl.spec.pipeline import load_pipeline
 from llmctl.store import keys
 
 GOLDEN = Path(__file__).parent / "golden_keys.json"
-SPECS = [(name, ()) for name in shipped()] + [("quickstart", ("files",))]
+SPECS = [(name, ()) for name in shipped()] + [("quickstart", ("files",)), ("sweep", ("smoke",))]
 
 
 def found(name: str, profiles: tuple[str, ...], *sets: str) -> dict[str, str]:
