@@ -25,6 +25,12 @@ _OF_A_ROW = re.compile(r"\$\{\{\s*matrix\b")
 _WITH_ENVIRONMENT = ("store", "secrets", "env")
 
 
+def has_rows(stage: Map) -> bool:
+    """Whether a stage asks for rows; a key with nothing behind it is a key not given."""
+    asked = (stage.get("matrix"), stage.get("foreach"))
+    return any(node is not None and not (isinstance(node, Scalar) and node.value is None) for node in asked)
+
+
 class Interpolation:
     """Fills in the expressions of one document. What is undefined is reported (E030) and becomes `UNKNOWN`.
 
@@ -80,13 +86,13 @@ class Interpolation:
         return _Scope(self, environment=key in _WITH_ENVIRONMENT).expand(node)
 
     def _stage(self, node: Node) -> Node:
-        has_rows = isinstance(node, Map) and ("matrix" in node.entries or "foreach" in node.entries)
-        scope = _Scope(self, keeps_rows=has_rows)
+        rows = isinstance(node, Map) and has_rows(node)
+        scope = _Scope(self, keeps_rows=rows)
         if not isinstance(node, Map):
             return scope.expand(node)
         entries = {}
         for key, entry in node.entries.items():
-            inner = replace(scope, environment=key in _WITH_ENVIRONMENT, keeps_rows=has_rows and key != "matrix")
+            inner = replace(scope, environment=key in _WITH_ENVIRONMENT, keeps_rows=rows and key != "matrix")
             entries[key] = Entry(entry.key, inner.expand(entry.value))
         return Map(node.mark, entries, node.replaces)
 

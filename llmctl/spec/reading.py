@@ -84,7 +84,7 @@ class Reading:
         if not self.single:
             mark = self.document.entries["stages"].key
             fail("E102", f"`{wanted.name}` takes the file of a single stage, this is a pipeline", mark, "llmctl run it")
-        if uses and isinstance(uses.value, Scalar) and uses.value.text != wanted.name:
+        if uses and isinstance(uses.value, Scalar) and uses.value.text.partition("@")[0] != wanted.name:
             fail("E102", f"this file is for `{uses.value.text}`, not for `{wanted.name}`", uses.value.mark)
 
     def _no_kind(self) -> NoReturn:

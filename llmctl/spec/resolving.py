@@ -89,12 +89,22 @@ class Resolving:
         except NotAReference as wrong:
             self.report.add(wrong.code, str(wrong), node.mark, wrong.hint)
             return None
-        other = self._outputs.setdefault(output, draft.id)
-        if other != draft.id:
+        other = next((id for path, id in self._outputs.items() if _overlap(path, output)), None)
+        self._outputs[output] = draft.id
+        if other is not None:
             keys = ", ".join(f"${{{{ matrix.{key} }}}}" for key in (draft.row.values if draft.row else ()))
             hint = f"write {keys} into it" if keys else "give each its own"
             where = draft.where("output")
             self.report.add(
-                "E102", f"{where}: `{other}` is copied to the same place", node.mark, hint, essence="same place"
+                "E102",
+                f"{where}: `{other}` is copied to the same place, above or below",
+                node.mark,
+                hint,
+                essence="same place",
             )
         return output
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether two directories are one, or one holds the other: a copy replaces all that lies in its own."""
+    return one == other or one in other.parents or other in one.parents
