@@ -25,6 +25,8 @@ class Resolving:
     """The names of the declared secrets."""
     report: Report
     _outputs: dict[Path, str] = field(default_factory=dict)
+    _above: dict[Path, str] = field(default_factory=dict)
+    """The directories that hold an output."""
     _shared: dict[int, tuple[Mapping[str, EnvValue], Resources]] = field(default_factory=dict)
     """By the model, which rows of a matrix may share."""
 
@@ -89,8 +91,9 @@ class Resolving:
         except NotAReference as wrong:
             self.report.add(wrong.code, str(wrong), node.mark, wrong.hint)
             return None
-        other = next((id for path, id in self._outputs.items() if _overlap(path, output)), None)
+        other = self._beside(output)
         self._outputs[output] = draft.id
+        self._above |= dict.fromkeys(output.parents, draft.id)
         if other is not None:
             keys = ", ".join(f"${{{{ matrix.{key} }}}}" for key in (draft.row.values if draft.row else ()))
             hint = f"write {keys} into it" if keys else "give each its own"
@@ -104,7 +107,7 @@ class Resolving:
             )
         return output
 
-
-def _overlap(one: Path, other: Path) -> bool:
-    """Whether two directories are one, or one holds the other: a copy replaces all that lies in its own."""
-    return one == other or one in other.parents or other in one.parents
+    def _beside(self, output: Path) -> str | None:
+        """The stage whose output is this directory, holds it or lies in it: a copy replaces all that is in its own."""
+        inside = (self._outputs[path] for path in (output, *output.parents) if path in self._outputs)
+        return next(inside, self._above.get(output))

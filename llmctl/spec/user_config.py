@@ -80,4 +80,6 @@ def _read(path: Path, _changed: int) -> UserConfig:
 
 def _beside(path: Path, name: str) -> Path:
     """A path of the file, which counts from the file's directory."""
-    return (path.parent / Path(name).expanduser()).absolute()
+    from llmctl.spec.files import home_path
+
+    return (path.parent / home_path(name)).absolute()
