@@ -42,7 +42,8 @@ def test_cheap_stages_conform(name, check, tmp_path):
     if name in ("rag", "eval"):
         pytest.importorskip("torch")
     (outcome,) = check_stage(built_in()[name], directory=tmp_path, only=[check], file=FILE)
-    assert outcome.status == "ok" or (name in ("data", "tokenize") and check.name == "resume")
+    keeps_nothing = name in ("data", "tokenize", "rag")  # such a stage begins anew after a stop
+    assert outcome.status == ("not applicable" if check.name == "resume" and keeps_nothing else "ok")
 
 
 @pytest.mark.slow
