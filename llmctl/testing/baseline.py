@@ -52,12 +52,12 @@ class PluginFile:
         for name in ("examples", "unread", "recorded"):
             if not isinstance(raw.setdefault(name, {}), dict):
                 raise InputError(f"{path}: `{name}` is no object", hint="it has an entry for each stage")
-        if not isinstance(raw.get("distribution"), str) or not raw["distribution"]:
-            raise InputError(f"{path}: `distribution` is no text", hint="it names the distribution that has the stages")
         for name, (fits, what) in SHAPES.items():
             for stage, value in raw[name].items():
                 if not fits(value):
                     raise InputError(f"{path}: {name}.{stage} is no {what[0]}", hint=what[1])
+        if not isinstance(raw.get("distribution"), str) or not raw["distribution"]:
+            raise InputError(f"{path}: `distribution` is no text", hint="it names the distribution that has the stages")
         return cls(path, raw["distribution"], raw["examples"], raw["unread"], raw["recorded"])
 
     def mentioned(self) -> dict[str, list[str]]:
