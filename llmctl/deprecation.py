@@ -33,5 +33,9 @@ def deprecated_attribute(module: str, name: str, table: Mapping[str, Deprecated]
 
 def warn_deprecated(what: str, *, instead: str, removed_in: str, stacklevel: int = 3) -> None:
     """Warn the caller's caller that `what` (a name, an argument) is removed in llmctl `removed_in`."""
-    text = f"{what} is deprecated and will be removed in llmctl {removed_in}; use {instead}"
-    warnings.warn(text, DeprecationWarning, stacklevel=stacklevel)
+    warnings.warn(deprecation_text(what, instead, removed_in), DeprecationWarning, stacklevel=stacklevel)
+
+
+def deprecation_text(what: str, instead: str, removed_in: str) -> str:
+    """What is said of whoever uses `what`."""
+    return f"{what} is deprecated and will be removed in llmctl {removed_in}; use {instead}"

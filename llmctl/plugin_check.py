@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import click
 
+import llmctl
 from llmctl import PLUGIN_API, __version__
+from llmctl.deprecation import deprecation_text
 from llmctl.errors import MachineError
 from llmctl.registry import GROUP, Plugin, Registry, discover, fits, normal
 
@@ -50,26 +56,26 @@ def _line(finding: Finding) -> str:
 
 def examine() -> tuple[Registry, list[Finding]]:
     """Discover the plugins anew, noting what they warn about, and look at each of them."""
-    with warnings.catch_warnings(record=True) as raised:
+    with warnings.catch_warnings(record=True) as raised, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("always", DeprecationWarning)
         registry = discover()
-    found = [*_refused(registry), *_twice(), *_deprecated(registry, raised)]
-    seen = set()
-    for plugin in registry.plugins:
-        if plugin.disabled or plugin.failure:
-            continue
-        if plugin.dist_name not in seen:
-            seen.add(plugin.dist_name)
-            found += _requirement(plugin)
-        if not plugin.hooks:
-            text, hint = "it implements no hook", "decorate the function: @hookimpl"
-            about = {"distribution": plugin.dist_name, "where": plugin.name}
-            found.append(Finding(level="problem", text=text, hint=hint, **about))
-        from llmctl.stage_check import check_offers
-
-        found += check_offers(plugin)
+        usable = [plugin for plugin in registry.plugins if not (plugin.disabled or plugin.failure)]
+        found = [*_refused(registry), *_twice(), *(finding for plugin in usable for finding in _look(plugin))]
+    for dist in dict.fromkeys(plugin.dist_name for plugin in usable):
+        found += _requirement(next(plugin for plugin in usable if plugin.dist_name == dist))
+    found += _deprecated(usable, raised)
     order = {"problem": 0, "note": 1}
     return registry, sorted(found, key=lambda finding: (order[finding.level], finding.distribution, finding.where))
+
+
+def _look(plugin: Plugin) -> Iterator[Finding]:
+    """What is wrong with one plugin; imports the parameters of its stages."""
+    from llmctl.stage_check import check_offers
+
+    if not plugin.hooks:
+        text, hint = "it implements no hook", "decorate the function: @hookimpl"
+        yield Finding(level="problem", distribution=plugin.dist_name, where=plugin.name, text=text, hint=hint)
+    yield from check_offers(plugin)
 
 
 def _refused(registry: Registry) -> Iterator[Finding]:
@@ -117,11 +123,43 @@ def _twice() -> Iterator[Finding]:
             )
 
 
-def _deprecated(registry: Registry, raised: list[warnings.WarningMessage]) -> Iterator[Finding]:
-    """What a plugin uses that is to go, by the file that was warned about."""
-    for warning in raised:
-        for plugin in registry.plugins:
-            if f"/{plugin.package}/" in warning.filename or warning.filename.endswith(f"/{plugin.package}.py"):
-                text = f"{warning.message} ({warning.filename}:{warning.lineno})"
-                yield Finding(level="note", distribution=plugin.dist_name, where=plugin.name, text=text)
-                break
+def _deprecated(plugins: Sequence[Plugin], raised: Sequence[warnings.WarningMessage]) -> Iterator[Finding]:
+    """What plugins use that is to go: what was warned about when they were imported, and what their files name."""
+    for package, plugin in {plugin.package: plugin for plugin in reversed(plugins)}.items():
+        files = {str(path): path for path in _files(package)}
+        found = {
+            (warning.filename, warning.lineno): str(warning.message) for warning in raised if warning.filename in files
+        }
+        for name, path in files.items():
+            for line, text in _named(path):
+                found.setdefault((name, line), text)
+        for (name, line), text in sorted(found.items()):
+            about = {"distribution": plugin.dist_name, "where": plugin.name}
+            yield Finding(level="note", text=f"{text} ({name}:{line})", **about)
+
+
+def _files(package: str) -> list[Path]:
+    """The Python files of a package that is imported, or of a module."""
+    module = sys.modules[package]
+    roots = [Path(root) for root in getattr(module, "__path__", ())]
+    return sorted(path for root in roots for path in root.rglob("*.py")) or [Path(str(module.__file__))]
+
+
+def _named(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, what to use instead) of the deprecated names of `llmctl` in a file, which is read and not imported."""
+    if not llmctl._DEPRECATED:
+        return
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return  # whoever imports it is told
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "llmctl" and not node.level:
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "llmctl":
+            names = [node.attr]
+        else:
+            continue
+        for name in names:
+            if entry := llmctl._DEPRECATED.get(name):
+                yield node.lineno, deprecation_text(f"llmctl.{name}", entry.instead, entry.removed_in)

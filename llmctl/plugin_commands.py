@@ -6,7 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
+from llmctl.errors import UsageError
 from llmctl.hookspecs import Command
 from llmctl.registry import DISABLE, Failure, get_registry
 from llmctl.stage import load_string
@@ -47,6 +49,10 @@ class Plugins(click.Group):
 def plugins(ctx: click.Context, check: bool, format_: str) -> int:
     """List the plugins: distribution, version, stages, commands, hooks and failures."""
     if ctx.invoked_subcommand is not None:
+        for name, option in (("check", "--check"), ("format_", "--format")):
+            if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                hint = f"llmctl plugins {option} …, or llmctl plugins {ctx.invoked_subcommand} …"
+                raise UsageError(f"{option} has no effect on `{ctx.invoked_subcommand}`", hint=hint)
         return 0
     if check:
         from llmctl.plugin_check import check_plugins

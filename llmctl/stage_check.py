@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SENTENCE = re.compile(r"[^a-z\s].*[.!?]\Z")
 NEXT_SENTENCE = re.compile(r"(?<!e\.g)(?<!i\.e)[.!?]\s+[A-Z]")
 TARGET = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*\Z")
+SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+"""Expressions whose names are their own."""
+OPEN = {"*", "__getattr__"}
+"""What a module that binds other names than those in its source binds: a star import, a function for the others."""
 NEAR = 0.85
 """A type this similar to one of llmctl's, and not equal to it, is taken for a slip."""
 
@@ -42,6 +46,12 @@ def check_offers(plugin: Plugin) -> Iterator[Finding]:
 
 Fault = tuple[str, str]
 """What is wrong, and the way out."""
+
+
+def say(error: BaseException) -> str:
+    """The kind of an error and its text, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def stage_faults(stage: Stage) -> Iterator[Fault]:
@@ -99,15 +109,15 @@ def _extra_faults(plugin: Plugin, offer: Stage | Command) -> Iterator[Fault]:
 # -- import strings ---------------------------------------------------------------------------------------------------
 
 
-def _definition(target: str, field: str) -> tuple[ast.stmt | None, list[Fault]]:
+def _definition(target: str, field: str) -> tuple[ast.AST | None, list[Fault]]:
     """The statement that defines what an import string names, found in the source without running it."""
     if not TARGET.match(target):
         return None, [(f"{field} is {target!r}", 'an import string is "package.module:name"')]
     module, _, name = target.partition(":")
     try:
         spec = find_spec(module)
-    except (ImportError, AttributeError, ValueError) as error:
-        return None, [(f"{field}: `{module}` cannot be found: {error}", "")]
+    except (Exception, SystemExit) as error:  # it imports the parents of the module: plugin code
+        return None, [(f"{field}: `{module}` cannot be found: {say(error)}", "")]
     if spec is None or spec.origin is None:
         return None, [(f"{field}: there is no module `{module}`", "is its file part of the wheel?")]
     if not spec.origin.endswith(".py"):
@@ -116,26 +126,28 @@ def _definition(target: str, field: str) -> tuple[ast.stmt | None, list[Fault]]:
         tree = ast.parse(Path(spec.origin).read_bytes())
     except SyntaxError as error:
         return None, [(f"{field}: {spec.origin}:{error.lineno}: {error.msg}", "")]
-    defined = dict(_names(tree))
+    defined = dict(_names(tree.body))
     if name not in defined:
+        if OPEN & set(defined):
+            return None, []  # what else it has shows only when it is imported
         return None, [(f"{field}: `{module}` defines no `{name}`", _near(name, defined))]
     return defined[name], []
 
 
-def _names(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
-    """The names that a module binds at its top level, conditional ones included."""
-    todo: list[ast.stmt] = list(tree.body)
-    while todo:
-        node = todo.pop(0)
+def _names(body: Iterable[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
+    """(name, what binds it) of the names that statements bind, those in the blocks of other statements included."""
+    for node in body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name, node
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            yield from ((target.id, node) for target in targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.Import | ast.ImportFrom):
+        elif isinstance(node, ast.Import):
+            yield from ((alias.asname or alias.name.partition(".")[0], node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
             yield from ((alias.asname or alias.name, node) for alias in node.names)
-        elif isinstance(node, ast.If | ast.Try):
-            todo += [*node.body, *node.orelse, *(s for h in getattr(node, "handlers", ()) for s in h.body)]
+        elif isinstance(node, ast.Name):
+            if isinstance(node.ctx, ast.Store):
+                yield node.id, node
+        elif not isinstance(node, SCOPES):
+            yield from _names(ast.iter_child_nodes(node))
 
 
 def _run_faults(stage: Stage) -> Iterator[Fault]:
@@ -178,8 +190,8 @@ def _params_faults(stage: Stage) -> Iterator[Fault]:
         return
     try:
         model = stage.load_params()
-    except Exception as error:  # a plugin's import
-        yield f"params: `{stage.params}` cannot be imported: {type(error).__name__}: {error}", ""
+    except (Exception, SystemExit) as error:  # a plugin's import
+        yield f"params: `{stage.params}` cannot be imported: {say(error)}", ""
         return
     from llmctl.spec.params import Params
 
@@ -217,7 +229,7 @@ def _port_faults(stage: Stage, model: type[BaseModel]) -> Iterator[Fault]:
     """`Params.outputs` may only name ports that are declared; asked for the defaults, if there are any."""
     try:
         ports = model().outputs()  # type: ignore[attr-defined]  # a Params class
-    except Exception:  # a parameter without a default, or plugin code that needs more than defaults
+    except (Exception, SystemExit):  # a parameter without a default, or plugin code that needs more than defaults
         return
     for port in sorted(set(ports or ()) - set(stage.outputs)):
         yield f"outputs() of its parameters names `{port}`, which is no output", _near(port, stage.outputs)
@@ -250,12 +262,10 @@ def _flag_clashes(stage: Stage, model: type[BaseModel]) -> Iterator[Fault]:
 
 def hidden_flags(stage: Stage) -> Iterator[Fault]:
     """Parameters and ports whose flag every stage command has already; they are reached by `--set` or `--input`."""
-    module = stage.params.partition(":")[0]
-    if module not in sys.modules:
-        return  # its import failed, which is reported
     from llmctl.stage_flags import RESERVED, flag_name
 
-    model = stage.load_params()
+    module, _, name = stage.params.partition(":")
+    model = getattr(sys.modules.get(module), name, None)  # None if its import failed, which is reported
     for name in getattr(model, "model_fields", {}):
         if flag_name(name) in RESERVED:
             yield f"--{flag_name(name)} is an option of every stage", f"the parameter is reached by --set {name}=…"

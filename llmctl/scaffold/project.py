@@ -40,9 +40,8 @@ class Project:
     def variables(self) -> dict[str, str]:
         """What the templates may name."""
         title = "".join(part.capitalize() for part in self.name.split("-"))
-        constant = self.name.replace("-", "_").upper()
         names = {"name": self.name, "dist": self.dist, "package": self.package}
-        return {**names, "title": title, "constant": constant, "requirement": pinned()}
+        return {**names, "title": title, "requirement": pinned()}
 
     def files(self) -> dict[str, str]:
         """Path in the project → text."""

@@ -6,12 +6,12 @@ A default is part of no action key, so a changed one would let old results pass 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.errors import InputError
+from llmctl.errors import InputError, StageError
 from llmctl.stage import Stage
 from llmctl.stage_check import nested_models
 
@@ -52,13 +52,24 @@ class PluginFile:
         for name in ("examples", "unread", "recorded"):
             if not isinstance(raw.setdefault(name, {}), dict):
                 raise InputError(f"{path}: `{name}` is no object", hint="it has an entry for each stage")
-        for stage, examples in raw["examples"].items():
-            if not isinstance(examples, list) or not all(_is_example(example) for example in examples):
-                raise InputError(f"{path}: examples.{stage} is no list of {{params, inputs}}")
-        return cls(path, str(raw.get("distribution", "")), raw["examples"], raw["unread"], raw["recorded"])
+        for name, (fits, what) in SHAPES.items():
+            for stage, value in raw[name].items():
+                if not fits(value):
+                    raise InputError(f"{path}: {name}.{stage} is no {what[0]}", hint=what[1])
+        if not isinstance(raw.get("distribution"), str) or not raw["distribution"]:
+            raise InputError(f"{path}: `distribution` is no text", hint="it names the distribution that has the stages")
+        return cls(path, raw["distribution"], raw["examples"], raw["unread"], raw["recorded"])
+
+    def mentioned(self) -> dict[str, list[str]]:
+        """By stage: the sections of the file that have something about it."""
+        found: dict[str, list[str]] = {}
+        for section in SHAPES:
+            for stage in getattr(self, section):
+                found.setdefault(stage, []).append(section)
+        return found
 
     def write(self) -> None:
-        """Write the file; its order is fixed, so that a difference is one of content."""
+        """Write the file; its order is fixed, so that a difference is one of content. StageError if that fails."""
         content = {
             "llmctl-plugin": FORMAT,
             "distribution": self.distribution,
@@ -67,7 +78,14 @@ class PluginFile:
             "recorded": {name: self.recorded[name] for name in sorted(self.recorded)},
         }
         text = json.dumps({name: value for name, value in content.items() if value != {}}, indent=2)
-        self.path.write_text(text + "\n", encoding="utf-8")
+        try:
+            self.path.write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StageError(f"cannot write {self.path}: {error.strerror}", hint="give another --file") from error
+
+
+def _are_examples(value: object) -> bool:
+    return isinstance(value, list) and all(_is_example(example) for example in value)
 
 
 def _is_example(value: object) -> bool:
@@ -75,7 +93,39 @@ def _is_example(value: object) -> bool:
         isinstance(value, dict)
         and set(value) <= {"params", "inputs"}
         and all(isinstance(part, dict) for part in value.values())
+        and all(_is_bound(bound) for bound in value.get("inputs", {}).values())
     )
+
+
+def _is_bound(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _are_reasons(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(reason, str) for reason in value.values())
+
+
+def _is_record(value: object) -> bool:
+    """Whether a value has the form of what `describe` gives."""
+    return (
+        isinstance(value, dict)
+        and set(value) == {"rev", "outputs", "parameters"}
+        and isinstance(value["rev"], int)
+        and _are_reasons(value["outputs"])
+        and isinstance(value["parameters"], dict)
+        and all(isinstance(p, dict) and isinstance(p.get("affects"), str) for p in value["parameters"].values())
+    )
+
+
+SHAPES: dict[str, tuple[Callable[[object], bool], tuple[str, str]]] = {
+    "examples": (_are_examples, ("list of {params, inputs}", "an input is a type that can be made, a path, or a list")),
+    "unread": (_are_reasons, ("object of texts", "it has the reason for each parameter")),
+    "recorded": (
+        _is_record,
+        ("record of a stage", "`llmctl plugins test --record` writes it; remove it to begin anew"),
+    ),
+}
+"""By section: whether what it has about one stage can be used, and what that should be, with a hint."""
 
 
 def describe(stage: Stage) -> dict[str, Any]:

@@ -7,14 +7,14 @@ import io
 import os
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import TempFail
-from llmctl.stage import Artifact
-from llmctl.stage_check import stage_faults
+from llmctl.stage import Artifact, Stage
+from llmctl.stage_check import say, stage_faults
 from llmctl.store import types
 from llmctl.store.hashing import NotPlain, entries, hash_file, plain_files
 from llmctl.store.manifest import content_id
@@ -50,14 +50,17 @@ class Trial:
     all_names: set[str] = field(default_factory=set)
     moved: bool = False
     """Whether it changed the working directory."""
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """What it emitted, also if it was stopped."""
 
     def __call__(self, stop_after: int | None = None, resume: Path | None = None) -> StageResult:
         """Run the stage. What it prints goes nowhere; Failed if it raises anything but a request to stop."""
         stage = self.subject.stage
+        model = _imported(stage, stage.load_params)
         try:
-            values = stage.load_params().model_validate(dict(self.example.params))
+            values = model.model_validate(dict(self.example.params))
         except ValueError as error:  # pydantic's
-            raise Failed(f"the parameters of an example are wrong: {_say(error)}") from error
+            raise Failed(f"the parameters of an example are wrong: {say(error)}") from error
         self.all_names = set(names(values))
         inputs: dict[str, Any] = {port: self.example.inputs.get(port) for port in stage.inputs}
         for port, bound in inputs.items():
@@ -67,11 +70,12 @@ class Trial:
         here, variables = Path.cwd(), dict(os.environ)
         with _silence():
             try:
-                return execute(stage, spy, inputs, self.directory, resume or self.directory / ".resume", stop_after)
+                place = resume or self.directory / ".resume"
+                return execute(stage, spy, inputs, self.directory, place, stop_after, self.events)
             except TempFail:
                 raise
             except (Exception, SystemExit) as error:  # plugin code
-                raise Failed(f"run raised {_say(error)}") from error
+                raise Failed(f"run raised {say(error)}") from error
             finally:
                 # What a stage does to its own process is its business; this one has other checks to run.
                 self.moved = Path.cwd() != here
@@ -111,9 +115,13 @@ def compared(ids: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     return {port: pair for port, pair in ids.items() if pair[1] != NOT_COMPARED}
 
 
-def _say(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def _imported(stage: Stage, load: Callable[[], Any]) -> Any:
+    """What `load` makes of a stage's parameters; Failed if the plugin cannot import them."""
+    try:
+        with _silence():
+            return load()
+    except (Exception, SystemExit) as error:  # plugin code
+        raise Failed(f"`{stage.params}` cannot be imported: {say(error)}") from error
 
 
 def _differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -126,7 +134,8 @@ def _differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 def declaration(subject: Subject, directory: Path) -> str:
     """The declaration is in order: what `llmctl plugins --check` looks at."""
-    faults = [text for text, _ in stage_faults(subject.stage)]
+    with _silence():
+        faults = [text for text, _ in stage_faults(subject.stage)]
     if faults:
         raise Failed("; ".join(faults))
     return ""
@@ -157,7 +166,8 @@ def revision(subject: Subject, directory: Path) -> str:
         raise NotApplicable("no record to compare with was given")
     if not subject.record_file:
         raise Failed(f"there is no {baseline.NAME} here to compare with; write it: llmctl plugins test --record")
-    status, reason = baseline.compare(subject.recorded, baseline.describe(subject.stage))
+    promised = _imported(subject.stage, lambda: baseline.describe(subject.stage))
+    status, reason = baseline.compare(subject.recorded, promised)
     if status == "failed":
         raise Failed(reason)
     return reason
@@ -193,25 +203,37 @@ def determinism(subject: Subject, directory: Path) -> str:
 
 
 def resume(subject: Subject, directory: Path) -> str:
-    """Stopped at the first and at a middle checkpoint and run again, it gives what an uninterrupted run gives."""
+    """Stopped at the first and at a middle checkpoint and run again, it gives what an uninterrupted run gives, and
+    does less for it the second time: that work was kept shows in how often it asks.
+    """
     example = _examples(subject)[0]
     whole = Trial(subject, example, directory / "whole")
     result = whole()
     expected = whole.ids(result)
     if not result.asked:
         raise NotApplicable("not resumable: it never asks ctx.should_stop(), so a stop loses its work")
-    points = sorted({1, (result.asked + 1) // 2})
+    points = sorted({1, min(result.asked, max(2, (result.asked + 1) // 2))})
     for point in points:
         kept = directory / f"resume-{point}"
+        stopped = Trial(subject, example, directory / f"stopped-{point}")
         try:
-            Trial(subject, example, directory / f"stopped-{point}")(point, kept)
+            stopped(point, kept)
         except TempFail:
             pass
         else:
             raise Failed(f"told to stop at the {_th(point)} ctx.should_stop(), it went on to the end")
+        kept_something = kept.is_dir() and any(kept.iterdir())
         again = Trial(subject, example, directory / f"resumed-{point}")
-        if port := _differs(expected, again.ids(again(resume=kept))):
+        second = again(resume=kept)
+        if port := _differs(expected, again.ids(second)):
             raise Failed(f"stopped at the {_th(point)} checkpoint and run again, the output `{port}` differs")
+        if point > 1 and second.asked >= result.asked:
+            # Asked at the head of its loop or at the end, it has one step less to do at the least.
+            if kept_something or any(kind == "checkpoint" for kind, _ in stopped.events):
+                raise Failed(f"stopped at the {_th(point)} checkpoint and run again, it begins anew: its work is lost")
+            raise NotApplicable("not resumable: it stops when it is asked to, and keeps nothing in ctx.resume_dir")
+    if points == [1]:
+        raise NotApplicable("it asks once, which does not show whether work is kept: give a larger example")
     return f"asked {result.asked} times, stopped at {' and '.join(map(str, points))}"
 
 

@@ -50,10 +50,14 @@ def execute(
     directory: Path,
     resume: Path,
     stop_after: int | None = None,
+    events: list[tuple[str, dict[str, Any]]] | None = None,
 ) -> StageResult:
-    """Run `stage` with validated `params`; outputs land in `directory/<port>`, `resume` is the resume directory."""
+    """Run `stage` with validated `params`; outputs land in `directory/<port>`, `resume` is the resume directory.
+
+    What it emits is added to `events`, which thus has it also if the stage raises.
+    """
     ports = params.outputs() or set(stage.outputs)
-    events: list[tuple[str, dict[str, Any]]] = []
+    events = [] if events is None else events
     asked = 0
 
     def stop() -> bool:

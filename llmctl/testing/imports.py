@@ -69,8 +69,8 @@ def probe(module: str, kind: str = "plugin", attempts: int = ATTEMPTS) -> Import
     for _ in range(attempts):
         command = [sys.executable, "-c", PROBE, module, kind]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        if done.returncode or not done.stdout.strip():
+            lines = done.stderr.strip().splitlines() or [f"it ends the process, exit {done.returncode}"]
             return Import(0.0, frozenset(), (), "", lines[-1])
         raw = json.loads(done.stdout.splitlines()[-1])
         loaded = frozenset(name.partition(".")[0] for name in raw["loaded"])

@@ -99,6 +99,13 @@ PROBLEMS = {
     ),
     "params import": (dict(field="1 / 0"), "cannot be imported: ZeroDivisionError", ""),
     "params class": (dict(changes="params='acme.params:Params'"), "", ""),
+    "params exit": (dict(field="import sys; sys.exit(4)"), "cannot be imported: SystemExit: 4", ""),
+    "params missing": (dict(changes="params='acme:Acme'"), "params: `acme` defines no `Acme`", ""),
+    "params open": (
+        dict(changes="params='acme:Acme'", more="def __getattr__(name):\n    raise AttributeError('no ' + name)"),
+        "params: `acme:Acme` cannot be imported: AttributeError: no Acme",
+        "",
+    ),
     "no params class": (dict(changes="params='acme.params:Field'"), "is no class of parameters", "llmctl.Params"),
     "outputs": (
         dict(field="def outputs(self):\n        return {'txt'}"),
@@ -183,6 +190,56 @@ def test_what_a_plugin_uses_that_is_to_go_is_noted(acme, llmctl):
     done = llmctl("plugins", "--check")
     assert done.returncode == 0
     assert "note: acme-dist: `acme`: llmctl.Old is deprecated (" in done.stdout
+
+
+DEPRECATE = """
+import llmctl
+from llmctl.deprecation import Deprecated
+llmctl._DEPRECATED["Old"] = Deprecated(target="llmctl.stage:Stage", instead="llmctl.Stage", removed_in="0.3")
+"""
+
+
+def test_who_uses_a_name_that_is_to_go_is_found_in_every_file(acme, llmctl, site):
+    acme(more=DEPRECATE + "llmctl.Old", imports="from llmctl import Old")
+    (site / "acme/other.py").write_text("import llmctl\n\nOLD = llmctl.Old\n")
+    with (site / "acme/params.py").open("a") as file:
+        file.write("from llmctl import Old\n")
+    (site / "acme/torn.py").write_text("llmctl.Old(")
+    done = llmctl("plugins", "--check")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = "llmctl.Old is deprecated and will be removed in llmctl 0.3; use llmctl.Stage"
+    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+    expected = [
+        f"note: acme-dist: `acme`: {text} ({site}/acme/{name}:" for name in ("__init__", "other", "params", "run")
+    ]
+    assert [line.partition(".py:")[0] + ":" for line in notes] == expected
+    assert notes[1].endswith("/other.py:3)")
+
+
+@pytest.mark.parametrize("code", ["1 / 0", "raise SystemExit(4)"])
+def test_a_package_between_that_cannot_be_imported(code, acme, llmctl, site):
+    acme(changes="run='acme.sub.run:run'")
+    (site / "acme/sub").mkdir()
+    (site / "acme/sub/__init__.py").write_text(code)
+    done = llmctl("plugins", "--check")
+    assert (done.returncode, done.stderr) == (7, "")
+    error = "ZeroDivisionError: division by zero" if code == "1 / 0" else "SystemExit: 4"
+    assert f"`acme`: run: `acme.sub.run` cannot be found: {error}\n" in done.stdout
+
+
+def test_what_parameters_print_does_not_reach_the_report(acme, llmctl):
+    acme(field="print('noise')")
+    done = llmctl("plugins", "--check", "--format", "json")
+    assert (done.returncode, done.stderr) == (0, "noise\n")
+    assert json.loads(done.stdout)["ok"]
+
+
+@pytest.mark.parametrize("option", [["--check"], ["--format", "json"]])
+def test_options_of_the_list_before_a_command(option, llmctl, tmp_path):
+    done = llmctl("plugins", *option, "new", "demo")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {option[0]} has no effect on `new`\n")
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_json(acme, llmctl):

@@ -1,9 +1,11 @@
 """llmctl's own stages against the contract of every stage, as `llmctl plugins test llmctl` has it."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from llmctl import Artifact, Context, TempFail
 from llmctl.registry import get_registry
 from llmctl.testing.baseline import PluginFile, compare, describe
 from llmctl.testing.conformance import CHECKS, check_stage
@@ -42,7 +44,29 @@ def test_cheap_stages_conform(name, check, tmp_path):
     if name in ("rag", "eval"):
         pytest.importorskip("torch")
     (outcome,) = check_stage(built_in()[name], directory=tmp_path, only=[check], file=FILE)
-    assert outcome.status == "ok" or (name in ("data", "tokenize") and check.name == "resume")
+    keeps_nothing = name in ("data", "tokenize", "rag")  # such a stage begins anew after a stop
+    assert outcome.status == ("not applicable" if check.name == "resume" and keeps_nothing else "ok")
+
+
+@pytest.mark.parametrize(("name", "params"), [("data", {"emit": ["text"]}), ("tokenize", {"vocab_size": 266})])
+def test_stages_that_keep_nothing_end_where_they_report(name, params, tmp_path):
+    """The launcher ends a stage that never asks by raising where it reports: nothing may hold that up on the way."""
+    stage, path, said = built_in()[name], tmp_path / "in.jsonl", []
+    path.write_text("".join(json.dumps({"text": f"text number {number}"}) + "\n" for number in range(350)))
+    inputs = {port: Artifact(path, "dataset.text") if port == "text" else None for port in stage.inputs}
+
+    def emit(kind, fields):
+        said.append((kind, fields["step"]))
+        raise TempFail("stopped")
+
+    def ask():
+        raise AssertionError("a stage that asks is not ended by the launcher: it must keep its work")
+
+    context = Context(name, {port: tmp_path / port for port in stage.outputs}, tmp_path / "resume", emit, ask)
+    with pytest.raises(TempFail, match="stopped"):
+        stage.load_run()(context, stage.load_params().model_validate(params), **inputs)
+    assert said == [("progress", 100)]
+    assert not (tmp_path / "resume").exists()
 
 
 @pytest.mark.slow

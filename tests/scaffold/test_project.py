@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,8 +13,9 @@ import pytest
 
 from llmctl import __version__
 from llmctl.errors import UsageError
+from llmctl.plugin_check import pinned
 from llmctl.registry import get_registry
-from llmctl.scaffold.project import TEMPLATES, Project, project
+from llmctl.scaffold.project import TEMPLATES, Project, project, write
 
 ROOT = Path(__file__).parents[2]
 FILES = {
@@ -88,6 +90,33 @@ def test_every_file_of_any_name_is_whole(name):
     assert settings["entry-points"]["llmctl"] == {name: found.package}
     assert settings["dependencies"] == [f"llmctl>={__version__},<0.2"]
     assert json.loads(written["llmctl-plugin.json"])["distribution"] == found.dist
+
+
+ODD_NAMES = ("spec", "texts", "true", "false", "null", "no", "test")
+"""Names that mean something to the templates themselves, to YAML or to Python."""
+
+
+def test_a_name_that_means_something_elsewhere_works(tmp_path, install, site, llmctl, llmctl_env):
+    for name in ODD_NAMES:
+        made = project(name, get_registry())
+        write(made, tmp_path / name)
+        install(made.dist, {name: made.package}, {}, metadata=f"Requires-Dist: {pinned()}\n")
+        shutil.copytree(tmp_path / name / made.package, site / made.package)
+    checked = llmctl("plugins", "--check")
+    assert checked.returncode == 0, checked.stdout
+    read = "from llmctl.spec.pipeline import load_pipeline as load\nfrom llmctl.registry import get_registry as get"
+    loaded = [f"load({str(tmp_path / name / name)!r} + '.yaml', registry=get())" for name in ODD_NAMES]
+    command = [sys.executable, "-c", "\n".join([read, *loaded])]
+    done = subprocess.run(command, env=llmctl_env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Some of their own tests; in processes of its own, which takes long, one that YAML would misread.
+    some = "dropped or goes_on or declaration or (null and pipeline)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-k", some]
+    done = subprocess.run(
+        [*command, *ODD_NAMES], cwd=tmp_path, env=llmctl_env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert f"{3 * len(ODD_NAMES) + 1} passed" in done.stdout
 
 
 def test_llmctl_demo_means_demo():

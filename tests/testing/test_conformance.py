@@ -210,6 +210,38 @@ def test_a_stage_that_forgets_what_it_had(odd, check):
     assert check("resume") == ("failed", "stopped at the 1st checkpoint and run again, the output `text` differs")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"run": [("json.loads(state.read_text()) if state.exists() else []", "[]")]},
+        {"checkpoint": "ctx.checkpointed(len(kept))"},
+    ],
+    ids=["kept and not read", "said and not kept"],
+)
+def test_a_stage_that_says_it_resumes_and_begins_anew(changes, odd, check):
+    odd(**changes)
+    reason = "stopped at the 3rd checkpoint and run again, it begins anew: its work is lost"
+    assert check("resume") == ("failed", reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"checkpoint": "pass"}, "not resumable: it stops when it is asked to, and keeps nothing in ctx.resume_dir"),
+        ({"every": 20}, "it asks once, which does not show whether work is kept: give a larger example"),
+    ],
+    ids=["keeps nothing", "asks once"],
+)
+def test_what_does_not_show_that_work_is_kept_is_no_pass(changes, reason, odd, check):
+    odd(**changes)
+    assert check("resume") == ("not applicable", reason)
+
+
+def test_two_questions_are_enough_to_show_it(odd, check):
+    odd(every=10)
+    assert check("resume") == ("ok", "asked 2 times, stopped at 1 and 2")
+
+
 CHECKPOINT_OF_NOTHING = """
             ctx.resume_dir.mkdir(parents=True, exist_ok=True)
             state.write_text(json.dumps(["x"] * len(kept)))
