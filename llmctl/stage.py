@@ -21,6 +21,8 @@ SECTIONS = (
 """The sections of a spec; no stage may be called like one, since `--set NAME.KEY=…` could mean either."""
 PORT = re.compile(r"[a-z][a-z0-9_]*\Z")
 TYPE = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*\Z")
+STOP_FILE = "STOP"
+"""In the work directory of a stage, asks it to stop; see `llmctl.launch.stopping`."""
 
 
 @dataclass(frozen=True)
@@ -229,5 +231,7 @@ class Context:
         return self._stop()
 
     def stopped(self, step: int) -> TempFail:
-        """The exception to raise after a checkpoint that was written because of `should_stop`."""
-        return TempFail(f"`{self.stage}` stopped at step {step} with a checkpoint", hint="run the same command again")
+        """The exception to raise because of `should_stop`, after a checkpoint was written where the stage has any."""
+        kept = {path.name for path in self.resume_dir.glob("*")} - {STOP_FILE}
+        how = "with a checkpoint" if kept else "without a checkpoint, as it keeps none"
+        return TempFail(f"`{self.stage}` stopped at step {step} {how}", hint="run the same command again")

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmctl.errors import LlmctlError, MachineError, StageError, TempFail
-from llmctl.launch import stopping
 from llmctl.launch.failures import Failure, explain
 from llmctl.launch.hooks import MetricSinks, call_stage
 from llmctl.launch.masking import Masker
@@ -24,7 +23,7 @@ from llmctl.launch.request import Request
 from llmctl.launch.stopping import StopFlag
 from llmctl.registry import Registry, get_registry
 from llmctl.spec.extent import has_extent
-from llmctl.stage import Artifact, Context, Stage
+from llmctl.stage import STOP_FILE, Artifact, Context, Stage
 from llmctl.store import Store, types
 from llmctl.store.hashing import NotPlain, plain_files
 from llmctl.store.names import timestamp
@@ -132,7 +131,7 @@ class Execution:
     def _tidy(self, stage: Stage) -> None:
         """Remove unfinished state, but for that of a stage that can be asked to go further: it continues there."""
         if has_extent(stage.load_params()):
-            (self.resume / stopping.NAME).unlink(missing_ok=True)
+            (self.resume / STOP_FILE).unlink(missing_ok=True)
         else:
             shutil.rmtree(self.resume, ignore_errors=True)
 

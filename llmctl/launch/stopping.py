@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+from llmctl.stage import STOP_FILE
 from llmctl.store.layout import Layout
 
-NAME = "STOP"
 PAUSE = 0.5
 """Seconds between two looks at the file: asking must cost a training step nothing."""
 
@@ -24,7 +24,7 @@ class StopFlag:
     def __init__(self, work: Path) -> None:
         self.asked = False
         self._set = False
-        self._file = work / NAME
+        self._file = work / STOP_FILE
         self._looks_at = 0.0
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -54,13 +54,13 @@ def ask(layout: Layout, resume_key: str) -> None:
     """Ask everyone who works on this resume key to stop."""
     for directory in _directories(layout, resume_key):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / NAME).touch()
+        (directory / STOP_FILE).touch()
 
 
 def clear(layout: Layout, resume_key: str) -> None:
     """Take such a request back, if there is one."""
     for directory in _directories(layout, resume_key):
-        (directory / NAME).unlink(missing_ok=True)
+        (directory / STOP_FILE).unlink(missing_ok=True)
 
 
 def _directories(layout: Layout, resume_key: str) -> Iterator[Path]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmctl.errors import BusyError, LlmctlError, StageError, TempFail
-from llmctl.launch import stopping
 from llmctl.launch.environment import stage_environment
 from llmctl.launch.failures import Failure
 from llmctl.launch.local import GRACE, Job, StageProcess
@@ -22,6 +21,7 @@ from llmctl.pipeline.plan import Bound, Decision, Planner
 from llmctl.pipeline.result import StageResult
 from llmctl.pipeline.slots import Grant
 from llmctl.spec.resolved import Pipeline, StageSpec
+from llmctl.stage import STOP_FILE
 from llmctl.store import Store, names
 from llmctl.store.keys import Keys
 from llmctl.store.locks import Lock, holder, try_lock
@@ -129,7 +129,7 @@ class Executor:
             if again.pointer is not None:
                 return self.cached(spec, again)
             # An old request to stop is no reason not to begin; one to a runner beside us is not ours.
-            (self._store.work(keys.resume, work) / stopping.NAME).unlink(missing_ok=True)
+            (self._store.work(keys.resume, work) / STOP_FILE).unlink(missing_ok=True)
             return self._attempts(spec, keys, self._job(spec, bound, keys, lock, work, grant))
 
     def _acquire(self, spec: StageSpec, keys: Keys) -> tuple[Lock | None, int]:

@@ -26,6 +26,15 @@ def test_reports_add_up_and_numpy_scalars_are_plain_numbers(tmp_path):
     assert [type(fields["value"]) for kind, fields in events] == [float, int, bool, str, float]
 
 
+def test_a_stopped_stage_says_whether_it_kept_anything(tmp_path):
+    ctx = context(tmp_path, [])
+    ctx.resume_dir.mkdir()
+    (ctx.resume_dir / "STOP").touch()
+    assert str(ctx.stopped(7)) == "`s` stopped at step 7 without a checkpoint, as it keeps none"
+    (ctx.resume_dir / "state.json").touch()
+    assert str(ctx.stopped(7)) == "`s` stopped at step 7 with a checkpoint"
+
+
 @pytest.mark.parametrize("name", ["Sft", "sft_x", "1sft", "", "sft "])
 def test_a_stage_name_is_a_command_name(name):
     with pytest.raises(ValueError, match="must match"):
