@@ -142,9 +142,9 @@ def test_a_wanted_type_chooses_among_outputs(store, put):
     [
         (("tag", "p/sft"), 2, "1 names were given", "llmctl tag ARTIFACT NAME@TAG"),
         (("tag", "--delete", "p/sft", "p/x@y"), 2, "2 names were given", "llmctl tag --delete NAME@TAG"),
-        (("tag", "p/sft", "best"), 5, "`best` is no name with a tag", "quickstart/sft@best"),
-        (("tag", "p/sft", "p/sft"), 5, "`p/sft` is no name with a tag", "@TAG"),
-        (("tag", "p/sft", "../x@y"), 5, "is no name with a tag", "@TAG"),
+        (("tag", "p/sft", "best"), 2, "`best` is no name with a tag", "quickstart/sft@best"),
+        (("tag", "p/sft", "p/sft"), 2, "`p/sft` is no name with a tag", "@TAG"),
+        (("tag", "p/sft", "../x@y"), 2, "is no name with a tag", "@TAG"),
         (("tag", "p/stf", "p/sft@best"), 5, "there is no result named `p/stf`", "did you mean `p/sft`"),
         (("tag", "--delete", "p/sft@bets"), 5, "there is no tag `p/sft@bets`", "did you mean `p/sft@best`"),
         (("show", "p/sft.modle"), 5, "there is no result named `p/sft.modle`", "did you mean `p/sft.model`"),
