@@ -11,7 +11,7 @@ from llmctl.store.manifest import NAME, FileEntry, Manifest
 from llmctl.store.progress import Meter
 from llmctl.store.reachable import input_ids
 from llmctl.store.remote import Remote
-from llmctl.store.store import Store
+from llmctl.store.store import Store, is_id
 from llmctl.store.transfer import (
     RUN,
     Report,
@@ -101,9 +101,9 @@ def _closure(store: Store, ids: Iterable[str], lineage: bool, alone: bool) -> li
 
 def _keys_of(store: Store, id: str) -> list[str]:
     """The keys of all stages that made these bytes."""
-    first = str(store.manifest(id).provenance.get("key") or "")
+    first = store.manifest(id).provenance.get("key")
     return [
-        *([first] if first else []),
+        *([str(first)] if is_id(first) else []),
         *(f"sha256:{path.stem}" for path in sorted(store.records(id).glob("*.json"))),
     ]
 

@@ -177,3 +177,23 @@ def test_a_half_written_name_never_exists(store, put, monkeypatch):
     with pytest.raises(Killed):
         names.set_tag(store, "p/sft@best", {"id": two.id, "type": "report"})
     assert store.resolve("p/sft@best").id == one.id
+
+
+def test_in_a_shared_store_tags_are_the_projects_own_as_well(store, put, call, tmp_path, monkeypatch):
+    one, two = put({"x": "1"}), put({"x": "2"})
+    at = ("--store", store.root)
+    for project in ("a", "b"):
+        (tmp_path / project / ".llmctl").mkdir(parents=True)
+
+    def rooted():
+        return {(path.name, names.read_json(path)["id"]) for path in store.roots.glob("*/p/*.json")}
+
+    monkeypatch.chdir(tmp_path / "a")
+    assert call("tag", one.id, "p/sft@best", *at).code == 0
+    monkeypatch.chdir(tmp_path / "b")
+    assert call("tag", two.id, "p/sft@best", *at).code == 0
+    assert rooted() == {("sft@best.json", one.id), ("sft@best.json", two.id)}
+    names.write(store, "p", "sft", {"model": (two.id, "report")}, key="k", run="r", tag="best")
+    assert ("sft@best.json", two.id) not in rooted()
+    call("tag", "--delete", "p/sft@best", *at)
+    assert rooted() == {("sft@best.json", one.id), ("sft.model.json", two.id)}
