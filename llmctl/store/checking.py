@@ -23,7 +23,7 @@ signers_option = click.option(
     "--allowed-signers",
     "allowed",
     type=click.Path(path_type=Path),
-    help="Whose key is whose; default $LLMCTL_ALLOWED_SIGNERS, else ~/.config/llmctl/allowed_signers.",
+    help="Whose key is whose; default $LLMCTL_ALLOWED_SIGNERS, else allowed_signers beside config.yaml.",
 )
 
 

@@ -259,3 +259,22 @@ def call_error(work):
     with pytest.raises(Exception, match="is damaged") as error:
         work()
     return str(error.value)
+
+
+def test_what_was_thrown_away_is_taken_back_with_its_key(store, put, aged, call):
+    """As docs/store.md says: the artifact alone is there again, but no cached result."""
+    artifact = put({"x": "1"})
+    store.publish(Pointer(key=KEY, preimage={}, outputs={"out": artifact.id}))
+    aged(3, artifact.path, store.root / "keys")
+    assert call("gc", "--apply", "--keep-runs", 0, "--store", store.root).code == 0
+    parts = {path.name.split("--")[1]: (path, path.name.split("--")[3]) for path in (store.root / "trash").iterdir()}
+    path, name = parts["artifact"]
+    path.rename(store.root / "artifacts/sha256" / name[:2] / name)
+    assert call("tag", artifact.id, "p/a@kept", "--store", store.root).code == 0
+    assert store.lookup(KEY) is None
+    path, name = parts["key"]
+    path.rename(store.root / "keys" / name[:2] / name)
+    assert store.lookup(KEY)
+    aged(3, artifact.path)
+    call("gc", "--apply", "--keep-runs", 0, "--store", store.root)
+    assert store.lookup(KEY)
