@@ -6,16 +6,13 @@ again when something must read its bytes.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from llmctl.pipeline.plan import sources
 from llmctl.pipeline.result import StageResult
 from llmctl.spec.resolved import Pipeline, StageSpec
-from llmctl.store import Store, names
-from llmctl.store.guard import taking
+from llmctl.store import Store
+from llmctl.store.collection import release
 from llmctl.store.names import MAIN
 
 
@@ -51,34 +48,8 @@ class Collector:
             if artifact.type == MAIN or not artifact.path.is_dir():
                 continue
             seen = self._store.last_use(artifact.id)
-            if not self._held(stage, artifact.id, result.key) and self._move(artifact.id, seen):
+            if release(self._store, artifact.id, seen, stage=f"{self._pipeline.name}/{stage}", key=result.key):
                 gone.append(port)
         result.outputs = {port: artifact for port, artifact in result.outputs.items() if port not in gone}
         result.collected = result.collected or bool(gone)
         return bool(gone)
-
-    def _held(self, stage: str, id: str, key: str) -> bool:
-        """Whether a name other than the stage's own latest one, or the result of another key, is the same artifact."""
-        own = f"{self._pipeline.name}/{stage}."
-        for name, ref in names.every(self._store).items():
-            if ref.get("id") == id and not (name.startswith(own) and "@" not in name):
-                return True
-        others = (path for path in (self._store.root / "keys").glob("*/*.json") if path != self._store.key(key))
-        return any(_names_id(path, id) for path in others)
-
-    def _move(self, id: str, seen: int) -> bool:
-        """Move an artifact to the trash unless another run has found it since `seen`; whether it went."""
-        directory = self._store.artifact(id)
-        with taking(self._store), contextlib.suppress(FileNotFoundError):  # another run was faster
-            if self._store.last_use(id) == seen:
-                directory.rename(self._store.trash("artifact", directory.name))
-                return True
-        return False
-
-
-def _names_id(path: Path, id: str) -> bool:
-    """Whether a key's pointer has this id among its outputs; a damaged one is no result."""
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-        text = path.read_text(encoding="utf-8")
-        return id in text and id in json.loads(text)["outputs"].values()
-    return False

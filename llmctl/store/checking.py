@@ -23,7 +23,7 @@ signers_option = click.option(
     "--allowed-signers",
     "allowed",
     type=click.Path(path_type=Path),
-    help="Whose key is whose; default $LLMCTL_ALLOWED_SIGNERS, else ~/.config/llmctl/allowed_signers.",
+    help="Whose key is whose; default $LLMCTL_ALLOWED_SIGNERS, else allowed_signers beside config.yaml.",
 )
 
 
@@ -65,17 +65,21 @@ def verify(
     """
     if bool(artifacts) == everything:
         raise UsageError("name artifacts, or give --all", hint="`llmctl ls` lists the artifacts")
-    listed = allowed_signers(allowed) if signed_by else None
+    if signed_by is not None and not signed_by.strip():
+        raise UsageError("--signed-by names nobody", hint="--signed-by IDENTITY, as in the list of allowed signers")
+    if allowed is not None and signed_by is None:
+        raise UsageError("--allowed-signers is of no use without --signed-by", hint="--signed-by IDENTITY")
+    listed = None if signed_by is None else allowed_signers(allowed)
     store = Store.open(store_path)
     found = _all(store) if everything else [locate(store, text) for text in artifacts]
-    deep = deep or bool(signed_by)
+    deep = deep or listed is not None
     with Meter("hashing", sum(one.bytes for one in found) if deep else 0) as meter:
         for one in found:
             if one.directory is not None:
                 one.problems += inspect(
                     one.directory, one.id if _inside(store, one.directory) else "", deep=deep, hashed=meter
                 )
-            if signed_by and listed and one.directory is not None:
+            if signed_by is not None and listed is not None and one.directory is not None:
                 verdict = check_signed(one.id, signature_folders(one.directory, one.id, store), signed_by, listed)
                 one.signers = verdict.signers
                 one.unsigned = [f"{one.directory}: {verdict.reason}"] if verdict.reason else []
@@ -172,7 +176,10 @@ def sign(artifacts: tuple[str, ...], key: Path | None, store_path: Path | None) 
     store = Store.open(store_path)
     for text in artifacts:
         found = locate(store, text)
-        problems = found.problems or (inspect(found.directory, found.id, deep=True) if found.directory else [])
+        problems = found.problems
+        if not problems and found.directory is not None:
+            with Meter("hashing", found.bytes) as meter:
+                problems = inspect(found.directory, found.id, deep=True, hashed=meter)
         if problems or found.directory is None:
             raise InputError(
                 f"{text} is not signed: {problems[0]}", hint="`llmctl verify --deep` lists all that is wrong"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any, cast
 
 import click
 
-from llmctl.store.collection import Collection, Item, apply, empty_trash, plan
+from llmctl.store.collection import Collection, Item, collect, empty_trash, plan
 from llmctl.store.commands import format_option, print_as, store_option
+from llmctl.store.layout import is_store
 from llmctl.store.reachable import Depth, Rules
 from llmctl.store.store import Store
 
@@ -41,13 +43,22 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in click's
         return float(match[1]) * UNITS[match[2]]
 
 
+class Days(click.FloatRange):
+    """A number; `nan` is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number of days."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"`{value}` is no number of days", param, ctx)
+        return number
+
+
 @click.command()
 @click.option("--apply", "really", is_flag=True, help="Do it: move it to trash/ in the store.")
 @click.option("--grace", type=Duration(), default="7d", show_default=True, help="How long things lie in the trash.")
 @click.option("--now", "at_once", is_flag=True, help="Leave nothing in the trash, whatever --grace says.")
-@click.option(
-    "--keep-days", type=click.FloatRange(min=0), default=30, show_default=True, help="Keep results of younger runs."
-)
+@click.option("--keep-days", type=Days(min=0), default=30, show_default=True, help="Keep results of younger runs.")
 @click.option(
     "--keep-runs", type=click.IntRange(min=0), default=20, show_default=True, help="Keep results of the last runs."
 )
@@ -78,20 +89,24 @@ def gc(
     store = Store.open(store_path)
     grace = 0.0 if at_once else grace
     rules = Rules(days=keep_days, runs=keep_runs, lineage=cast(Depth, keep_lineage))
-    found = plan(store, rules, grace=grace)
-    if really and found.items:
+    if really and is_store(store.root):
         store.create()
-        found.items = apply(store, found)
+        found = collect(store, rules, grace=grace)
         if at_once:
             empty_trash(store)
-    print_as(format_, _record(found, really), lambda: _text(found, really, at_once))
+    else:
+        found = plan(store, rules, grace=grace)
+    print_as(format_, _record(found, really, at_once), lambda: _text(found, really, at_once))
 
 
-def _record(found: Collection, really: bool) -> dict[str, Any]:
+def _record(found: Collection, really: bool, at_once: bool) -> dict[str, Any]:
     rows = [
-        {"kind": i.kind, "id": i.id, "type": i.type, "stage": i.stage, "bytes": i.bytes, "path": str(i.path)}
+        {
+            "kind": i.kind, "id": i.id, "type": i.type, "stage": i.stage, "bytes": i.bytes, "path": str(i.path),
+            "deleted": i.final or at_once,
+        }
         for i in found.items
-    ]
+    ]  # fmt: skip
     projects = [{"directory": p.directory, "host": p.host, "gone": p.gone} for p in found.projects]
     return {"applied": really, "items": rows, "bytes": found.bytes, "kept": found.kept, "projects": projects}
 
@@ -125,11 +140,22 @@ def _text(found: Collection, really: bool, at_once: bool) -> str:
     if not found.items:
         lines.append(f"nothing to collect, {kept}")
     elif really:
-        where = "deleted" if at_once else "moved to the trash; `llmctl gc --apply --now` empties it"
-        lines.append(f"{human_bytes(found.bytes)} {where}; {kept}")
+        lines.append(f"{_went(found.items, at_once)}; {kept}")
     else:
         lines.append(f"{human_bytes(found.bytes)} would go, {kept}; nothing was touched: add --apply")
     return "\n".join(lines)
+
+
+def _went(items: Sequence[Item], at_once: bool) -> str:
+    """How much was moved to the trash, and how much was deleted."""
+    from llmctl.console import human_bytes
+
+    moved = [item.bytes for item in items if not (item.final or at_once)]
+    deleted = [item.bytes for item in items if item.final or at_once]
+    parts = [f"{human_bytes(sum(moved))} moved to the trash"] if moved else []
+    parts += [f"{human_bytes(sum(deleted))} deleted"] if deleted else []
+    empties = "; `llmctl gc --apply --now` empties it" if moved else ""
+    return f"{', '.join(reversed(parts))}{empties}"
 
 
 def _gone(directory: str, folder: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmctl.store.guard import finding, mark_used
 from llmctl.store.hashing import entries, sync, write_durably
-from llmctl.store.layout import Layout
+from llmctl.store.layout import Layout, digest_of
 from llmctl.store.manifest import NAME, BadManifest, Manifest, content_id, sort_files
 
 OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
@@ -59,10 +59,16 @@ def commit(
 
 
 def intact(directory: Path) -> Manifest | None:
-    """The manifest of a directory whose files all have the right size, else None."""
+    """The manifest of a directory whose files all have the right size, else None.
+
+    In a store it must also be that of the id which the directory is called after.
+    """
     try:
         manifest = Manifest.read(directory)
     except (OSError, BadManifest):
+        return None
+    stored = directory.parts[-4:-1] == ("artifacts", "sha256", directory.name[:2])
+    if stored and directory.name != digest_of(manifest.id):
         return None
     return None if manifest.damage(directory) else manifest
 

@@ -22,6 +22,7 @@ from llmctl.store import types
 from llmctl.store.hashing import hash_files
 from llmctl.store.layout import Layout
 from llmctl.store.manifest import NAME, BadManifest, FileEntry, Manifest, content_id, sort_files
+from llmctl.store.names import read_json
 
 RACY_NS = 2_000_000_000
 MAGIC = frozenset("*?[")
@@ -159,11 +160,7 @@ def note_external(layout: Layout, id: str, type: str, path: Path, rows: Sequence
 
 def read_note(layout: Layout, id: str) -> dict[str, Any]:
     """What `note_external` has remembered: path, type, files; empty if nothing."""
-    try:
-        value = json.loads(layout.external(id).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json(layout.external(id))
 
 
 def _manifest(path: Path) -> Manifest | None:

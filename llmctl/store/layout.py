@@ -45,7 +45,11 @@ class Layout:
 
     def record(self, id: str, key: str) -> Path:
         """`records/<id>/<key>.json`: a later producer of the same bytes."""
-        return self.root / "records" / digest_of(id) / f"{digest_of(key)}.json"
+        return self.records(id) / f"{digest_of(key)}.json"
+
+    def records(self, id: str) -> Path:
+        """`records/<id>`: one record per later producer."""
+        return self.root / "records" / digest_of(id)
 
     def work(self, resume_key: str, number: int = 1) -> Path:
         """`work/<resume key>`: unfinished state that survives crashes; `.2` for a second runner at the same time."""
@@ -192,6 +196,14 @@ def locate(path: Path | None) -> Path:
         if own := user_config().store:
             return Path(own)
     return (home or here) / HOME / "store"
+
+
+def is_store(root: Path) -> bool:
+    """Whether a directory is a store, of whatever format."""
+    try:
+        return "format" in json.loads((root / "store.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def check_free(root: Path) -> None:

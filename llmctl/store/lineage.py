@@ -72,7 +72,7 @@ def _load(store: Store, id: str) -> Node:
 
 
 def _node(store: Store, manifest: Manifest) -> Node:
-    records = [read_json(path) for path in sorted(store.record(manifest.id, "x").parent.glob("*.json"))]
+    records = [read_json(path) for path in sorted(store.records(manifest.id).glob("*.json"))]
     producers = [_producer(dict(record.get("provenance") or {})) for record in records]
     first = _producer(manifest.provenance)
     return Node(

@@ -12,6 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+PAUSES = (0.001, 0.005, 0.02)
+"""Seconds after which a lock is tried again: it may be `running` that only looks whether somebody has it."""
+
 
 class Lock:
     """A held lock. The kernel drops it when the last process that has the descriptor ends."""
@@ -37,9 +40,7 @@ def try_lock(path: Path, run: str = "") -> Lock | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _flock(descriptor):
             os.close(descriptor)
             return None
         if _is_at(path, descriptor):
@@ -51,6 +52,17 @@ def try_lock(path: Path, run: str = "") -> Lock | None:
     return Lock(descriptor)
 
 
+def _flock(descriptor: int) -> bool:
+    for pause in (*PAUSES, None):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if pause is not None:
+                time.sleep(pause)
+    return False
+
+
 def _is_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
@@ -59,7 +71,10 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def running(path: Path) -> str | None:
-    """The run that holds a lock (empty if it does not say), None if nobody does. Takes nothing, disturbs nobody."""
+    """The run that holds a lock (empty if it does not say), None if nobody does.
+
+    To see that, it holds the lock itself for an instant, shared with all who look; `try_lock` outwaits that.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

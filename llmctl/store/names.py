@@ -11,12 +11,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from llmctl.errors import InputError
+from llmctl.errors import InputError, UsageError
 from llmctl.store.commit import replace_json
 from llmctl.store.layout import Layout
 
@@ -122,16 +122,21 @@ def write(
     With a `tag` that is moved too. In a store that several projects share, they are kept as roots of this project,
     because another one may use the same name.
     """
-    from llmctl.store.roots import project_refs
-
-    folders = (layout.refs, *project_refs(layout))
+    folders = _folders(layout)
     for port, (id, type) in outputs.items():
         value = {"id": id, "type": type, "key": key, "run": run, "stage": stage}
         for suffix in ("", f"@{tag}") if tag else ("",):
             for folder in folders:
                 _point(layout, folder / pipeline / f"{file_name(stage)}.{port}{suffix}.json", value)
-    if tag:
-        (layout.refs / pipeline / f"{file_name(stage)}@{tag}.json").unlink(missing_ok=True)
+    for folder in folders if tag else ():
+        (folder / pipeline / f"{file_name(stage)}@{tag}.json").unlink(missing_ok=True)
+
+
+def _folders(layout: Layout) -> tuple[Path, ...]:
+    """Where this project's names lie: every change is made in all of them."""
+    from llmctl.store.roots import project_refs
+
+    return (layout.refs, *project_refs(layout))
 
 
 def _point(layout: Layout, path: Path, value: Mapping[str, Any]) -> None:
@@ -144,8 +149,10 @@ def set_tag(layout: Layout, text: str, value: Mapping[str, Any]) -> None:
     """Let the name `text`, which must have a tag, mean the artifact that `value` (id, type, key, run) describes."""
     match = tagged(text)
     port = f".{match['port']}" if match["port"] else ""
-    path = layout.refs / match["pipeline"] / f"{file_name(match['stage'])}{port}@{match['tag']}.json"
-    replace_json(layout, path, {**value, "stage": match["stage"], "time": timestamp()})
+    name = f"{file_name(match['stage'])}{port}@{match['tag']}.json"
+    for folder in _folders(layout):
+        path = folder / match["pipeline"] / name
+        replace_json(layout, path, {**value, "stage": match["stage"], "time": timestamp()})
 
 
 def delete_tag(layout: Layout, text: str) -> list[str]:
@@ -157,16 +164,17 @@ def delete_tag(layout: Layout, text: str) -> list[str]:
     removed = []
     for port in found:
         stem = match["stage"], f".{port}" if port else "", f"@{match['tag']}"
-        (layout.refs / match["pipeline"] / f"{file_name(stem[0])}{stem[1]}{stem[2]}.json").unlink(missing_ok=True)
+        for folder in _folders(layout):
+            (folder / match["pipeline"] / f"{file_name(stem[0])}{stem[1]}{stem[2]}.json").unlink(missing_ok=True)
         removed.append(f"{match['pipeline']}/{''.join(stem)}")
     return removed
 
 
 def tagged(text: str) -> re.Match[str]:
-    """The parts of `PROJECT/NAME[.PORT]@TAG`; InputError for anything else."""
+    """The parts of `PROJECT/NAME[.PORT]@TAG`; UsageError for anything else."""
     match = NAME.match(text)
     if not match or not match["tag"]:
-        raise InputError(f"`{text}` is no name with a tag", hint="PIPELINE/STAGE[.PORT]@TAG, e.g. quickstart/sft@best")
+        raise UsageError(f"`{text}` is no name with a tag", hint="PIPELINE/STAGE[.PORT]@TAG, e.g. quickstart/sft@best")
     return match
 
 
@@ -204,8 +212,13 @@ def candidates(layout: Layout, text: str) -> dict[str, dict[str, Any]]:
 
 def every(layout: Layout) -> dict[str, dict[str, Any]]:
     """All names with their refs, `quickstart/sft.model` → {id, type, key, run, time, stage}."""
+    return every_in(layout.refs)
+
+
+def every_in(refs: Path) -> dict[str, dict[str, Any]]:
+    """The same of a folder that is laid out like `refs/`."""
     found = {}
-    for folder in sorted(path for path in layout.refs.glob("*") if path.is_dir()):
+    for folder in sorted(path for path in refs.glob("*") if path.is_dir()):
         for path in _files(folder):
             if ref := read_json(path):
                 found[f"{folder.name}/{title(placed(path))}"] = ref
@@ -244,10 +257,19 @@ def _without_port(name: str) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a JSON object, else an empty one: files of a store may be damaged."""
     return value if isinstance(value, dict) else {}
+
+
+def objects(value: Any) -> Iterator[dict[str, Any]]:
+    """The JSON objects among the values of a JSON object; nothing of anything else."""
+    yield from (item for item in mapping(value).values() if isinstance(item, dict))
 
 
 def timestamp() -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from llmctl.errors import InputError
+from llmctl.errors import BusyError, InputError
 from llmctl.store import commit as protocol
 from llmctl.store import names
 from llmctl.store.hashing import hash_file
@@ -18,8 +19,9 @@ from llmctl.store.progress import Meter
 from llmctl.store.reachable import input_ids
 from llmctl.store.remote import Remote
 from llmctl.store.roots import project_refs
-from llmctl.store.store import ID, Store
+from llmctl.store.store import ID, Store, is_id
 from llmctl.store.transfer import (
+    RUN,
     Report,
     Selection,
     json_object,
@@ -30,12 +32,17 @@ from llmctl.store.transfer import (
     run_outputs,
 )
 
+PLAIN = re.compile(r"[^/.][^/]*\.json\Z")
+"""The name of a file of the remote that may become one here."""
+RECORD = re.compile(r"([0-9a-f]{64})\.json\Z")
+
 
 def pull(store: Store, remote: Remote, texts: Sequence[str], *, lineage: bool, alone: bool) -> Report:
     """Copy artifacts here with the keys and names that lead to them, so that the next run finds them.
 
     InputError if one is not there or its bytes are not those of its manifest: nothing of it is then taken.
     """
+    remote.check()
     asked = [find(remote, text) for text in texts]
     manifests = _remote_closure(remote, [id for one in asked for id in one.ids], lineage, alone)
     store.create()
@@ -46,12 +53,12 @@ def pull(store: Store, remote: Remote, texts: Sequence[str], *, lineage: bool, a
             (report.moved if moved else report.skipped).append(manifest)
     report.keys = sum(_pull_beside(store, remote, id) for id in manifests)
     for name in dict.fromkeys(name for one in asked for name in one.names):
-        report.names += _pull_name(store, remote, name)
+        _pull_name(store, remote, name, report)
     for run in (run for one in asked for run in one.runs):
         for file in ("spec.json", "run.json"):
             data = remote.read(remote.path(remote.layout.run(run) / file))
             if data is not None and not (store.run(run) / file).exists():
-                protocol.replace_json(store, store.run(run) / file, json.loads(data))
+                protocol.replace_json(store, store.run(run) / file, json_object(data))
     return report
 
 
@@ -59,12 +66,14 @@ def find(remote: Remote, text: str) -> Selection:
     """What `text` means on the remote: an id or its beginning, a name, a tag, `run:<id>`. InputError: not there."""
     if text.startswith("run:"):
         run = text.removeprefix("run:")
-        data = remote.read(remote.path(remote.layout.run(run) / "run.json"))
+        data = remote.read(remote.path(remote.layout.run(run) / "run.json")) if RUN.match(run) else None
         if data is None:
             known = sorted({name.partition("/")[0] for name in remote.sizes("runs")})
             hint = f"the latest: {', '.join(known[-3:])}" if known else "no run was pushed there"
             raise InputError(f"there is no run {run} in {remote.uri}", hint=hint)
-        return Selection(ids=tuple(run_outputs(json.loads(data))), runs=(run,))
+        if not (result := json_object(data)):
+            raise InputError(f"run.json of the run {run} in {remote.uri} is damaged", hint=f"push run:{run} again")
+        return Selection(ids=tuple(run_outputs(result)), runs=(run,))
     if match := names.NAME.match(text):
         there = refs_of(remote, match["pipeline"])
         found = {
@@ -73,8 +82,9 @@ def find(remote: Remote, text: str) -> Selection:
             if (place.stage, place.tag) == (match["stage"], match["tag"] or "")
         }
         refs = {port: json_object(remote.read(f"refs/{match['pipeline']}/{name}")) for port, name in found.items()}
+        refs = {port: ref for port, ref in refs.items() if is_id(ref.get("id"))}
         id = names.choose(refs, text, (), lambda: _there(remote, text), remote.uri)
-        files = tuple(f"{match['pipeline']}/{name}" for port, name in found.items() if refs[port].get("id") == id)
+        files = tuple(f"{match['pipeline']}/{found[port]}" for port, ref in refs.items() if ref["id"] == id)
         return Selection(ids=(id,), names=files)
     if (match := ID.match(text)) and len(text) >= 8:
         digits = match["digits"]
@@ -90,9 +100,11 @@ def find(remote: Remote, text: str) -> Selection:
 
 
 def refs_of(remote: Remote, pipeline: str) -> dict[str, names.Place]:
-    """The files of a pipeline's names on the remote, and what each of them says."""
+    """The files of a pipeline's names on the remote, and what each of them says; other files are passed over."""
     found = {}
     for name in sorted(remote.sizes(f"refs/{pipeline}")):
+        if not PLAIN.match(name):
+            continue
         place = names.place(name)
         if not place.stage:
             place = place._replace(stage=str(json_object(remote.read(f"refs/{pipeline}/{name}")).get("stage", name)))
@@ -133,14 +145,15 @@ def _remote_closure(remote: Remote, ids: Iterable[str], lineage: bool, alone: bo
                 for out in pointer_outputs(parse_pointer(remote.read(remote.path(remote.layout.key(key)))))
             ]
         if lineage:
-            queue += input_ids(manifest.provenance)
+            queue += filter(is_id, input_ids(manifest.provenance))
     return found
 
 
 def _remote_keys(remote: Remote, manifest: Manifest) -> list[str]:
-    records = remote.sizes(remote.path(remote.layout.record(manifest.id, "x").parent))
-    first = str(manifest.provenance.get("key") or "")
-    return [*([first] if first else []), *(f"sha256:{name.removesuffix('.json')}" for name in sorted(records))]
+    """The keys that lead to an artifact. A name that is none is passed over: it would become a path here."""
+    first = manifest.provenance.get("key")
+    found = (RECORD.match(name) for name in sorted(remote.sizes(remote.path(remote.layout.records(manifest.id)))))
+    return [*([str(first)] if is_id(first) else []), *(f"sha256:{match[1]}" for match in found if match)]
 
 
 def _pull_one(store: Store, remote: Remote, manifest: Manifest, meter: Meter) -> bool:
@@ -154,7 +167,7 @@ def _pull_one(store: Store, remote: Remote, manifest: Manifest, meter: Meter) ->
     lock = try_lock(store.root / "locks" / f"{name}.lock")
     if lock is None:
         who = holder(store.root / "locks" / f"{name}.lock")
-        raise InputError(f"{manifest.id[:15]} is being pulled already: {who}", hint="wait for it")
+        raise BusyError(f"{manifest.id[:15]} is being pulled already: {who}", hint="wait for it")
     with lock:
         directory.mkdir(parents=True, exist_ok=True)
         for left in [path for path in directory.rglob(".*") if path.is_file()]:
@@ -228,18 +241,24 @@ def _pull_key(store: Store, remote: Remote, key: str) -> bool:
     return True
 
 
-def _pull_name(store: Store, remote: Remote, name: str) -> Iterator[str]:
-    """Let a name mean here what it means there, unless ours is newer; the names that changed."""
+def _pull_name(store: Store, remote: Remote, name: str, report: Report) -> None:
+    """Let a name mean here what it means there, unless ours is newer."""
     ref = json_object(remote.read(f"refs/{name}"))
     path = store.refs / name
-    if ref and str(ref.get("time", "")) >= str(names.read_json(path).get("time", "")):
+    if not is_id(ref.get("id")):
+        return
+    ours = names.read_json(path)
+    kept = str(ref.get("time", "")) < str(ours.get("time", ""))
+    if not kept:
         for folder in (store.refs, *project_refs(store)):
             protocol.replace_json(store, folder / name, ref)
-        yield f"{path.parent.name}/{names.title(names.placed(path))}"
+    title = f"{path.parent.name}/{names.title(names.placed(path))}"
+    (report.newer if kept and ours.get("id") != ref["id"] else report.names).append(title)
 
 
 def pull_files(remote: Remote, text: str, patterns: Sequence[str], directory: Path) -> list[FileEntry]:
-    """Some files of one artifact into a directory of their own, where they are none. InputError lists what it has."""
+    """Some files of one artifact into a directory, where nothing is overwritten. InputError lists what it has."""
+    remote.check()
     ids = find(remote, text).ids
     if len(ids) != 1:
         raise InputError(f"{text} means {len(ids)} artifacts, --files takes one", hint="name it by its id")
@@ -251,6 +270,21 @@ def pull_files(remote: Remote, text: str, patterns: Sequence[str], directory: Pa
     if not wanted:
         listed = ", ".join(file.path for file in manifest.files[:12])
         raise InputError(f"{text} has no file like {' or '.join(patterns)}", hint=f"it has {listed}")
+    for file in wanted:
+        _check_place(directory / _safe(file.path), file)
     with Meter("pull", sum(file.size for file in wanted)) as meter:
         _fetch(remote, manifest, wanted, directory, meter)
     return wanted
+
+
+def _check_place(target: Path, file: FileEntry) -> None:
+    """InputError unless the file can be put there, or is there already."""
+    parent = next(path for path in target.absolute().parents if os.path.lexists(path))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {target}: {parent} is not a writable directory", hint="choose another --output")
+    same = target.is_file() and target.stat().st_size == file.size and hash_file(target) == file.sha256
+    if os.path.lexists(target) and not same:
+        raise InputError(
+            f"{target} exists and is another file, it is not overwritten",
+            hint="move it away, or choose another --output",
+        )

@@ -11,10 +11,12 @@ from llmctl.store.manifest import NAME, FileEntry, Manifest
 from llmctl.store.progress import Meter
 from llmctl.store.reachable import input_ids
 from llmctl.store.remote import Remote
-from llmctl.store.store import Store
+from llmctl.store.store import Store, is_id
 from llmctl.store.transfer import (
+    RUN,
     Report,
     Selection,
+    json_object,
     parallel,
     parse_pointer,
     pointer_outputs,
@@ -27,14 +29,16 @@ from llmctl.store.verification import inspect
 def push(store: Store, remote: Remote, texts: Sequence[str], *, lineage: bool, alone: bool, force: bool) -> Report:
     """Copy artifacts with the keys and names that lead to them. `force` writes files again that look whole there.
 
-    InputError before anything is sent if one is missing or damaged here.
+    InputError before anything is sent if one is missing or damaged here, or if something else is there.
     """
+    _check_other(store, remote)
     asked = _asked(store, texts)
-    manifests = {id: Manifest.read(store.artifact(id)) for id in _closure(store, asked.ids, lineage, alone)}
-    for id, manifest in manifests.items():
-        store.use(id)
-        if problems := inspect(store.artifact(id), id, deep=True):
-            raise InputError(f"{manifest.id[:15]} is not pushed: {problems[0]}", hint="run its stage again")
+    manifests = {id: store.manifest(store.use(id).id) for id in _closure(store, asked.ids, lineage, alone)}
+    with Meter("hashing", sum(manifest.bytes for manifest in manifests.values())) as meter:
+        for id in manifests:
+            if problems := inspect(store.artifact(id), id, deep=True, hashed=meter):
+                raise InputError(f"{id[:15]} is not pushed: {problems[0]}", hint="run its stage again")
+    remote.mark()
     report = Report()
     with Meter("push", sum(manifest.bytes for manifest in manifests.values())) as meter:
         for manifest in manifests.values():
@@ -42,7 +46,7 @@ def push(store: Store, remote: Remote, texts: Sequence[str], *, lineage: bool, a
             (report.moved if moved else report.skipped).append(manifest)
     _push_beside(store, remote, manifests)
     report.keys = _push_keys(store, remote, manifests)
-    report.names = _push_names(store, remote, manifests)
+    _push_names(store, remote, manifests, report)
     for run in asked.runs:
         for name in ("spec.json", "run.json"):
             path = store.run(run) / name
@@ -51,13 +55,18 @@ def push(store: Store, remote: Remote, texts: Sequence[str], *, lineage: bool, a
     return report
 
 
+def _check_other(store: Store, remote: Remote) -> None:
+    if remote.directory is not None and remote.directory.resolve().is_relative_to(store.root.resolve()):
+        raise InputError(f"{remote.uri} is this store itself", hint="push to another one")
+
+
 def _asked(store: Store, texts: Sequence[str]) -> Selection:
     ids: list[str] = []
     runs = []
     for text in texts:
         if text.startswith("run:"):
             run = text.removeprefix("run:")
-            result = names.read_json(store.run(run) / "run.json")
+            result = names.read_json(store.run(run) / "run.json") if RUN.match(run) else {}
             if not result:
                 raise InputError(f"there is no finished run {run} in {store.root}", hint=_runs_hint(store))
             runs.append(run)
@@ -82,9 +91,9 @@ def _closure(store: Store, ids: Iterable[str], lineage: bool, alone: bool) -> li
         if id in found or not (store.artifact(id) / NAME).is_file():
             continue
         found[id] = None
-        origin = Manifest.read(store.artifact(id)).provenance
+        origin = store.manifest(id).provenance
         if not alone:
-            queue += [str(out) for key in _keys_of(store, id) for out in pointer_outputs(store.pointer(key))]
+            queue += [out for key in _keys_of(store, id) for out in pointer_outputs(store.pointer(key))]
         if lineage:
             queue += input_ids(origin)
     return list(found)
@@ -92,23 +101,28 @@ def _closure(store: Store, ids: Iterable[str], lineage: bool, alone: bool) -> li
 
 def _keys_of(store: Store, id: str) -> list[str]:
     """The keys of all stages that made these bytes."""
-    first = str(Manifest.read(store.artifact(id)).provenance.get("key") or "")
+    first = store.manifest(id).provenance.get("key")
     return [
-        *([first] if first else []),
-        *(f"sha256:{path.stem}" for path in sorted(store.record(id, "x").parent.glob("*.json"))),
+        *([str(first)] if is_id(first) else []),
+        *(f"sha256:{path.stem}" for path in sorted(store.records(id).glob("*.json"))),
     ]
 
 
 def _push_one(store: Store, remote: Remote, manifest: Manifest, meter: Meter, force: bool) -> bool:
-    """Send the files that are not there, the manifest last; False if all of it was there."""
+    """Send the files that are not there, the manifest last; False if all of it was there.
+
+    What is whole there is overwritten file by file, so that those who read it meanwhile go on.
+    """
     folder = remote.path(remote.layout.artifact(manifest.id))
     there = remote.sizes(folder)
     marked = remote_manifest(remote, manifest.id) if NAME in there else None
-    missing = [file for file in manifest.files if force or there.get(file.path) != file.size]
-    if marked is not None and not missing:
+    lacking = [file for file in manifest.files if there.get(file.path) != file.size]
+    whole = marked is not None and not lacking
+    if whole and not force:
         meter(manifest.bytes)
         return False
-    if NAME in there:
+    missing = list(manifest.files) if force else lacking
+    if NAME in there and not whole:
         remote.delete(f"{folder}/{NAME}")  # what is incomplete must not look whole while it is mended
     meter(manifest.bytes - sum(file.size for file in missing))
 
@@ -126,7 +140,7 @@ def _push_beside(store: Store, remote: Remote, manifests: Iterable[str]) -> None
     for id in manifests:
         for path in sorted(store.signatures(id).glob("*.sig")):
             remote.write(remote.path(remote.layout.signatures(id) / path.name), path.read_bytes())
-        for path in sorted(store.record(id, "x").parent.glob("*.json")):
+        for path in sorted(store.records(id).glob("*.json")):
             remote.write(remote.path(remote.layout.record(id, path.stem)), path.read_bytes())
 
 
@@ -149,13 +163,19 @@ def _push_keys(store: Store, remote: Remote, manifests: Iterable[str]) -> int:
     return count
 
 
-def _push_names(store: Store, remote: Remote, manifests: Iterable[str]) -> list[str]:
-    """Carry along every name and tag that means one of these artifacts now."""
+def _push_names(store: Store, remote: Remote, manifests: Iterable[str], report: Report) -> None:
+    """Carry along every name and tag that means one of these artifacts now, unless the remote's is newer."""
     pushed = set(manifests)
-    found = []
     for path in sorted(store.refs.glob("*/*.json")):
         ref = names.read_json(path)
-        if ref.get("id") in pushed:
-            remote.write(f"refs/{path.parent.name}/{path.name}", path.read_bytes())
-            found.append(f"{path.parent.name}/{names.title(names.placed(path))}")
-    return found
+        if ref.get("id") not in pushed:
+            continue
+        there = f"refs/{path.parent.name}/{path.name}"
+        title = f"{path.parent.name}/{names.title(names.placed(path))}"
+        theirs = json_object(remote.read(there))
+        if theirs.get("id") != ref["id"] and str(theirs.get("time", "")) > str(ref.get("time", "")):
+            report.newer.append(title)
+            continue
+        if str(theirs.get("time", "")) <= str(ref.get("time", "")):
+            remote.write(there, path.read_bytes())
+        report.names.append(title)

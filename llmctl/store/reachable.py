@@ -18,6 +18,7 @@ from llmctl.store.store import ID, Store
 
 Depth = Literal["none", "inputs", "all"]
 DAY = 86_400.0
+RUN_FILES = ("run.json", "spec.json", "events.jsonl", "metrics.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def reachable(store: Store, rules: Rules, manifests: dict[str, Manifest], now: f
     roots |= {str(ref.get("id")) for ref in names.every(store).values()}
     roots |= {str(ref.get("id")) for project in registered(store) for ref in project.refs()}
     roots |= {
-        id for request in _requests(store) if is_held(store, str(request["resume"])) for id in _request_ids(request)
+        id for request in requests(store) if is_held(store, str(request["resume"])) for id in request_ids(request)
     }
     roots |= {id for id, manifest in manifests.items() if age(store.artifact(id), manifest, now) < rules.recent}
     queue = list(roots)
@@ -72,8 +73,8 @@ def _behind(store: Store, manifest: Manifest, depth: Depth) -> Iterator[str]:
         return
     yield from input_ids(manifest.provenance)
     if depth == "all":
-        records = [names.read_json(path) for path in store.record(manifest.id, "x").parent.glob("*.json")]
-        for origin in (manifest.provenance, *(dict(record.get("provenance") or {}) for record in records)):
+        records = [names.read_json(path) for path in store.records(manifest.id).glob("*.json")]
+        for origin in (manifest.provenance, *(names.mapping(record.get("provenance")) for record in records)):
             yield from input_ids(origin)
             pointer = store.pointer(str(origin.get("key"))) if origin.get("key") else None
             if pointer is not None:
@@ -82,16 +83,30 @@ def _behind(store: Store, manifest: Manifest, depth: Depth) -> Iterator[str]:
 
 def input_ids(provenance: Any) -> Iterator[str]:
     """The ids of `inputs` of a provenance or a pre-image."""
-    for ids in dict(provenance.get("inputs") or {}).values():
-        yield from map(str, ids)
+    for ids in names.mapping(provenance.get("inputs")).values():
+        yield from map(str, ids if isinstance(ids, list) else ())
 
 
 def age(directory: Path, manifest: Manifest | None, now: float) -> float:
     """Seconds since an artifact was committed or last found by somebody, whichever is later."""
-    times = [directory.stat().st_mtime]
+    times = [modified(directory) or 0.0]
     if manifest is not None:
         times.append(seconds(str(manifest.provenance.get("ended", ""))))
     return now - max(times)
+
+
+def modified(path: Path) -> float | None:
+    """When a file or a directory was last changed; None if it is gone: somebody else collects, too."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return None
+
+
+def untouched(path: Path, now: float) -> float:
+    """Seconds since a file or a directory was last changed; -1 if it is gone, so that there is nothing to take."""
+    then = modified(path)
+    return -1.0 if then is None else now - then
 
 
 def seconds(stamp: str) -> float:
@@ -115,10 +130,10 @@ def is_held(store: Store, resume: str) -> bool:
 def kept_runs(store: Store, rules: Rules, now: float) -> set[str]:
     """Runs that are young, among the last, or going on: they hold a lock, or wrote an event and no result yet."""
     folders = sorted(path for path in (store.root / "runs").glob("*") if path.is_dir())
-    kept = {path.name for path in folders[len(folders) - rules.runs :]} if rules.runs else set()
+    kept = {path.name for path in folders[-rules.runs :]} if rules.runs else set()
     kept |= {run for path in (store.root / "locks").glob("*.lock") if (run := running(path))}
     for path in folders:
-        idle = now - max((file.stat().st_mtime for file in (path, *path.glob("*.json*"))), default=0.0)
+        idle = now - max(modified(file) or 0.0 for file in (path, *map(path.joinpath, RUN_FILES)))
         open_ = not (path / "run.json").exists() and idle < rules.recent
         if open_ or idle < rules.days * DAY:
             kept.add(path.name)
@@ -129,13 +144,13 @@ def run_ids(store: Store, run: str) -> set[str]:
     """The artifacts that a run has made, taken from the cache, or was given by id; of one that goes on: so far."""
     folder = store.run(run)
     result = names.read_json(folder / "run.json")
-    stages = dict(result.get("stages") or {}).values()
-    found = {str(out["id"]) for stage in stages for out in dict(stage.get("outputs") or {}).values()}
+    stages = list(names.objects(result.get("stages")))
+    found = {str(out.get("id")) for stage in stages for out in names.objects(stage.get("outputs"))}
     found |= set(_key_outputs(store, (str(stage.get("key")) for stage in stages if stage.get("key"))))
     if not result:
         found |= _event_ids(store, folder / "events.jsonl")
-    asked = dict(names.read_json(folder / "spec.json").get("stages") or {}).values()
-    refs = (str(ref) for stage in asked for bound in dict(stage.get("inputs") or {}).values() for ref in bound)
+    asked = names.objects(names.read_json(folder / "spec.json").get("stages"))
+    refs = (ref for stage in asked for ref in input_ids(stage))
     return found | {id for ref in refs if ref.startswith("sha256:") and ID.match(ref) for id in _whole(store, ref)}
 
 
@@ -151,6 +166,8 @@ def _event_ids(store: Store, path: Path) -> set[str]:
             event = json.loads(line)
         except ValueError:
             continue  # the last line of a run that was killed
+        if not isinstance(event, dict):
+            continue
         if event.get("key"):
             keys.add(str(event["key"]))
         if event.get("type") == "artifact":
@@ -172,13 +189,15 @@ def _whole(store: Store, prefix: str) -> list[str]:
 # -- work in progress -------------------------------------------------------------------------------------------------
 
 
-def _requests(store: Store) -> Iterator[dict[str, Any]]:
+def requests(store: Store) -> Iterator[dict[str, Any]]:
+    """What stages were or are asked to do."""
     for path in sorted((store.root / "requests").glob("*/*.json")):
         request = names.read_json(path)
         if "resume" in request and "key" in request:
             yield request
 
 
-def _request_ids(request: dict[str, Any]) -> Iterator[str]:
-    for rows in dict(request.get("inputs") or {}).values():
-        yield from (str(row.get("id")) for row in rows)
+def request_ids(request: dict[str, Any]) -> Iterator[str]:
+    """The artifacts that a stage was given."""
+    for rows in names.mapping(request.get("inputs")).values():
+        yield from (str(names.mapping(row).get("id")) for row in (rows if isinstance(rows, list) else ()))

@@ -6,6 +6,7 @@ Every method tries again a few times when the network or the server stumbles; wh
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.errors import InputError, LlmctlError, MachineError, UsageError
-from llmctl.store.layout import Layout, own_name
+from llmctl.store.layout import FORMAT, OWN_NAME, Layout, own_name
 
 T = TypeVar("T")
+MARKER = "store.json"
 PAUSES = (0.5, 1.0, 2.0)
 """Seconds before each further attempt."""
 EXTRAS = {"s3": "llmctl[s3]", "s3a": "llmctl[s3]"}
@@ -49,6 +51,11 @@ class Remote:
         self._local = "file" in _protocols(self._fs)
         self.layout = Layout(Path("/"))
 
+    @property
+    def directory(self) -> Path | None:
+        """Where it lies on this machine, if it does."""
+        return Path(self.root or "/") if self._local else None
+
     def path(self, local: Path) -> str:
         """The remote path of one that `self.layout` gives."""
         return local.as_posix().lstrip("/")
@@ -66,6 +73,45 @@ class Remote:
             return self._try(f"list {folder}", find)
         except _Absent:
             return {}
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there, or only what a process that was killed at its first file or a check has left."""
+
+        def first() -> list[str]:
+            self._fs.invalidate_cache()
+            return [str(name) for name in self._fs.ls(self.root, detail=False)]
+
+        try:
+            found = [name.rstrip("/") for name in self._try("list", first)]
+        except _Absent:
+            return True
+        names = [name.rpartition("/")[2] for name in found if name != self.root.rstrip("/")]
+        names = [name for name in names if not OWN_NAME.match(name.removeprefix("."))]
+        return not names or (names == ["tmp"] and not self.sizes("tmp"))
+
+    def mark(self) -> bool:
+        """Make it a store unless it is one; False if it was. InputError if it is something else."""
+        if self.check():
+            return False
+        if not self.is_empty():
+            raise InputError(f"{self.uri} is no llmctl store and not empty", hint="give an empty or a new place")
+        self.create(MARKER, (json.dumps({"format": FORMAT}) + "\n").encode())
+        return True
+
+    def check(self) -> bool:
+        """Whether it says that it is a store. InputError for one of another format."""
+        data = self.read(MARKER)
+        if data is None:
+            return False
+        try:
+            format = json.loads(data)["format"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.uri}/{MARKER} is damaged", hint='it should hold {"format": 1}') from None
+        if format != FORMAT:
+            raise InputError(
+                f"{self.uri} is a store of format {format}, this llmctl knows {FORMAT}", hint="upgrade llmctl"
+            )
+        return True
 
     def read(self, path: str) -> bytes | None:
         """The bytes of a file, None if there is none."""
@@ -96,7 +142,7 @@ class Remote:
                 raise
             return True
 
-        return bool(self._try(f"write {path}", create))
+        return bool(self._write(path, create))
 
     def upload(self, source: Path, path: str) -> None:
         """Copy a local file to the remote, over whatever is there."""
@@ -137,7 +183,14 @@ class Remote:
             finally:
                 Path(temporary).unlink(missing_ok=True)
 
-        self._try(f"write {path}", put)
+        self._write(path, put)
+
+    def _write(self, path: str, work: Callable[[], T]) -> T:
+        """Where nothing can be made, it is as if nothing were there: that is an error where something is written."""
+        try:
+            return self._try(f"write {path}", work)
+        except _Absent as absent:
+            raise self._error(f"write {path}", absent.__cause__ or absent) from absent
 
     def _parents(self, full: str) -> None:
         if "s3" not in _protocols(self._fs):
@@ -178,7 +231,7 @@ class Remote:
                 message, hint="set the credentials of the driver, for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         if isinstance(error, FileNotFoundError):
-            return InputError(message, hint="make the bucket first, or check its name")
+            return InputError(message, hint="make the bucket or the directory first, or check its name")
         if isinstance(error, PermissionError):
             return InputError(message, hint="check the rights of the credentials, and the name of the bucket")
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -194,8 +247,8 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     import fsspec
 
     scheme = uri.partition("://")[0] if "://" in uri else "file"
-    target = uri if "://" in uri else str(Path(uri).expanduser().absolute())
     try:
+        target = uri if "://" in uri else str(Path(uri).expanduser().absolute())
         options = {"use_listings_cache": False} if scheme in EXTRAS else {}
         filesystem, root = fsspec.core.url_to_fs(target, **options)
     except ImportError as error:
@@ -207,6 +260,11 @@ def _filesystem(uri: str) -> tuple[Any, str]:
         raise UsageError(
             f"{uri} is no address of a store: {error}", hint="s3://BUCKET/PREFIX, file:///PATH or a path"
         ) from None
+    except Exception as error:  # some drivers connect when they are made, and raise what they like
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"cannot open {uri}: {text}", hint="check the address, and whether it can be reached"
+        ) from error
     if scheme in EXTRAS and not str(root).strip("/"):
         raise UsageError(f"{uri} names no bucket", hint="s3://BUCKET/PREFIX")
     return filesystem, str(root)

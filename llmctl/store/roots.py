@@ -50,9 +50,16 @@ def project_directory() -> Path:
 def project_refs(layout: Layout) -> tuple[Path, ...]:
     """Where this project keeps its own copy of its names, registering it; nowhere in its own store."""
     directory = project_directory()
-    if layout.root.resolve().is_relative_to((directory / HOME).resolve()):
-        return ()
-    return (register(layout, directory),)
+    return () if _is_own(layout, directory) else (register(layout, directory),)
+
+
+def may_own_names(layout: Layout) -> bool:
+    """Whether names in `refs/` may be taken for this project's: not in the own store of another one."""
+    return layout.root.parent.name != HOME or _is_own(layout, project_directory())
+
+
+def _is_own(layout: Layout, directory: Path) -> bool:
+    return layout.root.resolve().is_relative_to((directory / HOME).resolve())
 
 
 def register(layout: Layout, directory: Path) -> Path:
@@ -60,12 +67,20 @@ def register(layout: Layout, directory: Path) -> Path:
     from llmctl.store.commit import create_json
     from llmctl.store.names import timestamp
 
-    name = hashlib.sha256(f"{socket.gethostname()}:{directory.resolve()}".encode()).hexdigest()[:16]
-    folder = layout.roots / name
+    folder = _folder(layout, directory)
     if not (folder / PROJECT).exists():
         value = {"directory": str(directory.resolve()), "host": socket.gethostname(), "since": timestamp()}
         create_json(layout, folder / PROJECT, value)
     return folder
+
+
+def own_folder(layout: Layout) -> Path:
+    """Where this project would keep its names, whether or not it is registered."""
+    return _folder(layout, project_directory())
+
+
+def _folder(layout: Layout, directory: Path) -> Path:
+    return layout.roots / hashlib.sha256(f"{socket.gethostname()}:{directory.resolve()}".encode()).hexdigest()[:16]
 
 
 def registered(layout: Layout) -> list[Root]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.errors import InputError, MachineError
-from llmctl.store.layout import Layout, own_name
+from llmctl.store.layout import Layout, is_store, own_name
 
 NAMESPACE = "llmctl.artifact"
 ALLOWED = "LLMCTL_ALLOWED_SIGNERS"
@@ -32,11 +32,13 @@ class Verdict:
 
 
 def signature_folders(directory: Path, id: str, *stores: Layout) -> list[Path]:
-    """Where signatures of the artifact in `directory` may lie: in its store, beside it, in the `stores`."""
-    found = [directory.with_name(directory.name + ".signatures")]
-    if directory.name == id.removeprefix("sha256:") and len(directory.parents) > 3:
-        found = [Layout(directory.parents[3]).signatures(id)]  # <root>/artifacts/sha256/f6/f6d3…
-    return list(dict.fromkeys([*found, *(store.signatures(id) for store in stores)]))
+    """Where signatures of the artifact in `directory` may lie: in its store or beside it, and in the `stores`."""
+    found = directory.with_name(directory.name + ".signatures")
+    if len(directory.parents) > 3:
+        home = Layout(directory.parents[3])  # <root>/artifacts/sha256/f6/f6d3…
+        if is_store(home.root) and home.artifact(id) == directory:
+            found = home.signatures(id)
+    return list(dict.fromkeys([found, *(store.signatures(id) for store in stores)]))
 
 
 def sign(id: str, folder: Path, key: Path | None) -> Path:
@@ -95,8 +97,11 @@ def _sign_error(path: Path, text: str) -> InputError:
 def allowed_signers(path: Path | None) -> Path:
     """The file that says which key belongs to whom: as given, `$LLMCTL_ALLOWED_SIGNERS`, the user's own."""
     if path is None:
-        home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-        path = Path(os.environ.get(ALLOWED) or home / "llmctl" / "allowed_signers").expanduser()
+        from llmctl.spec.user_config import config_path
+
+        named = os.environ.get(ALLOWED)
+        path = Path(named) if named else config_path().with_name("allowed_signers")
+    path = path.expanduser()
     if not path.is_file():
         raise InputError(
             f"there is no list of allowed signers at {path}",
@@ -107,30 +112,38 @@ def allowed_signers(path: Path | None) -> Path:
 
 def check_signed(id: str, folders: Sequence[Path], identity: str, allowed: Path) -> Verdict:
     """Whether one of the signatures in `folders` is a good one of `id` by `identity`. MachineError: no ssh-keygen."""
-    files = {path.name: path for folder in reversed(folders) for path in sorted(folder.glob("*.sig"))}
+    files = [path for folder in folders for path in sorted(folder.glob("*.sig"))]
     if not files:
         return Verdict(reason="it is not signed")
     signers: list[str] = []
     reasons = []
-    for path in files.values():
+    for path in files:
+        if _is_good(id, path, identity, allowed):
+            signers.append(identity)
+            continue
         if _ssh("-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(path), message=id).returncode:
             reasons.append(f"{path} is no signature of this artifact")
             continue
         found = _ssh("-Y", "find-principals", "-s", str(path), "-f", str(allowed))
-        names = [name for line in found.stdout.split() for name in line.split(",")]
+        names = [name for line in found.stdout.splitlines() for name in line.strip().split(",") if name]
         if found.returncode or not names:
             reasons.append(f"it is signed with the key {fingerprint(path)}, which {allowed} does not list")
         for name in names:
-            command = ("-Y", "verify", "-f", str(allowed), "-I", name, "-n", NAMESPACE, "-s", str(path))
-            if _ssh(*command, message=id).returncode:
-                reasons.append(f"{allowed} does not let {name} sign this now")
-            else:
+            if _is_good(id, path, name, allowed):
                 signers.append(name)
+            else:
+                reasons.append(f"{allowed} does not let {name} sign this now")
     signers = list(dict.fromkeys(signers))
     if identity in signers:
         return Verdict(signers=tuple(signers))
     by = f"it is signed by {', '.join(signers)}, not by {identity}" if signers else "; ".join(reasons)
     return Verdict(signers=tuple(signers), reason=by)
+
+
+def _is_good(id: str, signature: Path, identity: str, allowed: Path) -> bool:
+    """What ssh-keygen says: it knows the patterns, quotes and time limits of the list."""
+    command = ("-Y", "verify", "-f", str(allowed), "-I", identity, "-n", NAMESPACE, "-s", str(signature))
+    return bool(identity) and not _ssh(*command, message=id).returncode
 
 
 def _ssh(*arguments: str, message: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,12 @@ from llmctl.store.manifest import BadManifest, Manifest
 from llmctl.store.verification import inspect
 
 ID = re.compile(r"(sha256:)?(?P<digits>[0-9a-f]{4,64})\Z")
+WHOLE = re.compile(r"sha256:[0-9a-f]{64}\Z")
+
+
+def is_id(value: Any) -> bool:
+    """Whether this is a whole content id or key: `sha256:` and 64 hexadecimal digits."""
+    return isinstance(value, str) and WHOLE.match(value) is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,8 @@ class Pointer:
     def parse(cls, raw: Mapping[str, Any]) -> Pointer | None:
         """The pointer in a JSON object; None if it is none."""
         if not all(name in raw for name in cls.__dataclass_fields__) or not isinstance(raw["outputs"], dict):
+            return None
+        if not all(isinstance(id, str) for id in raw["outputs"].values()):
             return None
         return cls(**{name: raw[name] for name in cls.__dataclass_fields__})
 
@@ -99,6 +107,11 @@ class Store(Layout):
             raise InputError(f"there is no artifact {id} in {self.root}", hint="`llmctl ls` lists them") from None
         except BadManifest as error:
             raise InputError(f"{directory / 'llmctl.json'} is damaged: {error}", hint="run its stage again") from None
+        if manifest.id != full:
+            raise InputError(
+                f"artifact {full[:19]} is damaged: {directory} holds {manifest.id[:19]}",
+                hint="run its stage again, it is made anew",
+            )
         if damage := manifest.damage(directory):
             raise InputError(f"artifact {full[:19]} is damaged: {damage}", hint="run its stage again, it is made anew")
         return manifest

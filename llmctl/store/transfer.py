@@ -7,16 +7,20 @@ hashed here."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from llmctl.store.manifest import NAME, BadManifest, Manifest, content_id
+from llmctl.store.names import mapping, objects
 from llmctl.store.remote import Remote
-from llmctl.store.store import Pointer
+from llmctl.store.store import Pointer, is_id
 
 WORKERS = 8
+RUN = re.compile(r"[A-Za-z0-9][\w.-]*\Z")
+"""What a run may be called: a single part of a path."""
 T = TypeVar("T")
 
 
@@ -29,6 +33,8 @@ class Report:
     """Whole on the other side already."""
     keys: int = 0
     names: list[str] = field(default_factory=list)
+    newer: list[str] = field(default_factory=list)
+    """Names that mean something newer on the other side, and stayed as they are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +47,14 @@ class Selection:
 
 
 def run_outputs(result: dict[str, Any]) -> list[str]:
-    """The artifacts that a run's `run.json` lists."""
-    stages = dict(result.get("stages") or {}).values()
-    return [str(out["id"]) for stage in stages for out in dict(stage.get("outputs") or {}).values()]
+    """The artifacts that a run's `run.json` lists; what is no list of them is passed over."""
+    outs = (out for stage in objects(result.get("stages")) for out in objects(stage.get("outputs")))
+    return [str(out["id"]) for out in outs if is_id(out.get("id"))]
 
 
 def pointer_outputs(pointer: Pointer | None) -> list[str]:
     """The artifacts that a key leads to."""
-    return [str(id) for id in pointer.outputs.values()] if pointer else []
+    return [str(id) for id in pointer.outputs.values() if is_id(id)] if pointer else []
 
 
 def parallel(work: Callable[[T], None], items: Sequence[T]) -> None:
@@ -66,15 +72,15 @@ def parallel(work: Callable[[T], None], items: Sequence[T]) -> None:
 def json_object(data: bytes | None) -> dict[str, Any]:
     """The object in JSON bytes; empty if there is none."""
     try:
-        value = json.loads(data or b"")
+        return mapping(json.loads(data or b""))
     except ValueError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def parse_pointer(data: bytes | None) -> Pointer | None:
-    """The pointer in the bytes of its file; None if it is none."""
-    return Pointer.parse(json_object(data))
+    """The pointer in the bytes of its file; None if it is none, or leads to what is no id."""
+    pointer = Pointer.parse(json_object(data))
+    return pointer if pointer is not None and all(map(is_id, pointer.outputs.values())) else None
 
 
 def remote_manifest(remote: Remote, id: str) -> Manifest | None:

@@ -20,6 +20,9 @@ alone_option = click.option(
     "--alone", is_flag=True, help="Without the other outputs of its stage; its key goes along only where all are there."
 )
 
+FLEETING = ("memory",)
+"""Places that end with the process."""
+
 
 def open_remote(text: str, spec: str | None) -> Remote:
     """The remote that REMOTE names: an address, a path, or a name of the spec or of the user's configuration."""
@@ -31,7 +34,10 @@ def open_remote(text: str, spec: str | None) -> Remote:
         from llmctl.spec.pipeline import load_pipeline
 
         named = dict(load_pipeline(spec, registry=get_registry()).remotes)  # the user's own are among them
-    return Remote(remote_uri(text, named))
+    uri = remote_uri(text, named)
+    if uri.partition("://")[0].rpartition("::")[2] in FLEETING:
+        raise UsageError(f"{uri} is gone when this command ends", hint="s3://BUCKET/PREFIX, file:///PATH or a path")
+    return Remote(uri)
 
 
 @click.command()
@@ -103,6 +109,8 @@ def pull(
     if bool(patterns) != (output is not None) or (patterns and (len(artifacts) > 1 or lineage)):
         raise UsageError("--files and --output go together, with one artifact", hint="`llmctl get` copies a whole one")
     remote = open_remote(source, spec)
+    if alone and patterns:
+        raise UsageError("--alone is of no use with --files", hint="--files takes files of one artifact only")
     if output is not None:
         files = pull_files(remote, artifacts[0], patterns, output)
         rows = [{"path": str(output / file.path), "size": file.size, "sha256": file.sha256} for file in files]
@@ -119,7 +127,7 @@ def _record(report: Report, remote: Remote) -> dict[str, Any]:
         for moved, found in ((True, report.moved), (False, report.skipped))
         for manifest in found
     ]
-    return {"remote": remote.uri, "artifacts": rows, "keys": report.keys, "names": report.names}
+    return {"remote": remote.uri, "artifacts": rows, "keys": report.keys, "names": report.names, "newer": report.newer}
 
 
 def _text(report: Report, verb: str, where: str) -> str:
@@ -129,6 +137,8 @@ def _text(report: Report, verb: str, where: str) -> str:
     cells = [(m.id[:SHORT], m.type, human_bytes(m.bytes), what) for m, what in rows]
     size = human_bytes(sum(manifest.bytes for manifest in report.moved))
     names = f", names: {', '.join(report.names)}" if report.names else ""
+    side = "there" if verb == "pushed" else "here"
+    names += f"; left as they are, newer {side}: {', '.join(report.newer)}" if report.newer else ""
     total = f"{len(report.moved)} of {len(rows)} {verb} {where} ({size}), {report.keys} new keys{names}"
     return "\n".join([table(("ID", "TYPE", "SIZE", "STATE"), cells), total])
 

@@ -71,7 +71,13 @@ def test_bytes_go_when_the_last_reader_is_done_and_come_back_when_needed(run, ac
 
 @pytest.mark.parametrize(
     "by",
-    ["tag", "key", pytest.param("output", marks=pytest.mark.slow), pytest.param("name", marks=pytest.mark.slow)],
+    [
+        "tag",
+        "key",
+        "project",
+        pytest.param("output", marks=pytest.mark.slow),
+        pytest.param("name", marks=pytest.mark.slow),
+    ],
 )
 def test_what_something_else_holds_stays(by, run, work):
     assert run(CHAIN, to=["b"]).code == 0
@@ -80,6 +86,8 @@ def test_what_something_else_holds_stays(by, run, work):
     fields = {"tag": {"tag": "best"}, "output": {"output": work / "out"}}.get(by, {})
     if by == "name":
         replace_json(store, store.refs / "q/other.text.json", ref)
+    if by == "project":  # another one whose pipeline and stage have the same names
+        replace_json(store, store.roots / f"{1:016}/p/b.text.json", ref)
     if by == "key":
         pointer = store.pointer(ref["key"])
         store.publish(dataclasses.replace(pointer, key=f"sha256:{1:064}"))

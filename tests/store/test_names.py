@@ -142,9 +142,9 @@ def test_a_wanted_type_chooses_among_outputs(store, put):
     [
         (("tag", "p/sft"), 2, "1 names were given", "llmctl tag ARTIFACT NAME@TAG"),
         (("tag", "--delete", "p/sft", "p/x@y"), 2, "2 names were given", "llmctl tag --delete NAME@TAG"),
-        (("tag", "p/sft", "best"), 5, "`best` is no name with a tag", "quickstart/sft@best"),
-        (("tag", "p/sft", "p/sft"), 5, "`p/sft` is no name with a tag", "@TAG"),
-        (("tag", "p/sft", "../x@y"), 5, "is no name with a tag", "@TAG"),
+        (("tag", "p/sft", "best"), 2, "`best` is no name with a tag", "quickstart/sft@best"),
+        (("tag", "p/sft", "p/sft"), 2, "`p/sft` is no name with a tag", "@TAG"),
+        (("tag", "p/sft", "../x@y"), 2, "is no name with a tag", "@TAG"),
         (("tag", "p/stf", "p/sft@best"), 5, "there is no result named `p/stf`", "did you mean `p/sft`"),
         (("tag", "--delete", "p/sft@bets"), 5, "there is no tag `p/sft@bets`", "did you mean `p/sft@best`"),
         (("show", "p/sft.modle"), 5, "there is no result named `p/sft.modle`", "did you mean `p/sft.model`"),
@@ -177,3 +177,23 @@ def test_a_half_written_name_never_exists(store, put, monkeypatch):
     with pytest.raises(Killed):
         names.set_tag(store, "p/sft@best", {"id": two.id, "type": "report"})
     assert store.resolve("p/sft@best").id == one.id
+
+
+def test_in_a_shared_store_tags_are_the_projects_own_as_well(store, put, call, tmp_path, monkeypatch):
+    one, two = put({"x": "1"}), put({"x": "2"})
+    at = ("--store", store.root)
+    for project in ("a", "b"):
+        (tmp_path / project / ".llmctl").mkdir(parents=True)
+
+    def rooted():
+        return {(path.name, names.read_json(path)["id"]) for path in store.roots.glob("*/p/*.json")}
+
+    monkeypatch.chdir(tmp_path / "a")
+    assert call("tag", one.id, "p/sft@best", *at).code == 0
+    monkeypatch.chdir(tmp_path / "b")
+    assert call("tag", two.id, "p/sft@best", *at).code == 0
+    assert rooted() == {("sft@best.json", one.id), ("sft@best.json", two.id)}
+    names.write(store, "p", "sft", {"model": (two.id, "report")}, key="k", run="r", tag="best")
+    assert ("sft@best.json", two.id) not in rooted()
+    call("tag", "--delete", "p/sft@best", *at)
+    assert rooted() == {("sft@best.json", one.id), ("sft.model.json", two.id)}

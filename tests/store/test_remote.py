@@ -12,7 +12,7 @@ import pytest
 
 from llmctl.errors import InputError
 from llmctl.spec.canonical import digest
-from llmctl.store import Store, names
+from llmctl.store import Store, names, transferring
 from llmctl.store import remote as remotes
 from llmctl.store.manifest import Manifest
 from llmctl.store.pulling import pull
@@ -52,8 +52,9 @@ def s3(s3_server, monkeypatch, call):
 
 
 @pytest.fixture(params=["directory", "file", "memory", "s3"])
-def uri(request, tmp_path, call):
-    """The address of an empty remote."""
+def uri(request, tmp_path, call, monkeypatch):
+    """The address of an empty remote; commands of this process may use its memory."""
+    monkeypatch.setattr(transferring, "FLEETING", ())
     if request.param == "s3":
         return request.getfixturevalue("s3")
     return {
@@ -436,7 +437,12 @@ def test_a_server_that_is_not_there(store, made, call, monkeypatch, s3):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     fsspec.filesystem("s3").clear_instance_cache()
     done = call("push", "p/train", "--to", s3, "--store", store.root)
-    assert done.code == 5 and "cannot list" in done.error and "127.0.0.1:9" in done.error and "\n" not in done.error
+    assert (
+        done.code == 5
+        and "cannot read store.json" in done.error
+        and "127.0.0.1:9" in done.error
+        and "\n" not in done.error
+    )
 
 
 # -- what goes wrong for a moment -------------------------------------------------------------------------------------

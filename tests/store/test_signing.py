@@ -239,3 +239,84 @@ def test_without_openssh(artifact, sign, check, monkeypatch, tmp_path):
         assert done.code == 7
         assert done.error == "ssh-keygen is not installed"
         assert "openssh-client" in done.hint
+
+
+# -- whom it asks for, and where it looks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nobody", ["", "  "])
+def test_a_demand_for_nobody_is_a_mistake(nobody, artifact, check, call, store, keys):
+    done = check(artifact.id, nobody)
+    assert done.code == 2 and "--signed-by names nobody" in done.error
+
+
+def test_a_list_without_a_demand_is_a_mistake(artifact, call, store, keys):
+    done = call("verify", artifact.id, "--allowed-signers", keys / "allowed", "--store", store.root)
+    assert done.code == 2 and "--signed-by" in done.error
+
+
+@pytest.mark.parametrize(
+    ("principals", "identity", "good"),
+    [
+        ("*@x.org", "anybody@x.org", True),
+        ("*@x.org", "team@y.org", False),
+        ('"team@x.org,Team X <t@x.org>"', "Team X <t@x.org>", True),
+        ("*@x.org,!bad@x.org", "bad@x.org", False),
+        ("*@x.org,!bad@x.org", "good@x.org", True),
+        ("a@x.org,b@x.org", "b@x.org", True),
+        ("a@x.org,b@x.org", "c@x.org", False),
+    ],
+)
+def test_the_list_is_read_as_openssh_reads_it(principals, identity, good, artifact, sign, check, keys, store):
+    sign(artifact.id)
+    (keys / "allowed").write_text(f"{principals} {(keys / 'team.pub').read_text()}")
+    done = check(artifact.id, identity, "--format", "json")
+    assert (done.code == 0) is good
+    assert (done.json[0]["signers"] == [identity]) is good
+    (path,) = store.signatures(artifact.id).iterdir()
+    command = [
+        "ssh-keygen",
+        "-Y",
+        "verify",
+        "-f",
+        keys / "allowed",
+        "-I",
+        identity,
+        "-n",
+        "llmctl.artifact",
+        "-s",
+        path,
+    ]
+    assert (subprocess.run(command, input=f"{artifact.id}\n".encode(), capture_output=True).returncode == 0) is good
+
+
+def test_the_list_lies_beside_the_configuration(artifact, sign, call, store, keys, tmp_path, monkeypatch):
+    sign(artifact.id)
+    monkeypatch.setenv("LLMCTL_CONFIG", str(tmp_path / "mine/config.yaml"))
+    base = ("verify", artifact.id, "--signed-by", "team@x.org", "--store", store.root)
+    assert f"{tmp_path}/mine/allowed_signers" in call(*base).error
+    (tmp_path / "mine").mkdir()
+    shutil.copy(keys / "allowed", tmp_path / "mine/allowed_signers")
+    assert call(*base).code == 0
+
+
+def test_a_copy_that_is_called_like_its_digest(artifact, sign, check, call, store, tmp_path):
+    """Only a directory that lies where a store has it has its signatures there."""
+    out = tmp_path / "a/b/c/d" / artifact.path.name
+    call("get", artifact.id, out, "--store", store.root)
+    assert sign(out).code == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == [out.name, f"{out.name}.signatures"]
+    assert not list(tmp_path.rglob("signatures")) and check(out).code == 0
+    assert sign(artifact.path).code == 0
+    assert store.signatures(artifact.id).is_dir()
+
+
+def test_a_good_signature_in_the_store_counts_beside_a_damaged_one(artifact, sign, check, call, store, tmp_path):
+    out = tmp_path / "out"
+    sign(artifact.id)
+    call("get", artifact.id, out, "--store", store.root)
+    (path,) = (tmp_path / "out.signatures").iterdir()
+    path.write_text("damaged")
+    assert check(out).code == 0
+    shutil.rmtree(store.signatures(artifact.id))
+    assert check(out).code == 5
