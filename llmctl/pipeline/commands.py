@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from llmctl.store import Store
 
 
+strict_option = click.option(
+    "--strict-env",
+    "strict",
+    is_flag=True,
+    help="Results of another Python, torch, CUDA or driver do not count.",
+)
+
+
 def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `run` and `plan` share: which spec, how it is changed, which of its stages."""
     for option in reversed(
@@ -41,12 +49,7 @@ def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="refresh: make everything anew.",
             ),
-            click.option(
-                "--strict-env",
-                "strict",
-                is_flag=True,
-                help="Results of another Python, torch, CUDA or driver do not count.",
-            ),
+            strict_option,
             store_option,
         )
     ):
