@@ -11,9 +11,10 @@ from llmctl.errors import BusyError, LlmctlError, MachineError, StageError, Temp
 from llmctl.launch import stopping
 from llmctl.launch.environment import stage_environment
 from llmctl.launch.failures import Failure
-from llmctl.launch.local import GRACE, Job, StageProcess
+from llmctl.launch.local import Job, StageProcess
 from llmctl.launch.request import Request
 from llmctl.launch.signals import Stop
+from llmctl.launch.stopping import GRACE
 from llmctl.pipeline.choice import Choice
 from llmctl.pipeline.events import EventLog
 from llmctl.pipeline.inputs import Inputs
@@ -43,6 +44,7 @@ class Options:
     gates: Literal["stop", "warn"] = "stop"
     jobs: int = 1
     keep_going: bool = False
+    grace: float = GRACE
     stop: Stop | None = None
     tick: Callable[[], None] | None = None
 
@@ -243,10 +245,10 @@ class Executor:
             self._check_aborted()
             if self._options.stopping and not told:
                 told = True
-                text = f"stopping: waiting up to {GRACE:.0f} s for a checkpoint, again to stop at once"
+                text = f"stopping: waiting up to {self._options.grace:g} s for a checkpoint, again to stop at once"
                 self._events("log", stage=spec.id, text=text)
 
-        process = StageProcess(self._store, job)
+        process = StageProcess(self._store, job, self._options.grace)
         outcome = process.supervise(lambda event: self._pass_on(spec, event), self._options.stop, tick)
         seconds = time.monotonic() - begun
         if outcome.failure is not None:

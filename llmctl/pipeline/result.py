@@ -82,7 +82,8 @@ class StageResult:
 
 @dataclass(kw_only=True)
 class RunResult:
-    """The whole run. `code` is 0, the first failure's code, 4 for a gate, or that of the signal that ended it."""
+    """The whole run. `code` is 0, the first failure's code (3 for a 2 after others were made), 4 for a gate, or that of
+    the signal that ended it."""
 
     run: str
     directory: Path

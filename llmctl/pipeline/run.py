@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from llmctl.errors import InputError
 from llmctl.launch.signals import Stop
+from llmctl.launch.stopping import GRACE
 from llmctl.pipeline import machine
 from llmctl.pipeline.events import Emit, EventLog
 from llmctl.pipeline.execution import Options
@@ -44,6 +45,7 @@ def run_pipeline(
     gates: GateMode = "stop",
     refresh: bool = False,
     strict: bool = False,
+    grace: float = GRACE,
     emit: Emit | None = None,
     stop: Stop | None = None,
     tick: Callable[[], None] | None = None,
@@ -52,7 +54,8 @@ def run_pipeline(
 
     `to`, `until` and `start` select as `selection.select` says. Up to `jobs` stages run at once, as far as the machine
     has what they ask for. After a failed stage nothing new is started, with `keep_going` all that does not depend on
-    it. `refresh` makes everything anew, `strict` puts the machine into every key. `emit` gets every event, from any
+    it. `refresh` makes everything anew, `strict` puts the machine into every key. Between a request
+    to stop and SIGKILL a stage has `grace` seconds. `emit` gets every event, from any
     thread but one at a time, and may return a text to warn of; `tick` is called about four times a second.
     Raises before anything runs: InputError (an input is missing, damaged or of a wrong kind, or a result before `start`
     is not there), UsageError (no such stage), MachineError (more resources asked for than there are, a secret is not
@@ -76,7 +79,7 @@ def run_pipeline(
         store.sweep()  # what a killed run has left may be what fills the disk
         machine.check_space(store.root)
     run = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}-{tokens.token_hex(2)}"
-    options = Options(on_busy=on_busy, gates=gates, jobs=jobs, keep_going=keep_going, stop=stop, tick=tick)
+    options = Options(on_busy=on_busy, gates=gates, jobs=jobs, keep_going=keep_going, grace=grace, stop=stop, tick=tick)
     events = EventLog(run, store.run(run), emit, keyring.masker())
     begun = time.monotonic()
     try:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmctl.errors import GateError, InputError, StageError
+from llmctl.errors import GateError, InputError, StageError, UsageError
 from llmctl.pipeline.choice import choose
 from llmctl.pipeline.durations import Durations, RunProgress
 from llmctl.pipeline.ephemeral import Collector
@@ -256,7 +256,10 @@ class Runner:
             if result.code:
                 where = f"log: {result.log}" if result.log else ""
                 hint = "; ".join(part for part in (result.hint, where) if part)
-                return result.code, f"`{result.id}`: {result.message}", hint
+                made = any(other.status == "done" and other.choice is None for other in stages.values())
+                # 2 means that nothing ran: it is not so if others were made before one refused its parameters.
+                code = StageError.exit_code if made and result.code == UsageError.exit_code else result.code
+                return code, f"`{result.id}`: {result.message}", hint
         missed = [g for r in stages.values() for g in r.gates if not g.ok and g.on_fail == "stop"]
         if missed:
             more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""
