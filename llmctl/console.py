@@ -94,7 +94,6 @@ class Reporter:
         self._warnings: list[str] = []
         self._started: dict[str, float] = {}
         self._said: dict[str, float] = {}
-        self._metrics: dict[str, dict[str, Any]] = {}
         self._closed = False
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -133,7 +132,6 @@ class Reporter:
     def _on_stage_start(self, event: Mapping[str, Any]) -> None:
         stage = str(event["stage"])
         self._started[stage] = self._said[stage] = self.clock()
-        self._metrics.pop(stage, None)
         left = f", about {human_seconds(self._left)} left in all" if self._left and self.total > 1 else ""
         attempt = f" attempt {event['attempt']}" if int(event.get("attempt") or 1) > 1 else ""
         self._print(f"{self._position()}{stage}: start{attempt}{left}")
@@ -154,7 +152,7 @@ class Reporter:
         self.finished += 1
 
     def _on_stage_skipped(self, event: Mapping[str, Any]) -> None:
-        reason = event.get("reason") or event.get("why")
+        reason = event.get("reason")
         self._print(f"{event['stage']}: skipped" + (f", {reason}" if reason else ""))
 
     def _on_stage_end(self, event: Mapping[str, Any]) -> None:
@@ -173,13 +171,8 @@ class Reporter:
             number = f"{choice['metric']} {human_number(choice['value'])}"
             self._print(f"{stage}: chose {choice['stage']} of {choice['rows']}{values}: {number}")
             return
-        numbers = event.get("metrics") or self._headline(stage, event.get("headline", ()))
-        text = "".join(f"  {name} {human_number(value)}" for name, value in numbers.items())
+        text = "".join(f"  {name} {human_number(value)}" for name, value in event.get("metrics", {}).items())
         self._print(f"{stage}: done in {human_seconds(took)}{text}")
-
-    def _on_metric(self, event: Mapping[str, Any]) -> None:
-        if "step" not in event:
-            self._metrics.setdefault(str(event.get("stage")), {})[str(event["name"])] = event.get("value")
 
     def _on_gate(self, event: Mapping[str, Any]) -> None:
         word, style = ("passed", "") if event.get("ok") else ("FAILED", "red")
@@ -202,10 +195,6 @@ class Reporter:
         """`[3/7] `: the stages that are done and those that run, this one included."""
         number = self.finished + max(1, len(self._started))
         return f"[{min(number, self.total)}/{self.total}] " if self.total > 1 else ""
-
-    def _headline(self, stage: str, names: Sequence[str]) -> dict[str, Any]:
-        known = self._metrics.get(stage, {})
-        return {name: known[name] for name in names if name in known}
 
     def _progress_text(self, stage: str, event: Mapping[str, Any]) -> str:
         step, total = event.get("step", 0), event.get("total")
@@ -281,7 +270,6 @@ class LiveReporter(Reporter):
         stage = str(event["stage"])
         self._remove(stage)  # of an attempt before this one
         self._started[stage] = self.clock()
-        self._metrics.pop(stage, None)
         self._tasks[stage] = self._bars.add_task(f"{self._position()}{stage}", total=None, note="")
         self._update_overall()
 

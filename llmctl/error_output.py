@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from llmctl.errors import LlmctlError
 
-FORMATS = (("--error-format", "LLMCTL_ERROR_FORMAT"), ("--log-format", "LLMCTL_LOG_FORMAT"))
+ERRORS, LOG = ("--error-format", "LLMCTL_ERROR_FORMAT"), ("--log-format", "LLMCTL_LOG_FORMAT")
 """Options with their variables; `json` in either gives JSON. They are read from the words as they were typed: the
 error may be that these cannot be parsed."""
 PLACE = ("file", "line", "column", "end_column")
@@ -17,14 +18,28 @@ PLACE = ("file", "line", "column", "end_column")
 
 def wants_json(args: Sequence[str]) -> bool:
     """Whether errors are to be told as JSON."""
-    return any(typed(args, option, variable) == "json" for option, variable in FORMATS)
+    return "json" in (typed(args, *ERRORS), typed(args, *LOG) or _configured())
+
+
+def _configured() -> str:
+    """The `log_format` of the user's configuration; of one that is broken nothing: that may be the error to tell."""
+    with contextlib.suppress(Exception):
+        from llmctl.spec.user_config import user_config
+
+        return user_config().log_format
+    return ""
 
 
 def typed(args: Sequence[str], option: str, variable: str) -> str:
     """The last value of an option in a command line that may be wrong elsewhere, else that of its variable."""
-    values = [arg.partition("=")[2] for arg in args if arg.startswith(f"{option}=")]
-    values += [value for name, value in zip(args, args[1:], strict=False) if name == option]
-    return values[-1] if values else os.environ.get(variable, "")
+    value = os.environ.get(variable, "")
+    words = iter(args)
+    for word in words:
+        if word == option:
+            value = next(words, value)
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+    return value
 
 
 def json_lines(error: LlmctlError) -> Iterator[str]:

@@ -251,7 +251,7 @@ def execute(pipeline: Pipeline, store: Store, stream: shell.Stream, values: Mapp
             stop.request(shell.ReaderGone.exit_code)
 
     spec = _only(pipeline)
-    options = {name: values[name] for name in ("events", "log_format", "on_busy")}
+    options = {name: values[name] for name in ("events", "log_format", "on_busy", "grace")}
     result = run_session(pipeline, store, watch=watch, to=(spec.id,), **options)
     error = result.error()
     if error is not None:

@@ -21,7 +21,7 @@ PARAM, PORT = "param__", "port__"
 """Prefixes of the names under which click gives the values of parameters and input ports."""
 RESERVED = frozenset(
     ("config", "set", "input", "output", "print-spec", "format", "store", "events", "cache", "on-busy", "help")
-    + ("stop-on-reader-exit", "log-format", "set-json", "set-file", "error-format")
+    + ("stop-on-reader-exit", "log-format", "set-json", "set-file", "error-format", "grace")
 )
 """Flags of every stage command; a parameter or port of that name is reached by `--set` or `--input`."""
 
@@ -148,6 +148,7 @@ def flag_name(name: str) -> str:
 
 def common_options() -> list[click.Parameter]:
     """What every stage command takes."""
+    from llmctl.launch.stopping import GRACE
     from llmctl.spec.resolved import CACHE_MODES
 
     path = click.Path(path_type=Path)
@@ -180,6 +181,14 @@ def common_options() -> list[click.Parameter]:
             default="wait",
             show_default=True,
             help="When another process does the same work.",
+        ),
+        click.Option(
+            ["--grace"],
+            type=click.FloatRange(min=0),
+            default=GRACE,
+            show_default=True,
+            metavar="SECONDS",
+            help="How long it may take for a checkpoint when it is to stop.",
         ),
         click.Option(["--stop-on-reader-exit"], is_flag=True, help="Stop when the next command of the pipe ends."),
     ]

@@ -14,6 +14,9 @@ PREFIXES = (
     "LC_", "PYTHON", "LD_", "DYLD_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH",
     "PYTORCH_", "ORT_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "LLMCTL_", "XDG_",
 )  # fmt: skip
+PRIVATE = ("_TOKEN", "_KEY", "_SECRET", "_PASSWORD")
+"""Ends of names that are not let through by their prefix: what opens a door must be declared by the stage that needs
+it."""
 FIXED = {
     # Iteration order of sets of strings must not differ between two runs of one stage.
     "PYTHONHASHSEED": "0",
@@ -39,14 +42,14 @@ def stage_environment(
     """What the stage sees: allowed variables of `base` (this process), defaults, fixed ones, resources, declared
     ones last.
 
-    `devices` are the GPUs it was given, None if it asked for none in particular; `hidden` are variables that hold
-    secrets, which only a stage that declares them gets.
+    `devices` are the GPUs it was given, None if it asked for none in particular. `hidden` are variables that hold
+    secrets: like those that are called so (`HF_TOKEN`), only a stage that declares them gets them.
     """
     source = os.environ if base is None else base
     allowed = {
         name: value
         for name, value in source.items()
-        if (name in NAMES or name.startswith(PREFIXES)) and name not in hidden
+        if (name in NAMES or (name.startswith(PREFIXES) and not name.endswith(PRIVATE))) and name not in hidden
     }
     limits: dict[str, str] = {}
     if cpus is not None:

@@ -19,12 +19,11 @@ from llmctl.errors import TempFail
 from llmctl.launch.failures import Failure, killed
 from llmctl.launch.masking import MaskedStream, Masker
 from llmctl.launch.signals import Stop
+from llmctl.launch.stopping import GRACE
 from llmctl.store.layout import Layout
 from llmctl.store.locks import Lock
 
 NO_SECRETS = Masker({})
-GRACE = 30.0
-"""Seconds between the request to stop and SIGKILL; Slurm's default KillWait is the same."""
 PAUSE = 0.25
 TIMED_OUT = 124
 

@@ -21,7 +21,9 @@ class Masker:
     URL, and the lines of one that has several."""
 
     def __init__(self, values: Mapping[str, str]) -> None:
-        self._names = {form.encode(): name for name, value in values.items() for form in _forms(value)}
+        self._names = {
+            form.encode(errors="surrogateescape"): name for name, value in values.items() for form in _forms(value)
+        }
         # Of two that begin alike the longer one is looked for first.
         self._longest_first = sorted(self._names, key=lambda form: (-len(form), form))
         self._pattern = re.compile(b"|".join(map(re.escape, self._longest_first))) if self._names else None
@@ -69,6 +71,8 @@ class Masker:
 
     def split(self, data: bytes) -> int:
         """How many bytes at the beginning of `data` can be masked now: a secret may go on after its end."""
+        if not self._longest_first:
+            return len(data)
         held = next(
             (
                 start
@@ -105,7 +109,8 @@ class MaskedStream:
 
 def _forms(value: str) -> Iterator[str]:
     lines = [line.strip() for line in value.splitlines()]
-    for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], quote(value), *lines):
+    in_url = quote(value, errors="surrogateescape")
+    for form in (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], in_url, *lines):
         if len(form) >= SHORTEST:
             yield form
 

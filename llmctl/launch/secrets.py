@@ -28,6 +28,8 @@ def resolve(secrets: Mapping[str, Secret], names: Iterable[str]) -> dict[str, st
         value = {"env": _from_environment, "file": _from_file, "command": _from_command}[secret.origin](secret)
         if not value:
             raise _missing(secret, "it is empty", "give it a value")
+        if "\0" in value:
+            raise _missing(secret, "it holds a NUL character, which no variable can", "give it another value")
         values[name] = value
     return values
 
@@ -58,7 +60,7 @@ def _from_command(secret: Secret) -> str:
         raise _missing(secret, f"its command took more than {PATIENCE:.0f} s", "run it in a terminal") from None
     if done.returncode:
         raise _missing(secret, f"its command ended with exit {done.returncode}", "run it in a terminal")
-    return done.stdout.decode(errors="replace").rstrip("\r\n")
+    return os.fsdecode(done.stdout).rstrip("\r\n")
 
 
 def _missing(secret: Secret, why: str, way_out: str) -> MachineError:

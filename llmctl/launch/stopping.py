@@ -14,6 +14,8 @@ from types import FrameType
 from llmctl.stage import STOP_FILE
 from llmctl.store.layout import Layout
 
+GRACE = 30.0
+"""Seconds between the request to stop and SIGKILL, unless told otherwise; Slurm's default KillWait is the same."""
 PAUSE = 0.5
 """Seconds between two looks at the file: asking must cost a training step nothing."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from llmctl.launch.stopping import GRACE
 from llmctl.spec.options import spec_layers
 from llmctl.store.commands import format_option, store_option
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from llmctl.spec.overrides import Setting
     from llmctl.spec.resolved import Pipeline
     from llmctl.store import Store
+
+
+strict_option = click.option(
+    "--strict-env",
+    "strict",
+    is_flag=True,
+    help="Results of another Python, torch, CUDA or driver do not count.",
+)
 
 
 def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,12 +50,7 @@ def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 show_default=True,
                 help="refresh: make everything anew.",
             ),
-            click.option(
-                "--strict-env",
-                "strict",
-                is_flag=True,
-                help="Results of another Python, torch, CUDA or driver do not count.",
-            ),
+            strict_option,
             store_option,
         )
     ):
@@ -80,6 +84,14 @@ def _spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--locked", is_flag=True, help="Run only if sources and plugins are those of sources.lock.jsonl.")
 @click.option("--keep-going", is_flag=True, help="After a failure still run what does not depend on it.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=GRACE,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a stage that is to stop may take for its checkpoint.",
+)
 @click.option("--events", envvar="LLMCTL_EVENTS", metavar="FILE|fd:N", help="Also write events as JSON lines.")
 @click.option(
     "--log-format",
@@ -102,6 +114,7 @@ def run(
     jobs: int,
     locked: bool,
     keep_going: bool,
+    grace: float,
     events: str | None,
     log_format: str | None,
 ) -> None:
@@ -139,6 +152,7 @@ def run(
         on_busy=on_busy,
         refresh=cache == "refresh",
         strict=strict,
+        grace=grace,
     )
     report = write_report(pipeline, result)  # before anything is printed: the reader of a pipe may have left
     click.echo(summary(result))

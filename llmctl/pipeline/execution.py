@@ -7,15 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmctl.errors import BusyError, LlmctlError, StageError, TempFail
+from llmctl.errors import BusyError, LlmctlError, MachineError, StageError, TempFail
 from llmctl.launch.environment import stage_environment
 from llmctl.launch.failures import Failure
-from llmctl.launch.local import GRACE, Job, StageProcess
+from llmctl.launch.local import Job, StageProcess
 from llmctl.launch.request import Request
 from llmctl.launch.signals import Stop
+from llmctl.launch.stopping import GRACE
 from llmctl.pipeline.choice import Choice
 from llmctl.pipeline.events import EventLog
 from llmctl.pipeline.inputs import Inputs
+from llmctl.pipeline.keyring import Keyring
 from llmctl.pipeline.machine import git_state
 from llmctl.pipeline.plan import Bound, Decision, Planner
 from llmctl.pipeline.result import StageResult
@@ -42,6 +44,7 @@ class Options:
     gates: Literal["stop", "warn"] = "stop"
     jobs: int = 1
     keep_going: bool = False
+    grace: float = GRACE
     stop: Stop | None = None
     tick: Callable[[], None] | None = None
 
@@ -66,7 +69,7 @@ class Executor:
         inputs: Inputs,
         events: EventLog,
         options: Options,
-        secrets: Mapping[str, str],
+        keyring: Keyring,
         progressed: Callable[[str, Mapping[str, Any]], None],
     ) -> None:
         self._pipeline = pipeline
@@ -75,7 +78,7 @@ class Executor:
         self._inputs = inputs
         self._events = events
         self._options = options
-        self._secrets = secrets
+        self._keyring = keyring
         self._progressed = progressed
         self._git: str | None = None
         self._aborted = False
@@ -96,6 +99,7 @@ class Executor:
             status="cached",
             key=pointer.key,
             outputs=there,
+            known=decision.outputs,
             metrics=pointer.metrics,
             seconds=pointer.seconds,
             collected=decision.collected,
@@ -130,6 +134,11 @@ class Executor:
                 return self.cached(spec, again)
             # An old request to stop is no reason not to begin; one to a runner beside us is not ours.
             (self._store.work(keys.resume, work) / STOP_FILE).unlink(missing_ok=True)
+            try:
+                self._keyring.look_up([spec])  # what was cached in the plan had no need of secrets
+            except MachineError as error:
+                return self.failed(spec, error, keys.action)
+            self._keyring.guard(self._events)
             return self._attempts(spec, keys, self._job(spec, bound, keys, lock, work, grant))
 
     def _acquire(self, spec: StageSpec, keys: Keys) -> tuple[Lock | None, int]:
@@ -183,10 +192,8 @@ class Executor:
             secrets=own,
             observed={"git": self._git} if self._git else {},
         ).write(self._store)
-        declared = {name: self._secrets[v.secret] if v.secret else v.value for name, v in spec.env.items()}
+        declared, hidden = self._keyring.variables(spec), self._keyring.hidden
         devices = None if spec.resources.gpus is None else grant.devices
-        secrets = self._pipeline.secrets.values()
-        hidden = {secret.variable or secret.name for secret in secrets if secret.origin == "env"}
         return Job(
             key=keys.action,
             instance=spec.id,
@@ -238,10 +245,10 @@ class Executor:
             self._check_aborted()
             if self._options.stopping and not told:
                 told = True
-                text = f"stopping: waiting up to {GRACE:.0f} s for a checkpoint, again to stop at once"
+                text = f"stopping: waiting up to {self._options.grace:g} s for a checkpoint, again to stop at once"
                 self._events("log", stage=spec.id, text=text)
 
-        process = StageProcess(self._store, job)
+        process = StageProcess(self._store, job, self._options.grace)
         outcome = process.supervise(lambda event: self._pass_on(spec, event), self._options.stop, tick)
         seconds = time.monotonic() - begun
         if outcome.failure is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmctl.errors import InputError, UsageError
+from llmctl.pipeline.changes import Change, changes
+from llmctl.pipeline.commands import spec_store, strict_option
 from llmctl.pipeline.drift import drift
 from llmctl.spec.options import spec_layers
 from llmctl.store.commands import format_option, print_as, store_option
@@ -19,32 +21,9 @@ from llmctl.store.names import read_json
 from llmctl.store.store import Store
 
 if TYPE_CHECKING:
+    from llmctl.pipeline.plan import Decision, Planner
     from llmctl.spec.overrides import Setting
-
-ABSENT = {"with": "default", "env": "unset", "key_deps": "none"}
-"""What a value is called that only one side has."""
-SHOWN = 6
-"""Files of a directory that are listed in text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One difference between two pre-images: `with.lr`, `inputs.text`, `env.X`, `key_deps.click`, `plugin.rev`."""
-
-    what: str
-    before: Any
-    after: Any
-    files: tuple[str, ...] = ()
-    """For an input: which of its files differ, if that is known: `changed a.md`, `new b.md`, `gone c.md`."""
-
-    @property
-    def text(self) -> str:
-        """A line for a person."""
-        line = f"{self.what} {_short(self.before)} → {_short(self.after)}"
-        if not self.files:
-            return line
-        more = f", and {len(self.files) - SHOWN} more" if len(self.files) > SHOWN else ""
-        return f"{line}\n    {', '.join(self.files[:SHOWN])}{more}"
+    from llmctl.spec.resolved import Pipeline, StageSpec
 
 
 @dataclass(kw_only=True)
@@ -66,6 +45,7 @@ class Answer:
 @click.argument("first", metavar="SPEC|ARTIFACT")
 @click.argument("second", metavar="STAGE|ARTIFACT")
 @spec_layers
+@strict_option
 @store_option
 @format_option
 def why(
@@ -73,6 +53,7 @@ def why(
     second: str,
     profiles: tuple[str, ...],
     sets: tuple[Setting, ...],
+    strict: bool,
     store_path: Path | None,
     format_: str,
 ) -> None:
@@ -80,13 +61,17 @@ def why(
 
     Only what is listed makes a stage run again. What was observed (versions of libraries) is shown for information.
     """
-    store = Store.open(store_path)
     if _is_spec(first):
-        answer = explain_stage(store, first, second, profiles, sets)
-    elif profiles or sets:
-        raise UsageError("--profile and --set belong to a spec", hint="llmctl why SPEC STAGE --set STAGE.PARAM=VALUE")
+        from llmctl.registry import get_registry
+        from llmctl.spec.pipeline import load_pipeline
+
+        pipeline = load_pipeline(first, profiles, sets, registry=get_registry())
+        answer = explain_stage(pipeline, Store.open(store_path or spec_store(pipeline)), second, strict=strict)
+    elif profiles or sets or strict:
+        hint = "llmctl why SPEC STAGE --set STAGE.PARAM=VALUE"
+        raise UsageError("--profile, --set and --strict-env belong to a spec", hint=hint)
     else:
-        answer = compare(store, first, second)
+        answer = compare(Store.open(store_path), first, second)
     print_as(format_, _record(answer), lambda: _text(answer))
 
 
@@ -99,67 +84,54 @@ def _is_spec(text: str) -> bool:
 # -- a stage of a spec ------------------------------------------------------------------------------------------------
 
 
-def explain_stage(store: Store, spec_name: str, stage: str, profiles: Sequence[str], sets: Sequence[Setting]) -> Answer:
+def explain_stage(pipeline: Pipeline, store: Store, stage: str, *, strict: bool = False) -> Answer:
     """Compare what a spec asks of a stage now with its last result. Raises what `plan` raises."""
     from llmctl.pipeline.inputs import Inputs
     from llmctl.pipeline.plan import Planner
     from llmctl.pipeline.selection import instances, select
     from llmctl.registry import get_registry
-    from llmctl.spec.pipeline import load_pipeline
-    from llmctl.store.keys import static_preimage
 
-    registry = get_registry()
-    pipeline = load_pipeline(spec_name, profiles, sets, registry=registry)
     rows = instances(pipeline, stage)
     if len(rows) > 1:
         raise UsageError(f"`{stage}` has {len(rows)} instances", hint=f"choose one, e.g. '{rows[0]}'")
+    (stage,) = rows
     specs = select(pipeline, [stage]).specs
     inputs = Inputs(pipeline, store)
     inputs.check_paths(specs)
-    planner = Planner(pipeline, store, registry)
+    planner = Planner(pipeline, store, get_registry(), strict=strict)
     decisions = {decision.id: decision for decision in planner.plan(specs, inputs)}
     spec, decision = pipeline.stages[stage], decisions[stage]
-    now = dict(decision.keys.preimage) if decision.keys else static_preimage(spec, registry.origin(spec.stage.name))
-    titles = {port: ", ".join(map(str, refs)) for port, refs in spec.inputs.items()}
     answer = Answer(subject=f"{pipeline.name}/{stage}", state=decision.action)
+    waiting = [decisions[id] for id in spec.dependencies if decisions[id].works and decision.keys is None]
+    answer.reasons = [f"`{one.id}` runs first: {'; '.join(one.why)}" for one in waiting]
     if spec.select is not None:  # it makes nothing, so there is no result to compare with
-        answer.reasons = list(decision.why)
+        answer.reasons += decision.why if not waiting else ()
         return answer
-    last = _last(store, pipeline.name, stage)
-    if last is not None:
-        answer.last = {name: str(last.get(name, "")) for name in ("key", "run", "ended")}
-        answer.changes = list(changes(store, last["preimage"], now, titles))
-        answer.drift = [Change(what=what, before=then, after=now) for what, then, now in drift(last["observed"])]
-    forced = _forced(spec)
-    if decision.keys is None:
-        waiting = [decisions[id] for id in spec.dependencies if decisions[id].action != "cached"]
-        answer.reasons = [f"`{one.id}` runs first: {'; '.join(one.why)}" for one in waiting]
-    answer.reasons += forced
-    if not answer.changes and not forced and decision.keys is not None:
-        answer.reasons.append(_no_difference(store, decision, last))
-    elif decision.action == "cached" and decision.pointer is not None:
-        answer.reasons.append(f"a result of run {decision.pointer.run} fits, it is cached")
-    if decision.action == "run" and decision.keys is not None:
-        answer.reasons += _failures(store, pipeline.name, stage, decision.keys.action)
+    _compare_with_last(planner, spec, decision, answer)
     return answer
 
 
-def _forced(spec: Any) -> list[str]:
-    """Why a stage runs whatever there is."""
-    if spec.stage.effect:
-        return ["it acts on the world, so it is never cached"]
-    return [f"cache: {spec.cache}"] if spec.cache != "auto" else []
+def _compare_with_last(planner: Planner, spec: StageSpec, decision: Decision, answer: Answer) -> None:
+    """Add to the answer what differs from the stage's last result, and why it runs, or does not, if nothing does."""
+    from llmctl.store.keys import static_preimage
 
-
-def _last(store: Store, pipeline: str, stage: str) -> dict[str, Any] | None:
-    """The last result under the stage's name: its pre-image, what was observed, key, run, end."""
-    from llmctl.store.names import Names
-
-    refs = Names(store).of(pipeline, stage).values()
-    latest = max(refs, key=lambda ref: str(ref.get("time", "")), default=None)
-    if latest is None:
-        return None
-    return _result(store, str(latest.get("id", "")), str(latest.get("key", "")), str(latest.get("run", "")))
+    store, pipeline = planner.store, planner.pipeline.name
+    latest = planner.latest(spec)
+    last = _result(store, *(str(latest.get(name, "")) for name in ("id", "key", "run"))) if latest else None
+    if last is not None:
+        now = decision.keys.preimage if decision.keys else static_preimage(spec, planner.origin(spec), planner.strict)
+        titles = {port: ", ".join(map(str, refs)) for port, refs in spec.inputs.items()}
+        answer.last = {name: str(last.get(name, "")) for name in ("key", "run", "ended")}
+        answer.changes = [named(store, change, titles) for change in changes(last["preimage"], now)]
+        answer.drift = [Change(part=what, before=then, after=now) for what, then, now in drift(last["observed"])]
+    forced = planner.forced(spec)
+    answer.reasons += forced
+    if not answer.changes and not forced and decision.keys is not None:
+        answer.reasons.append(_no_difference(store, decision, last))
+    elif decision.pointer is not None:
+        answer.reasons.append(f"a result of run {decision.pointer.run} fits, it is cached")
+    if decision.action == "run" and decision.keys is not None:
+        answer.reasons += _failures(store, pipeline, spec.id, decision.keys.action)
 
 
 def _result(store: Store, id: str, key: str, run: str = "") -> dict[str, Any] | None:
@@ -190,11 +162,11 @@ def _result(store: Store, id: str, key: str, run: str = "") -> dict[str, Any] | 
     }
 
 
-def _no_difference(store: Store, decision: Any, last: dict[str, Any] | None) -> str:
+def _no_difference(store: Store, decision: Decision, last: dict[str, Any] | None) -> str:
     """What is to be said of a stage whose key is that of its last result, or that has none."""
-    if decision.action == "cached":
+    if decision.pointer is not None:
         return f"nothing differs, it is cached: run {decision.pointer.run} made it"
-    pointer = store.pointer(decision.keys.action)
+    pointer = store.pointer(decision.keys.action) if decision.keys else None
     if pointer is not None:
         lost = [f"{port} {id[:15]}" for port, id in pointer.outputs.items() if _is_lost(store, id)]
         return f"nothing differs, but its result is gone or damaged: {', '.join(lost)}"
@@ -229,10 +201,10 @@ def compare(store: Store, first: str, second: str) -> Answer:
     """What the executions that made two artifacts differ in."""
     sides = [_made(store, first), _made(store, second)]
     answer = Answer(subject=f"{first} and {second}", state="compared")
-    answer.changes = list(changes(store, sides[0]["preimage"], sides[1]["preimage"], {}))
+    answer.changes = [named(store, one, {}) for one in changes(sides[0]["preimage"], sides[1]["preimage"])]
     names = sorted(set(sides[0]["observed"]) | set(sides[1]["observed"]))
     pairs = ((name, sides[0]["observed"].get(name, "none"), sides[1]["observed"].get(name, "none")) for name in names)
-    answer.drift = [Change(what=name, before=old, after=new) for name, old, new in pairs if old != new]
+    answer.drift = [Change(part=name, before=old, after=new) for name, old, new in pairs if old != new]
     if not answer.changes:
         same = sides[0]["id"] == sides[1]["id"]
         answer.reasons.append(
@@ -256,50 +228,20 @@ def _made(store: Store, text: str) -> dict[str, Any]:
 # -- differences ------------------------------------------------------------------------------------------------------
 
 
-def changes(
-    store: Store, old: Mapping[str, Any], new: Mapping[str, Any], titles: Mapping[str, str]
-) -> Iterator[Change]:
-    """What differs between two pre-images; inputs only if `new` knows them. `titles`: what ports are bound to now."""
-    if old.get("stage") != new.get("stage"):
-        yield Change(what="stage", before=old.get("stage"), after=new.get("stage"))
-    before, after = old.get("plugin") or {}, new.get("plugin") or {}
-    for name in ("dist", "rev", "src"):
-        if before.get(name) != after.get(name) and (name != "src" or {"src"} <= set(before) | set(after)):
-            yield Change(what=f"plugin.{name}", before=before.get(name), after=after.get(name))
-    for part, absent in ABSENT.items():
-        yield from _values(part, old.get(part) or {}, new.get(part) or {}, absent)
-    if "inputs" in new:
-        yield from _inputs(store, old.get("inputs") or {}, new["inputs"], titles)
+def named(store: Store, change: Change, titles: Mapping[str, str]) -> Change:
+    """A change of an input with what went and came in words, and its files; any other as it is.
 
-
-def _values(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any], absent: str) -> Iterator[Change]:
-    for name in sorted(set(old) | set(new)):
-        before, after = old.get(name, absent), new.get(name, absent)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _values(f"{prefix}.{name}", before, after, absent)
-        elif before != after:
-            yield Change(what=f"{prefix}.{name}", before=before, after=after)
-
-
-def _inputs(
-    store: Store, old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]], titles: Mapping[str, str]
-) -> Iterator[Change]:
-    for port in sorted(set(old) | set(new)):
-        before, after = list(old.get(port, ())), list(new.get(port, ()))
-        if before == after:
-            continue
-        gone, come = [id for id in before if id not in after], [id for id in after if id not in before]
-        files = _files(store, gone, come)
-        title = f" ({titles[port]})" if titles.get(port) else ""
-        if not gone and not come:
-            yield Change(what=f"inputs.{port}{title}", before="the same", after="in another order")
-        else:
-            yield Change(
-                what=f"inputs.{port}{title}",
-                before=_named(store, gone, before),
-                after=_named(store, come, after),
-                files=files,
-            )
+    `titles` says what ports are bound to now.
+    """
+    if change.part != "inputs":
+        return change
+    before, after = change.before, change.after
+    gone, come = [id for id in before if id not in after], [id for id in after if id not in before]
+    title = titles.get(change.name, "")
+    if not gone and not come:
+        return replace(change, before="the same", after="in another order", title=title)
+    words = {"before": _named(store, gone, before), "after": _named(store, come, after)}
+    return replace(change, **words, title=title, files=_files(store, gone, come))
 
 
 def _named(store: Store, ids: Sequence[str], all: Sequence[str]) -> str:
@@ -349,13 +291,9 @@ def _listed(store: Store, id: str) -> dict[str, str] | None:
 # -- printing ---------------------------------------------------------------------------------------------------------
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _record(answer: Answer) -> dict[str, Any]:
-    return asdict(answer)
+    record = {name: getattr(answer, name) for name in ("subject", "state", "reasons", "last")}
+    return record | {name: [one.to_json() for one in getattr(answer, name)] for name in ("changes", "drift")}
 
 
 def _text(answer: Answer) -> str:

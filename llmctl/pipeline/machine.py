@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -43,8 +44,43 @@ def gpu_models() -> list[str]:
 
 
 def memory() -> int:
-    """Bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this process may have."""
+    return memory_limit(_read) or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_limit(read: Callable[[str], str]) -> int | None:
+    """Physical memory, or the least limit of this process's control groups if that is less; None if nobody knows.
+
+    `read` gives the text of a file, empty if there is none.
+    """
+    physical = re.search(r"MemTotal:\s+(\d+) kB", read("/proc/meminfo"))
+    limits = [
+        int(text) for text in group_values(read, "memory", "memory.max", "memory.limit_in_bytes") if text.isdecimal()
+    ]
+    return min([*limits, int(physical[1]) * 1024]) if physical else None
+
+
+def group_values(read: Callable[[str], str], controller: str, v2: str, v1: str) -> Iterator[str]:
+    """The values of one setting in the control group of this process and all above it, of either version."""
+    for line in read("/proc/self/cgroup").splitlines():
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if not controllers:
+            base, name = Path("/sys/fs/cgroup"), v2
+        elif controller in controllers.split(","):
+            base, name = Path("/sys/fs/cgroup") / controller, v1
+        else:
+            continue
+        here = base / path.lstrip("/")
+        for folder in (here, *(parent for parent in here.parents if parent.is_relative_to(base))):
+            if text := read(str(folder / name)).strip():
+                yield text
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 WORDS = {"cpus": "{} CPU cores", "gpus": "{} GPUs", "memory": "{} of memory", "disk": "{} of free disk"}

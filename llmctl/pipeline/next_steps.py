@@ -12,6 +12,7 @@ from pathlib import Path
 from llmctl.pipeline.exports import export_targets
 from llmctl.pipeline.report import read_rows
 from llmctl.pipeline.result import RunResult
+from llmctl.spec.files import display
 from llmctl.spec.resolved import Pipeline
 
 QUESTIONS = 3
@@ -32,7 +33,7 @@ def next_steps(pipeline: Pipeline, result: RunResult, spec: str) -> list[str]:
     ]
     if not exported or pipeline.single:
         return own
-    model, program = _short(exported[-1]), program_name()
+    model, program = display(exported[-1]), program_name()
     questions = list(dict.fromkeys(_answered(result)))[:QUESTIONS]
     question = questions[0] if questions else "Who are you?"
     body = json.dumps({"model": exported[-1].name, "messages": [{"role": "user", "content": question}]})
@@ -63,9 +64,4 @@ def program_name() -> str:
         return f"{shlex.quote(sys.executable)} -m llmctl"
     found = shutil.which("llmctl")
     same = found is not None and started.exists() and Path(found).samefile(started)
-    return "llmctl" if same else shlex.quote(_short(started.absolute()))
-
-
-def _short(path: Path) -> str:
-    """Relative to the current directory if it lies below it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return "llmctl" if same else shlex.quote(display(started.absolute()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from llmctl.errors import StageError
+from llmctl.pipeline.changes import changes
 from llmctl.pipeline.choice import Choice, choose
 from llmctl.pipeline.drift import circumstances
 from llmctl.pipeline.inputs import Inputs
@@ -16,6 +17,7 @@ from llmctl.stage import Artifact
 from llmctl.store import Store
 from llmctl.store.commit import intact
 from llmctl.store.keys import Keys, make_keys, static_preimage
+from llmctl.store.manifest import BadManifest, Manifest
 from llmctl.store.names import Names
 from llmctl.store.store import Pointer
 
@@ -97,11 +99,11 @@ class Planner:
         """What to do with `spec` given its inputs; None if they are not known until the stages `waits` have run."""
         if spec.select is not None:
             return self._choose(spec, bound, waits)
-        forced = self._forced(spec)
+        forced = self.forced(spec)
         if bound is None:
-            changes = self._changes(spec, lambda: static_preimage(spec, self.origin(spec), self.strict), "new")
-            action: Action = "run" if changes or forced else "unknown"
-            return Decision(id=spec.id, action=action, why=(*forced, *changes) or _waiting(waits))
+            why = self._changes(spec, lambda: static_preimage(spec, self.origin(spec), self.strict), "new")
+            action: Action = "run" if why or forced else "unknown"
+            return Decision(id=spec.id, action=action, why=(*forced, *why) or _waiting(waits))
         ids = {port: [artifact.id for artifact in artifacts] for port, artifacts in bound.items()}
         keys = make_keys(spec, self.origin(spec), ids, self.strict)
         if forced:
@@ -118,7 +120,7 @@ class Planner:
         counts = found is not None or (spec.ephemeral and spec.id not in self._remade)
         if pointer is None or not counts:
             return Decision(id=spec.id, action="run", why=("its artifact is gone or damaged",), keys=keys)
-        outputs, gone = self._outputs(spec, pointer), found is None
+        outputs, gone = self._outputs(spec, pointer, whole=found is not None), found is None
         return Decision(id=spec.id, action="cached", keys=keys, pointer=pointer, outputs=outputs, collected=gone)
 
     def origin(self, spec: StageSpec) -> Origin:
@@ -128,11 +130,10 @@ class Planner:
             self._origins[name] = self.registry.origin(name)
         return self._origins[name]
 
-    def last(self, spec: StageSpec) -> Pointer | None:
-        """The latest result of this stage in this pipeline, to compare with."""
+    def latest(self, spec: StageSpec) -> Mapping[str, Any]:
+        """What is noted of the latest result under the stage's name (`id`, `key`, `run`); empty if there is none."""
         refs = self._names.of(self.pipeline.name, spec.id).values()
-        latest = max(refs, key=lambda ref: str(ref.get("time", "")), default=None)
-        return self.store.pointer(str(latest["key"])) if latest and "key" in latest else None
+        return max(refs, key=lambda ref: str(ref.get("time", "")), default={})
 
     def _choose(self, spec: StageSpec, bound: Bound | None, waits: Sequence[str]) -> Decision:
         """A choice as soon as its inputs are there; one that cannot be made is told by the run, as its failure."""
@@ -146,30 +147,38 @@ class Planner:
 
     def _changes(self, spec: StageSpec, preimage: Callable[[], Mapping[str, Any]], new: str) -> tuple[str, ...]:
         """How a stage differs from its last result; `new` without one. The pre-image is made only to be compared."""
-        last = self.last(spec)
-        return tuple(differences(last.preimage, preimage())) if last else (new,)
+        key = self.latest(spec).get("key")
+        last = self.store.pointer(str(key)) if key else None
+        return tuple(change.phrase for change in changes(last.preimage, preimage())) if last else (new,)
 
-    def _outputs(self, spec: StageSpec, pointer: Pointer) -> dict[str, Artifact]:
-        """The artifacts of a published result; of one that was collected only the id is known."""
+    def _outputs(self, spec: StageSpec, pointer: Pointer, *, whole: bool) -> dict[str, Artifact]:
+        """The artifacts of a published result; of one that was collected only the id is known.
+
+        `whole` if the store has just looked at all their files: two looks would be half the time of a plan.
+        """
         return {
             port: self._artifacts.get(id)
-            or self._read(id)
+            or self._read(id, whole=whole)
             or Artifact(self.store.artifact(id), spec.outputs.get(port, ""), id)
             for port, id in pointer.outputs.items()
         }
 
-    def _read(self, id: str) -> Artifact | None:
+    def _read(self, id: str, *, whole: bool) -> Artifact | None:
         directory = self.store.artifact(id)
-        manifest = intact(directory)
+        try:
+            manifest = Manifest.read(directory) if whole else intact(directory)
+        except (OSError, BadManifest):  # it went in between
+            return None
         if manifest is None:
             return None
         self._artifacts[id] = Artifact(directory, manifest.type, manifest.id, manifest.metadata)
         return self._artifacts[id]
 
-    def _forced(self, spec: StageSpec) -> tuple[str, ...]:
+    def forced(self, spec: StageSpec) -> tuple[str, ...]:
+        """Why a stage runs whatever there is; one before `--from` is only looked up."""
         if spec.stage.effect:
             return ("it acts on the world, so it is never cached",)
-        if (self.refresh and spec.id not in self.given) or spec.cache == "refresh":
+        if spec.id not in self.given and (self.refresh or spec.cache == "refresh"):
             return ("cache: refresh",)
         return ("cache: off",) if spec.cache == "off" else ()
 
@@ -210,43 +219,3 @@ def sources(spec: StageSpec) -> list[str]:
     """The stages whose outputs it reads."""
     refs = [ref for bound in spec.inputs.values() for ref in bound]
     return list(dict.fromkeys(ref.stage for ref in refs if isinstance(ref, StageRef)))
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two pre-images, a phrase each; only parts that `new` has are compared."""
-    if old.get("stage") != new["stage"]:
-        yield f"stage {old.get('stage')} → {new['stage']}"
-    plugin = old.get("plugin", {})
-    for name, value in new["plugin"].items():
-        if plugin.get(name) != value:
-            what = "the plugin's source changed" if name == "src" else f"plugin {name} {plugin.get(name)} → {value}"
-            yield what
-    yield from _changes("", old.get("with", {}), new["with"], "default")
-    yield from _changes("env ", old.get("env", {}), new["env"], "unset")
-    yield from _changes("", old.get("key_deps", {}), new["key_deps"], "none")
-    yield from _changes("", old.get("machine", {}), new.get("machine", {}), "any")
-    if "inputs" in new:
-        yield from _input_changes(old.get("inputs", {}), new["inputs"])
-
-
-def _changes(prefix: str, old: Mapping[str, Any], new: Mapping[str, Any], absent: str) -> Iterator[str]:
-    for name in sorted(set(old) | set(new)):
-        before, after = old.get(name, absent), new.get(name, absent)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _changes(f"{prefix}{name}.", before, after, absent)
-        elif before != after:
-            yield f"{prefix}{name} {_short(before)} → {_short(after)}"
-
-
-def _input_changes(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    for port in sorted(set(old) | set(new)):
-        before, after = old.get(port, []), new.get(port, [])
-        if len(before) == len(after) == 1 and before != after:
-            yield f"input {port} changed ({before[0][7:15]} → {after[0][7:15]})"
-        elif list(before) != list(after):
-            yield f"input {port} changed ({len(before)} → {len(after)} artifacts)"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

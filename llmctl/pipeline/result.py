@@ -39,6 +39,8 @@ class StageResult:
     key: str = ""
     outputs: Mapping[str, Artifact] = field(default_factory=dict)
     """Committed outputs by port; empty unless `done` or `cached`."""
+    known: Mapping[str, Artifact] = field(default_factory=dict)
+    """All outputs of a cached result, also those whose bytes were collected: their ids make the keys of others."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     headline: Mapping[str, Any] = field(default_factory=dict)
     """The metrics that `Stage.headline` names, as far as they were reported."""
@@ -80,7 +82,8 @@ class StageResult:
 
 @dataclass(kw_only=True)
 class RunResult:
-    """The whole run. `code` is 0, the first failure's code, 4 for a gate, or that of the signal that ended it."""
+    """The whole run. `code` is 0, the first failure's code (3 for a 2 after others were made), 4 for a gate, or that of
+    the signal that ended it."""
 
     run: str
     directory: Path

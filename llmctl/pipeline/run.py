@@ -10,14 +10,14 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from llmctl.errors import InputError
-from llmctl.launch import secrets
-from llmctl.launch.masking import SHORTEST, Masker
 from llmctl.launch.signals import Stop
+from llmctl.launch.stopping import GRACE
 from llmctl.pipeline import machine
-from llmctl.pipeline.events import Event, EventLog
+from llmctl.pipeline.events import Emit, EventLog
 from llmctl.pipeline.execution import Options
 from llmctl.pipeline.exports import export_targets
 from llmctl.pipeline.inputs import Inputs
+from llmctl.pipeline.keyring import Keyring
 from llmctl.pipeline.plan import Decision, Planner
 from llmctl.pipeline.result import RunResult
 from llmctl.pipeline.runner import Runner
@@ -45,7 +45,8 @@ def run_pipeline(
     gates: GateMode = "stop",
     refresh: bool = False,
     strict: bool = False,
-    emit: Callable[[Event], None] | None = None,
+    grace: float = GRACE,
+    emit: Emit | None = None,
     stop: Stop | None = None,
     tick: Callable[[], None] | None = None,
 ) -> RunResult:
@@ -53,8 +54,9 @@ def run_pipeline(
 
     `to`, `until` and `start` select as `selection.select` says. Up to `jobs` stages run at once, as far as the machine
     has what they ask for. After a failed stage nothing new is started, with `keep_going` all that does not depend on
-    it. `refresh` makes everything anew, `strict` puts the machine into every key. `emit` gets every event, from any
-    thread but one at a time; `tick` is called about four times a second.
+    it. `refresh` makes everything anew, `strict` puts the machine into every key. Between a request
+    to stop and SIGKILL a stage has `grace` seconds. `emit` gets every event, from any
+    thread but one at a time, and may return a text to warn of; `tick` is called about four times a second.
     Raises before anything runs: InputError (an input is missing, damaged or of a wrong kind, or a result before `start`
     is not there), UsageError (no such stage), MachineError (more resources asked for than there are, a secret is not
     there), StageError (disk full).
@@ -71,18 +73,20 @@ def run_pipeline(
     planner = Planner(pipeline, store, get_registry(), refresh=refresh, given=chosen.given, strict=strict)
     decisions = planner.plan(specs, inputs)
     check_given(chosen, decisions)
-    values = secret_values(pipeline, specs, decisions)
+    keyring = Keyring(pipeline.secrets)
+    keyring.look_up(spec for spec, decision in zip(specs, decisions, strict=True) if decision.works)
     if any(decision.works for decision in decisions):
         store.sweep()  # what a killed run has left may be what fills the disk
         machine.check_space(store.root)
     run = f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}-{tokens.token_hex(2)}"
-    options = Options(on_busy=on_busy, gates=gates, jobs=jobs, keep_going=keep_going, stop=stop, tick=tick)
-    events = EventLog(run, store.run(run), emit)
-    events.masker = Masker(values)
+    options = Options(on_busy=on_busy, gates=gates, jobs=jobs, keep_going=keep_going, grace=grace, stop=stop, tick=tick)
+    events = EventLog(run, store.run(run), emit, keyring.masker())
     begun = time.monotonic()
     try:
-        _open(pipeline, store, specs, events, decisions, values)
-        runner = Runner(pipeline, specs, store, planner, inputs, events, options, values, decisions)
+        _open(pipeline, store, specs, events, decisions)
+        keyring.guard(events)
+        replace_json(store, store.run(run) / "spec.json", events.masker.plain(describe(pipeline, specs)))
+        runner = Runner(pipeline, specs, store, planner, inputs, events, options, keyring, decisions)
         result = runner()
         result.seconds = time.monotonic() - begun
         _close(pipeline, store, events, result)
@@ -102,29 +106,13 @@ def check_given(chosen: Selection, decisions: Sequence[Decision]) -> None:
             )
 
 
-def secret_values(pipeline: Pipeline, specs: Sequence[StageSpec], decisions: Sequence[Decision]) -> dict[str, str]:
-    """The secrets of the stages that will run; a stage whose result is there needs none."""
-    working = {decision.id for decision in decisions if decision.works}
-    return secrets.resolve(pipeline.secrets, secrets.names_of(spec for spec in specs if spec.id in working))
-
-
 def _open(
-    pipeline: Pipeline,
-    store: Store,
-    specs: Sequence[StageSpec],
-    events: EventLog,
-    decisions: Sequence[Decision],
-    values: dict[str, str],
+    pipeline: Pipeline, store: Store, specs: Sequence[StageSpec], events: EventLog, decisions: Sequence[Decision]
 ) -> None:
-    """Say what is to come, and write down what was asked for."""
+    """Say what is to come."""
     file, directory = str(pipeline.file) if pipeline.file else None, store.run(events.run)
     events("run.start", pipeline=pipeline.name, file=file, directory=str(directory))
     events("plan", stages=[{"stage": d.id, "action": d.action, "why": list(d.why)} for d in decisions])
-    for name, value in values.items():
-        if len(value) < SHORTEST:
-            text = f"the secret `{name}` has fewer than {SHORTEST} characters: it is not masked in logs"
-            events("warning", text=text)
-    replace_json(store, directory / "spec.json", events.masker.plain(describe(pipeline, specs)))
 
 
 def _close(pipeline: Pipeline, store: Store, events: EventLog, result: RunResult) -> None:

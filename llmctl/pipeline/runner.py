@@ -12,13 +12,14 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmctl.errors import GateError, InputError, StageError
+from llmctl.errors import GateError, InputError, StageError, UsageError
 from llmctl.pipeline.choice import choose
 from llmctl.pipeline.durations import Durations, RunProgress
 from llmctl.pipeline.ephemeral import Collector
 from llmctl.pipeline.events import EventLog
 from llmctl.pipeline.execution import Executor, Options
 from llmctl.pipeline.inputs import Inputs
+from llmctl.pipeline.keyring import Keyring
 from llmctl.pipeline.plan import Bound, Decision, Planner
 from llmctl.pipeline.result import RunResult, StageResult
 from llmctl.pipeline.settlement import Settlement
@@ -45,7 +46,7 @@ class Runner:
         inputs: Inputs,
         events: EventLog,
         options: Options,
-        secrets: Mapping[str, str],
+        keyring: Keyring,
         decisions: Sequence[Decision],
     ) -> None:
         self.pipeline = pipeline
@@ -59,7 +60,7 @@ class Runner:
         idle = {decision.id for decision in decisions if not decision.works}
         idle |= {spec.id for spec in specs if spec.select is not None}
         self.progress = RunProgress(specs, idle, self.durations, options.jobs)
-        self.executor = Executor(pipeline, store, planner, inputs, events, options, secrets, self.progressed)
+        self.executor = Executor(pipeline, store, planner, inputs, events, options, keyring, self.progressed)
         self.settlement = Settlement(pipeline, store, events, options.gates)
         self.collector = Collector(pipeline, store, specs)
         self.results: dict[str, StageResult] = {}
@@ -234,10 +235,9 @@ class Runner:
     def _finish(self, spec: StageSpec, result: StageResult) -> None:
         """Settle one stage and say how far the run is."""
         self.results[spec.id] = result
-        _, decision = self._decided.pop(spec.id, (None, None))
+        self._decided.pop(spec.id, None)
         if result.ok:
-            outputs = dict(decision.outputs) if decision else {}
-            self.settlement.outputs[spec.id] = {**outputs, **result.outputs}
+            self.settlement.outputs[spec.id] = {**result.known, **result.outputs}
             if why := self.settlement.settle(spec, result):
                 self._blocked[spec.id] = why
             for stage in self.collector.settled(spec, self.results):
@@ -256,7 +256,10 @@ class Runner:
             if result.code:
                 where = f"log: {result.log}" if result.log else ""
                 hint = "; ".join(part for part in (result.hint, where) if part)
-                return result.code, f"`{result.id}`: {result.message}", hint
+                made = any(other.status == "done" and other.choice is None for other in stages.values())
+                # 2 means that nothing ran: it is not so if others were made before one refused its parameters.
+                code = StageError.exit_code if made and result.code == UsageError.exit_code else result.code
+                return code, f"`{result.id}`: {result.message}", hint
         missed = [g for r in stages.values() for g in r.gates if not g.ok and g.on_fail == "stop"]
         if missed:
             more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from llmctl.console import open_reporter
 from llmctl.launch.signals import Stop, signals_stop
-from llmctl.pipeline.events import Event, open_copy, write_event
+from llmctl.pipeline.events import Event, EventCopy
 from llmctl.pipeline.result import RunResult
 from llmctl.pipeline.run import run_pipeline
 from llmctl.spec.resolved import Pipeline
@@ -30,14 +30,13 @@ def run_session(
     (`--stop-on-reader-exit` gives 141). The caller raises `result.error()` if it is not None.
     """
     with contextlib.ExitStack() as stack:
-        copy = stack.enter_context(open_copy(events)) if events else None
+        copy = stack.enter_context(contextlib.closing(EventCopy(events))) if events else None
         reporter = stack.enter_context(open_reporter(log_format=log_format))
         stop = stack.enter_context(signals_stop())
 
-        def emit(event: Event) -> None:
+        def emit(event: Event) -> str | None:
             reporter.event(event)
-            if copy is not None:
-                write_event(copy, event)
+            return copy.write(event) if copy is not None else None
 
         tick = None if watch is None else lambda: watch(stop)
         return run_pipeline(pipeline, store, emit=emit, stop=stop, tick=tick, **options)

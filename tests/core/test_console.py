@@ -125,7 +125,7 @@ def drive(reporter, clock):
         (15, {"type": "stage.checkpoint", "stage": "train", "step": 50}),
         (16, {"type": "metric", "stage": "train", "name": "loss.train", "value": 1.25}),
         (16, {"type": "artifact", "stage": "train", "port": "model", "id": "sha256:0"}),
-        (21, {"type": "stage.end", "stage": "train", "code": 0, "headline": ("loss.train",)}),
+        (21, {"type": "stage.end", "stage": "train", "code": 0, "metrics": {"loss.train": 1.25}}),
         (21, {"type": "gate", "stage": "train", "metric": "loss.train", "value": 1.25, "limit": 1.0, "ok": False}),
         (21, {"type": "stage.start", "stage": "eval"}),
         (22, {"type": "stage.end", "stage": "eval", "code": 3}),

@@ -20,6 +20,9 @@ from llmctl.errors import InputError
         (["--log-format", "text"], "json", "text"),
         (["--log-format", "json", "--log-format", "text"], "", "text"),
         (["--log-format"], "", ""),
+        (["--log-format", "json", "--log-format=text"], "", "text"),
+        (["--log-format=text", "--log-format", "json"], "", "json"),
+        (["--log-format=json", "--log-format", "text"], "", "text"),
     ],
 )
 def test_the_format_is_known_before_the_command_line_is_understood(args, variable, found, monkeypatch):
@@ -32,6 +35,25 @@ def test_either_option_asks_for_json(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert wants_json(["check", "--error-format=json"]) and wants_json(["run", "--log-format", "json"])
     assert not wants_json(["run", "--error-format", "text"])
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "found"),
+    [
+        ("log_format: json\n", [], True),
+        ("log_format: json\n", ["--log-format", "text"], False),
+        ("log_format: text\n", [], False),
+        ("log_format: [broken\n", [], False),
+        ("log_format: json\nunknown: 1\n", [], False),
+    ],
+)
+def test_the_users_configuration_counts_for_errors_too(config, args, found, monkeypatch, tmp_path):
+    for name in ("LLMCTL_LOG_FORMAT", "LLMCTL_ERROR_FORMAT"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "config.yaml"
+    path.write_text(config)
+    monkeypatch.setenv("LLMCTL_CONFIG", str(path))
+    assert wants_json(["run", *args]) == found
 
 
 def test_an_error_without_a_place_has_the_same_fields():

@@ -92,3 +92,10 @@ def test_gpus_are_taken_from_those_that_are_visible():
     assert stage_environment({}, base={})["OMP_WAIT_POLICY"] == "PASSIVE"
     assert stage_environment({}, base={"OMP_WAIT_POLICY": "active"})["OMP_WAIT_POLICY"] == "active"
     assert stage_environment({"CUDA_VISIBLE_DEVICES": "9"}, devices=["4"], base=base)["CUDA_VISIBLE_DEVICES"] == "9"
+
+
+def test_variables_that_are_called_secrets_are_not_let_through_by_their_prefix():
+    names = ("HF_TOKEN", "HUGGINGFACE_API_KEY", "LLMCTL_STORE_SECRET", "HF_PASSWORD")
+    base = {**dict.fromkeys(names, "private"), "HF_HOME": "/cache", "HF_TOKEN_PATH": "/t"}
+    assert stage_environment({}, base=base).keys() & base.keys() == {"HF_HOME", "HF_TOKEN_PATH"}
+    assert stage_environment({"HF_TOKEN": "given"}, base=base)["HF_TOKEN"] == "given"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 from urllib.parse import quote
@@ -110,3 +111,23 @@ def test_a_missing_secret_says_where_it_was_declared(declared, why, hint, monkey
     assert why in error.value.message
     assert hint in error.value.hint
     assert "private" not in error.value.message
+
+
+# -- values that are no ordinary text ---------------------------------------------------------------------------------
+
+
+def test_values_that_are_too_short_leave_a_stream_as_it_is():
+    stream = MaskedStream(Masker({"SHORT": "abc"}))
+    assert stream.feed(b"abc and ab") == b"abc and ab"
+    assert stream.end() == b""
+
+
+def test_a_value_that_is_no_utf8(monkeypatch):
+    monkeypatch.setitem(os.environb, b"MY_TOKEN", b"caf\xe9-token")
+    found = secrets.resolve(secret("env", variable="MY_TOKEN"), ["T"])
+    assert os.fsencode(found["T"]) == b"caf\xe9-token"
+    assert Masker(found).masked(b"a caf\xe9-token, caf%E9-token") == b"a ***, ***"
+    printed = secret("command", command=r"printf 'caf\351-token'")
+    assert secrets.resolve(printed, ["T"]) == found
+    with pytest.raises(MachineError, match="it holds a NUL character"):
+        secrets.resolve(secret("command", command=r"printf 'a\0b'"), ["T"])

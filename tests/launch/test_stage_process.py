@@ -195,6 +195,20 @@ def test_the_second_signal_kills(start, one, work):
     assert not alive(pid)
 
 
+@pytest.mark.parametrize("command", ["run", "stage"])
+def test_the_time_for_a_checkpoint_can_be_chosen(command, start, one, work):
+    args = ["run", one("wrong", f"how: deaf, path: {work / 'pid'}")]
+    if command == "stage":
+        args = ["wrong", "--how", "deaf", "--path", str(work / "pid")]
+    process = start(*args, "--grace", "0.4")
+    pid = int(wait_for(lambda: (work / "pid").exists() and (work / "pid").read_text()))
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 143
+    assert "waiting up to 0.4 s for a checkpoint" in stderr
+    assert not alive(pid)
+
+
 def test_an_ignored_interrupt_stays_ignored(start, one, work):
     process = start(
         "run",

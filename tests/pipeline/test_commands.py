@@ -35,6 +35,10 @@ def test_from_and_jobs(llmctl, spec, events, actions):
     assert actions() == {"a": "cached", "b": "run"}
     planned = llmctl("plan", "p.yaml", "--from", "c", "--format", "json")
     assert [row["stage"] for row in json.loads(planned.stdout)] == ["a", "c"]
+    # What lies before is only looked up, also where the spec wants it made anew each time.
+    anew = ("run", "p.yaml", "--from", "b", "--set", "stages.a.cache=refresh", "--set", "b.mark=y")
+    assert llmctl(*anew).returncode == 0
+    assert actions() == {"a": "cached", "b": "run"}
 
 
 def test_results_of_another_machine_do_not_count_if_asked_so(llmctl, spec):

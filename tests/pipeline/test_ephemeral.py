@@ -8,6 +8,7 @@ import json
 import pytest
 
 from llmctl.pipeline.commands import plan_notes
+from llmctl.pipeline.execution import Executor
 from llmctl.pipeline.inputs import Inputs
 from llmctl.pipeline.plan import Planner
 from llmctl.pipeline.report import render
@@ -106,3 +107,23 @@ def test_a_reader_that_fails_keeps_the_bytes_for_the_next_run(run):
     broken += "c: {uses: upper, inputs: {text: b}, needs: [w]}"
     result = run(broken, change=ephemeral, to=["c"])
     assert result.code == 1 and bytes_of(result, "b")
+
+
+def test_another_run_makes_and_collects_it_while_this_one_waits(run, monkeypatch):
+    """What waits for the lock of `b` finds it cached and collected: its ids are enough for what is cached, too."""
+    acquire, others = Executor._acquire, []
+
+    def beaten(self, spec, keys):
+        if spec.id == "b" and not others:
+            others.append(None)
+            others[0] = run(change=ephemeral)
+        return acquire(self, spec, keys)
+
+    monkeypatch.setattr(Executor, "_acquire", beaten)
+    ungated = CHAIN.replace("gates: [{metric: score, baseline: b.metrics, max_drop: 9}]", "with: {name: rows}")
+    result = run(ungated, change=ephemeral)
+    assert others[0].code == 0 and others[0].stages["b"].collected
+    assert result.code == 0
+    assert {id: stage.status for id, stage in result.stages.items()} == {
+        "a": "done", "b": "cached", "c": "cached", "d": "cached"
+    }  # fmt: skip

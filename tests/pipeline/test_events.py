@@ -73,3 +73,17 @@ def test_a_descriptor_and_a_variable(fake_stages, llmctl_env, llmctl, spec, work
         copied = [json.loads(line) for line in file]
     (log,) = (work / ".llmctl/store/runs").glob("*/events.jsonl")
     assert copied == [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("target", ["", "/dev/full"])
+def test_a_copy_that_cannot_be_written_stops_no_run(target, llmctl, fake_stages, spec, events):
+    """Its reader has gone, or its disk is full: the run says so once and goes on."""
+    read, write = os.pipe()
+    os.close(read)
+    target = target or f"fd:{write}"
+    done = llmctl("run", spec("a: {uses: make}"), "--events", target, pass_fds=(write,))
+    os.close(write)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"warning: events are no longer written to `{target}`: ") == 1
+    assert [event["seq"] for event in events()] == list(range(len(events())))
+    assert [event["type"] for event in events()][:2] == ["run.start", "warning"]

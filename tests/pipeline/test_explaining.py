@@ -1,6 +1,7 @@
 """`llmctl why`: each kind of change is named, and where nothing differs it says what is the matter."""
 
 import json
+import platform
 import shutil
 from dataclasses import dataclass
 
@@ -15,6 +16,13 @@ from llmctl.store import Store
 STAGES = """
 a: {uses: make, inputs: {files: ./notes/*.md}}
 b: {uses: upper, inputs: {text: a}, with: {mark: x}, env: {MODE: "1", QUIET: {value: "1", affects_output: false}}}
+"""
+
+ROWS = """
+a: {uses: make}
+u: {uses: upper, inputs: {text: a}, matrix: {mark: [x]}, with: {mark: "${{ matrix.mark }}"}}
+s: {uses: score, inputs: {text: u}, foreach: u}
+best: {select: {text: "u[*].text", metrics: "s[*]"}, by: {metric: score, mode: max}}
 """
 
 
@@ -39,10 +47,10 @@ def why(run, notes, monkeypatch):
     """Call `llmctl why` in this process, after a run of STAGES."""
     assert run(STAGES).code == 0
 
-    def call(*args):
+    def call(*args, command="why"):
         found = discover()
         monkeypatch.setattr("llmctl.registry.get_registry", lambda: found)
-        result = CliRunner().invoke(root, ["why", *map(str, args)])
+        result = CliRunner().invoke(root, [command, *map(str, args)])
         error = result.exception
         if error is None or isinstance(error, SystemExit):
             return Done(result.exit_code, result.stdout, result.stderr, "")
@@ -50,6 +58,7 @@ def why(run, notes, monkeypatch):
             raise error
         return Done(error.exit_code, result.stdout, error.message, error.hint or "")
 
+    call.plan = lambda *args: json.loads(call("p.yaml", "--format", "json", *args, command="plan").out)
     return call
 
 
@@ -150,6 +159,41 @@ def test_drift_is_information(why, work, monkeypatch):
     done = why("p.yaml", "b")
     assert "p/b: cached" in done.out
     assert "observed, in no key: python 3." in done.out and " → 9.9.9" in done.out
+
+
+def test_the_facts_of_the_machine(why, run):
+    """After a strict run `plan` and `why` say the same of the same keys."""
+    assert run(refresh=True, strict=True).code == 0
+    for path in (Store.open().root / "keys").glob("*/*.json"):
+        if "machine" not in json.loads(path.read_text())["preimage"]:
+            path.unlink()
+    (strict,) = [row for row in why.plan("--strict-env") if row["stage"] == "a"]
+    assert strict["action"] == "cached" and "nothing differs" in why("p.yaml", "a", "--strict-env").out
+    (row,) = [row for row in why.plan() if row["stage"] == "a"]
+    found = changed(why("p.yaml", "a", "--format", "json"))
+    assert found["machine.python"] == (platform.python_version(), "any")
+    assert [f"{what.removeprefix('machine.')} {old} → {new}" for what, (old, new) in found.items()] == row["why"]
+    assert why("p/a.text", "p/b.text", "--strict-env").code == 2
+
+
+def test_the_store_that_the_spec_asks_for(why, run, work):
+    text = (work / "p.yaml").read_text()
+    (work / "p.yaml").write_text(text.replace("stages:", "store: ./elsewhere\nstages:"))
+    assert "it has no result in this store yet" in why("p.yaml", "a").out
+    assert "it is cached" in why("p.yaml", "a", "--store", ".llmctl/store").out
+
+
+def test_rows_and_choices(why, run):
+    """A matrix of one row may be called by its base; a choice has nothing to be compared with."""
+    assert run(ROWS).code == 0
+    assert "p/u[mark=x]: cached" in why("p.yaml", "u").out
+    chosen = why("p.yaml", "best")
+    assert chosen.code == 0, chosen.error
+    assert chosen.out.startswith("p/best: picks a row\n  u[mark=x]: score 1 is the largest of 1")
+    assert (
+        "p/best: depends on what runs before it\n  `s[mark=x]` runs first: "
+        in why("p.yaml", "best", "--set", "s.score=2").out
+    )
 
 
 def test_two_artifacts(why, run):

@@ -55,3 +55,23 @@ def test_a_type_of_gpu_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "GPUS", tmp_path / "none")
     with pytest.raises(MachineError, match="this machine has none"):
         check(tmp_path, gpu_type="H100")
+
+
+def test_a_limit_of_a_container_is_all_the_memory_there_is(tmp_path, monkeypatch):
+    files = {
+        "/proc/meminfo": "MemFree: 1 kB\nMemTotal:   16777216 kB\n",
+        "/proc/self/cgroup": "0::/user/me\n",
+        "/sys/fs/cgroup/user/me/memory.max": "max\n",
+        "/sys/fs/cgroup/user/memory.max": f"{8 << 30}\n",
+    }
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(path, ""))
+    assert machine.memory() == 8 << 30
+    with pytest.raises(MachineError, match=r"asks for 9.0 GiB of memory, this machine has 8.0 GiB"):
+        check(tmp_path, memory=9 << 30)
+    files["/proc/self/cgroup"] = "4:memory:/x\n"
+    files["/sys/fs/cgroup/memory/x/memory.limit_in_bytes"] = str(4 << 30)
+    assert machine.memory() == 4 << 30
+    del files["/proc/self/cgroup"]
+    assert machine.memory() == 16 << 30
+    files.clear()
+    assert machine.memory() > 1 << 20

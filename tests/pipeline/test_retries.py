@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from llmctl.errors import StageError, UsageError
 from llmctl.pipeline.summary import summary
 from llmctl.store import Store
 
@@ -66,3 +67,11 @@ def test_only_failures_that_may_pass_are_retried(how, code, times, flaky, events
 def test_without_retries_there_is_one_attempt(flaky):
     result, times = flaky("stage", 0)
     assert (result.code, times) == (3, 1)
+
+
+def test_exit_2_means_that_nothing_was_made(run, tmp_path):
+    """A stage that refuses its parameters when others were made before is a failure like any other."""
+    stages = f"a: {{uses: make}}\nw: {{uses: flaky, needs: [a], with: {{path: {tmp_path / 'n'}, how: usage, good: 9}}}}"
+    first = run(stages)
+    assert (first.code, first.stages["w"].code, type(first.error())) == (3, 2, StageError)
+    assert (run(None).code, type(run(None).error())) == (2, UsageError)  # `a` was there already

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -114,6 +115,46 @@ def test_only_its_own_stage_gets_a_secret(run, monkeypatch):
     assert run(change=lambda p: given(given(p), stage="e"), refresh=True).code == 3  # `e` would write it down
 
 
+def test_a_variable_stays_hidden_where_the_users_configuration_has_a_command_for_its_secret(run, monkeypatch):
+    def by_command(pipeline):
+        other = Secret(name="HF_CANARY", origin="command", command=f"echo {CANARY}", variable="HF_OTHER")
+        return dataclasses.replace(
+            given(pipeline), secrets={"CANARY": dataclasses.replace(other, name="CANARY"), "HF_CANARY": other}
+        )
+
+    monkeypatch.setenv("HF_CANARY", "old-canary")
+    monkeypatch.setenv("HF_OTHER", "older-canary")
+    stages = "w: {uses: leak, with: {where: nothing}}\ne: {uses: wrong, with: {how: env}}"
+    result = run(stages, change=by_command)
+    assert result.code == 0
+    seen = json.loads((result.stages["e"].outputs["result"] / "env.json").read_text())
+    assert not {"HF_CANARY", "HF_OTHER"} & seen.keys()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_stage_that_was_cached_in_the_plan_may_need_its_secret_after_all(there, run, work, monkeypatch, events):
+    """Its artifact goes between the plan and its turn."""
+    monkeypatch.setenv("HF_CANARY", CANARY)
+    first = run("w: {uses: leak, with: {where: everywhere}}", change=given)
+
+    def lose(event):
+        if event["type"] == "plan":
+            assert event["stages"][0]["action"] == "cached"
+            shutil.rmtree(first.stages["w"].outputs["result"].path)
+            if not there:
+                monkeypatch.delenv("HF_CANARY")
+
+    result = run(change=given, emit=lose)
+    if there:
+        assert result.code == 0 and result.stages["w"].status == "done"
+        assert "logged ***" in {event.get("text") for event in events()}
+        assert holding(CANARY, work) == []
+    else:
+        assert result.code == 7
+        assert "`w`: the secret `CANARY` (p.yaml:3:3) is not there" in result.message
+        assert [event["code"] for event in events() if event["type"] == "stage.end"] == [7]
+
+
 def test_a_secret_is_in_no_key(run, monkeypatch, actions):
     stages = "w: {uses: leak, with: {where: nothing}}"
     for value, action in ((CANARY, "run"), ("another-value", "cached")):
@@ -131,6 +172,6 @@ def test_a_secret_is_in_no_key(run, monkeypatch, actions):
 
 def test_a_short_secret_is_warned_of(run, monkeypatch, events):
     monkeypatch.setenv("HF_CANARY", "abc")
-    assert run("w: {uses: leak, with: {where: nothing}}", change=given).code == 0
-    (warning,) = [event["text"] for event in events() if event["type"] == "warning"]
+    assert run("w: {uses: leak, with: {where: everywhere}}", change=given).code == 0
+    (warning, _) = [event["text"] for event in events() if event["type"] == "warning"]
     assert warning == "the secret `CANARY` has fewer than 6 characters: it is not masked in logs"

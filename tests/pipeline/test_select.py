@@ -225,7 +225,7 @@ def test_a_stage_means_all_its_rows_and_a_row_itself(sweep):
     )]  # fmt: skip
     assert ids(until="s") == ["a", *(f"u{row}" for row in ROWS), *(f"s{row}" for row in ROWS)]
     assert "go" not in ids()
-    assert ids(start="go")[-1] == "go"  # named, so the effect runs
+    assert ids(start="go", to=["go"])[-1] == "go" == ids(until="go", to=["go"])[-1]
     assert "go" not in ids(start="end")
     assert select(pipeline, start="end").given == {"a", "best", *(f"{s}{row}" for row in ROWS for s in "us")}
     assert select(pipeline, start="s[score=0.2]", to=["best"]).given == {"a"} | {f"u{row}" for row in ROWS} | {
@@ -241,6 +241,12 @@ def test_a_stage_means_all_its_rows_and_a_row_itself(sweep):
         ({"start": "end", "to": ["s"]}, "does not depend on `end`", "either --to or --from"),
         ({"start": "end", "until": "best"}, "`end` comes after `best`: nothing is left", "exchange"),
         ({"to": ["end"], "until": "u"}, "`end` comes after `u`", "either --to or --until"),
+        ({"start": "go"}, "`go` acts on the world: --from does not run it", "--to go does"),
+        ({"until": "go"}, "`go` acts on the world: --until does not run it", "--to go does"),
+        ({"start": "go", "to": ["end"]}, "--from does not run it", "--to go does"),
+        ({"start": ""}, "--from is empty", "or leave --from out"),  # an unset variable of the shell
+        ({"until": ""}, "--until is empty", "or leave --until out"),
+        ({"to": [""]}, "there is no stage ``", "its stages: a, u"),
     ],
 )
 def test_names_that_fit_nothing(options, message, hint, sweep):
@@ -248,6 +254,22 @@ def test_names_that_fit_nothing(options, message, hint, sweep):
         select(sweep.build(), **options)
     assert message in error.value.message
     assert hint in error.value.hint
+
+
+def test_effects_and_what_needs_them_run_only_by_name(sweep):
+    pipeline = sweep.build()
+    go = pipeline.stages["go"]
+    stages = {
+        **pipeline.stages,
+        "later": dataclasses.replace(pipeline.stages["end"], id="later", base="later", needs=("go",)),
+    }
+    pipeline = dataclasses.replace(pipeline, stages=stages)
+    assert not {"go", "later"} & {spec.id for spec in select(pipeline).specs}
+    assert {"go", "later"} <= {spec.id for spec in select(pipeline, ["later"]).specs}
+    with pytest.raises(UsageError) as error:
+        select(dataclasses.replace(pipeline, stages={"go": go}))
+    assert (error.value.message, error.value.hint) == ("all stages of `p` act on the world", "name one: --to go")
+    assert select(dataclasses.replace(pipeline, stages={"go": go}, single=True)).specs == (go,)
 
 
 def test_from_needs_what_lies_before(sweep, actions):
