@@ -176,6 +176,34 @@ def test_a_file_system_without_links_locks_and_syncs_is_noticed(tmp_path, monkey
     assert probes.place(str(tmp_path))["flock"] is False
 
 
+def test_a_file_system_whose_renames_leave_a_gap_is_noticed(tmp_path, monkeypatch):
+    """Some mounts rename by removing, copying and removing; the control: one that does it in one step."""
+
+    def in_two_steps(self, target):
+        text = self.read_text()
+        target.unlink()
+        time.sleep(0.01)
+        target.write_text(text)
+        self.unlink()
+
+    assert probes._renames(_made(tmp_path / "control")) is True
+    for name, replace in (("two-steps", in_two_steps), ("refused", _refuse)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            assert probes._renames(_made(tmp_path / name)) is False, name
+    monkeypatch.setattr(Path, "rename", _refuse)
+    assert probes.place(str(tmp_path))["rename"] is False
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
+
+
+def _refuse(*args):
+    raise OSError(95, "Operation not supported")
+
+
 def test_programs_that_fail_or_are_not_there():
     assert run_program(["/no/such/program"]).code is None
     assert run_program(["sleep", "30"], seconds=0.2).text == "no answer within 0 s"
