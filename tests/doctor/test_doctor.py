@@ -62,9 +62,11 @@ def test_a_spec_that_asks_for_too_much(llmctl, tmp_path):
     )
     done = llmctl("doctor", "s.yaml", timeout=200)
     assert done.returncode == 7
-    assert (
-        "data asks for 99 GPUs" in done.stdout and "llmctl run s.yaml --set stages.data.resources.gpus=" in done.stdout
-    )
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("problem")]
+    refused = llmctl("run", "s.yaml")
+    assert refused.returncode == 7
+    assert refused.stderr.startswith(f"error: {said.partition('spec')[2].strip()}\n")
+    assert "--set stages.data.resources.gpus=" in done.stdout
     assert llmctl("doctor", "s.yaml", "--profile", "small", timeout=200).returncode == 0
 
 
