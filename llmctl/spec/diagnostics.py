@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,6 +13,8 @@ from typing import Any
 from llmctl.errors import UsageError
 
 WIDEST_LINE = 160
+LINE_ENDS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+"""What libyaml counts as the end of a line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,7 @@ class Text:
     @cached_property
     def lines(self) -> list[str]:
         """The text by lines, without line ends."""
-        return self.content.split("\n")
+        return LINE_ENDS.split(self.content)
 
     @property
     def whole(self) -> Mark:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmctl.spec.diagnostics import Mark, Report, suggest
 from llmctl.spec.draft import Draft
-from llmctl.spec.interpolate import Interpolation
+from llmctl.spec.interpolate import Interpolation, has_rows
 from llmctl.spec.matrix import Family, families
 from llmctl.spec.nodes import Map, Node, Scalar
 from llmctl.spec.params import Params
@@ -67,7 +67,7 @@ class Drafting:
     def _draft(self, draft: Draft) -> Draft:
         """Phases A and B of a stage without rows. One whose rows could not be made out stays without a model."""
         draft.model = validate(self._kind(draft), draft.node, draft.key, draft.path, self.report)
-        if "matrix" in draft.node.entries or "foreach" in draft.node.entries:
+        if has_rows(draft.node):
             draft.model = None
             return draft
         self._use(draft)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmctl.errors import UsageError
 from llmctl.spec.diagnostics import Mark, Text, suggest
 from llmctl.spec.nodes import Map, fail, parse
 
@@ -37,7 +39,7 @@ def find(path_or_name: str | Path) -> Found:
     Raises SpecError (E011) for what is neither.
     """
     text = str(path_or_name)
-    if Path(text).is_file() or not _SHIPPED_NAME.match(text):
+    if _is_there(Path(text), Path.is_file) or not _SHIPPED_NAME.match(text):
         return find_file(Path(text))
     known = shipped()
     if text not in known:
@@ -48,11 +50,29 @@ def find(path_or_name: str | Path) -> Found:
 
 def find_file(path: Path) -> Found:
     """A spec by its path. Raises SpecError (E011)."""
-    if path.is_dir() or not path.exists():
-        problem = "is a directory" if path.is_dir() else "no such file"
-        near = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    if not _is_there(path, Path.exists) or path.is_dir():
+        problem = "is a directory" if _is_there(path, Path.is_dir) else "no such file"
+        near = [entry.name for entry in path.parent.glob("*.y*ml")] if _is_there(path.parent, Path.is_dir) else []
         fail("E011", f"cannot read {path}: {problem}", None, suggest(path.name, sorted(near), "specs there"))
     return Found(path, path.absolute().parent, str(path))
+
+
+def _is_there(path: Path, test: Callable[[Path], bool]) -> bool:
+    """`test(path)`, and False for what cannot be looked at: a name that is too long, a directory of somebody else."""
+    try:
+        return test(path)
+    except (OSError, ValueError):
+        return False
+
+
+def home_path(text: str) -> Path:
+    """A path with `~` and `~user` filled in. UsageError for a user that there is not."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"there is no home directory for {text.partition('/')[0]}", hint="write the whole path"
+        ) from None
 
 
 def read(found: Found) -> Map:

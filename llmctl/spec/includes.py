@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from llmctl.spec.files import display, document
-from llmctl.spec.layers import merge_maps, without
+from llmctl.spec.files import display, document, home_path
+from llmctl.spec.layers import long_forms, merge_maps, without
 from llmctl.spec.nodes import Map, Node, Scalar, Sequence, fail
 
 REMOTE = ("https://", "http://", "file://")
@@ -31,7 +31,7 @@ def _merged(file: Map, open_: tuple[Path, ...]) -> Map:
         found, place = _read(item, open_)
         layer = without(_merged(found, (*open_, place) if place else open_), "llmctl", "name")
         below = layer if below is None else merge_maps(below, layer)
-    own = without(file, "include")
+    own = long_forms(without(file, "include"))
     if below is None:
         return own
     merged = merge_maps(below, own)
@@ -53,7 +53,7 @@ def _read(item: Node, open_: tuple[Path, ...]) -> tuple[Map, Path | None]:
     if not isinstance(item, Scalar) or not isinstance(item.value, str):
         fail("E102", "`include` is a list of paths, or of {url: …, sha256: …}", item.mark)
     base = item.mark.text.base
-    path = (base / Path(item.text).expanduser()).absolute()
+    path = (base / home_path(item.text)).absolute()
     resolved = path.resolve()
     if resolved in [other.resolve() for other in open_]:
         names = [*(other.name for other in open_), path.name]
@@ -97,6 +97,7 @@ def _remote(item: Node) -> tuple[Scalar | None, Scalar | None]:
 
 def _download(url: Scalar, digest: Scalar | None) -> bytes:
     """The bytes behind a URL, whose sha256 must be `digest`."""
+    from http.client import HTTPException
     from urllib.error import URLError
     from urllib.request import urlopen
 
@@ -104,7 +105,7 @@ def _download(url: Scalar, digest: Scalar | None) -> bytes:
     try:
         with urlopen(url.text, timeout=PATIENCE) as answer:
             data: bytes = answer.read(LONGEST_DOWNLOAD + 1)
-    except (URLError, OSError, ValueError) as error:
+    except (URLError, HTTPException, OSError, ValueError) as error:
         fail("E011", f"cannot include {url.text}: {getattr(error, 'reason', error)}", url.mark)
     if len(data) > LONGEST_DOWNLOAD:
         fail("E011", f"{url.text} is larger than {LONGEST_DOWNLOAD >> 20} MiB", url.mark)

@@ -21,8 +21,24 @@ UNKNOWN = object()
 LONGEST_TEXT = 1_000_000
 _EXPRESSION = re.compile(r"\$\{\{(.*?)\}\}", re.DOTALL)
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*\Z")
+_VARIABLE = re.compile(r"\$\{\{\s*vars\.([\w-]+)")
 _OF_A_ROW = re.compile(r"\$\{\{\s*matrix\b")
 _WITH_ENVIRONMENT = ("store", "secrets", "env")
+
+
+def has_rows(stage: Map) -> bool:
+    """Whether a stage asks for rows; a key with nothing behind it is a key not given."""
+    asked = (stage.get("matrix"), stage.get("foreach"))
+    return any(node is not None and not (isinstance(node, Scalar) and node.value is None) for node in asked)
+
+
+def variables_in(node: Node) -> set[str]:
+    """The first names of all `${{ vars.… }}` below a node."""
+    if isinstance(node, Map):
+        return {name for entry in node.entries.values() for name in variables_in(entry.value)}
+    if isinstance(node, Sequence):
+        return {name for item in node.items for name in variables_in(item)}
+    return set(_VARIABLE.findall(node.value)) if isinstance(node.value, str) else set()
 
 
 class Interpolation:
@@ -80,13 +96,13 @@ class Interpolation:
         return _Scope(self, environment=key in _WITH_ENVIRONMENT).expand(node)
 
     def _stage(self, node: Node) -> Node:
-        has_rows = isinstance(node, Map) and ("matrix" in node.entries or "foreach" in node.entries)
-        scope = _Scope(self, keeps_rows=has_rows)
+        rows = isinstance(node, Map) and has_rows(node)
+        scope = _Scope(self, keeps_rows=rows)
         if not isinstance(node, Map):
             return scope.expand(node)
         entries = {}
         for key, entry in node.entries.items():
-            inner = replace(scope, environment=key in _WITH_ENVIRONMENT, keeps_rows=has_rows and key != "matrix")
+            inner = replace(scope, environment=key in _WITH_ENVIRONMENT, keeps_rows=rows and key != "matrix")
             entries[key] = Entry(entry.key, inner.expand(entry.value))
         return Map(node.mark, entries, node.replaces)
 

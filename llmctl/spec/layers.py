@@ -5,11 +5,12 @@ Every value keeps its mark, so that it can be told which layer it came from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from llmctl.spec.diagnostics import Mark, Report, Text, suggest
-from llmctl.spec.nodes import Entry, Map, Node, fail
+from llmctl.spec.nodes import Entry, Map, Node, Scalar, fail
 
 DEFAULT_KEYS = ("env", "resources", "retries")
 
@@ -27,6 +28,46 @@ def merge(low: Node, high: Node) -> Node:
             value = merge(below.value, entry.value)
             entries[key] = Entry(below.key if isinstance(value, Map) else entry.key, value)
     return Map(low.mark, entries, low.replaces)
+
+
+SHORT_FORMS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("store",), "uri"),
+    (("sources", "*"), "uri"),
+    (("secrets", "*"), "from"),
+    (("env", "*"), "value"),
+    (("defaults", "env", "*"), "value"),
+    (("stages", "*", "env", "*"), "value"),
+)
+"""Where a text may stand for a map, and the key that is meant."""
+
+
+def long_forms(layer: Map) -> Map:
+    """`layer` with every text that stands for a map written out, so that layers of either form merge."""
+    node: Node = layer
+    for path, key in SHORT_FORMS:
+        for where in (path, ("profiles", "*", *path)):
+            node = changed_at(node, where, partial(_written_out, key))
+    assert isinstance(node, Map)
+    return node
+
+
+def _written_out(key: str, value: Node) -> Node:
+    is_text = isinstance(value, Scalar) and isinstance(value.value, str)
+    return Map(value.mark, {key: Entry(value.mark, value)}) if is_text else value
+
+
+def changed_at(node: Node, path: tuple[str, ...], change: Callable[[Node], Node]) -> Node:
+    """`node` with what lies at `path` changed; `*` is every key, and what is not there stays away."""
+    if not path:
+        return change(node)
+    if not isinstance(node, Map):
+        return node
+    changed = {
+        key: Entry(entry.key, changed_at(entry.value, path[1:], change))
+        for key, entry in node.entries.items()
+        if path[0] in ("*", key)
+    }
+    return Map(node.mark, {**node.entries, **changed}, node.replaces)
 
 
 def merge_maps(low: Map, high: Map) -> Map:

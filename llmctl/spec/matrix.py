@@ -7,6 +7,7 @@ contradict, and is a row of its own if there is none; `exclude` drops the rows t
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -14,13 +15,14 @@ from math import prod
 from urllib.parse import quote
 
 from llmctl.spec.diagnostics import Mark, Report, suggest
-from llmctl.spec.interpolate import UNKNOWN
+from llmctl.spec.interpolate import UNKNOWN, has_rows
 from llmctl.spec.nodes import Map, Node, Scalar, Sequence
 
 MOST_ROWS = 10_000
 LONGEST_VALUE = 40
 """Characters of a value in an instance id; a longer one is cut and told apart by a digest."""
 _RULES = ("include", "exclude")
+_NAME = re.compile(r"[A-Za-z_][\w-]*\Z")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _follow(
         _follow(target.text, stages, found, report, (*open_, name))
         if target.text in found:
             found[name] = found[target.text]
-        elif "matrix" not in stages[target.text].entries and "foreach" not in stages[target.text].entries:
+        elif not has_rows(stages[target.text]):
             hint = f"give `{target.text}` a matrix, or leave `foreach` out"
             report.add("E031", f"`foreach` of a stage without a matrix: `{target.text}`", target.mark, hint)
 
@@ -75,6 +77,11 @@ def _follow(
 def _rows(matrix: Map, where: str, report: Report) -> Iterator[Row]:
     """The rows of one matrix, in the order of the grid and then of `include`."""
     axes = {key: entry.value for key, entry in matrix.entries.items() if key not in _RULES}
+    for key in axes:
+        if not _NAME.match(key):
+            mark = matrix.entries[key].key
+            report.add("E102", f"{where}: `{key}` is no name of a value", mark, "letters, digits, _ and -, as in lr")
+            return
     values = {key: _axis(node, f"{where}.{key}", report) for key, node in axes.items()}
     if not all(values.values()):
         return
@@ -129,7 +136,12 @@ def _entries(matrix: Map, rule: str, where: str, report: Report) -> Iterator[Map
 
 
 def _matches(row: Mapping[str, Scalar], rule: Mapping[str, Scalar]) -> bool:
-    return all(key in row and row[key].value == value.value for key, value in rule.items())
+    return all(key in row and _same(row[key].value, value.value) for key, value in rule.items())
+
+
+def _same(a: object, b: object) -> bool:
+    """Equal values; `true` is not 1, as Python has it."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def _included(

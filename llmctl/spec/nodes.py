@@ -134,12 +134,14 @@ def maps(node: Node | None) -> list[Map]:
     return [item for item in node.items if isinstance(item, Map)] if isinstance(node, Sequence) else []
 
 
-def node_of(value: object, mark: Mark) -> Node:
-    """Plain JSON values as nodes that all stand at `mark`."""
+def node_of(value: object, mark: Mark, depth: int = 0) -> Node:
+    """Plain JSON values as nodes that all stand at `mark`. Raises SpecError (E002)."""
+    if depth > DEEPEST:
+        fail("E002", f"nested deeper than {DEEPEST} levels", mark)
     if isinstance(value, Mapping):
-        return Map(mark, {str(key): Entry(mark, node_of(item, mark)) for key, item in value.items()})
+        return Map(mark, {str(key): Entry(mark, node_of(item, mark, depth + 1)) for key, item in value.items()})
     if isinstance(value, list | tuple):
-        return Sequence(mark, tuple(node_of(item, mark) for item in value))
+        return Sequence(mark, tuple(node_of(item, mark, depth + 1) for item in value))
     return Scalar(mark, value, "" if value is None else str(value))
 
 
@@ -206,6 +208,8 @@ class _Reader:
     def scalar(self, event: Any) -> None:
         self.refuse_tag(event)
         mark = self.mark(event)
+        if "\0" in event.value:
+            fail("E001", "a text holds the character NUL", mark, "no path, variable or parameter can hold it")
         value: object = event.value
         if not event.style:  # plain; libyaml gives "", the pure-Python reader None
             try:

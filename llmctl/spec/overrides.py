@@ -21,7 +21,7 @@ FIRST_RANK = 100  # profiles come before
 Path = list[tuple[str | int, Mark]]
 ParamsOf = Callable[[str], Any]
 """The `Params` class of a stage's name, or None if there is no such stage."""
-_PART = re.compile(r"(?P<name>[^\[\]+]+)(?P<places>(\[\d+\])*)\Z")
+_PART = re.compile(r"(?P<name>[^\[\]+]+)(?P<places>(\[\d{1,9}\])*)\Z")
 
 
 _NAMED = {

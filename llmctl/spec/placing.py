@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from llmctl.spec.diagnostics import Mark, Text
-from llmctl.spec.files import display
-from llmctl.spec.layers import at, merge, merge_maps
+from llmctl.spec.files import display, home_path
+from llmctl.spec.layers import at, long_forms, merge, merge_maps
 from llmctl.spec.nodes import Map, Node, Scalar, fail, node_of
 from llmctl.spec.nodes import Sequence as List
 
@@ -33,7 +32,7 @@ def placed(document: Map, path: Steps, value: Node, default: Default, *, appends
             plain = default(names)
             below = None if plain is None else node_of(plain, mark)
         value = _inside(below, rest, value, ".".join(names), mark, appends)
-    return merge_maps(document, at(keys, value))
+    return merge_maps(document, long_forms(at(keys, value)))
 
 
 def _leading_keys(path: Steps) -> list[tuple[str, Mark]]:
@@ -82,9 +81,10 @@ def _appended(node: Node | None, value: Node, where: str, mark: Mark) -> List:
 def json_node(text: str, mark: Mark) -> Node:
     """The value of a JSON text, every part of it at `mark`. Raises SpecError (E001)."""
     try:
-        return node_of(json.loads(text, parse_constant=_refuse), mark)
+        value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         fail("E001", f"not JSON: {error}", mark, """as in --set-json 'stage.list=[1, "two"]'""")
+    return node_of(value, mark)
 
 
 def _refuse(name: str) -> Any:
@@ -93,7 +93,7 @@ def _refuse(name: str) -> Any:
 
 def file_text(name: str, mark: Mark, rank: int) -> Text:
     """The text of a file that an option names. Raises SpecError (E011)."""
-    path = Path(name).expanduser()
+    path = home_path(name)
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

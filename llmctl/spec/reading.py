@@ -6,12 +6,12 @@ from collections.abc import Sequence as List
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llmctl.spec.diagnostics import Report, Text, did_you_mean
+from llmctl.spec.diagnostics import Report, Text, did_you_mean, suggest
 from llmctl.spec.drafting import Drafting
 from llmctl.spec.fields import field_names
 from llmctl.spec.files import Found, find, read
 from llmctl.spec.includes import with_includes
-from llmctl.spec.interpolate import Interpolation
+from llmctl.spec.interpolate import Interpolation, variables_in
 from llmctl.spec.layers import apply_defaults, apply_profiles, without
 from llmctl.spec.nodes import Entry, Map, Node, Scalar, fail
 from llmctl.spec.outside import Outside
@@ -67,6 +67,7 @@ class Reading:
         self.single = "stages" not in document.entries
         self._overrides: Overrides | None = None
         self._check_kind(single)
+        self.check_profiles()
 
     def _check_kind(self, wanted: Stage | None) -> None:
         """Refuse a format of a later version, a file that is no spec, and the file of another stage."""
@@ -84,7 +85,7 @@ class Reading:
         if not self.single:
             mark = self.document.entries["stages"].key
             fail("E102", f"`{wanted.name}` takes the file of a single stage, this is a pipeline", mark, "llmctl run it")
-        if uses and isinstance(uses.value, Scalar) and uses.value.text != wanted.name:
+        if uses and isinstance(uses.value, Scalar) and uses.value.text.partition("@")[0] != wanted.name:
             fail("E102", f"this file is for `{uses.value.text}`, not for `{wanted.name}`", uses.value.mark)
 
     def _no_kind(self) -> NoReturn:
@@ -98,18 +99,41 @@ class Reading:
 
     def overlay(self, profiles: List[str]) -> None:
         """Put the profiles on top of the document."""
-        self._check_profiles()
         self.document = apply_profiles(self.document, profiles, self.report)
 
-    def _check_profiles(self) -> None:
-        """The keys of every profile, chosen or not; its values are checked where they end up."""
+    def check_profiles(self) -> None:
+        """The keys and names of every profile, chosen or not; its values are checked where they end up."""
         profiles = self.document.get("profiles")
+        if profiles is not None and not isinstance(profiles, Map):
+            self.report.add("E102", "profiles: Input should be a map of a name to its overlay", profiles.mark)
         known = {"vars", "sources", "secrets", "store", *(BODY_KEYS if self.single else ("stages", "defaults", "next"))}
-        for entry in profiles.entries.values() if isinstance(profiles, Map) else ():
-            self._check_keys(entry.value, known)
-            stages = entry.value.get("stages") if isinstance(entry.value, Map) and not self.single else None
-            for stage in stages.entries.values() if isinstance(stages, Map) else ():
+        for name, entry in profiles.entries.items() if isinstance(profiles, Map) else ():
+            overlay = entry.value
+            if not isinstance(overlay, Map):
+                self.report.add("E102", f"profiles.{name}: Input should be a map", overlay.mark)
+                continue
+            self._check_keys(overlay, known)
+            stages = overlay.get("stages") if not self.single else None
+            for id, stage in stages.entries.items() if isinstance(stages, Map) else ():
                 self._check_keys(stage.value, STAGE_KEYS)
+                self._check_stage(id, stage)
+            self._check_vars(overlay)
+
+    def _check_stage(self, id: str, entry: Entry) -> None:
+        """A stage of a profile is one of the document, or says what it uses."""
+        declared = self.document.get("stages")
+        names = list(declared.entries) if isinstance(declared, Map) else []
+        own = entry.value.entries if isinstance(entry.value, Map) else {}
+        if id not in names and not {"uses", "select"} & set(own):
+            self.report.add("E021", f"no stage `{id}`", entry.key, suggest(id, names, "stages"))
+
+    def _check_vars(self, overlay: Map) -> None:
+        """A variable of a profile is one of the document, or used somewhere."""
+        declared, given = self.document.get("vars"), overlay.get("vars")
+        names = list(declared.entries) if isinstance(declared, Map) else []
+        for name, entry in given.entries.items() if isinstance(given, Map) else ():
+            if name not in names and name not in variables_in(self.document):
+                self.report.add("E030", f"no variable `{name}`", entry.key, did_you_mean(name, names))
 
     def _check_keys(self, node: Node, known: set[str] | frozenset[str]) -> None:
         for key, entry in node.entries.items() if isinstance(node, Map) else ():

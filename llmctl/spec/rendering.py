@@ -167,7 +167,10 @@ def _reference(node: Node, base: Path) -> Node:
         return List(node.mark, tuple(_reference(item, base) for item in node.items))
     if not isinstance(node, Scalar) or not isinstance(node.value, str):
         return node
-    found = parse_reference(node, base)
+    try:
+        found = parse_reference(node, base)
+    except NotAReference:  # an expression of a matrix row
+        return node
     return Scalar(node.mark, found.uri, found.uri) if isinstance(found, PathRef) else node
 
 

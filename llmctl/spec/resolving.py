@@ -25,6 +25,8 @@ class Resolving:
     """The names of the declared secrets."""
     report: Report
     _outputs: dict[Path, str] = field(default_factory=dict)
+    _above: dict[Path, str] = field(default_factory=dict)
+    """The directories that hold an output."""
     _shared: dict[int, tuple[Mapping[str, EnvValue], Resources]] = field(default_factory=dict)
     """By the model, which rows of a matrix may share."""
 
@@ -89,12 +91,23 @@ class Resolving:
         except NotAReference as wrong:
             self.report.add(wrong.code, str(wrong), node.mark, wrong.hint)
             return None
-        other = self._outputs.setdefault(output, draft.id)
-        if other != draft.id:
+        other = self._beside(output)
+        self._outputs[output] = draft.id
+        self._above |= dict.fromkeys(output.parents, draft.id)
+        if other is not None:
             keys = ", ".join(f"${{{{ matrix.{key} }}}}" for key in (draft.row.values if draft.row else ()))
             hint = f"write {keys} into it" if keys else "give each its own"
             where = draft.where("output")
             self.report.add(
-                "E102", f"{where}: `{other}` is copied to the same place", node.mark, hint, essence="same place"
+                "E102",
+                f"{where}: `{other}` is copied to the same place, above or below",
+                node.mark,
+                hint,
+                essence="same place",
             )
         return output
+
+    def _beside(self, output: Path) -> str | None:
+        """The stage whose output is this directory, holds it or lies in it: a copy replaces all that is in its own."""
+        inside = (self._outputs[path] for path in (output, *output.parents) if path in self._outputs)
+        return next(inside, self._above.get(output))

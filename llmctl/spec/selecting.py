@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,14 +10,12 @@ from llmctl.spec.nodes import Map, Node, texts
 from llmctl.spec.params import Params
 from llmctl.spec.references import NotAReference
 from llmctl.spec.resolved import Select, StageRef
-from llmctl.stage import In, Out, Stage
+from llmctl.stage import PORT, In, Out, Stage
 
 if TYPE_CHECKING:
     from llmctl.spec.wiring import Wiring
 
 METRICS = "metrics"
-_KEY = re.compile(r"[a-z][a-z0-9_-]*\Z")
-
 Lists = Mapping[str, tuple[StageRef, ...]]
 
 
@@ -31,8 +28,9 @@ def declare_select(wiring: Wiring, draft: Draft) -> None:
     lists: dict[str, tuple[StageRef, ...]] = {}
     for name, entry in node.entries.items():
         refs = _list(wiring, draft, name, entry.value)
-        if not _KEY.match(name):
-            wiring.report.add("E102", f"{draft.where('select')}: `{name}` is no name of an output", entry.key)
+        if not PORT.match(name):
+            message = f"{draft.where('select')}: `{name}` is no name of an output"
+            wiring.report.add("E102", message, entry.key, "a-z, 0-9 and _, as in best_model")
         elif refs:
             lists[name] = refs
     if len(lists) < len(node.entries) or not _fit_together(wiring, draft, lists):
@@ -96,6 +94,10 @@ def _fit_together(wiring: Wiring, draft: Draft, lists: Lists) -> bool:
     mark, _ = draft.entry("select")
     for name, refs in lists.items():
         kinds = sorted({ref.type for ref in refs})
+        if "" in kinds:
+            message = f"the type of `{draft.id}.{name}` is known only when it runs"
+            wiring.report.add("E123", message, mark, "give the input that decides it as a source with a `type`")
+            return False
         if len(kinds) > 1:
             wiring.report.add("E123", f"`{draft.id}.{name}` mixes {' and '.join(kinds)}", mark)
             return False

@@ -50,6 +50,7 @@ def chosen_log_format(typed: str | None) -> str:
 def _read(path: Path, _changed: int) -> UserConfig:
     from llmctl.spec.diagnostics import Report
     from llmctl.spec.files import display, document
+    from llmctl.spec.nodes import fail
     from llmctl.spec.skeleton import UserModel
     from llmctl.spec.validate import validate
 
@@ -69,10 +70,16 @@ def _read(path: Path, _changed: int) -> UserConfig:
         )
         for name, model in found.secrets.items()
     }
+    if "://" in (found.store.uri or ""):
+        uri = node.get("store", "uri") or node.get("store")
+        fail("E104", f"`{found.store.uri}` is not supported yet as a store", uri.mark if uri else None, "use a path")
     store = str(_beside(path, found.store.uri)) if found.store.uri else ""
-    return UserConfig(store=store, remotes=found.store.remotes, secrets=secrets, log_format=found.log_format)
+    remotes = {name: uri if "://" in uri else str(_beside(path, uri)) for name, uri in found.store.remotes.items()}
+    return UserConfig(store=store, remotes=remotes, secrets=secrets, log_format=found.log_format)
 
 
 def _beside(path: Path, name: str) -> Path:
     """A path of the file, which counts from the file's directory."""
-    return (path.parent / Path(name).expanduser()).absolute()
+    from llmctl.spec.files import home_path
+
+    return (path.parent / home_path(name)).absolute()

@@ -75,7 +75,10 @@ def expand(path: Path) -> list[Path]:
     if not base.is_dir():
         return []
     hidden = any(part.startswith(".") for part in pattern.parts)
-    found = [file for file in base.glob(str(pattern)) if file.is_file()]
+    try:
+        found = [file for file in base.glob(str(pattern)) if file.is_file()]
+    except ValueError as error:  # `**.md`: two stars stand for directories and alone
+        raise InputError(f"{path} is no pattern: {error}", hint="as in notes/**/*.md") from None
     return sorted(file for file in found if hidden or not _hidden(file.relative_to(base)))
 
 

@@ -21,7 +21,7 @@ from llmctl.errors import InputError
 FORMAT = 1
 ENVIRONMENT = "LLMCTL_STORE"
 HOME = ".llmctl"
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 OWN_NAME = re.compile(r"(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{32}(-old)?\Z")
 
 

@@ -177,9 +177,10 @@ def test_a_bug_in_the_runner_leaves_no_process(run, monkeypatch, work):
     monkeypatch.setattr(machine, "cores", lambda: 4)
     monkeypatch.setattr("llmctl.pipeline.settlement.Settlement.settle", broken)
     stages = "x: {uses: make}\ny: {uses: count, with: {max_steps: 5000, pause: 0.02}}"
+    before = threading.active_count()  # servers of other tests may still be closing
     with pytest.raises(ZeroDivisionError):
         run(stages, jobs=2)
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
 
 
 # -- events and time --------------------------------------------------------------------------------------------------

@@ -155,6 +155,10 @@ CASES = [
     (', metrics: "eval[*]"', "", "E127", "it has no list of metrics to decide by"),
     ("mode: max", "mode: most", "E102", "stages.best.by.mode: Input should be 'min' or 'max' (got 'most')"),
     ("by: {metric: exact_match, mode: max}", "uses: eval", "E101", "a stage has `uses` or `select`, not both"),
+    ("select: {model:", "select: {my-model:", "E102", "`my-model` is no name of an output"),
+    ("matrix: {lr:", "matrix: {'a]../b': [1], lr:", "E102", "`a]../b` is no name of a value"),
+    ("uses: export-onnx,", "uses: export-onnx, output: ./out/a/b, inputs: {model: ./m}}\n  more: {uses: export-onnx, "
+     "output: ./out,", "E102", "`onnx` is copied to the same place, above or below"),
     ("inputs: {model: best}", "inputs: {model: best.modle}", "E122", "`best` has no output `modle`"),
 ]  # fmt: skip
 
@@ -176,3 +180,26 @@ def test_a_profile_or_an_option_changes_the_matrix(load):
     assert [id for id in load(profiles, profiles=("one",)).stages if id.startswith("sft[")] == ["sft[lr=2e-5,seed=5]"]
     assert len(load(TEXT, "stages.sft.matrix.lr+=9e-5").stages) == len(load(TEXT).stages) + 4
     assert len(load(TEXT, "vars.seeds=[1]").stages) == len(load(TEXT).stages) - 4
+
+
+@pytest.mark.parametrize("line", ["matrix:", "foreach:", "matrix: null"])
+def test_a_key_with_nothing_behind_it_asks_for_no_rows(load, line):
+    text = f"llmctl: 1\nname: t\nstages:\n  data:\n    uses: data\n    {line}\n"
+    assert list(load(text).stages) == ["data"]
+
+
+def test_true_is_not_one_where_rows_are_excluded(load):
+    text = "llmctl: 1\nname: t\nstages:\n  data:\n    uses: data\n    matrix: {s: [1, true, 2], exclude: [{s: 1}]}\n"
+    assert list(load(text).stages) == ["data[s=true]", "data[s=2]"]
+
+
+def test_a_list_whose_type_only_the_run_can_know_is_told(mistakes):
+    text = """
+        llmctl: 1
+        name: t
+        stages:
+          q: {uses: quantize, inputs: {model: ./some}}
+          best: {select: {model: q.model, metrics: q.metrics}, by: {metric: m, mode: min}}
+    """
+    (found,) = mistakes(text)
+    assert found.startswith("E123 spec.yaml:5:10 the type of `best.model` is known only when it runs")

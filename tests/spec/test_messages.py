@@ -235,3 +235,32 @@ def test_an_error_in_a_merged_value_points_at_the_layer_that_set_it(mistakes):
     assert mistakes(text, profiles=("var",)) == [f"E102 spec.yaml:8:22 {problem} (got 'y')"]
     assert mistakes(text, "data.seed=z") == [f"E102 --set#1:1:11 {problem} (got 'z')"]
     assert mistakes(text, "data.clean={lang: en}", "vars.seed=z") == [f"E102 --set#2:1:11 {problem} (got 'z')"]
+
+
+@pytest.mark.parametrize("end", ["\r", "\x85", "\u2028", "\r\n"])
+def test_line_ends_of_other_systems_are_counted_as_yaml_does(registry, end, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("odd.yaml").write_bytes((HEAD + "stages:\n  data: {uses: dta}\n").replace("\n", end).encode())
+    with pytest.raises(SpecError) as caught:
+        load_pipeline("odd.yaml", registry=registry)
+    assert str(caught.value.diagnostics[0].mark) == "odd.yaml:4:16" and "error[E110]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "include: ['~nobody-of-this-name/x.yaml']\n" + DATA,
+        'include: ["./a\\0b"]\n' + DATA,
+        "include: [{url: 'http://h/a b', sha256: aa}]\n" + DATA,
+        'stages: {data: {uses: data, env: {X: "a\\0b"}}}\n',
+    ],
+)
+def test_what_no_path_can_be_is_a_mistake_and_no_crash(load, text):
+    with pytest.raises(UsageError):
+        load(HEAD + text)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~nobody-of-this-name/x.yaml"])
+def test_a_name_that_no_file_can_have(registry, name):
+    with pytest.raises(UsageError):
+        load_pipeline(name, registry=registry)

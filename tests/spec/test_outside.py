@@ -127,3 +127,24 @@ def test_a_version_of_a_stage_can_be_asked_for(load, mistakes):
     assert load(TEXT.replace("uses: data", "uses: data@>=1.2,<2")).stages["data"].stage.name == "data"
     (found,) = mistakes(TEXT.replace("uses: data", "uses: data@<1"))
     assert found.startswith("E110") and "is of fakes 1.4.0, the spec wants <1" in found
+
+
+def test_paths_of_the_users_configuration_count_from_its_file(load, tmp_path, monkeypatch):
+    from llmctl.spec.user_config import user_config
+
+    (tmp_path / "conf").mkdir()
+    monkeypatch.setenv("LLMCTL_CONFIG", str(tmp_path / "conf" / "c.yaml"))
+    (tmp_path / "conf" / "c.yaml").write_text("store: {uri: ./s, remotes: {near: ./r}}\n")
+    assert user_config().store == str(tmp_path / "conf" / "s")
+    assert load(TEXT).remotes["near"] == str(tmp_path / "conf" / "r")
+    monkeypatch.setenv("LLMCTL_CONFIG", str(tmp_path / "conf" / "d.yaml"))
+    (tmp_path / "conf" / "d.yaml").write_text("store: {uri: 's3://b/x'}\n")
+    with pytest.raises(SpecError, match="E104"):
+        user_config()
+
+
+def test_the_file_of_a_stage_may_ask_for_a_version(registry, tmp_path):
+    from llmctl.spec.pipeline import single_stage
+
+    (tmp_path / "s.yaml").write_text('llmctl: 1\nname: t\nuses: "data@>=1"\n')
+    assert single_stage(registry.stages["data"], file=tmp_path / "s.yaml", registry=registry)

@@ -211,5 +211,42 @@ def test_keys_of_profiles_that_are_not_chosen_are_checked_too(mistakes):
     assert mistakes(text) == ["E101 spec.yaml:14:28 unknown key `wiht` [did you mean `with`?]"]
 
 
+def test_names_in_profiles_are_checked_whether_they_are_chosen_or_not(mistakes, load):
+    def profiles(text):
+        return TEXT[: TEXT.index("profiles:")] + f"profiles: {text}\n"
+
+    assert mistakes(profiles("{a: hello}"))[0].startswith("E102 spec.yaml:12:15 profiles.a: Input should be a map")
+    assert mistakes(profiles("7"))[0].startswith("E102 spec.yaml:12:11 profiles: Input should be a map")
+    assert mistakes(profiles("{a: {stages: {trian: {}}}}")) == [
+        "E021 spec.yaml:12:25 no stage `trian` [did you mean `train`?]"
+    ]
+    assert mistakes(profiles("{a: {vars: {sed: 3}}}")) == [
+        "E030 spec.yaml:12:23 no variable `sed` [did you mean `seed`?]"
+    ]
+    load(profiles('{a: {vars: {own: 3}, stages: {train: {with: {seed: "${{ vars.own }}"}}}}}'), profiles=("a",))
+    load(profiles("{a: {stages: {more: {uses: data}}}}"), profiles=("a",))
+
+
+def test_short_and_long_forms_merge(load, tmp_path):
+    text = TEXT.replace("sources: {corpus: ./raw}", "sources: {corpus: ./raw}\nstore: ./mine")
+    text += '  far: {store: {remotes: {team: "s3://b"}}, sources: {corpus: {type: files}}}\n'
+    pipeline = load(text, "sources.corpus=./other", profiles=("far",))
+    assert (pipeline.store, pipeline.remotes) == (str(tmp_path / "mine"), {"team": "s3://b"})
+    assert pipeline.sources["corpus"].uri == "./other"
+    env = load(text, "stages.train.env.A=x", "stages.train.env.A.affects_output=false").stages["train"].env["A"]
+    assert (env.value, env.affects_output) == ("x", False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [
+        (f"train.betas[{'9' * 5000}]=1", "E020"),
+        (Setting("--set-json", "vars.seed=" + "[" * 400 + "]" * 400), "E002"),
+    ],
+)
+def test_absurd_settings_are_mistakes_like_others(mistakes, setting, code):
+    assert mistakes(TEXT, setting)[-1].startswith(code)
+
+
 def test_bytes_that_are_not_utf_8_are_refused(mistakes):
     assert mistakes(TEXT, "train.run_tag=\udcff") == ["E001 --set#1:1:1 --set#1 is not UTF-8"]

@@ -71,7 +71,7 @@ def test_every_value_is_explained_with_the_layer_that_sets_it(spec, registry):
         "muon",
         "default",
     )
-    assert origins["sources.corpus"].place == "shared/base.yaml:2:19"
+    assert origins["sources.corpus.uri"].place == "shared/base.yaml:2:19"
 
 
 def test_every_parameter_is_explained_exactly_once(spec, registry):
@@ -99,3 +99,12 @@ def test_the_commands(llmctl, tmp_path):
     wrong = llmctl("render", "quickstart", "--set", "sft.lrr=1", "--error-format", "json")
     assert wrong.returncode == 2
     assert json.loads(wrong.stderr)["code"] == "E101"
+
+
+def test_an_input_that_a_row_names_is_left_to_be_made(registry, tmp_path, monkeypatch):
+    text = (
+        'llmctl: 1\nname: t\nstages:\n  d: {uses: data, matrix: {s: [./a, ./b]}, inputs: {files: "${{ matrix.s }}"}}\n'
+    )
+    (tmp_path / "m.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert render("m.yaml", registry=registry).plain()["stages"]["d"]["inputs"] == {"files": "${{ matrix.s }}"}
