@@ -84,8 +84,6 @@ def render(
 
 def _unset(kinds: Sequence[Any], node: Node, path: str) -> Iterator[Origin]:
     """The defaults of what no layer sets below `node`, whose type is one of `kinds`, in the models inside it too."""
-    models = [kind for kind in kinds if is_model(kind)]
-    fields = models[0].model_fields if len(models) == 1 and isinstance(node, Map) else {}
     inside: dict[str | int, Node] = {}
     if isinstance(node, Map):
         inside = {key: entry.value for key, entry in node.entries.items()}
@@ -94,9 +92,13 @@ def _unset(kinds: Sequence[Any], node: Node, path: str) -> Iterator[Origin]:
     for key, value in inside.items():
         below = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}"
         yield from _unset([inner for kind in kinds for inner in types_at(kind, [key])], value, below)
-    for key, name in field_names(models[0]).items() if fields else ():
-        if key not in inside and not fields[name].is_required():
-            default = fields[name].get_default(call_default_factory=True, validated_data={})
+    models = [kind for kind in kinds if is_model(kind)]
+    if len(models) != 1 or not isinstance(node, Map):
+        return
+    for key, name in field_names(models[0]).items():
+        info = models[0].model_fields[name]
+        if key not in inside and not info.is_required():
+            default = info.get_default(call_default_factory=True, validated_data={})
             yield Origin(f"{path}.{key}", _json(default), "default")
 
 

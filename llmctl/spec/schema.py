@@ -21,6 +21,8 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 EXPRESSION: Schema = {"type": "string", "pattern": r"\$\{\{.*\}\}"}
 """What may stand for a value of any other type."""
 NULL: Schema = {"type": "null"}
+"""What may stand for a value that need not be given: nothing behind its key."""
+_UNIONS = ("anyOf", "oneOf", "allOf")
 _INCLUDED: Schema = {
     "anyOf": [
         {"type": "string"},
@@ -141,9 +143,6 @@ def _widened(schema: Schema, nullable: bool = False) -> Schema:
         elif isinstance(inner, list):
             schema[key] = [_value(item) for item in inner]
     return schema
-
-
-_UNIONS = ("anyOf", "oneOf", "allOf")
 
 
 def _value(schema: Schema, nullable: bool = False) -> Schema:
