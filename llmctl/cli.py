@@ -227,8 +227,8 @@ def _say(text: str) -> None:
 
 
 def _say_error(error: LlmctlError) -> None:
-    """`error: message`, `  hint: …`; a message with its own layout (several spec errors) is printed as it is."""
-    if error.message.startswith("error"):
+    """`error: message`, `  hint: …`; diagnostics of a spec, which have a layout of their own, as they are."""
+    if hasattr(error, "diagnostics"):
         _say(error.message)
     else:
         from llmctl.console import wants_colour

@@ -7,6 +7,7 @@ raise; `protocol.respond` then offers nothing.
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -81,19 +82,75 @@ def _references(ctx: click.Context, incomplete: str, types: Iterable[str]) -> li
     return _starting(incomplete, rows) or [CompletionItem(incomplete, type="file")]
 
 
+def seconds(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
+    """The stages of a spec after that spec, artifacts after an artifact."""
+    from llmctl.spec.files import shipped
+
+    first = _spec(ctx)
+    is_spec = first.endswith(SPEC_SUFFIXES) or first in shipped()
+    return (stages if is_spec else artifacts)(ctx, param, incomplete)
+
+
+def specs_and_artifacts(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
+    """What two words may begin with that are a spec and its stage, or two artifacts."""
+    found = specs(ctx, param, incomplete)
+    return found + [item for item in artifacts(ctx, param, incomplete) if item.type == "plain" or not found]
+
+
+def installed(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
+    """The installed stages; none where another kind was named that has no stage (`schema pipeline`)."""
+    from llmctl.command_table import stage_order
+    from llmctl.registry import get_registry
+
+    found = get_registry().stages if ctx.params.get("kind", "stage") == "stage" else {}
+    return _starting(incomplete, [(name, found[name].help) for name in stage_order(found)])
+
+
+def _as_json(keys: Callback) -> Callback:
+    """What `keys` offers for `KEY=VALUE`, with the values written as JSON."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
+        items = keys(ctx, param, incomplete.replace('"', ""))
+        for item in items:
+            key, sign, word = item.value.partition("=")
+            if word not in ("", "true", "false"):
+                item.value = f"{key}{sign}{json.dumps(word)}"
+        return items
+
+    return complete
+
+
+def _as_file(keys: Callback) -> Callback:
+    """The keys that `keys` offers; behind the `=` the files there are."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
+        key, sign, path = incomplete.partition("=")
+        if not sign:
+            return keys(ctx, param, incomplete)
+        return [CompletionItem(f"{key}={item.value}") for item in _paths(path, ("",))]
+
+    return complete
+
+
 BY_NAME: Mapping[str, Callback] = {
     "spec": specs,
     "specs": specs,
     "profiles": profiles,
     "sets": sets,
+    "set_jsons": _as_json(sets),
+    "set_files": _as_file(sets),
     "to": stages,
     "until": stages,
-    "from_": stages,
-    "from_stages": stages,
+    "start": stages,
     "artifact": artifacts,
     "artifacts": artifacts,
+    "tag words": artifacts,
+    "why first": specs_and_artifacts,
+    "why second": seconds,
+    "schema name": installed,
+    "test stages": installed,
 }
-"""By the name of the parameter, for llmctl's own commands and those of its own plugins."""
+"""By the name of the parameter, or of its command and the parameter, for llmctl's own commands and its own plugins'."""
 
 
 OWN = ("llmctl.", "llmctl_serve.")
@@ -110,8 +167,9 @@ def attach(command: click.Command) -> None:
     if not (command.callback and command.callback.__module__.startswith(OWN)):
         return  # a third party's command: what its parameters mean is its own affair
     for param in command.params:
-        if param.name in BY_NAME:
-            _give(param, BY_NAME[param.name])
+        callback = BY_NAME.get(f"{command.name} {param.name}") or BY_NAME.get(str(param.name))
+        if callback is not None:
+            _give(param, callback)
 
 
 def _attach_stage(command: StageCommand) -> None:
@@ -120,6 +178,8 @@ def _attach_stage(command: StageCommand) -> None:
 
     stage = command.stage
     ports = {name: port.types for name, port in stage.inputs.items()}
+    own = functools.partial(_parameters, stage.load_params())
+    setting: Mapping[str, Callback] = {"sets": own, "set_jsons": _as_json(own), "set_files": _as_file(own)}
     for param in command.get_params(click.Context(command)):
         name = str(param.name)
         if name == PORT:
@@ -127,8 +187,8 @@ def _attach_stage(command: StageCommand) -> None:
         elif name.startswith(PORT):
             types = ports[name.removeprefix(PORT)]
             _give(param, functools.partial(_typed, types))
-        elif name == "sets":
-            _give(param, functools.partial(_parameters, stage.load_params()))
+        elif name in setting:
+            _give(param, setting[name])
 
 
 def _typed(types: tuple[str, ...], ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Item]:
@@ -190,17 +250,18 @@ def _give(param: click.Parameter, callback: Callback) -> None:
 
 def _spec(ctx: click.Context) -> str:
     """The spec on the command line; an option that still lacks its value makes click leave arguments unread."""
-    given = [ctx.params.get("spec"), *(ctx.params.get("specs") or ()), *ctx.args]
+    given = [ctx.params.get("spec"), ctx.params.get("first"), *(ctx.params.get("specs") or ()), *ctx.args]
     return next(str(word) for word in given if word)  # without one there is nothing to offer: StopIteration ends it
 
 
 def _pipeline(ctx: click.Context) -> Pipeline:
     """The spec with the profiles and values given so far. Raises SpecError."""
     from llmctl.registry import get_registry
+    from llmctl.spec.options import settings
     from llmctl.spec.pipeline import load_pipeline
 
-    given = [tuple(ctx.params.get(name) or ()) for name in ("profiles", "sets")]
-    return load_pipeline(_spec(ctx), *given, registry=get_registry())
+    given = [tuple(ctx.params.get(name) or ()) for name in ("profiles", "sets", "set_jsons", "set_files")]
+    return load_pipeline(_spec(ctx), given[0], settings(*given[1:]), registry=get_registry())
 
 
 def _section(spec: str, name: str) -> list[str]:

@@ -144,9 +144,7 @@ class Offering(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command itself, its parameters with their candidates."""
         command = self.root.get_command(ctx, cmd_name)
-        if command is not None:
-            candidates.attach(command)
-        return command
+        return None if command is None else _attached(command)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         """Commands and stages, or the options of `llmctl` itself."""
@@ -154,6 +152,28 @@ class Offering(click.Group):
             CompletionItem(offer.name, help=offer.help) for offer in _offers() if offer.name.startswith(incomplete)
         ]
         return items + click.Command.shell_complete(self, ctx, incomplete)
+
+
+class _Subgroup(click.Group):
+    """A group of commands, those with candidates attached once they are loaded."""
+
+    def __init__(self, group: click.Group) -> None:
+        super().__init__(group.name, params=group.params, help=group.help, context_settings=group.context_settings)
+        self.inner = group
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Those of the group."""
+        return self.inner.list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command itself, its parameters with their candidates."""
+        command = self.inner.get_command(ctx, cmd_name)
+        return None if command is None else _attached(command)
+
+
+def _attached(command: click.Command) -> click.Command:
+    candidates.attach(command)
+    return _Subgroup(command) if isinstance(command, click.Group) else command
 
 
 def _offers() -> list[Command]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from llmctl.doctor.finding import Check, Finding, examine
-from llmctl.errors import MachineError
+from llmctl.errors import LlmctlError, MachineError, UsageError
+from llmctl.spec.options import spec_layers
+from llmctl.store.commands import store_option
 
 if TYPE_CHECKING:
+    from llmctl.spec.overrides import Setting
     from llmctl.spec.resolved import Pipeline
 
 
@@ -33,11 +37,14 @@ def checks() -> tuple[Check, ...]:
 
 @click.command()
 @click.argument("spec", required=False)
-@click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Apply a profile of SPEC; may be repeated.")
+@spec_layers
+@store_option
 @click.option(
     "--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print the report."
 )
-def doctor(spec: str | None, profiles: tuple[str, ...], format_: str) -> int:
+def doctor(
+    spec: str | None, profiles: tuple[str, ...], sets: tuple[Setting, ...], store_path: Path | None, format_: str
+) -> int:
     """Look for what is wrong with this installation, and with SPEC what it needs that is not here.
 
     Each problem comes with the command that mends it. Exits with 7 if there is a problem.
@@ -45,16 +52,30 @@ def doctor(spec: str | None, profiles: tuple[str, ...], format_: str) -> int:
     from llmctl.doctor.world import real_world
     from llmctl.store.layout import locate
 
+    if spec is None and (profiles or sets):
+        raise UsageError("--profile and --set change a SPEC, and there is none", hint="llmctl doctor SPEC …")
+
     def read() -> Pipeline:
         from llmctl.registry import get_registry
         from llmctl.spec.pipeline import load_pipeline
 
-        return load_pipeline(spec or "", profiles, registry=get_registry())
+        return load_pipeline(spec or "", profiles, sets, registry=get_registry())
 
     with _waiting():
-        found = examine(checks(), real_world(locate(None), read if spec else None))
+        store = locate(store_path or (_store(read) if spec else None))
+        found = examine(checks(), real_world(store, read if spec else None))
     click.echo(as_json(found) if format_ == "json" else as_text(found))
     return MachineError.exit_code if any(row.state == "problem" for row in found) else 0
+
+
+def _store(read: Callable[[], Pipeline]) -> Path | None:
+    """The store that the spec asks for, as `run` finds it; why the spec cannot be read is among the findings."""
+    from llmctl.pipeline.commands import spec_store
+
+    try:
+        return spec_store(read())
+    except LlmctlError:
+        return None
 
 
 def _waiting() -> AbstractContextManager[object]:

@@ -13,12 +13,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 IDENTITY = "CAg6PgoQCgF4EgF5IghJZGVudGl0eRIIaWRlbnRpdHlaDwoBeBIKCggIARIECgIIAWIPCgF5EgoKCAgBEgQKAggBQgQKABAN"
 """An ONNX model, y = x for one float vector; written out, since `onnx` is no dependency of the base."""
+
+WHOLE = "x" * 65536
+"""What a file holds whose place others take; a copy of it takes a moment."""
+REPLACEMENTS = 50
 
 
 def torch() -> dict[str, Any]:
@@ -73,13 +79,38 @@ def place(directory: str) -> dict[str, Any]:
 
 
 def _renames(folder: Path) -> bool:
-    """Whether a file takes the place of another, and a directory a new name, in one step."""
-    (folder / "old").write_text("old")
-    (folder / "fresh").write_text("fresh")
-    (folder / "fresh").replace(folder / "old")
-    (folder / "tree").mkdir()
-    (folder / "tree").rename(folder / "moved")
-    return (folder / "old").read_text() == "fresh" and not (folder / "fresh").exists() and (folder / "moved").is_dir()
+    """Whether a directory gets a new name, and a file the place of another with no moment in which neither is there."""
+    target, fresh = folder / "old", folder / "fresh"
+    target.write_text(WHOLE)
+    try:
+        (folder / "tree").mkdir()
+        (folder / "tree" / "leaf").write_text(WHOLE)
+        (folder / "tree").rename(folder / "moved")
+        done = Event()
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(_stays_whole, target, done)
+            try:
+                for _ in range(REPLACEMENTS):
+                    fresh.write_text(WHOLE)
+                    fresh.replace(target)
+            finally:
+                done.set()
+    except OSError:
+        return False
+    return whole.result() and (folder / "moved" / "leaf").read_text() == WHOLE and not (folder / "tree").exists()
+
+
+def _stays_whole(path: Path, done: Event) -> bool:
+    """Whether a file can be read, and is whole, whenever it is looked at."""
+    while not done.is_set():
+        try:
+            if path.read_text() != WHOLE:
+                return False
+        except FileNotFoundError:
+            return False
+        except OSError:  # the old one, half read when a network file system lets go of it
+            continue
+    return True
 
 
 def _links(folder: Path) -> bool:

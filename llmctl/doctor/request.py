@@ -1,21 +1,23 @@
-"""Checks of what a spec asks for: extras, secrets, cores, memory, GPUs."""
+"""Checks of what a spec asks for, by the rules of `run`: extras, secrets, cores, memory, disk, GPUs."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from llmctl.console import human_bytes
-from llmctl.doctor.finding import Finding
-from llmctl.doctor.machine import memory_limit
+from llmctl.doctor.finding import Finding, State
 from llmctl.doctor.packages import missing
 from llmctl.doctor.world import World
-from llmctl.errors import LlmctlError
-from llmctl.spec.resolved import Pipeline, Secret, StageSpec
+from llmctl.errors import LlmctlError, MachineError
+from llmctl.launch.secrets import names_of
+from llmctl.pipeline.selection import select
+from llmctl.spec.resolved import Pipeline, StageSpec
 
 
 def spec(world: World) -> Iterator[Finding]:
-    """All that the spec on the command line needs and that is not here."""
+    """All that the spec on the command line needs and that is not here.
+
+    What only stages need that act on the world, and so run when named with --to, is a warning.
+    """
     if world.spec is None:
         return
     try:
@@ -31,54 +33,42 @@ def spec(world: World) -> Iterator[Finding]:
         yield Finding("spec", "ok", f"{pipeline.name}: everything that it asks for is here")
 
 
+def _state(pipeline: Pipeline, stages: Iterable[StageSpec]) -> State:
+    """How bad it is that these stages cannot run."""
+    usual = {stage.id for stage in select(pipeline).specs}
+    return "problem" if any(stage.id in usual for stage in stages) else "warning"
+
+
 def _extras(world: World, pipeline: Pipeline) -> Iterator[Finding]:
-    users: dict[str, list[str]] = {}
+    users: dict[str, list[StageSpec]] = {}
     for stage in pipeline.stages.values():
         if stage.stage.extra:
-            users.setdefault(stage.stage.extra, []).append(stage.base or stage.id)
+            users.setdefault(stage.stage.extra, []).append(stage)
     for extra, stages in users.items():
         if lacking := missing(world, extra):
-            names = ", ".join(dict.fromkeys(stages))
-            yield Finding("spec", "problem", f"{names} cannot run without {', '.join(lacking)}", world.extra(extra))
+            names = ", ".join(dict.fromkeys(stage.base or stage.id for stage in stages))
+            text = f"{names} cannot run without {', '.join(lacking)}"
+            yield Finding("spec", _state(pipeline, stages), text, world.extra(extra))
 
 
 def _secrets(world: World, pipeline: Pipeline) -> Iterator[Finding]:
-    """Whether each secret is there; its value is not looked at, beyond being empty."""
-    for secret in pipeline.secrets.values():
-        if fault := _secret_fault(world, secret):
-            fix = f"export {secret.variable}=…" if secret.origin == "env" else f"put the secret into {secret.path}"
-            yield Finding("spec", "problem", f"secret {secret.name}: {fault}", fix)
-
-
-def _secret_fault(world: World, secret: Secret) -> str:
-    if secret.origin == "env":
-        return "" if world.environ.get(secret.variable) else f"the variable {secret.variable} is not set"
-    if secret.origin == "file":
-        return "" if world.read(str(secret.path)).strip() else f"the file {secret.path} is missing or empty"
-    return ""  # a command is run when a stage starts, not to see whether it would
+    """Whether the secrets that stages are given are there; one that is declared and not used is not asked for."""
+    for name in names_of(pipeline.stages.values()):
+        if pipeline.secrets[name].origin == "command":
+            continue  # it is run when a stage starts, not to see whether it would
+        users = [stage for stage in pipeline.stages.values() if name in names_of([stage])]
+        try:
+            world.secret(pipeline.secrets[name])
+        except MachineError as error:
+            yield Finding("spec", _state(pipeline, users), error.message, error.hint or "")
 
 
 def _resources(world: World, pipeline: Pipeline) -> Iterator[Finding]:
-    limit = memory_limit(world)
+    told: set[str] = set()
     for stage in pipeline.stages.values():
-        asked = stage.resources
-        for name, what, wanted, there in (
-            ("gpus", "GPUs", asked.gpus, len(world.gpus)),
-            ("cpus", "cores", asked.cpus, world.affinity),
-        ):
-            if wanted is not None and wanted > there:
-                text = f"{stage.id} asks for {wanted} {what}, this machine has {there}"
-                yield Finding("spec", "problem", text, _lower(pipeline, stage, name, str(there)))
-        if asked.gpu_type and not any(asked.gpu_type.lower() in gpu.lower() for gpu in world.gpus):
-            here = ", ".join(world.gpus) or "none"
-            text = f"{stage.id} asks for a GPU of type {asked.gpu_type}, this machine has {here}"
-            yield Finding("spec", "problem", text, _lower(pipeline, stage, "gpu_type", "…"))
-        if asked.memory is not None and limit is not None and asked.memory > limit:
-            text = f"{stage.id} asks for {human_bytes(asked.memory)} of memory, {human_bytes(limit)} are here"
-            yield Finding("spec", "problem", text, _lower(pipeline, stage, "memory", f"{limit >> 20}MiB"))
-
-
-def _lower(pipeline: Pipeline, stage: StageSpec, name: str, value: str) -> str:
-    """The command that runs the spec with what is here."""
-    file = shlex.quote(str(pipeline.file)) if pipeline.file else "SPEC"
-    return f"llmctl run {file} --set stages.{stage.base or stage.id}.resources.{name}={value}"
+        try:
+            world.fits(stage)
+        except MachineError as error:
+            if (hint := error.hint or "") not in told:  # rows of a matrix ask for the same, and are mended together
+                told.add(hint)
+                yield Finding("spec", _state(pipeline, [stage]), error.message, hint)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmctl.registry import Registry
-    from llmctl.spec.resolved import Pipeline
+    from llmctl.spec.resolved import Pipeline, Secret, StageSpec
 
 PROBE_SECONDS = 120.0
 """An import of torch from a cold disk on a busy machine takes most of a minute."""
@@ -83,6 +83,10 @@ class World:
     now: float
     spec: Callable[[], Pipeline] | None = None
     """Reads the spec on the command line, if there is one."""
+    fits: Callable[[StageSpec], object]
+    """MachineError if a stage asks for more than the machine has."""
+    secret: Callable[[Secret], object]
+    """MachineError if a secret is not there."""
 
     def has(self, name: str) -> Dist | None:
         """The installed distribution of that name."""
@@ -118,6 +122,8 @@ def normal(name: str) -> str:
 def real_world(store: Path, spec: Callable[[], Pipeline] | None = None) -> World:
     """This installation on this machine; the probes start at once, beside each other."""
     from llmctl.launch.failures import free_bytes
+    from llmctl.launch.secrets import resolve
+    from llmctl.pipeline.machine import check_resources
     from llmctl.registry import get_registry
 
     home = next(place for place in (store, *store.absolute().parents) if place.is_dir())
@@ -148,6 +154,8 @@ def real_world(store: Path, spec: Callable[[], Pipeline] | None = None) -> World
         encoding=locale.getpreferredencoding(False),
         now=time.time(),
         spec=spec,
+        fits=lambda stage: check_resources([stage], store),
+        secret=lambda secret: resolve({secret.name: secret}, [secret.name]),
     )
 
 

@@ -49,10 +49,13 @@ def next_steps(pipeline: Pipeline, result: RunResult, spec: str) -> list[str]:
 
 
 def _answered(result: RunResult) -> Iterator[str]:
-    """Questions that the last evaluation of the run found right; answers with citations came from documents instead."""
+    """Questions that the last evaluation of the run found right, answered by the model in its own words.
+
+    An answer with citations came from documents; where there is a `chance` of being right it was only chosen.
+    """
     for stage in reversed(result.stages.values()):
         for row in read_rows(stage, "samples.jsonl"):
-            right = row.get("ok") and row.get("expected") and "citations" not in row
+            right = row.get("ok") and row.get("expected") and not row.keys() & {"citations", "chance"}
             if right and isinstance(row.get("question"), str):
                 yield row["question"]
 

@@ -9,6 +9,7 @@ from typing import Any
 from llmctl.spec.nodes import scalar_value
 from llmctl.spec.resolved import EnvValue, Gate, Pipeline, Ref, Resources, Secret, Source, StageSpec
 from llmctl.spec.skeleton import FORMAT
+from llmctl.spec.user_config import user_config
 
 BREAKS = set("\x85\u2028\u2029\ufeff")
 """Characters that YAML 1.1 takes for ends of lines, and the byte order mark: only an escape brings them back."""
@@ -56,8 +57,11 @@ def _document(pipeline: Pipeline) -> dict[str, Any]:
     head: dict[str, Any] = {"llmctl": FORMAT, "name": pipeline.name}
     if pipeline.secrets:
         head["secrets"] = {name: _secret(secret, pipeline.base) for name, secret in pipeline.secrets.items()}
-    if pipeline.store:
-        head["store"] = {"uri": pipeline.store}
+    own = user_config().remotes  # they are put into every pipeline, and are no part of any spec
+    remotes = {name: uri for name, uri in pipeline.remotes.items() if own.get(name) != uri}
+    store = {"uri": pipeline.store, "remotes": remotes}
+    if given := {key: value for key, value in store.items() if value}:
+        head["store"] = given
     sources = {name: _source(source) for name, source in pipeline.sources.items()}
     stages = {name: _stage(stage, pipeline.base) for name, stage in pipeline.stages.items()}
     if pipeline.single:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl.spec.diagnostics import Report
-from llmctl.spec.fields import field_names
+from llmctl.spec.fields import field_names, is_model, types_at
 from llmctl.spec.interpolate import Interpolation
 from llmctl.spec.layers import apply_defaults, without
 from llmctl.spec.nodes import Entry, Map, Node, Scalar, scalar_value
@@ -69,12 +69,7 @@ class Rendered:
         if not isinstance(uses, Scalar):
             return
         model = self.reading.registry.stages[uses.text.partition("@")[0]].load_params()
-        written = given.entries if isinstance(given, Map) else {}
-        for key, name in field_names(model).items():
-            info = model.model_fields[name]
-            if key not in written and not info.is_required():
-                default = info.get_default(call_default_factory=True, validated_data={})
-                yield Origin(f"{path}.{key}", _json(default), "default")
+        yield from _unset([model], given if isinstance(given, Map) else Map(node.mark), path)
 
 
 def render(
@@ -85,6 +80,26 @@ def render(
     reading.finish(found.path, found.base, tuple(profiles))
     layered = apply_defaults(without(reading.layered, "profiles"))
     return Rendered(without(Interpolation(layered, Report()).whole(), "defaults"), reading, found.base)
+
+
+def _unset(kinds: Sequence[Any], node: Node, path: str) -> Iterator[Origin]:
+    """The defaults of what no layer sets below `node`, whose type is one of `kinds`, in the models inside it too."""
+    inside: dict[str | int, Node] = {}
+    if isinstance(node, Map):
+        inside = {key: entry.value for key, entry in node.entries.items()}
+    elif isinstance(node, List):
+        inside = dict(enumerate(node.items))
+    for key, value in inside.items():
+        below = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}"
+        yield from _unset([inner for kind in kinds for inner in types_at(kind, [key])], value, below)
+    models = [kind for kind in kinds if is_model(kind)]
+    if len(models) != 1 or not isinstance(node, Map):
+        return
+    for key, name in field_names(models[0]).items():
+        info = models[0].model_fields[name]
+        if key not in inside and not info.is_required():
+            default = info.get_default(call_default_factory=True, validated_data={})
+            yield Origin(f"{path}.{key}", _json(default), "default")
 
 
 def _written(node: Node) -> Any:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llmctl.starter.material import Found
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
+LONGEST = 200
+"""Characters of a name; the names of its files, which add a little, must fit into 255."""
 
 
 def _goal_names(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
@@ -56,6 +58,8 @@ def init(goal: str | None, name: str | None, directory: Path, data: str | None, 
 
 
 def _checked(name: str) -> str:
+    if len(name) > LONGEST:
+        raise UsageError(f"a name of {len(name)} characters is too long", hint=f"at most {LONGEST}")
     if not NAME.match(name):
         raise UsageError(f"`{name}` is no name for a spec", hint="letters, digits, `.`, `_` and `-`, e.g. my-model")
     return name

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError, UsageError
+from llmctl.spec.nodes import scalar_value
 from llmctl.starter.material import KINDS, Found, look, look_at_model
 
 TEXTS = ("files", "dataset.text")
@@ -150,6 +151,7 @@ def render(goal: Goal, name: str, directory: Path, data: Found | None, model: Fo
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # YAML, not HTML; paths are quoted by `_uri`
     )
+    environment.filters["scalar"] = _scalar
     template = environment.from_string((TEMPLATES / f"{goal.name}.yaml.jinja").read_text(encoding="utf-8"))
     values = {"name": name, "file": f"{name}.yaml", **_derived(data)}
     text = template.render(data=_located(data, directory), model=_located(model, directory), **values)
@@ -192,6 +194,11 @@ def spec_path(path: Path, directory: Path) -> str:
     if relative.startswith("../../.."):
         return str(path.absolute())
     return relative if relative == ".." or relative.startswith("../") else f"./{relative}"
+
+
+def _scalar(name: str) -> str:
+    """A name as a YAML scalar: `2024`, `1e5` and `true` are text only in quotes."""
+    return name if isinstance(scalar_value(name), str) else json.dumps(name)
 
 
 def _uri(text: str) -> str:

@@ -55,7 +55,7 @@ def perplexity(
 
     samples = [sample for sample in collect(ctx, log, rows, score, 1, "perplexity") if sample["tokens"]]
     if not samples:
-        raise InputError(f"split `{split}` of {data.path} holds no text to measure on")
+        raise no_text(params, f"split `{split}` of {data.path}", documents, len(part))
     found = summary(samples, boot)
     if "kneser-ney-bigram" in params.baselines:
         found |= bigram_metrics(shards, part, documents, sizes, found["perplexity.nats"])
@@ -72,6 +72,16 @@ def choose_documents(part: SplitTokens, params: EvalParams) -> int:
         # At least one document, however long it is.
         count = min(count, max(1, int(np.searchsorted(part.offsets, params.max_tokens, side="right")) - 1))
     return count
+
+
+def no_text(params: EvalParams, where: str, documents: int, there: int) -> InputError:
+    """The error that only empty documents were measured on, and what to raise if there are more behind them."""
+    if documents == there:
+        return InputError(f"{where} holds no text to measure on", hint="choose another with `split`")
+    given = {"limit": params.limit, "max_tokens": params.max_tokens}
+    names = " or ".join(f"`{name}` ({value})" for name, value in given.items() if value is not None)
+    first = "the first document is" if documents == 1 else f"the first {documents} documents are"
+    return InputError(f"{where} holds no text to measure on: {first} empty", hint=f"there are {there}; raise {names}")
 
 
 def summary(samples: Sequence[Sample], boot: Bootstrap) -> dict[str, float]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
 
+import click
 import pytest
 
-from llmctl.completion import commands
-from llmctl.completion.protocol import split
+from llmctl.command_table import CORE
+from llmctl.completion import candidates, commands
+from llmctl.completion.protocol import answer, split
 from llmctl.errors import InputError, UsageError
+from llmctl.spec.diagnostics import SpecError
 
 MATRIX = """
 llmctl: 1
@@ -38,7 +42,7 @@ def offered(llmctl):
 
 def test_names_of_commands_and_stages(offered):
     every = offered("llmctl ")
-    assert every[0] == "run" and {"init", "doctor", "sft", "chat"} <= set(every)
+    assert every[0] == CORE[0].name and {"init", "doctor", "sft", "chat"} <= set(every)
     assert "stage" not in every, "an internal command"
     assert offered("llmctl --v") == ["--version"]
 
@@ -132,11 +136,100 @@ def test_values_for_set(offered, tmp_path):
     assert offered(ask + "data.no_such=") == []
 
 
+def test_values_for_the_other_forms_of_set(asked, tmp_path):
+    (tmp_path / "small.yaml").write_text(MATRIX)
+    (tmp_path / "notes.txt").write_text("")
+    ask = "llmctl plan small.yaml --set-json "
+    assert asked(ask + "data.reader=") == ['data.reader="auto"', 'data.reader="python-stdlib"']
+    assert asked(ask + "'data.reader=\"py") == ['data.reader="python-stdlib"']
+    assert asked("llmctl data --set-json reader=a") == ['reader="auto"']
+    assert asked("llmctl data --set-json questions.ty") == asked("llmctl data --set questions.ty")
+    ask = "llmctl plan small.yaml --set-file "
+    assert asked(ask + "data.rea") == ["<nospace>", "data.reader="]
+    assert asked(ask + "data.reader=no") == ["data.reader=notes.txt"]
+    assert asked("llmctl data --set-file reader=no") == ["reader=notes.txt"]
+    (tmp_path / "open.yaml").write_text(
+        MATRIX.replace("{seed: 1}", "{x: 3}").replace("{text: data}", '"${{ vars.x }}"')
+    )
+    assert asked('llmctl plan open.yaml --set-json \'vars.x={"text": "data"}\' --to d') == ["data"]
+    with pytest.raises(SpecError):
+        asked("llmctl plan open.yaml --to d")
+
+
+# -- every command ----------------------------------------------------------------------------------------------------
+
+
+def every_command():
+    """(the words, the command) of all, those of groups too; their parameters have their candidates."""
+    from llmctl.cli import root
+    from llmctl.completion.protocol import Offering
+
+    def below(group, words):
+        context = click.Context(group)
+        for name in root.list_commands(context) if group is offering else group.list_commands(context):
+            command = group.get_command(context, name)
+            yield f"{words}{name}", command
+            if isinstance(command, click.Group):
+                yield from below(command, f"{words}{name} ")
+
+    offering = Offering(root)
+    return list(below(offering, ""))
+
+
+def test_every_name_in_the_table_is_that_of_a_parameter():
+    found = [(command.name, param.name) for _, command in every_command() for param in command.params]
+    known = {name for _, name in found} | {f"{command} {name}" for command, name in found}
+    assert set(candidates.BY_NAME) <= known
+    assert "from_stages" not in known, "the control"
+
+
+def test_every_parameter_that_is_a_spec_a_stage_or_an_artifact_has_candidates():
+    lacking = []
+    for words, command in every_command():
+        for param in command.get_params(click.Context(command)):
+            called = f"{param.name} {param.metavar or ''}".lower()
+            if re.search(r"spec(?!_)|stage|artifact|\bref\b|port=", called) and "print" not in called:
+                lacking += [] if param._custom_shell_complete else [(words, param.name)]
+    assert lacking == []
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """The candidates for a line as fish would get them, without a process."""
+    from llmctl.cli import root
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMCTL_STORE", str(tmp_path / ".llmctl/store"))
+
+    def ask(line):
+        rows = [row.split("\t") for row in answer(root, "fish", line)]
+        return [row[1] if row[0] == "plain" else f"<{row[0]}>" for row in rows]
+
+    return ask
+
+
+def test_commands_complete_what_they_take(asked, tmp_path):
+    (tmp_path / "small.yaml").write_text(MATRIX)
+    refs = tmp_path / ".llmctl/store/refs/quick"
+    refs.mkdir(parents=True)
+    (refs / "train.model.json").write_text(json.dumps({"id": "sha256:" + "ab" * 32, "type": "model.hf"}))
+    for command in ("run", "plan", "check", "render", "lock", "doctor", "why", "push --spec", "store check --spec"):
+        assert asked(f"llmctl {command} sm") == ["small.yaml"], command
+    for command in ("show", "get", "lineage", "verify", "sign", "push", "pull", "tag", "tag --delete", "why"):
+        assert asked(f"llmctl {command} qui")[-1] == "quick/train.model", command
+    for words in ("run small.yaml --to", "run small.yaml --until", "plan small.yaml --from", "why small.yaml"):
+        assert asked(f"llmctl {words} ") == ["data", "tokenize"], words
+    assert asked("llmctl run small.yaml --from=t") == ["--from=tokenize"]
+    assert asked("llmctl why small.yaml data --set data.rea") == ["<nospace>", "data.reader="]
+    assert asked("llmctl why quick/train.model q") == ["quick/train.model"]
+    assert asked("llmctl schema stage tok") == asked("llmctl plugins test --stage tok") == ["tokenize"]
+    assert asked("llmctl schema pipeline tok") == []
+    assert asked("llmctl plugins ne") == ["new"] and asked("llmctl plugins new --fo") == ["--force"]
+
+
 def test_instances_of_a_matrix(monkeypatch):
     """As the loader will give them: the base, and each row."""
     from types import SimpleNamespace
-
-    from llmctl.completion import candidates
 
     stage = SimpleNamespace(name="sft")
     rows = [SimpleNamespace(id=f"sft[lr={lr}]", base="sft", stage=stage) for lr in ("1e-5", "3e-5")]

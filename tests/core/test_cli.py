@@ -33,6 +33,7 @@ PLUGIN = {
             if how in ERRORS:
                 raise ERRORS[how]("it is so", hint="do that", code="E7" if how == "GateError" else None)
             match how:
+                case "says-error": raise InputError("errors.jsonl holds no rows")
                 case "returns": return 4
                 case "exits": sys.exit(6)
                 case "leaves": click.get_current_context().exit(75)
@@ -67,6 +68,7 @@ def ends(install, llmctl):
         ("BusyError", 6, "error: it is so\n  hint: do that\n"),
         ("MachineError", 7, "error: it is so\n  hint: do that\n"),
         ("TempFail", 75, "error: it is so\n  hint: do that\n"),
+        ("says-error", 5, "error: errors.jsonl holds no rows\n"),
         ("returns", 4, ""),
         ("exits", 6, ""),
         ("leaves", 75, ""),

@@ -10,12 +10,16 @@ import pytest
 
 from llmctl import __version__
 from llmctl.doctor import compute, machine, packages, request
-from llmctl.doctor.commands import as_json, as_text, checks
+from llmctl.doctor.commands import as_json, as_text, checks, doctor
 from llmctl.doctor.finding import Finding, examine
 from llmctl.doctor.world import Dist, Output, Probe, World, kernel_gpus, normal, tried_versions
-from llmctl.errors import InputError, MachineError
+from llmctl.errors import InputError, MachineError, UsageError
+from llmctl.launch.secrets import names_of, resolve
+from llmctl.pipeline import machine as pipeline_machine
+from llmctl.pipeline.machine import check_resources
+from llmctl.pipeline.selection import select
 from llmctl.registry import Failure
-from llmctl.spec.resolved import Pipeline, Resources, Secret, StageSpec
+from llmctl.spec.resolved import EnvValue, Pipeline, Resources, Secret, StageSpec
 
 LLMCTL = Dist(
     "llmctl",
@@ -97,6 +101,8 @@ def healthy(**changes) -> World:
         "open_files": 4096,
         "encoding": "UTF-8",
         "now": 1_790_000_000.0,
+        "fits": lambda stage: check_resources([stage], Path("/")),
+        "secret": lambda secret: resolve({secret.name: secret}, [secret.name]),
     }
     return World(**{**values, **changes})
 
@@ -520,60 +526,100 @@ def test_a_check_that_fails_is_reported_and_the_others_go_on():
 # -- a spec -----------------------------------------------------------------------------------------------------------
 
 
-def spec(secrets, **resources):
+@pytest.fixture
+def here(monkeypatch):
+    """What `run` finds on the machine of `healthy`."""
+    for name, value in (("cores", 4), ("devices", []), ("gpu_models", []), ("memory", 16 << 30)):
+        monkeypatch.setattr(pipeline_machine, name, lambda value=value: value)
+    monkeypatch.setattr(pipeline_machine, "free_bytes", lambda path: 100 << 30)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return monkeypatch
+
+
+def spec(secrets, used=True, effect=False, **resources):
     stage = StageSpec(
         id="sft[lr=1]",
         base="sft",
-        stage=SimpleNamespace(name="sft", extra="train"),
+        stage=SimpleNamespace(name="sft", extra="train", effect=effect),
         params=None,
         inputs={},
         outputs={},
+        env={name: EnvValue(secret=name) for name in secrets if used},
         resources=Resources(**resources),
     )
-    return Pipeline(name="p", file=None, base=Path("/"), stages={stage.id: stage}, secrets=secrets)
+    rows = {id: dataclasses.replace(stage, id=id) for id in ("sft[lr=1]", "sft[lr=2]")}
+    return Pipeline(name="p", file=None, base=Path("/"), stages=rows, secrets=secrets)
+
+
+def asked(pipeline, **changes):
+    """The findings about a spec, and what `run` says of it before it begins; None where it would begin."""
+    found = list(request.spec(healthy(spec=lambda: pipeline, **changes)))
+    specs = select(pipeline).specs
+    try:
+        check_resources(specs, Path("/"))
+        resolve(pipeline.secrets, names_of(specs))
+    except MachineError as error:
+        return found, error
+    return found, None
 
 
 TOKEN = {"token": Secret(name="token", origin="env", variable="HF_TOKEN")}
-KEY = {"key": Secret(name="key", origin="file", path=Path("/run/secrets/key"))}
-COMMAND = {"c": Secret(name="c", origin="command", command="pass show x")}
+KEY = {"key": Secret(name="key", origin="file", path=Path("/no/such/key"))}
+COMMAND = {"c": Secret(name="c", origin="command", command="exit 3")}
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "said", "fix", "changes"),
+    ("pipeline", "said", "fix"),
     [
-        (spec(TOKEN), "secret token: the variable HF_TOKEN is not set", "export HF_TOKEN=…", {}),
-        (spec(TOKEN), "HF_TOKEN is not set", "export", {"environ": {"HF_TOKEN": ""}}),
-        (spec(KEY), "secret key: the file /run/secrets/key is missing or empty", "put the secret into", {}),
-        (spec({}, gpus=2), "asks for 2 GPUs, this machine has 0", "--set stages.sft.resources.gpus=0", {}),
-        (spec({}, gpus=2), "asks for 2 GPUs, this machine has 1", "gpus=1", {"run": gpu()}),
-        (spec({}, cpus=64), "asks for 64 cores, this machine has 4", "resources.cpus=4", {}),
-        (spec({}, memory=64 << 30), "asks for 64 GiB of memory, 16 GiB are here", "resources.memory=16384MiB", {}),
-        (
-            spec({}),
-            "sft cannot run without torch",
-            "'llmctl[train]'",
-            {"distributions": with_dists(without=("torch",))},
-        ),
+        (spec(TOKEN), "the variable HF_TOKEN is not set", "export HF_TOKEN=…"),
+        (spec(KEY), "cannot read /no/such/key", "write its value there"),
+        (spec({}, gpus=2), "asks for 2 GPUs, this machine has 0", "--set stages.sft.resources.gpus=…"),
+        (spec({}, cpus=64), "asks for 64 CPU cores, this machine has 4", "resources.cpus=…"),
+        (spec({}, memory=64 << 30), "asks for 64 GiB of memory, this machine has 16 GiB", "resources.memory=…"),
+        (spec({}, disk=900 << 40), "of free disk, this machine has 100 GiB", "resources.disk=…"),
+        (spec({}, gpu_type="H100"), "asks for a GPU of type H100, this machine has none", "resources.gpu_type=…"),
     ],
 )
-def test_a_spec_that_asks_for_what_is_not_here(pipeline, said, fix, changes):
-    (found,) = request.spec(healthy(spec=lambda: pipeline, **changes))
-    assert found.state == "problem" and said in found.text and fix in found.fix
+def test_a_spec_that_asks_for_what_is_not_here_is_told_what_run_says(here, pipeline, said, fix):
+    (found,), refused = asked(pipeline)
+    assert (found.state, found.text, found.fix) == ("problem", refused.message, refused.hint)
+    assert said in found.text and fix in found.fix
 
 
-def test_a_spec_whose_needs_are_met():
-    for pipeline, changes in (
-        (spec(TOKEN), {"environ": {"HF_TOKEN": "x"}}),
-        (spec(KEY), {"read": files(**{"/run/secrets/key": "x"})}),
-        (spec(COMMAND), {}),
-        (spec({}, gpus=1, cpus=4, memory=1 << 30), {"run": gpu()}),
+def test_a_spec_whose_stages_lack_an_extra():
+    (found,), _ = asked(spec({}), distributions=with_dists(without=("torch",)))
+    assert (found.state, found.text) == ("problem", "sft cannot run without torch")
+    assert "'llmctl[train]'" in found.fix
+
+
+def test_a_spec_whose_needs_are_met_begins(here, tmp_path):
+    here.setenv("HF_TOKEN", "x")
+    (tmp_path / "key").write_text("x")
+    here.setattr(pipeline_machine, "devices", lambda: ["0"])
+    here.setattr(pipeline_machine, "gpu_models", lambda: ["NVIDIA H100 80GB HBM3"])
+    for pipeline in (
+        spec(TOKEN),
+        spec({"key": dataclasses.replace(KEY["key"], path=tmp_path / "key")}),
+        spec(KEY, used=False),
+        spec({}, gpus=1, cpus=4, memory=1 << 30, disk=1 << 30, gpu_type="h100"),
     ):
-        (found,) = request.spec(healthy(spec=lambda pipeline=pipeline: pipeline, **changes))
-        assert (found.state, found.text) == ("ok", "p: everything that it asks for is here")
+        (found,), refused = asked(pipeline)
+        assert (found.state, found.text, refused) == ("ok", "p: everything that it asks for is here", None)
 
 
-def test_the_value_of_a_secret_is_never_shown():
-    world = healthy(environ={"HF_TOKEN": "canary-1234"}, spec=lambda: spec(TOKEN, gpus=9))
+def test_the_command_of_a_secret_is_not_run(here):
+    (found,), refused = asked(spec(COMMAND))
+    assert found.state == "ok" and "its command ended with exit 3" in refused.message
+
+
+def test_what_only_an_effect_lacks_is_a_warning(here):
+    found, refused = asked(spec(TOKEN, effect=True, gpus=2), distributions=with_dists(without=("torch",)))
+    assert [row.state for row in found] == ["warning"] * 3 and refused is None
+
+
+def test_the_value_of_a_secret_is_never_shown(here):
+    here.setenv("HF_TOKEN", "canary-1234")
+    world = healthy(spec=lambda: spec(TOKEN, gpus=9))
     assert "canary" not in as_text(examine(checks(), world)) + as_json(examine(checks(), world))
 
 
@@ -583,6 +629,51 @@ def test_a_spec_that_cannot_be_read():
 
     (found,) = request.spec(healthy(spec=fail))
     assert (found.state, found.text, found.fix) == ("problem", "no such spec", "look")
+
+
+@pytest.fixture
+def typed(here, tmp_path):
+    """The stores and findings about the spec `s.yaml` of a command line, on a machine made up but for both."""
+    (tmp_path / "s.yaml").write_text(
+        "llmctl: 1\nname: s\nstore: ./kept\nstages:\n"
+        "  data: {uses: data, with: {reader: python-stdlib}, resources: {gpus: 1}}\n"
+        "profiles: {small: {stages: {data: {resources: {gpus: 0}}}}}\n"
+    )
+    here.chdir(tmp_path)
+    here.delenv("LLMCTL_STORE", raising=False)
+    stores = []
+
+    def world(store, spec):
+        stores.append(store)
+        return healthy(spec=spec, store=store)
+
+    here.setattr("llmctl.doctor.world.real_world", world)
+
+    def run(*words):
+        code = doctor.main(words, standalone_mode=False)
+        return code, stores[-1]
+
+    return run
+
+
+def test_a_spec_is_changed_as_run_changes_it(typed, capsys):
+    assert typed("s.yaml")[0] == 7 and "asks for 1 GPUs" in capsys.readouterr().out
+    assert typed("s.yaml", "--profile", "small")[0] == 0
+    assert typed("s.yaml", "--set", "stages.data.resources.gpus=0")[0] == 0
+    assert typed("s.yaml", "--set-json", 'stages.data.resources={"gpus": 0}')[0] == 0
+    with pytest.raises(UsageError, match="there is none"):
+        typed("--set", "data.seed=1")
+    with pytest.raises(UsageError, match="there is none"):
+        typed("--profile", "small")
+
+
+def test_the_store_is_the_one_that_run_takes(typed, tmp_path, monkeypatch, capsys):
+    assert typed("s.yaml")[1] == tmp_path / "kept"
+    assert typed("s.yaml", "--store", "given")[1] == tmp_path / "given"
+    assert typed("absent.yaml")[1] == typed()[1] == tmp_path / ".llmctl/store"
+    assert "cannot read absent.yaml" in capsys.readouterr().out
+    monkeypatch.setenv("LLMCTL_STORE", str(tmp_path / "set"))
+    assert typed("s.yaml")[1] == tmp_path / "set"
 
 
 def test_the_report_counts():

@@ -62,9 +62,11 @@ def test_a_spec_that_asks_for_too_much(llmctl, tmp_path):
     )
     done = llmctl("doctor", "s.yaml", timeout=200)
     assert done.returncode == 7
-    assert (
-        "data asks for 99 GPUs" in done.stdout and "llmctl run s.yaml --set stages.data.resources.gpus=" in done.stdout
-    )
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("problem")]
+    refused = llmctl("run", "s.yaml")
+    assert refused.returncode == 7
+    assert refused.stderr.startswith(f"error: {said.partition('spec')[2].strip()}\n")
+    assert "--set stages.data.resources.gpus=" in done.stdout
     assert llmctl("doctor", "s.yaml", "--profile", "small", timeout=200).returncode == 0
 
 
@@ -174,6 +176,34 @@ def test_a_file_system_without_links_locks_and_syncs_is_noticed(tmp_path, monkey
     assert found["rename"] is True
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert probes.place(str(tmp_path))["flock"] is False
+
+
+def test_a_file_system_whose_renames_leave_a_gap_is_noticed(tmp_path, monkeypatch):
+    """Some mounts rename by removing, copying and removing; the control: one that does it in one step."""
+
+    def in_two_steps(self, target):
+        text = self.read_text()
+        target.unlink()
+        time.sleep(0.01)
+        target.write_text(text)
+        self.unlink()
+
+    assert probes._renames(_made(tmp_path / "control")) is True
+    for name, replace in (("two-steps", in_two_steps), ("refused", _refuse)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            assert probes._renames(_made(tmp_path / name)) is False, name
+    monkeypatch.setattr(Path, "rename", _refuse)
+    assert probes.place(str(tmp_path))["rename"] is False
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
+
+
+def _refuse(*args):
+    raise OSError(95, "Operation not supported")
 
 
 def test_programs_that_fail_or_are_not_there():

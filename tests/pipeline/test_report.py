@@ -168,8 +168,12 @@ def test_only_what_the_model_answered_itself_is_proposed(run, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     found = tmp_path / "found"
     found.mkdir()
-    row = {"question": "found in a document", "expected": "e", "ok": True, "citations": [{"number": 1}]}
-    (found / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    row = {"expected": "e", "ok": True}
+    rows = [
+        {**row, "question": "found in a document", "citations": [{"number": 1}]},
+        {**row, "question": "chosen among four", "task": "accuracy", "chance": 0.25},
+    ]
+    (found / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rag = StageResult(id="rag", status="done", outputs={"metrics": Artifact(found, "metrics", "sha256:r")})
     run[1].stages["rag"] = rag
     run[0].stages["rag"] = run[0].stages["eval"]

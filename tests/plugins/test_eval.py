@@ -295,6 +295,25 @@ def test_limits_of_perplexity(tmp_path, model_dir, byte_tokenizer, tokens, opens
     assert measured("f", splits={"perplexity": "train"}, limit=4) == 4
 
 
+def test_empty_documents_before_the_first_text_are_told_with_what_to_raise(tmp_path, model_dir, byte_tokenizer, opens):
+    opens({model_dir: Table(byte_tokenizer)})
+    model = Artifact(model_dir, "model.onnx")
+    tokens = write_tokens(tmp_path / "t", byte_tokenizer, {"validation": ["", "", "some words"], "test": [""]})
+
+    def refused(name, **params):
+        with pytest.raises(InputError) as caught:
+            run_stage(EVAL, tmp_path / name, params, model=model, data=[tokens])
+        return caught.value.message, caught.value.hint
+
+    message, hint = refused("a", max_tokens=5)
+    assert message.endswith("holds no text to measure on: the first 2 documents are empty")
+    assert hint == "there are 3; raise `max_tokens` (5)"
+    assert refused("b", limit=1, max_tokens=5)[1] == "there are 3; raise `limit` (1) or `max_tokens` (5)"
+    message, hint = refused("c", split="test", max_tokens=5)
+    assert message.startswith("split `test` of") and "split" in hint
+    assert run_stage(EVAL, tmp_path / "d", {"max_tokens": 64}, model=model, data=[tokens]).metrics
+
+
 def test_tokens_of_another_tokenizer_are_refused(tmp_path, model_dir, byte_tokenizer, opens):
     opens({model_dir: Table(byte_tokenizer)})
     with ShardWriter(tmp_path / "t", vocab_size=300, tokenizer="sha256:other") as writer:

@@ -263,3 +263,15 @@ def test_next_lines_are_kept_and_printed_back(load):
     pipeline = load(text)
     assert pipeline.next == ("try:", "  {llmctl} run {spec} --profile files")
     assert load(print_spec(pipeline)).next == pipeline.next
+
+
+def test_remotes_of_the_spec_are_printed_and_those_of_the_user_are_not(load, tmp_path, monkeypatch):
+    config = tmp_path / "config.yaml"
+    config.write_text('store: {remotes: {home: "file:///mnt/home"}}\n')
+    monkeypatch.setenv("LLMCTL_CONFIG", str(config))
+    for remotes in ('{uri: ./s, remotes: {team: "s3://b/p", disk: ./remote}}', '{remotes: {team: "s3://b/p"}}'):
+        first = load(f"{PIPELINE}store: {remotes}\n")
+        text = print_spec(first)
+        assert same(first, load(text)) and first.remotes["home"] == "file:///mnt/home"
+        assert "s3://b/p" in text and "home" not in text
+    assert "store" not in print_spec(load(PIPELINE))

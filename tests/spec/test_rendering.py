@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from llmctl.spec.diagnostics import SpecError
-from llmctl.spec.rendering import render
+from llmctl.spec.diagnostics import SpecError, Text
+from llmctl.spec.nodes import parse
+from llmctl.spec.params import Field, Params
+from llmctl.spec.rendering import _unset, render
 
 TEXT = """
 llmctl: 1
@@ -79,6 +82,34 @@ def test_every_parameter_is_explained_exactly_once(spec, registry):
     assert len(paths) == len(set(paths))
     names = set(registry.stages["train-pretrain"].load_params().model_fields)
     assert {path.split(".")[3].partition("[")[0] for path in paths if path.startswith("stages.train.with.")} == names
+
+
+def test_a_nested_parameter_that_nothing_sets_is_explained_too(spec, registry):
+    found = render(spec, sets=("data.clean.lang=en",), registry=registry)
+    rows = {item.path: (item.value, item.place) for item in found.origins() if ".clean" in item.path}
+    assert rows == {
+        "stages.data.with.clean.lang": ("en", "--set#1:1:17"),
+        "stages.data.with.clean.min_chars": (0, "default"),
+        "stages.data.with.clean.threads": (1, "default"),
+    }
+
+
+def test_models_in_lists_and_maps_have_defaults_too():
+    class Inner(Params):
+        a: int = Field(1, description="a")
+        b: int = Field(description="required")
+
+    class Outer(Params):
+        rows: list[Inner] = Field([], description="rows")
+        named: dict[str, Inner] = Field({}, description="named")
+        either: Inner | None = Field(None, description="perhaps")
+        free: dict[str, dict[str, int]] = Field({}, description="no model")
+
+    node = parse(Text("t", "rows: [{b: 2}, {a: 3, b: 2}]\nnamed: {x: {b: 2}}\nfree: {a: {b: 1}}\n", Path("/")))
+    rows = {item.path: item.value for item in _unset([Outer], node, "with")}
+    assert rows == {"with.rows[0].a": 1, "with.named.x.a": 1, "with.either": None}
+    node = parse(Text("t", "rows: []\nnamed: {}\nfree: {}\neither: {b: 1}\n", Path("/")))
+    assert {item.path: item.value for item in _unset([Outer], node, "with")} == {"with.either.a": 1}
 
 
 def test_a_broken_spec_is_not_rendered(spec, registry):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import jsonschema
@@ -13,6 +16,7 @@ from llmctl.spec.diagnostics import SpecError, Text
 from llmctl.spec.files import find, read, shipped
 from llmctl.spec.nodes import parse
 from llmctl.spec.pipeline import load_pipeline, single_stage
+from llmctl.spec.printing import yaml_text
 from llmctl.spec.schema import pipeline_schema, stage_schema
 from llmctl.spec.validate import plain
 
@@ -116,6 +120,137 @@ def test_a_bad_spec_fails_at_the_same_key_as_in_our_reader(schema, old, new, pat
     }
     lines = {mark.line for mark in (d.mark for d in caught.value.diagnostics) if mark}
     assert lines & changed or not path
+
+
+# -- both directions, at every place of a spec ------------------------------------------------------------------------
+
+SMALL = {
+    "llmctl": 1,
+    "name": "t",
+    "include": ["./b.yaml"],
+    "vars": {"size": 300},
+    "secrets": {"TOKEN": {"from": "env", "variable": "T"}, "SHORT": "env"},
+    "sources": {"raw": "./raw", "chat": {"uri": "./chat.jsonl", "type": "dataset.chat", "identity": "sha256"}},
+    "store": {"uri": "./store", "remotes": {"team": "s3://b/p"}},
+    "defaults": {"env": {"A": "x"}, "retries": 1, "resources": {"cpus": 2}},
+    "stages": {
+        "data": {"uses": "data", "inputs": {"files": ["sources.raw"]}, "with": {"seed": 3, "clean": {"lang": "en"}}},
+        "tok": {"uses": "tokenize", "inputs": {"text": "data"}, "with": {"vocab_size": 300}, "cache": "off"},
+        "train": {
+            "uses": "train-pretrain",
+            "inputs": {"tokens": "tok", "tokenizer": "tok"},
+            "matrix": {"seed": [1, 2], "include": [{"seed": 3}], "exclude": [{"seed": 2}]},
+            "env": {"B": {"value": "x", "affects_output": False}, "C": {"secret": "TOKEN"}},
+            "resources": {"cpus": 3, "memory": "8GiB", "gpus": 1, "time": "24h"},
+            "gates": [{"metric": "loss", "max": 3, "on_fail": "warn"}],
+            "retries": 2,
+            "tag": "best",
+            "ephemeral": True,
+            "needs": ["data"],
+        },
+        "best": {"select": {"model": "train[*]", "metrics": "train[*].metrics"}, "by": {"metric": "a", "mode": "max"}},
+    },
+    "next": ["one"],
+}
+
+
+def places(node, at=()):
+    """The path of every value of a document, the inner ones too."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield (*at, key)
+        yield from places(value, (*at, key))
+
+
+def changed(path, value, **variables):
+    """`SMALL` with another value at `path`."""
+    found = deepcopy(SMALL)
+    found["vars"] |= variables
+    inner = found
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return found
+
+
+def value_at(path):
+    return functools.reduce(lambda node, key: node[key], path, SMALL)
+
+
+@pytest.fixture
+def refused(registry, tmp_path, monkeypatch):
+    """What our reader says of a document; nothing if it is good."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b.yaml").write_text("vars: {z: 1}\n")
+
+    def refused(document):
+        (tmp_path / "spec.yaml").write_text(yaml_text(document).replace(": null", ":"))
+        try:
+            load_pipeline("spec.yaml", registry=registry)
+        except SpecError as error:
+            return error.diagnostics[0].message
+        return ""
+
+    return refused
+
+
+def test_what_check_accepts_is_not_underlined(registry, refused):
+    """Nothing, an expression of the same value, one item in place of a list, a few values: at every place of a spec."""
+    few = {
+        name: registry.stages[name] for name in ("data", "tokenize", "train-pretrain")
+    }  # the schema is slow to apply
+    validator = jsonschema.Draft202012Validator(pipeline_schema(dataclasses.replace(registry, stages=few)))
+    assert not refused(SMALL) and validator.is_valid(SMALL)
+    wrong, underlined = [], 0
+    for path in places(SMALL):
+        was = value_at(path)
+        documents = {"nothing": changed(path, None), "a number": changed(path, 7), "a map": changed(path, {"a": "b"})}
+        if path[0] != "vars":
+            documents["an expression"] = changed(path, "${{ vars.x }}", x=was)
+        if isinstance(was, list):
+            documents["an item"] = changed(path, was[0])
+        for name, document in documents.items():
+            if not validator.is_valid(document):
+                underlined += 1
+                if not refused(document):
+                    wrong.append((path, name))
+    assert wrong == [] and underlined > 100
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("seed",), 3),
+        (("seed",), None),
+        (("seed",), []),
+        (("seed",), {"a": 1}),
+        (("seed",), [None]),
+        (("seed",), [[1]]),
+        (("include",), [3]),
+        (("include",), [{}]),
+        (("include",), [{"seed": [1]}]),
+        (("exclude",), "text"),
+        (("exclude",), [{"seed": None}]),
+        ((), {}),
+        ((), 3),
+        ((), ["seed"]),
+    ],
+    ids=str,
+)
+def test_a_matrix_that_check_refuses_is_underlined(schema, refused, path, value):
+    path = ("stages", "train", "matrix", *path)
+    document = changed(path, value)
+    assert refused(document)
+    assert any(place[: len(path)] == path for place, _ in mistakes(schema, yaml_text(document)))
+
+
+def test_the_file_of_a_stage_is_as_open(registry):
+    found = stage_schema(registry.stages["train-pretrain"])
+    text = "llmctl: 1\nname: t\nuses: train-pretrain\ninputs: {tokens: ./a, tokenizer: ./b}\ngates:\nresources:\n"
+    more = 'include: ./x.yaml\nwith: "${{ vars.x }}"\nenv: "${{ vars.y }}"\n'
+    assert mistakes(found, text + more) == []
+    assert mistakes(found, text + "profiles: {small: {with: {lr: 1}, resources: {gpus: 0}}}\n") == []
+    assert mistakes(found, text + "profiles: {small: {wiht: {lr: 1}}}\n")
+    assert mistakes(found, text.replace("tokens: ./a, ", ""))
 
 
 def test_every_shipped_spec_is_valid_and_so_is_the_file_of_each_stage():

@@ -139,6 +139,24 @@ def test_the_spec_is_valid_with_each_of_its_profiles(goal, given, work, monkeypa
     assert all(len(line) <= 130 for line in plan.text.splitlines())
 
 
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("name", ["2024", "true", "1e5", "null", "0x1F", "mine"])
+def test_a_name_is_text_whatever_it_looks_like(goal, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = render(GOALS[goal], name, Path(), None, None)
+    (tmp_path / "s.yaml").write_text(plan.text)
+    pipeline = load_pipeline("s.yaml", registry=get_registry())
+    assert pipeline.name == name
+    assert f"\nname: {name}\n" in plan.text or name != "mine", "a plain name stays plain"
+    assert {spec.output.name for spec in pipeline.stages.values() if spec.output} <= {name}
+
+
+def test_a_name_that_no_file_can_have_is_refused():
+    assert commands._checked("a" * 200)
+    with pytest.raises(UsageError, match="a name of 5000 characters is too long"):
+        commands._checked("1" * 5000)
+
+
 def test_held_out_conversations_are_measured_on_where_there_are_any(work, monkeypatch):
     monkeypatch.chdir(work)
     for path, split in (("chat.jsonl", "train"), ("split", "validation")):
