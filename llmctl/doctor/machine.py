@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from llmctl.console import human_bytes
 from llmctl.doctor.finding import Finding
 from llmctl.doctor.world import World
+from llmctl.pipeline.machine import group_values, memory_limit
 
 LITTLE_MEMORY = 2 << 30
 """Importing torch and transformers takes about 1 GiB."""
@@ -23,7 +23,7 @@ ELSEWHERE = "export LLMCTL_STORE=/path/on/a/local/disk"
 
 def memory(world: World) -> Iterator[Finding]:
     """What may be used: the machine's, or less by a container's limit."""
-    total = memory_limit(world)
+    total = memory_limit(world.read)
     physical = _physical(world)
     if total is None or physical is None:
         return
@@ -41,31 +41,6 @@ def memory(world: World) -> Iterator[Finding]:
 def _physical(world: World) -> int | None:
     found = re.search(r"MemTotal:\s+(\d+) kB", world.read("/proc/meminfo"))
     return int(found[1]) * 1024 if found else None
-
-
-def memory_limit(world: World) -> int | None:
-    """Bytes of memory that this process may have: physical, or the least limit of its control groups."""
-    physical = _physical(world)
-    limits = [
-        int(text) for text in _group_values(world, "memory", "memory.max", "memory.limit_in_bytes") if text.isdecimal()
-    ]
-    return min([*limits, physical]) if physical is not None else None
-
-
-def _group_values(world: World, controller: str, v2: str, v1: str) -> Iterator[str]:
-    """The values of one setting in the control group of this process and all above it, of either version."""
-    for line in world.read("/proc/self/cgroup").splitlines():
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
-        if not controllers:
-            base, name = Path("/sys/fs/cgroup"), v2
-        elif controller in controllers.split(","):
-            base, name = Path("/sys/fs/cgroup") / controller, v1
-        else:
-            continue
-        here = base / path.lstrip("/")
-        for folder in (here, *(parent for parent in here.parents if parent.is_relative_to(base))):
-            if text := world.read(str(folder / name)).strip():
-                yield text
 
 
 def cpus(world: World) -> Iterator[Finding]:
@@ -87,12 +62,12 @@ def cpus(world: World) -> Iterator[Finding]:
 def _quota(world: World) -> float | None:
     """Cores that a container may use, None without a limit."""
     found = []
-    for text in _group_values(world, "cpu", "cpu.max", ""):
+    for text in group_values(world.read, "cpu", "cpu.max", ""):
         part, _, period = text.partition(" ")
         if part.isdecimal() and period.isdecimal():
             found.append(int(part) / int(period))
-    periods = list(_group_values(world, "cpu", "", "cpu.cfs_period_us"))
-    for text, period in zip(_group_values(world, "cpu", "", "cpu.cfs_quota_us"), periods, strict=False):
+    periods = list(group_values(world.read, "cpu", "", "cpu.cfs_period_us"))
+    for text, period in zip(group_values(world.read, "cpu", "", "cpu.cfs_quota_us"), periods, strict=False):
         if text.isdecimal() and period.isdecimal():
             found.append(int(text) / int(period))
     return min(found, default=None)

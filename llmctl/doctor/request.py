@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from llmctl.doctor.finding import Finding, State
 from llmctl.doctor.packages import missing
 from llmctl.doctor.world import World
-from llmctl.errors import LlmctlError, MachineError
+from llmctl.errors import LlmctlError, MachineError, UsageError
 from llmctl.launch.secrets import names_of
 from llmctl.pipeline.selection import select
 from llmctl.spec.resolved import Pipeline, StageSpec
@@ -35,7 +35,10 @@ def spec(world: World) -> Iterator[Finding]:
 
 def _state(pipeline: Pipeline, stages: Iterable[StageSpec]) -> State:
     """How bad it is that these stages cannot run."""
-    usual = {stage.id for stage in select(pipeline).specs}
+    try:
+        usual = {stage.id for stage in select(pipeline).specs}
+    except UsageError:  # every stage acts on the world, so that each runs only when it is named
+        usual = set()
     return "problem" if any(stage.id in usual for stage in stages) else "warning"
 
 

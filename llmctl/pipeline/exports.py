@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llmctl.errors import InputError
 from llmctl.spec.resolved import StageSpec
 from llmctl.stage import Artifact
 from llmctl.store.commit import intact
@@ -31,13 +30,10 @@ def export_directory(spec: StageSpec) -> Path | None:
 def export(artifact: Artifact, target: Path) -> bool:
     """Copy unless the same artifact is there already with all its files; whether it was copied.
 
-    OSError if it cannot lie there, also because what is there was changed since: the result itself is not lost.
+    OSError if it cannot lie there, InputError if what is there was changed since: the result itself is not lost.
     """
     there = intact(target)
     if there is not None and there.id == artifact.id:
         return False
-    try:
-        materialise(artifact, target)
-    except InputError as error:
-        raise OSError(f"{error.message}; {error.hint}") from error
+    materialise(artifact, target)
     return True

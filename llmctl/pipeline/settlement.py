@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
+from llmctl.errors import InputError
 from llmctl.launch.failures import FULL, no_space
 from llmctl.pipeline.events import EventLog
 from llmctl.pipeline.exports import export, export_targets
@@ -54,11 +55,12 @@ class Settlement:
             try:
                 if export(result.outputs[port], target):
                     self._events("log", stage=spec.id, text=f"copied {port} to {target}")
-            except OSError as error:
-                failure = no_space(target) if error.errno in FULL else None
+            except (OSError, InputError) as error:
+                failure = no_space(target) if isinstance(error, OSError) and error.errno in FULL else None
                 result.status, result.code = "failed", 3
                 result.message = failure.message if failure else f"cannot copy {port} to {target}: {error}"
-                result.hint = failure.hint if failure else "the result is in the store: llmctl get"
+                own = error.hint if isinstance(error, InputError) else ""
+                result.hint = failure.hint if failure else own or "the result is in the store: llmctl get"
                 return "failed"
         return ""
 

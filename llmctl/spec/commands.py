@@ -31,7 +31,8 @@ WIDEST = 48
 def check(specs: Sequence[str], profiles: Sequence[str], sets: Sequence[Setting], format_: str) -> int:
     """Validate specs: keys, parameters, wiring. Each SPEC is a file or the name of a shipped spec.
 
-    Nothing runs, no network and no torch is needed. Exits with 0, or with 2 and all mistakes.
+    Nothing runs and no torch is needed; only an `include` with a `url` is downloaded. Exits with 0,
+    or with 2 and all mistakes.
     """
     from llmctl.registry import get_registry
 

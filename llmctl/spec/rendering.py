@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from llmctl.spec.diagnostics import Report
 from llmctl.spec.fields import field_names, is_model, types_at
 from llmctl.spec.interpolate import Interpolation
-from llmctl.spec.layers import apply_defaults, without
-from llmctl.spec.nodes import Entry, Map, Node, Scalar, scalar_value
+from llmctl.spec.layers import apply_defaults, changed_at, without
+from llmctl.spec.nodes import Map, Node, Scalar, scalar_value
 from llmctl.spec.nodes import Sequence as List
 from llmctl.spec.printing import Verbatim, yaml_text
 from llmctl.spec.reading import Reading, open_spec
@@ -149,22 +149,11 @@ def _rebased(document: Map, base: Path) -> Map:
     """`document` with every path of an included file or an option as it reads from `base`."""
     result: Node = document
     for place in PLACES:
-        result = _at(result, place, lambda node: _path(node, base))
+        result = changed_at(result, place, lambda node: _path(node, base))
     for reference in REFERENCES:
-        result = _at(result, reference, lambda node: _reference(node, base))
+        result = changed_at(result, reference, lambda node: _reference(node, base))
     assert isinstance(result, Map)
     return result
-
-
-def _at(node: Node, path: tuple[str, ...], change: Callable[[Node], Node]) -> Node:
-    """`node` with what lies at `path` changed; `*` is every key. A source may be its `uri` alone."""
-    if not path or (path == ("uri",) and isinstance(node, Scalar)):
-        return change(node)
-    if not isinstance(node, Map):
-        return node
-    keys = [key for key in node.entries if path[0] in ("*", key)]
-    changed = {key: Entry(node.entries[key].key, _at(node.entries[key].value, path[1:], change)) for key in keys}
-    return Map(node.mark, {**node.entries, **changed}, node.replaces)
 
 
 def _path(node: Node, base: Path) -> Node:

@@ -16,7 +16,7 @@ from llmctl.doctor.world import Dist, Output, Probe, World, kernel_gpus, normal,
 from llmctl.errors import InputError, MachineError, UsageError
 from llmctl.launch.secrets import names_of, resolve
 from llmctl.pipeline import machine as pipeline_machine
-from llmctl.pipeline.machine import check_resources
+from llmctl.pipeline.machine import check_resources, memory_limit
 from llmctl.pipeline.selection import select
 from llmctl.registry import Failure
 from llmctl.spec.resolved import EnvValue, Pipeline, Resources, Secret, StageSpec
@@ -506,11 +506,11 @@ def test_mounts_are_found_by_the_longest_point():
 
 def test_the_least_limit_of_all_groups_counts():
     groups = {"/sys/fs/cgroup/user/me/memory.max": "max", "/sys/fs/cgroup/user/memory.max": str(8 << 30)}
-    assert machine.memory_limit(healthy(read=files(**groups))) == 8 << 30
-    assert machine.memory_limit(healthy()) == 16 << 30
+    assert memory_limit(files(**groups)) == 8 << 30
+    assert memory_limit(healthy().read) == 16 << 30
     old = {"/proc/self/cgroup": "4:memory:/x\n", "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": str(4 << 30)}
-    assert machine.memory_limit(healthy(read=files(**old))) == 4 << 30
-    assert machine.memory_limit(healthy(read=lambda path: "")) is None
+    assert memory_limit(files(**old)) == 4 << 30
+    assert memory_limit(lambda path: "") is None
 
 
 def test_a_check_that_fails_is_reported_and_the_others_go_on():
