@@ -154,7 +154,7 @@ class Planner:
     def _outputs(self, spec: StageSpec, pointer: Pointer, *, whole: bool) -> dict[str, Artifact]:
         """The artifacts of a published result; of one that was collected only the id is known.
 
-        `whole` if the store has just looked at all their files: two looks would be half the time of a plan.
+        `whole` if the store has just looked at all their files: a second look is a tenth of the time of a plan.
         """
         return {
             port: self._artifacts.get(id)
