@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,11 @@ class Outside:
             path = self._document.get("secrets", name, "path")
             place = self._located(path) if isinstance(path, Scalar) else None
             mark = self._mark("secrets", name)
-            found[name] = own.get(name) or Secret(
+            if (mine := own.get(name)) is not None:
+                # What the spec names is hidden too: it may hold another value of the same secret.
+                found[name] = replace(mine, variable=mine.variable or model.variable or name)
+                continue
+            found[name] = Secret(
                 name=name,
                 origin=model.origin,
                 variable=(model.variable or name) if model.origin == "env" else "",

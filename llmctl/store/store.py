@@ -165,9 +165,10 @@ class Store(Layout):
         return found
 
     def _is_whole(self, directory: Path) -> bool:
-        if protocol.intact(directory) is None:
-            relist(directory.parent)
-            relist(directory)
+        if protocol.intact(directory) is not None:
+            return True
+        relist(directory.parent)
+        relist(directory)
         return protocol.intact(directory) is not None
 
     def publish(self, pointer: Pointer, *, replace: bool = False) -> Pointer:

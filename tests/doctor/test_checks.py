@@ -554,8 +554,8 @@ def spec(secrets, used=True, effect=False, **resources):
 def asked(pipeline, **changes):
     """The findings about a spec, and what `run` says of it before it begins; None where it would begin."""
     found = list(request.spec(healthy(spec=lambda: pipeline, **changes)))
-    specs = select(pipeline).specs
     try:
+        specs = select(pipeline).specs
         check_resources(specs, Path("/"))
         resolve(pipeline.secrets, names_of(specs))
     except MachineError as error:
@@ -613,8 +613,17 @@ def test_the_command_of_a_secret_is_not_run(here):
 
 
 def test_what_only_an_effect_lacks_is_a_warning(here):
-    found, refused = asked(spec(TOKEN, effect=True, gpus=2), distributions=with_dists(without=("torch",)))
-    assert [row.state for row in found] == ["warning"] * 3 and refused is None
+    effects = spec(TOKEN, effect=True, gpus=2)
+    stages = {**effects.stages, **spec({}, used=False).stages}
+    (first, second) = stages
+    mixed = dataclasses.replace(effects, stages={first: effects.stages[first], second: stages[second]})
+    found, refused = asked(mixed, distributions=with_dists(without=("onnxruntime-gpu",)))
+    assert [row.state for row in found] == ["warning"] * 2 and refused is None
+
+
+def test_what_a_spec_of_effects_alone_lacks_is_a_warning(here):
+    found = list(request.spec(healthy(spec=lambda: spec(TOKEN, effect=True, gpus=2))))
+    assert [row.state for row in found] == ["warning"] * 2
 
 
 def test_the_value_of_a_secret_is_never_shown(here):

@@ -158,7 +158,8 @@ def test_errors_as_json(args, code, message, work, llmctl):
     assert done.returncode == code
     rows = [json.loads(line) for line in done.stderr.splitlines()]
     assert rows[-1]["type"] == "error"
-    assert set(rows[-1]) == {"type", "code", "exit_code", "message", "hint"}
+    place = {"file", "line", "column", "end_column"}
+    assert set(rows[-1]) == {"type", "code", "exit_code", "message", "hint", *place}
     assert rows[-1]["exit_code"] == code
     assert message in rows[-1]["message"]
     assert all("type" in row for row in rows)

@@ -292,7 +292,7 @@ def test_kill_at_random_instants_then_go_on(start, one, work, llmctl):
 
 
 def test_two_runs_of_the_same_work(start, llmctl, one, work):
-    spec = one("count", "max_steps: 100, pause: 0.02")
+    spec = one("count", "max_steps: 250, pause: 0.02")
     first = start("run", spec)
     wait_for(lambda: list((work / ".llmctl/store/work").glob("*/state.json")))
     refused = llmctl("run", spec, "--on-busy", "fail")
