@@ -16,6 +16,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A suite in the background (`make test &`, nohup) would hand an ignored Ctrl-C on to every command it tests.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with as many threads as cores each wait for one another at every step: 240 s for a test of 7.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 Install = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

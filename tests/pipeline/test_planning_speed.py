@@ -36,6 +36,8 @@ class Origins:
 @pytest.fixture
 def stages(monkeypatch):
     """The declarations and parameters of `tests/pipeline/fake`."""
+    for name in [name for name in sys.modules if name.startswith("fake_")]:
+        monkeypatch.delitem(sys.modules, name)  # other tests have modules of these names
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake"))
     import fake_params
     import fake_stages
