@@ -51,7 +51,7 @@ def killed(base: Path, after: float) -> int:
     """Kill a run `after` seconds beyond its first step; the last step it told of, or -1 if it was done."""
     child = start(base)
     assert child.stdout is not None
-    steps = [child.stdout.readline()]
+    steps = [child.stdout.readline().strip()]  # `done` at once where an earlier run got that far
     time.sleep(after)
     child.send_signal(signal.SIGKILL)
     rest, _ = child.communicate()
