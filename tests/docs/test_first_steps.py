@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from llmctl.command_table import CORE
 from llmctl.starter.goals import GOALS
 
@@ -23,8 +21,7 @@ SHOWN = [row for block in PAGE if block.language == "console" for row in command
 
 def run(line: str, directory: Path) -> str:
     program = Path(sys.executable).with_name("llmctl")
-    if not program.exists():
-        pytest.skip("llmctl is not installed beside this Python")
+    assert program.exists(), "llmctl is not installed beside this Python: make setup"
     words = shlex.split(line)
     assert words[0] == "llmctl"
     done = subprocess.run(
