@@ -14,6 +14,11 @@ MASK = "***"
 SHORTEST = 6
 """Values of fewer characters are not masked: they would turn up everywhere."""
 CHUNK = 1 << 20
+LONE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+"""Halves of surrogate pairs, which JSON may hold and no encoding has.
+
+\\udc80 to \\udcff are left out: they stand for bytes that are no UTF-8.
+"""
 
 
 class Masker:
@@ -32,8 +37,9 @@ class Masker:
         return bool(self._names)
 
     def text(self, text: str) -> str:
-        """`text` with every secret masked."""
-        return self.masked(text.encode(errors="surrogateescape")).decode(errors="surrogateescape")
+        """`text` with every secret masked; half a surrogate pair becomes U+FFFD."""
+        data = LONE.sub("\N{REPLACEMENT CHARACTER}", text).encode(errors="surrogateescape")
+        return self.masked(data).decode(errors="surrogateescape")
 
     def masked(self, data: bytes) -> bytes:
         """The same for bytes."""

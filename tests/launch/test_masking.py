@@ -122,6 +122,11 @@ def test_values_that_are_too_short_leave_a_stream_as_it_is():
     assert stream.end() == b""
 
 
+def test_half_a_surrogate_pair_beside_a_secret():
+    report = json.loads('{"x": "\\ud800 canary-1 \\udfff \\udc80"}')
+    assert Masker({"a": "canary-1"}).plain(report) == {"x": "\ufffd *** \ufffd \udc80"}
+
+
 def test_a_value_that_is_no_utf8(monkeypatch):
     monkeypatch.setitem(os.environb, b"MY_TOKEN", b"caf\xe9-token")
     found = secrets.resolve(secret("env", variable="MY_TOKEN"), ["T"])
