@@ -1,8 +1,9 @@
 # Two commands do everything on a fresh machine: `make quickstart` and `make test`. Each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-# A file's tests stay together, since they share what is dear to make. The slow ones measure, and run alone.
-BESIDE := -n 2 --dist loadfile
+# A file's tests stay together, since they share what is dear to make. What measures time runs alone: the slow tests,
+# and those of CPU budgets, since two processes on the threads of one core each take longer.
+FAST := -m "not slow and not budget" -n 2 --dist loadfile
 
 .PHONY: help quickstart test test-all lint docs bench setup clean
 
@@ -13,11 +14,12 @@ quickstart: .venv/.ready-run  ## set up, then take real text through the whole c
 	@$(BIN)/llmctl run specs/quickstart.yaml --to serve
 
 test: .venv/.ready-dev  ## set up, then run the tests (under 12 minutes on two cores)
-	@$(BIN)/python -m pytest -m "not slow" $(BESIDE)
+	@$(BIN)/python -m pytest $(FAST)
+	@$(BIN)/python -m pytest -m budget
 
 test-all: .venv/.ready-dev  ## every test, the slow ones too
-	@$(BIN)/python -m pytest -m "not slow" $(BESIDE)
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest $(FAST)
+	@$(BIN)/python -m pytest -m "budget or slow"
 
 lint: .venv/.ready-dev  ## ruff, mypy, import-linter, the shipped specs, the documented examples
 	@$(BIN)/ruff check .

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +22,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes with as many threads as cores each wait for one another at every step: 240 s for a test of 7.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# As installed for a user: without its bytecode every command compiles 120 files first, a fifth of its CPU time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 Install = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -103,3 +109,25 @@ def llmctl(llmctl_env: dict[str, str], tmp_path: Path) -> Run:
         )
 
     return run
+
+
+REFERENCE = 0.016
+"""CPU seconds of `_reference` on the machine for which the budgets of CPU time were set."""
+
+
+@pytest.fixture
+def budget() -> Callable[[float], float]:
+    """`budget(0.12)`: so much CPU time here as 0.12 s on the reference machine; never less than 0.12 s."""
+    found = []
+    for _ in range(7):
+        begun = time.process_time()
+        _reference()
+        found.append(time.process_time() - begun)
+    return lambda seconds: seconds * max(1.0, min(found) / REFERENCE)
+
+
+def _reference() -> None:
+    """A fixed piece of what llmctl's own Python does most: making, encoding and hashing small values."""
+    for number in range(4000):
+        row = {"id": f"s[{number}]", "params": {"lr": number * 1e-5, "rows": number, "names": [str(number)] * 3}}
+        hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,8 @@ from llmctl.store import Store
 from llmctl.store.manifest import FileEntry, Manifest, content_id
 from llmctl.store.store import Pointer
 
+pytestmark = pytest.mark.budget
+
 COUNT = 2000
 
 
@@ -112,28 +114,28 @@ def fill(pipeline, store) -> None:
 
 
 @pytest.mark.parametrize("build", [wide, alone])
-def test_two_thousand_new_stages(build, stages, tmp_path):
+def test_two_thousand_new_stages(build, stages, tmp_path, budget):
     pipeline, store = build(stages), Store(tmp_path / "store")
     assert len(pipeline.stages) == COUNT
-    assert cpu(pipeline, store) < 0.15
+    assert cpu(pipeline, store) < budget(0.15)
     decisions = planned(pipeline, store, origins := Origins())
     assert {decision.action for decision in decisions} <= {"run", "unknown"}
     assert origins.asked <= 3  # once per kind of stage: it reads the metadata of a distribution
 
 
-def test_five_hundred_cached_stages(stages, tmp_path):
+def test_five_hundred_cached_stages(stages, tmp_path, budget):
     """Three files are read for each, so a tenth of a second is the files' own."""
     pipeline, store = wide(stages, 500), Store(tmp_path / "store")
     fill(pipeline, store)
     assert {decision.action for decision in planned(pipeline, store, Origins())} == {"cached"}
-    assert cpu(pipeline, store) < 0.25
+    assert cpu(pipeline, store) < budget(0.25)
 
 
-def test_two_thousand_stages_with_names(stages, tmp_path):
+def test_two_thousand_stages_with_names(stages, tmp_path, budget):
     """Each stage has an older result to compare with: the names are listed once, not once per stage."""
     pipeline, store = alone(stages), Store(tmp_path / "store")
     folder = store.refs / "p"
     folder.mkdir(parents=True)
     for id in pipeline.stages:
         (folder / f"{id}.text.json").write_text('{"id": "sha256:0", "key": "sha256:0", "time": "2026"}')
-    assert cpu(pipeline, store) < 0.4
+    assert cpu(pipeline, store) < budget(0.4)

@@ -7,6 +7,10 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+pytestmark = pytest.mark.budget
+
 TEXT = """
 llmctl: 1
 name: t
@@ -35,10 +39,10 @@ def cpu(work) -> float:
     return min(once() for _ in range(3))
 
 
-def test_two_thousand_instances_are_read_in_under_250_ms(load):
+def test_two_thousand_instances_are_read_in_under_250_ms(load, budget):
     text = TEXT.format(seeds=list(range(500)))
     assert len(load(text).stages) == 2005
-    assert cpu(lambda: load(text)) < 0.250
+    assert cpu(lambda: load(text)) < budget(0.250)
 
 
 def test_the_cost_grows_with_the_instances_and_not_faster(load):
@@ -46,7 +50,7 @@ def test_the_cost_grows_with_the_instances_and_not_faster(load):
     assert cpu(lambda: load(large)) < 16 * cpu(lambda: load(small)), "eight times the instances"
 
 
-def test_check_of_the_largest_shipped_spec_stays_under_400_ms(llmctl_env):
+def test_check_of_the_largest_shipped_spec_stays_under_400_ms(llmctl_env, budget):
     def once() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, "-m", "llmctl", "check", "quickstart"]
@@ -55,4 +59,4 @@ def test_check_of_the_largest_shipped_spec_stays_under_400_ms(llmctl_env):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     once()
-    assert min(once() for _ in range(5)) < 0.400
+    assert min(once() for _ in range(5)) < budget(0.400)
