@@ -21,6 +21,7 @@ width, F feed-forward width, V vocabulary, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -139,6 +140,13 @@ class Transformer(nn.Module):
         logits = F.linear(hidden, self.head_weight)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def set_dropout(self, share: float) -> None:
+        """From now on, zero this share in training."""
+        self.config = replace(self.config, dropout=share)
+        for module in self.modules():
+            if isinstance(module, Block | Classifier):
+                module.dropout = share
 
     @property
     def head_weight(self) -> Tensor:
