@@ -41,6 +41,8 @@ class Transformer(nn.Module):
         self.config, traits = config, config.traits
         self.backend = "sdpa"
         """How attention is computed: a name in `llmctl.nn.attention`."""
+        self.loss_chunk = 0
+        """Targets whose logits a loss holds at a time (`llmctl.train.cross_entropy`); 0: all."""
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = traits.positions == "learned"
         self.positions = nn.Embedding(config.context + traits.position_offset, config.dim) if learned else None
@@ -318,6 +320,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, cross: bool = False) -> None:
         super().__init__()
         self.order, self.dropout = config.traits.order, config.dropout
+        self.recompute: Callable[..., Tensor] | None = None
+        """How training calls `compute` to keep fewer activations; set by `llmctl.train.recompute`."""
         sandwich = self.order == "sandwich"
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
@@ -330,6 +334,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x (B, T, D)` to `(B, T, D)`."""
+        if self.recompute is not None and torch.is_grad_enabled():
+            return self.recompute(self.compute, x, context)
+        return self.compute(x, context)
+
+    def compute(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """What `forward` returns, with all activations kept."""
         x = self.attended(x, context)
         y = self.ffn(self.ffn_input(x))
         x = x + self._drop(y if self.ffn_after is None else self.ffn_after(y))

@@ -21,6 +21,8 @@ from llmctl.train.params import TrainParams
 Pick = tuple[int, int]
 """(epoch, place in that epoch's order); epoch -1 is the unshuffled order."""
 IN_ORDER = -1
+SWEPT = 16
+"""Sequences of a batch that is only measured, where `micro_batch` is found by trying: numbers must not depend on it."""
 
 
 class Source(ABC):
@@ -31,6 +33,7 @@ class Source(ABC):
             raise InputError("there is nothing to train on", hint="give more data")
         self.size, self.seed, self.packed = size, params.seed, params.packing == "documents"
         self.batch_size, self.at_once = params.batch_size, params.sequences_at_once
+        self.swept = min(self.at_once, SWEPT) if params.micro_batch == "auto" else self.at_once
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     @property
@@ -46,11 +49,20 @@ class Source(ABC):
 
     def sweep(self, limit: int | None = None) -> Iterator[Batch]:
         """One pass in order, or `limit` batches spread evenly over it."""
-        starts = np.arange(0, self.size, self.at_once)
+        starts = np.arange(0, self.size, self.swept)
         if limit is not None and limit < len(starts):
             starts = starts[np.linspace(0, len(starts) - 1, limit).round().astype(int)]
         for start in starts.tolist():
-            yield self.batch([(IN_ORDER, i) for i in range(start, min(start + self.at_once, self.size))])
+            yield self.batch([(IN_ORDER, i) for i in range(start, min(start + self.swept, self.size))])
+
+    def heaviest(self) -> Batch:
+        """The largest part of a batch that can come: of the longest sequences, as many as are computed at once."""
+        order = np.argsort(-self.lengths(), kind="stable")
+        return self.batch([(IN_ORDER, int(order[i % self.size])) for i in range(self.at_once)])
+
+    def lengths(self) -> Ints:
+        """How long each sequence is, in the unshuffled order; all alike unless a source says otherwise."""
+        return np.ones(self.size, np.int64)
 
     @abstractmethod
     def batch(self, picks: Sequence[Pick]) -> Batch:
@@ -77,6 +89,10 @@ class ExampleSource(Source):
         """The examples at `picks`, in that order in `Batch.owners`."""
         chosen = [self.examples[self.order(epoch)[place]] for epoch, place in picks]
         return pack(chosen, self.length, self.packed)
+
+    def lengths(self) -> Ints:
+        """Tokens of each example."""
+        return np.array([len(example) for example in self.examples])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """THE training loop: every stage that learns drives its objective through `fit`, and gradients are taken nowhere else.
 
 Accumulation, clipping, schedules, mixed precision, validation, logging, checkpoints and exact resume are written once.
+The host never waits for the device between two points of the curves, unless a guard has to judge each step.
 """
 
 from __future__ import annotations
@@ -8,23 +9,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmctl.errors import StageError
+from llmctl.errors import MachineError, StageError
 from llmctl.nn.counts import training_flops
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context
+from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
 from llmctl.train.checkpoint import Checkpoint, Checkpoints, require_space, same_tensors
+from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
-from llmctl.train.device import Compute
+from llmctl.train.device import Compute, LossScale
+from llmctl.train.fp8 import fp8_blocks
+from llmctl.train.guards import Guard
+from llmctl.train.memory import HINT, kept_bytes, largest_fitting, require
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
+from llmctl.train.readings import Reading, Readings
+from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import lr_factor
 from llmctl.train.throughput import Throughput, utilisation
 from llmctl.train.validation import Validate
@@ -48,18 +56,36 @@ def fit(
     """
     compute = Compute.of(params)
     total = params.max_steps or max(1, math.ceil(params.epochs * source.steps_per_epoch))
-    model.backend = params.attention
-    model.set_dropout(params.dropout)
-    with compute.limit_threads():
+    if any(parameter.dtype in HALVES for parameter in model.parameters()):
+        model.float()  # such weights stall: an update below their last digit is lost
+    with _prepared(model, params, compute):
         run = _Run(ctx, model, objective, source, params, validate, compute, total)
-        with _compiled(model, params.compile):
+        try:
             run.train()
+        except torch.OutOfMemoryError as error:
+            raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
         values = run.finish()
-    model.backend = "sdpa"  # it stays with the training: the finished model runs anywhere
     model.to("cpu").eval()
     return values
 
 
+@contextmanager
+def _prepared(model: Transformer, params: TrainParams, compute: Compute) -> Iterator[None]:
+    """The model computes as `params` say inside; the finished one runs anywhere."""
+    model.set_dropout(params.dropout)
+    model.backend, model.loss_chunk = params.attention, params.loss_chunk
+    # Compiled blocks compute again what is cheap by themselves.
+    mode = "none" if params.compile and params.recompute == "selective" else params.recompute
+    with ExitStack() as stack:
+        stack.enter_context(compute.limit_threads())
+        stack.enter_context(recomputed(model, mode, params.dropout))
+        stack.enter_context(fp8_blocks(model, compute.precision == "fp8"))
+        stack.enter_context(compiled_blocks(model, params.compile))
+        yield
+    model.backend, model.loss_chunk = "sdpa", 0
+
+
+HALVES = (torch.bfloat16, torch.float16)
 RECENT = 10
 """Steps whose mean is the final `loss.train`."""
 
@@ -82,12 +108,18 @@ class _Run:
         self.validate, self.compute, self.total = validate, compute, total
         self.model = model.to(compute.device).train()
         self.optimizers = Optimizers(model, params)
+        self.averages = Averages(model, self.optimizers, params.ema)
+        self.loss_scale = LossScale() if compute.precision == "fp16" else None
+        self.guard = Guard(params, scaled=self.loss_scale is not None)
+        self.readings = Readings(self.take)
         self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
         self.throughput = Throughput()
         self.step = 0
         self.tokens = 0
         self.targets = 0
         self.curve: list[dict[str, float]] = []
+        self.loss = math.nan
+        """That of the last step whose numbers are known."""
         self.sums: dict[str, float] = {}
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
@@ -96,10 +128,14 @@ class _Run:
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
+        for note in self.optimizers.rates.notes:
+            self.ctx.log(note)
         resumed = self.resume()
         self.checkpoints.forget_after(self.step, self.total)
         if not resumed:
             self.first_checkpoint()
+        if self.step < self.total and (self.params.micro_batch == "auto" or self.compute.device.type == "cuda"):
+            self.settle_memory()
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
@@ -116,41 +152,80 @@ class _Run:
                 self.save()
 
     def update(self) -> None:
-        """One optimizer step: gradients of the step's mean loss, clipped, applied."""
+        """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
         batches = self.source.micro_batches(self.step)
         weight = sum(self.objective.weight(batch) for batch in batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
         sums = self.accumulate(batches, weight)
-        limit = self.params.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        loss = sums["loss"] / weight
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StageError(
-                f"the loss is {loss:g} and the gradient norm {norm:g} at step {self.step + 1}",
-                hint="lower lr, raise warmup_steps, or set clip",
-            )
-        self.optimizers.step(self.factor(self.step))
+        reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
+        # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
+        verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
+        if verdict == "take":
+            self.optimizers.step(self.factor(self.step))
+            self.averages.update(self.step)
+        self.optimizers.drop_gradients()
         self.step += 1
         self.throughput.add(sum(batch.size for batch in batches))
         self.tokens += sum(batch.size for batch in batches)
         self.targets += sum(len(batch.targets) for batch in batches)
-        self.recent = [*self.recent[1 - RECENT :], {**sums, "weight": weight}]
-        for name, value in {**sums, "weight": weight, "grad_norm": norm * weight}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.ctx.progress(self.step, self.total, loss=loss, tokens_per_s=self.throughput.overall())
+        if verdict == "take":
+            self.readings.add(reading)
+        elif verdict == "rewind":
+            self.rewind()
+        known = {} if math.isnan(self.loss) else {"loss": self.loss}
+        self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
 
-    def accumulate(self, batches: list[Batch], weight: int) -> dict[str, float]:
+    def accumulate(self, batches: list[Batch], weight: int) -> dict[str, Tensor]:
         """Add up the gradients of all micro-batches over the weight of all of them together, so that they are those of
-        one big batch however it was split. Returns the summed loss and metrics."""
+        one big batch however it was split. Returns the summed loss and metrics, on the device."""
         sums: dict[str, Tensor] = {}
+        factor = (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
         for batch in (batch.to(self.compute.device) for batch in batches):
             with self.compute.autocast():
                 loss, further = self.objective.loss(self.model, batch)
-            (loss / weight).backward()  # type: ignore[no-untyped-call]  # torch
+            (loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
             for name, value in {"loss": loss, **further}.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-        return {name: float(value) for name, value in sums.items()}
+        return sums
+
+    def clip(self) -> Tensor:
+        """Scale the gradients back, then down to the largest norm allowed; returns their norm before that."""
+        if self.loss_scale is not None:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.loss_scale.scale)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip or math.inf)
+
+    def judge(self, reading: Reading) -> str:
+        """What the guard says of a step, whose numbers are waited for."""
+        self.readings.look(wait=True)
+        values = reading.read()
+        verdict = self.guard.judge(reading.step, values["loss"] / reading.weight, values["grad_norm"] / reading.weight)
+        if self.loss_scale is not None:
+            self.loss_scale.update(verdict == "overflow")
+        return verdict
+
+    def take(self, reading: Reading, sums: dict[str, float]) -> None:
+        """Add the numbers of a step that was taken to those of the curves; StageError if they are not finite."""
+        self.loss, norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
+        if not self.guard.before and not reading.at_hand:
+            self.guard.judge(reading.step, self.loss, norm)
+        values = {**sums, "weight": float(reading.weight)}
+        self.recent = [*self.recent[1 - RECENT :], {name: values[name] for name in values if name != "grad_norm"}]
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def rewind(self) -> None:
+        """Weights and optimizer of the last checkpoint that `save_every` planned; the data goes on."""
+        found = self.checkpoints.load(self.anchor())
+        self.restore_tensors(found)
+        self.ctx.warn(f"step {self.step} took the weights back to those of step {found.step}")
+
+    def anchor(self) -> int:
+        """Where a rewind leads: not to what an interruption left, or the result would depend on it."""
+        every = self.params.save_every
+        return max(step for step in self.checkpoints.newest(self.step) if (step % every if every else step) == 0)
 
     def factor(self, step: int, total: int | None = None) -> float:
         """The schedule's share of the peak rates at `step`, counted from 0, in a run of `total` steps."""
@@ -166,20 +241,30 @@ class _Run:
 
     def log(self) -> None:
         """A point of the curves: means since the last one."""
-        weight = self.sums.pop("weight")
+        self.readings.look(wait=True)
+        weight = self.sums.pop("weight", 0)
         means = {name: value / weight for name, value in self.sums.items()}
         self.sums = {}
-        lr = self.params.lr * self.factor(self.step - 1)
-        self.record({**means, "lr": lr, "tokens_per_s": self.throughput.rate()})
+        lr = self.optimizers.rates.of["matrix"] * self.factor(self.step - 1)
+        counts = {name: float(count) for name, count in self.guard.counts.items()}
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale.scale}
+        self.record({**means, **counts, **scale, "lr": lr, "tokens_per_s": self.throughput.rate()})
 
     def measure(self) -> None:
         """A validation point of the curves."""
         if self.validate is None:
             return
-        self.model.eval()
-        self.record(self.validate(self.model, self.compute))
-        self.model.train()
+        self.readings.look(wait=True)
+        self.record(self.validated(self.validate))
         self.throughput.skip()
+
+    def validated(self, validate: Validate) -> dict[str, float]:
+        """What `validate` says of the model as it would be saved now."""
+        self.model.eval()
+        with self.averages.swapped():
+            found = validate(self.model, self.compute)
+        self.model.train()
+        return found
 
     def record(self, row: dict[str, float]) -> None:
         """Append `row` to the curves and send it out."""
@@ -190,6 +275,7 @@ class _Run:
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
         self.checkpoints.finish(self.step)
+        self.averages.finish()
         if self.ctx.wants("metrics"):
             lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve)
             (self.ctx.output("metrics") / "curves.jsonl").write_text(lines, encoding="utf-8")
@@ -204,6 +290,9 @@ class _Run:
         values |= {"steps": self.step, "tokens": self.tokens, "targets": self.targets, "parameters": parameters}
         if self.throughput.tokens:  # none where only the end was left to do
             values["tokens_per_s"] = self.throughput.overall()
+        values |= {name: float(count) for name, count in self.guard.counts.items()}
+        if self.params.micro_batch == "auto":
+            values["micro_batch"] = self.source.at_once
         return values | self.device_values()
 
     def device_values(self) -> dict[str, float]:
@@ -219,13 +308,15 @@ class _Run:
         """All tensors of a checkpoint: weights, optimizer state, random states."""
         found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state().items()}
+        found |= {f"mean/{name}": tensor for name, tensor in self.averages.state().items()}
         found["random/cpu"] = torch.get_rng_state()
         if self.compute.device.type == "cuda":
             found["random/cuda"] = torch.cuda.get_rng_state(self.compute.device)
         return found
 
     def save(self) -> None:
-        """Write a checkpoint of the finished steps."""
+        """Write a checkpoint of the finished steps; StageError if one of them was not finite."""
+        self.readings.look(wait=True)
         values = {
             "facts": self.params.resume_facts(),
             "total": self.total,
@@ -234,8 +325,12 @@ class _Run:
             "curve": self.curve,
             "sums": self.sums,
             "recent": self.recent,
+            "guard": self.guard.state(),
+            "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
+            "micro_batch": self.source.at_once,
         }
-        self.checkpoints.save(self.step, self.tensors(), values)
+        pinned = self.anchor() if self.guard.rewinds and self.step else -1
+        self.checkpoints.save(self.step, self.tensors(), values, pinned)
         self.ctx.checkpointed(self.step)
         self.throughput.skip()
 
@@ -243,11 +338,48 @@ class _Run:
         """Save and read back before the first step: a run must not find out at its end that it cannot save."""
         size = sum(parameter.nbytes for parameter in self.model.parameters())
         self.ctx.resume_dir.mkdir(parents=True, exist_ok=True)
-        # Weights and two moments, in as many checkpoints as exist at once.
-        require_space(self.ctx.resume_dir, 3 * size * (self.checkpoints.keep + 1), "training")
+        # Weights, two moments and a mean, in as many checkpoints as exist at once.
+        copies = (4 if self.params.ema else 3) * (self.checkpoints.keep + 1 + self.guard.rewinds)
+        require_space(self.ctx.resume_dir, copies * size, "training")
         self.save()
         if not same_tensors(self.tensors(), self.checkpoints.load(self.step).tensors):
             raise StageError(f"a checkpoint in {self.checkpoints.directory} reads back differently from what was saved")
+
+    def settle_memory(self) -> None:
+        """Do the worst that the run will do, before it begins: the largest batch, a step, validation, a checkpoint.
+
+        With `micro_batch: auto` the batch is halved until that fits. Everything is put back as it was.
+        """
+        automatic, before = self.params.micro_batch == "auto", self.checkpoints.load(self.step)
+        if automatic:
+            self.source.at_once = before.values["micro_batch"]
+            clean_up = lambda: self.restore_tensors(before)  # noqa: E731
+            self.source.at_once = largest_fitting(self.source.at_once, self.attempt, clean_up)
+            self.ctx.log(f"micro_batch auto: {self.source.at_once} of {self.source.batch_size} sequences at a time")
+        else:
+            self.attempt(self.source.at_once)
+        self.restore_tensors(before)
+
+    def attempt(self, at_once: int) -> None:
+        """The worst of a step with `at_once` sequences; torch.OutOfMemoryError if it does not fit."""
+        self.source.at_once = at_once
+        if self.compute.device.type == "cpu":
+            self.source.at_once = 1
+            batch = self.source.heaviest()
+            with self.compute.autocast():
+                each = kept_bytes(lambda: self.objective.loss(self.model, batch)[0], self.model)
+            # Gradients and two moments, and as much of one sequence again for what the backward pass makes of it.
+            fixed = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
+            require(fixed + (at_once + 1) * each)
+            self.source.at_once = at_once
+        batch = self.source.heaviest()
+        self.accumulate([batch], max(1, self.objective.weight(batch)))
+        self.clip()
+        self.optimizers.step(1.0)
+        if self.validate is not None:
+            self.validated(self.validate)
+        for tensor in self.tensors().values():
+            tensor.cpu()
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint that is whole and fits; False if there is none."""
@@ -266,21 +398,30 @@ class _Run:
 
     def restore(self, found: Checkpoint) -> None:
         """Take over everything `save` wrote."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "random": {}}
-        for full, tensor in found.tensors.items():
-            kind, _, name = full.partition("/")
-            parts[kind][name] = tensor
-        self.model.load_state_dict(parts["model"], strict=True)
-        self.optimizers.load(parts["optimizer"])
-        torch.set_rng_state(parts["random"]["cpu"])
-        if "cuda" in parts["random"] and self.compute.device.type == "cuda":
-            torch.cuda.set_rng_state(parts["random"]["cuda"], self.compute.device)
+        self.restore_tensors(found)
         values: dict[str, Any] = found.values
         self.step, self.tokens, self.targets = found.step, values["tokens"], values["targets"]
         self.curve, self.sums, self.recent = values["curve"], values["sums"], values["recent"]
+        self.guard.load(values["guard"])
+        if self.loss_scale is not None:
+            self.loss_scale.load(values["loss_scale"])
         if self.step:
             self.ctx.log(f"continuing from step {self.step} of {self.total}")
         self.compare_schedule(values["total"])
+
+    def restore_tensors(self, found: Checkpoint) -> None:
+        """Weights, optimizer state, means and random states of a checkpoint; pending gradients are dropped."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "mean": {}, "random": {}}
+        for full, tensor in found.tensors.items():
+            kind, _, name = full.partition("/")
+            parts[kind][name] = tensor
+        self.optimizers.drop_gradients()
+        self.model.load_state_dict(parts["model"], strict=True)
+        self.optimizers.load(parts["optimizer"])
+        self.averages.load(parts["mean"])
+        torch.set_rng_state(parts["random"]["cpu"])
+        if "cuda" in parts["random"] and self.compute.device.type == "cuda":
+            torch.cuda.set_rng_state(parts["random"]["cuda"], self.compute.device)
 
     def compare_schedule(self, planned: int) -> None:
         """Warn if the rates so far, of a run of `planned` steps, are not those that one of this length has."""
@@ -291,16 +432,3 @@ class _Run:
                 f"its run was planned for {planned} steps, the rate was {share:.0%} of its peak at step {self.step}; "
                 f"from here on the schedule is that of {self.total}, the result not that of an uninterrupted run"
             )
-
-
-@contextmanager
-def _compiled(model: Transformer, wanted: bool) -> Iterator[None]:
-    """With `wanted`, the model's states are computed by torch.compile inside."""
-    if not wanted:
-        yield
-        return
-    model.hidden = torch.compile(model.hidden)  # type: ignore[method-assign]  # undone below
-    try:
-        yield
-    finally:
-        del model.hidden

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from llmctl.nn.transformer import Transformer
 from llmctl.train.batches import Batch
+from llmctl.train.cross_entropy import summed_loss, token_losses
 
 
 class Objective(Protocol):
@@ -33,18 +33,23 @@ class CausalLM:
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of -log p(target), in nats."""
-        return F.cross_entropy(target_logits(model, batch), batch.targets, reduction="sum"), {}
+        return summed_loss(model, target_states(model, batch), batch.targets)
 
 
 def target_logits(model: Transformer, batch: Batch) -> Tensor:
     """Logits `(N, V)` in float32 at the batch's picks; no other position goes through the head."""
+    return model.head(target_states(model, batch)).float()
+
+
+def target_states(model: Transformer, batch: Batch) -> Tensor:
+    """States `(N, D)` at the batch's picks."""
     hidden = model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents)
-    return model.head(hidden.flatten(0, 1).index_select(0, batch.picks)).float()
+    return hidden.flatten(0, 1).index_select(0, batch.picks)
 
 
 def target_logprobs(model: Transformer, batch: Batch) -> Tensor:
     """log p of each target, `(N,)` float32, in nats."""
-    return -F.cross_entropy(target_logits(model, batch), batch.targets, reduction="none")
+    return -token_losses(model, target_states(model, batch), batch.targets)
 
 
 def sequence_logprobs(model: Transformer, batch: Batch, count: int) -> Tensor:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+UNHURRIED = 10_000
+"""Steps that `inverse-sqrt` takes as its scale where there is no warm-up."""
+
 
 def lr_factor(
     step: int, *, total: int, warmup: int, schedule: str, min_ratio: float = 0.0, decay_share: float = 0.5
@@ -12,12 +15,16 @@ def lr_factor(
 
     Warm-up gives (step + 1) / warmup, so no step is taken at rate 0; it never covers more than the whole run. After it,
     with p from 0 to 1 over the rest: `cosine` falls as (1 + cos(pi p)) / 2 (1608.03983), `linear` as 1 - p, `wsd`
-    stays at 1 and falls linearly over the last `decay_share` of all steps (MiniCPM, 2404.06395), `constant` stays. All
-    but `constant` end at `min_ratio`.
+    stays at 1 and falls linearly over the last `decay_share` of all steps (MiniCPM, 2404.06395); these end at
+    `min_ratio`. `constant` stays. `inverse-sqrt` falls as sqrt(w / step) with w the warm-up, or 10000 without one,
+    whatever `total` is (1706.03762, 1910.10683), and not below `min_ratio`.
     """
+    if step < min(warmup, total):
+        return (step + 1) / min(warmup, total)
+    if schedule == "inverse-sqrt":
+        scale = warmup or UNHURRIED
+        return max(min_ratio, math.sqrt(scale / (step + scale - warmup)))
     warmup = min(warmup, total)
-    if step < warmup:
-        return (step + 1) / warmup
     start = max(warmup, total - math.ceil(decay_share * total)) if schedule == "wsd" else warmup
     progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
     if schedule == "constant":

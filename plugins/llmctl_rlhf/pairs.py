@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context
-from llmctl.train.batches import Batch, Example, pack
+from llmctl.train.batches import Batch, Example, Ints, pack
 from llmctl.train.data import Pick, Source
 from llmctl.train.device import Compute
 from llmctl.train.objectives import sequence_logprobs
@@ -39,6 +40,10 @@ class PairSource(Source):
         values = {item.name: getattr(packed, item.name) for item in fields(packed)}
         return PairBatch(**values, reference=self.reference[numbers])
 
+    def lengths(self) -> Ints:
+        """Tokens of both answers."""
+        return np.array([len(chosen) + len(rejected) for chosen, rejected in self.pairs])
+
     def measure_reference(self, ctx: Context, model: Transformer, compute: Compute) -> None:
         """Fill `reference` with the frozen model's log-probabilities."""
         self.reference = self.logprobs(ctx, model, compute)
@@ -52,5 +57,5 @@ class PairSource(Source):
             count = len(batch.reference)  # type: ignore[attr-defined]  # a PairBatch
             with compute.autocast():
                 found.append(sequence_logprobs(model, batch.to(compute.device), 2 * count).view(-1, 2).cpu())
-            ctx.progress((number + 1) * self.at_once, self.size, measuring="log-probabilities")
+            ctx.progress(min((number + 1) * self.swept, self.size), self.size, measuring="log-probabilities")
         return torch.cat(found)

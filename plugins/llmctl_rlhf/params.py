@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from llmctl.spec.params import Field
-from llmctl.train.params import AnswerParams
+from llmctl.train.params import AnswerParams, Optimizer
 
 
 class RlhfParams(AnswerParams):
@@ -20,8 +20,6 @@ class RlhfParams(AnswerParams):
         0.0, ge=0, description="Weight of the chosen answers' own loss per token beside the preference loss (RPO)."
     )
     batch_size: int = Field(16, ge=1, description="Pairs per optimizer step.")
-    optimizer: Literal["muon", "adamw"] = Field(
-        "adamw", description="`muon`: Muon for the hidden matrices, AdamW for the rest; `adamw`: AdamW for all."
-    )
+    optimizer: Optimizer = Field("adamw", description="As for `sft`; AdamW holds more closely to the start.")
     lr: float = Field(1e-4, gt=0, description="Peak learning rate of the hidden matrices.")
     warmup_steps: int = Field(10, ge=0, description="Steps over which the rate rises linearly.")

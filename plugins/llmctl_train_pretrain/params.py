@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from llmctl.spec.params import Field
-from llmctl.train.params import TrainParams
+from llmctl.train.params import Schedule, TrainParams
 
 SHAPE = ("dim", "layers", "heads", "kv_heads", "ff_dim", "context", "rope_theta", "tie_embeddings")
 
@@ -14,9 +14,7 @@ class PretrainParams(TrainParams):
     """A shape left unset is the preset's, or that of the model given as input."""
 
     # Over 200 steps of the standard library 0.2 nats below cosine: short runs gain from a long high rate.
-    schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
-        "wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly."
-    )
+    schedule: Schedule = Field("wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly.")
     preset: Literal["llama", "qwen3", "gpt2"] = Field("llama", description="Model family and its default shape.")
     dim: int | None = Field(None, ge=1, description="Width of the hidden states.")
     layers: int | None = Field(None, ge=1, description="Transformer blocks.")

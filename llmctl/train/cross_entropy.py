@@ -1,0 +1,96 @@
+"""Cross-entropy whose logits are never all there at once: V numbers per target, the largest tensor of small models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llmctl.nn.transformer import Transformer
+
+
+def summed_loss(
+    model: Transformer, states: Tensor, targets: Tensor, accuracy: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of -log p of `targets (N,)` given `states (N, D)`, in nats; with `accuracy`, how many are the likeliest too.
+
+    The logits of `model.loss_chunk` targets are held at a time (0: of all), and their gradients are taken right away:
+    the loss and its gradients are those of all at once, only added up in another order, and nothing is computed twice.
+    `torch.nn.functional.linear_cross_entropy` knows no soft cap and no layers between states and logits.
+    """
+    chunk = model.loss_chunk
+    if not chunk or len(targets) <= chunk:
+        loss, hits = _of(model, states, targets, accuracy)
+    elif torch.is_grad_enabled():
+        weights = [p for p in _head_parameters(model) if p.requires_grad]
+        loss, hits = _Chunked.apply(model, accuracy, targets, states, *weights)  # type: ignore[no-untyped-call]  # torch
+    else:
+        parts = [_of(model, *part, accuracy) for part in _chunks(states, targets, chunk)]
+        loss, hits = (torch.stack(numbers).sum() for numbers in zip(*parts, strict=True))
+    return loss, {"accuracy": hits} if accuracy else {}
+
+
+def token_losses(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each of `targets (N,)`, `(N,)` float32; in chunks, logits are computed again for the gradient."""
+
+    def losses(states: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(model.head(states).float(), targets, reduction="none")
+
+    chunk = model.loss_chunk
+    if not chunk or len(targets) <= chunk:
+        return losses(states, targets)
+    parts = _chunks(states, targets, chunk)
+    if not torch.is_grad_enabled():
+        return torch.cat([losses(*part) for part in parts])
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
+
+
+def _of(model: Transformer, states: Tensor, targets: Tensor, accuracy: bool) -> tuple[Tensor, Tensor]:
+    logits = model.head(states).float()
+    loss = F.cross_entropy(logits, targets, reduction="sum")
+    hits = (logits.detach().argmax(-1) == targets).sum().float() if accuracy else torch.zeros_like(loss)
+    return loss, hits
+
+
+def _chunks(states: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True)
+
+
+def _head_parameters(model: Transformer) -> list[Tensor]:
+    """Every parameter that `Transformer.head` reads."""
+    return [model.head_weight, *(model.masked.parameters() if model.masked is not None else ())]
+
+
+class _Chunked(torch.autograd.Function):
+    """The loss is a sum, so its gradients are known up to one factor before the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, model: Transformer, accuracy: bool, targets: Tensor, states: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for_states = torch.empty_like(states)
+        for_weights = [torch.zeros_like(weight) for weight in weights]
+        losses, found, chunk = [], [], model.loss_chunk
+        for place, (part, wanted) in enumerate(_chunks(states, targets, chunk)):
+            with torch.enable_grad():
+                leaf = part.detach().requires_grad_()
+                loss, hits = _of(model, leaf, wanted, accuracy)
+            first, *rest = torch.autograd.grad(loss, (leaf, *weights))
+            for_states[place * chunk : place * chunk + len(part)] = first
+            for total, grad in zip(for_weights, rest, strict=True):
+                total.add_(grad)
+            losses.append(loss.detach())
+            found.append(hits)
+        ctx.save_for_backward(for_states, *for_weights)
+        hits = torch.stack(found).sum()
+        ctx.mark_non_differentiable(hits)
+        return torch.stack(losses).sum(), hits
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        for_states, *for_weights = ctx.saved_tensors
+        return None, None, None, for_states * grads[0], *(weight * grads[0] for weight in for_weights)
