@@ -175,7 +175,8 @@ class Adafactor(Descent):
 
 def rms(x: Tensor) -> Tensor:
     """Root mean square, a 0-dimensional tensor."""
-    return x.norm() / x.numel() ** 0.5
+    size: Tensor = torch.linalg.vector_norm(x) / x.numel() ** 0.5
+    return size
 
 
 class ScheduleFree(Descent):

@@ -98,8 +98,8 @@ class Muon(torch.optim.Optimizer):
         if "variance" not in state:
             state["variance"] = torch.zeros_like(squares)
         mean: Tensor = state["variance"].lerp_(squares, 1 - beta2)
-        level = update * mean.clamp(min=1e-10).rsqrt()
-        return level * (update.norm() / level.norm().clamp(min=1e-10))
+        level: Tensor = update * mean.clamp(min=1e-10).rsqrt()
+        return level.mul_(update.norm() / level.norm().clamp(min=1e-10))
 
 
 def orthogonalise(matrices: Tensor, iteration: str = "newton-schulz") -> Tensor:

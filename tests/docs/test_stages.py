@@ -60,7 +60,7 @@ def type_text(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{plain(choice)}`" for choice in arguments)
     if origin in (types.UnionType, typing.Union):
-        return type_text(next(kind for kind in arguments if kind is not type(None)), metadata)
+        return " or ".join(type_text(kind, metadata) for kind in arguments if kind is not type(None))
     if origin is list:
         return f"list of {type_text(arguments[0])}"
     if origin is dict:

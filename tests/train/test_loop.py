@@ -158,15 +158,20 @@ class Noisy(CausalLM):
 
 def trained(make_context, make_model, examples, name: str, values: TrainParams, stops: list[int]) -> tuple:
     """Run to the end through the given interruptions, each from a fresh process's point of view."""
+    held_out = ExampleSource(examples[:5], 32, values)
+
+    def measure(model, compute):
+        return mean_loss(model, CausalLM(), held_out.sweep(), compute)
+
     for stop in stops:
         torch.manual_seed(999)
         with pytest.raises(TempFail):
-            fit(make_context(name, stop), make_model(5), Noisy(), ExampleSource(examples, 32, values), values)
+            fit(make_context(name, stop), make_model(5), Noisy(), ExampleSource(examples, 32, values), values, measure)
     torch.manual_seed(555)
     ctx, model = make_context(name), make_model(6)
     if not stops:
         model = make_model(5)
-    final = fit(ctx, model, Noisy(), ExampleSource(examples, 32, values), values)
+    final = fit(ctx, model, Noisy(), ExampleSource(examples, 32, values), values, measure)
     rows = (ctx.output("metrics") / "curves.jsonl").read_text().splitlines()
     for row in (curve := [json.loads(line) for line in rows]):
         row.pop("tokens_per_s", None)
@@ -174,9 +179,28 @@ def trained(make_context, make_model, examples, name: str, values: TrainParams, 
     return weights(model), final, curve
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resume_is_bit_identical(make_context, make_model, make_examples, optimizer: str) -> None:
-    examples, values = make_examples(11), params(optimizer=optimizer)
+RECIPES: dict[str, dict[str, object]] = {
+    "muon": {},
+    "muon-all": {"muon_iteration": "polar-express", "muon_variance": True, "cautious_decay": True, "weight_decay": 0.1},
+    "adamw": {"optimizer": "adamw"},
+    "adamw-cautious": {"optimizer": "adamw", "cautious_decay": True, "weight_decay": 0.1, "decay_embeddings": True},
+    "adamw8bit": {"optimizer": "adamw8bit"},
+    "adafactor": {"optimizer": "adafactor"},
+    "lion": {"optimizer": "lion", "lr": 1e-3},
+    "sgd": {"optimizer": "sgd", "lr": 0.1},
+    "schedule-free": {"optimizer": "schedule-free", "schedule": "constant", "eval_every": 3},
+    "ema": {"ema": 0.9, "eval_every": 3},
+    "fp16": {"precision": "fp16"},
+    "bf16": {"precision": "bf16", "schedule": "inverse-sqrt"},
+    "less-memory": {"recompute": "selective", "loss_chunk": 5, "dropout": 0.1, "micro_batch": "auto"},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_resume_is_bit_identical(make_context, make_model, make_examples, recipe: str, monkeypatch) -> None:
+    monkeypatch.setattr("llmctl.train.eight_bit.SMALLEST", 1024)
+    monkeypatch.setattr("llmctl.train.device.LossScale.START", 2.0**40)  # overflows first
+    examples, values = make_examples(11), params(**RECIPES[recipe])
     straight = trained(make_context, make_model, examples, "straight", values, [])
     stopped = trained(make_context, make_model, examples, "stopped", values, [1, 3, 0, 5])
     assert torch.equal(straight[0], stopped[0])
