@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,12 @@ class Checkpoints:
     def __init__(self, directory: Path, keep: int = 2) -> None:
         self.directory, self.keep = directory, keep
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], pinned: int = -1) -> Path:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any], pinned: Collection[int] = ()
+    ) -> Path:
         """Write a checkpoint that is either complete or not there; StageError if the disk is full.
 
-        That of the step `pinned` stays beside the last `keep`.
+        Those of the steps `pinned` stay beside the last `keep`.
         """
         final, aside = self.directory / f"step-{step}", self.directory / f".tmp-step-{step}"
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -59,7 +61,7 @@ class Checkpoints:
             aside.rename(final)
             _flush(self.directory)
             # Those of a run that went further are not this run's, and stay.
-            for old in [found for found in self.steps() if found <= step and found != pinned][: -self.keep]:
+            for old in [found for found in self.steps() if found <= step and found not in pinned][: -self.keep]:
                 shutil.rmtree(self.directory / f"step-{old}")
         except (OSError, SafetensorError) as error:
             raise StageError(

@@ -55,7 +55,7 @@ class Guard:
                 hint="lower lr, raise warmup_steps, or set clip",
             )
         if verdict == "take":
-            self.losses = [*self.losses[1 - WINDOW :], loss]
+            self.losses = [*self.losses[1 - WINDOW :], loss] if self.factor else []
             self.in_a_row = 0
             return verdict
         self.counts[{"skip": "skipped", "rewind": "rewound", "overflow": "overflows"}[verdict]] += 1

@@ -27,7 +27,7 @@ from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
 from llmctl.train.fp8 import fp8_blocks
 from llmctl.train.guards import Guard
-from llmctl.train.memory import HINT, kept_bytes, largest_fitting, require
+from llmctl.train.memory import HINT
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
@@ -35,6 +35,7 @@ from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import lr_factor
 from llmctl.train.throughput import Throughput, utilisation
+from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
 
 
@@ -135,7 +136,7 @@ class _Run:
         if not resumed:
             self.first_checkpoint()
         if self.step < self.total and (self.params.micro_batch == "auto" or self.compute.device.type == "cuda"):
-            self.settle_memory()
+            settle(self)
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
@@ -218,14 +219,20 @@ class _Run:
 
     def rewind(self) -> None:
         """Weights and optimizer of the last checkpoint that `save_every` planned; the data goes on."""
-        found = self.checkpoints.load(self.anchor())
-        self.restore_tensors(found)
-        self.ctx.warn(f"step {self.step} took the weights back to those of step {found.step}")
+        for step in self.anchors():
+            try:
+                self.restore_tensors(self.checkpoints.load(step))
+            except ValueError as error:
+                self.ctx.warn(f"{error}; trying the one before")
+                continue
+            self.ctx.warn(f"step {self.step} took the weights back to those of step {step}")
+            return
+        raise StageError(f"step {self.step} is not finite or a spike, and no checkpoint is left to go back to")
 
-    def anchor(self) -> int:
-        """Where a rewind leads: not to what an interruption left, or the result would depend on it."""
+    def anchors(self) -> list[int]:
+        """Where a rewind leads, the newest first: not to what an interruption left, on which no result may depend."""
         every = self.params.save_every
-        return max(step for step in self.checkpoints.newest(self.step) if (step % every if every else step) == 0)
+        return [step for step in self.checkpoints.newest(self.step) if (step % every if every else step) == 0]
 
     def factor(self, step: int, total: int | None = None) -> float:
         """The schedule's share of the peak rates at `step`, counted from 0, in a run of `total` steps."""
@@ -329,7 +336,7 @@ class _Run:
             "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
             "micro_batch": self.source.at_once,
         }
-        pinned = self.anchor() if self.guard.rewinds and self.step else -1
+        pinned = self.anchors()[:1] if self.guard.rewinds else []
         self.checkpoints.save(self.step, self.tensors(), values, pinned)
         self.ctx.checkpointed(self.step)
         self.throughput.skip()
@@ -344,42 +351,6 @@ class _Run:
         self.save()
         if not same_tensors(self.tensors(), self.checkpoints.load(self.step).tensors):
             raise StageError(f"a checkpoint in {self.checkpoints.directory} reads back differently from what was saved")
-
-    def settle_memory(self) -> None:
-        """Do the worst that the run will do, before it begins: the largest batch, a step, validation, a checkpoint.
-
-        With `micro_batch: auto` the batch is halved until that fits. Everything is put back as it was.
-        """
-        automatic, before = self.params.micro_batch == "auto", self.checkpoints.load(self.step)
-        if automatic:
-            self.source.at_once = before.values["micro_batch"]
-            clean_up = lambda: self.restore_tensors(before)  # noqa: E731
-            self.source.at_once = largest_fitting(self.source.at_once, self.attempt, clean_up)
-            self.ctx.log(f"micro_batch auto: {self.source.at_once} of {self.source.batch_size} sequences at a time")
-        else:
-            self.attempt(self.source.at_once)
-        self.restore_tensors(before)
-
-    def attempt(self, at_once: int) -> None:
-        """The worst of a step with `at_once` sequences; torch.OutOfMemoryError if it does not fit."""
-        self.source.at_once = at_once
-        if self.compute.device.type == "cpu":
-            self.source.at_once = 1
-            batch = self.source.heaviest()
-            with self.compute.autocast():
-                each = kept_bytes(lambda: self.objective.loss(self.model, batch)[0], self.model)
-            # Gradients and two moments, and as much of one sequence again for what the backward pass makes of it.
-            fixed = 3 * sum(parameter.nbytes for parameter in self.model.parameters())
-            require(fixed + (at_once + 1) * each)
-            self.source.at_once = at_once
-        batch = self.source.heaviest()
-        self.accumulate([batch], max(1, self.objective.weight(batch)))
-        self.clip()
-        self.optimizers.step(1.0)
-        if self.validate is not None:
-            self.validated(self.validate)
-        for tensor in self.tensors().values():
-            tensor.cpu()
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint that is whole and fits; False if there is none."""

@@ -10,7 +10,7 @@ from llmctl.train.params import TrainParams
 
 
 def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
+    return float(((found - exact).norm() / exact.norm()).detach())
 
 
 def test_products_and_gradients_are_within_what_8_bits_allow() -> None:

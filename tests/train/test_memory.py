@@ -49,9 +49,9 @@ def measured(model, mode: str, dropout: float) -> tuple[float, Tensor, int]:
     torch.manual_seed(1)
     found = []
     with recomputed(model, mode, dropout):
-        before = python_bytes()
+        before = python_bytes() if mode == "selective" else 0
         kept = kept_bytes(lambda: found.append(model(tokens).logsumexp(-1).sum()) or found[0], model)
-        kept += python_bytes() - before
+        kept += python_bytes() - before if mode == "selective" else 0
         found[0].backward()
     return found[0].item(), torch.cat([p.grad.flatten() for p in model.parameters()]), kept
 
@@ -62,7 +62,8 @@ def test_recomputed_gradients_are_bitwise_equal_and_take_less_memory(make_model,
     heads = {"kv_heads": 4} if arch == "gpt2" else {}
     model = make_model(arch=arch, layers=6, dim=64, ff_dim=176, context=128, **heads)
     loss, gradient, all_of_it = measured(model, "none", dropout)
-    for mode, times in (("full", 5.0), ("selective", 1.25)):
+    # A gated layer leaves more that is cheap to compute again.
+    for mode, times in (("full", 5.0), ("selective", 1.45 if arch == "llama" else 1.15)):
         again, found, kept = measured(model, mode, dropout)
         assert again == loss and torch.equal(found, gradient), mode
         assert all_of_it / kept >= times, mode

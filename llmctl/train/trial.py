@@ -1,0 +1,55 @@
+"""The worst that a run will do, done once before it begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmctl.train.memory import kept_bytes, largest_fitting, require
+
+if TYPE_CHECKING:
+    from llmctl.train.loop import _Run
+
+
+def settle(run: _Run) -> None:
+    """The largest batch forward and backward, a step, validation, and the copy that a checkpoint is written from.
+
+    With `micro_batch: auto` the batch is halved until that fits. Weights, optimizer and random states are put back as
+    the newest checkpoint has them. torch.OutOfMemoryError or MachineError if it does not fit.
+    """
+    before = run.checkpoints.load(run.step)
+    if run.params.micro_batch == "auto":
+        first = before.values["micro_batch"]  # that of the run that is continued: another one sums in another order
+        count = largest_fitting(first, lambda count: attempt(run, count), lambda: run.restore_tensors(before))
+        run.source.at_once = count
+        run.ctx.log(f"micro_batch auto: {count} of {run.source.batch_size} sequences at a time")
+    else:
+        attempt(run, run.source.at_once)
+    run.restore_tensors(before)
+
+
+def attempt(run: _Run, at_once: int) -> None:
+    """The worst of a step with `at_once` sequences; torch.OutOfMemoryError if it does not fit."""
+    if run.compute.device.type == "cpu":
+        require(estimate(run, at_once))
+    run.source.at_once = at_once
+    batch = run.source.heaviest()
+    run.accumulate([batch], max(1, run.objective.weight(batch)))
+    run.clip()
+    run.optimizers.step(1.0)
+    if run.validate is not None:
+        run.validated(run.validate)
+    for tensor in run.tensors().values():
+        tensor.cpu()
+
+
+def estimate(run: _Run, at_once: int) -> int:
+    """Bytes that a step takes on top of the weights.
+
+    Gradients and two moments, the activations of `at_once` of the longest sequences, and those of one more for what the
+    backward pass makes of them.
+    """
+    run.source.at_once = 1
+    batch = run.source.heaviest().to(run.compute.device)
+    with run.compute.autocast():
+        each = kept_bytes(lambda: run.objective.loss(run.model, batch)[0], run.model)
+    return 3 * sum(parameter.nbytes for parameter in run.model.parameters()) + (at_once + 1) * each
