@@ -146,6 +146,8 @@ class TrainParams(Params):
             raise ValueError(f"micro_batch {self.micro_batch} is not between 0 and batch_size {self.batch_size}")
         if self.cautious_decay and self.optimizer not in CAUTIOUS:
             raise ValueError(f"cautious_decay works with {', '.join(CAUTIOUS)}, not with {self.optimizer}")
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(f"spike_factor {self.spike_factor:g} makes half of all losses spikes: 0 or above 1")
         if self.optimizer == "schedule-free":
             if self.schedule != "constant":
                 raise ValueError("schedule-free replaces the schedule: set schedule to constant")

@@ -360,6 +360,11 @@ def test_what_cannot_be_combined_is_refused() -> None:
         TrainParams(optimizer="schedule-free", schedule="constant", ema=0.9)
     with pytest.raises(ValueError, match="cautious_decay works with"):
         TrainParams(optimizer="adafactor", cautious_decay=True)
+    with pytest.raises(ValueError, match="0 or above 1"):
+        TrainParams(spike_factor=0.9)
+    for micro in (-1, 17):
+        with pytest.raises(ValueError, match="not between 0 and batch_size 16"):
+            TrainParams(micro_batch=micro)
     with pytest.raises(ValueError, match="needs beta1 above 0"):
         TrainParams(optimizer="schedule-free", schedule="constant", beta1=0.0)
 
