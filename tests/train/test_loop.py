@@ -435,3 +435,51 @@ def test_final_numbers_do_not_depend_on_how_often_points_are_logged(make_context
         del found[-1]["tokens_per_s"]
     assert found[0] == found[1] == found[2]
     assert math.isfinite(found[0]["loss.train"])
+
+
+KNOBS: list[tuple[dict[str, object], dict[str, object]]] = [
+    ({}, {"lr": 0.011}),
+    ({}, {"embedding_lr": 0.01}),
+    ({"tie_embeddings": False}, {"head_lr": 0.01}),
+    ({}, {"vector_lr": 0.01}),
+    ({}, {"scale_lr_with_batch": "sqrt", "reference_batch": 8}),
+    ({"scale_lr_with_batch": "sqrt", "reference_batch": 8}, {"scale_lr_with_batch": "linear"}),
+    ({}, {"scale_lr_with_width": "sqrt", "reference_width": 64}),
+    ({"optimizer": "adamw", "scale_lr_with_width": "sqrt"}, {"scale_lr_with_width": "inverse"}),
+    ({}, {"weight_decay": 0.1}),
+    ({"weight_decay": 0.1}, {"decay_embeddings": True}),
+    ({"weight_decay": 0.1}, {"cautious_decay": True}),
+    ({"optimizer": "adamw"}, {"beta1": 0.8}),
+    ({"optimizer": "adamw"}, {"beta2": 0.9}),
+    ({"optimizer": "adamw"}, {"epsilon": 1e-4}),
+    ({"optimizer": "sgd"}, {"momentum": 0.5}),
+    ({"optimizer": "sgd"}, {"nesterov": False}),
+    ({}, {"muon_scale": "match_rms_adamw"}),
+    ({}, {"muon_iteration": "polar-express"}),
+    ({}, {"muon_variance": True}),
+    ({}, {"clip": 0.1}),
+    ({}, {"ema": 0.5}),
+    ({}, {"warmup_steps": 1}),
+    ({}, {"min_lr_ratio": 0.5}),
+    ({"schedule": "wsd"}, {"decay_share": 0.2}),
+    ({"schedule": "wsd"}, {"schedule": "inverse-sqrt"}),
+    ({}, {"precision": "bf16"}),
+    ({}, {"precision": "fp16"}),
+    ({}, {"dropout": 0.1}),
+    ({}, {"seed": 1}),
+]
+
+
+@pytest.mark.parametrize(("base", "change"), KNOBS, ids=lambda values: "+".join(values) or "default")
+def test_every_knob_does_something(make_context, make_model, make_examples, base, change) -> None:
+    shape = {name: value for name, value in base.items() if name == "tie_embeddings"}
+    found, said = [], []
+    for further in ({}, change):
+        values = params(max_steps=4, **{**{name: base[name] for name in base if name not in shape}, **further})
+        ctx, model = make_context(str(len(found))), make_model(layers=1, **shape)
+        fit(ctx, model, CausalLM(), ExampleSource(make_examples(8), 32, values), values)
+        found.append(weights(model))
+        said.append([str(fields["text"]) for kind, fields in ctx.events if kind == "log"])
+    assert not torch.equal(*found)
+    if any(name.startswith("scale") for name in change):
+        assert said[1][-1].startswith("peak rates matrix ") and said[0] != said[1]
