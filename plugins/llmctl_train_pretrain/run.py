@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 
 from llmctl.errors import InputError, UsageError
@@ -54,24 +57,47 @@ def check_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
 def make_model(params: PretrainParams, tokenizer: Tokenizer) -> Transformer:
     """Fresh weights, a function of the seed."""
     special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    config = preset(params.preset, vocab_size=tokenizer.vocab_size, overrides={**params.shape(), **special})
+    shape = {**params.shape(), **special}
+    scaling = params.rope_scaling.scaling(preset(params.preset, vocab_size=tokenizer.vocab_size).context)
+    if scaling is not None:
+        shape["rope_scaling"] = scaling
+    config = preset(params.preset, vocab_size=tokenizer.vocab_size, overrides=shape)
     torch.manual_seed(params.seed)
     return Transformer(config)
 
 
 def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact) -> Transformer:
-    """The weights of `artifact`; its shape cannot be changed, a shorter `context` only shortens the rows."""
+    """The weights of `artifact`, in a shape that they allow.
+
+    A shorter `context` only shortens the rows. A longer one, unless positions are learned, another scaling of rotary
+    positions and another dropout become the model's own; what else the weights were made for cannot change.
+    """
     model = load_model(artifact.path)
+    config, changes = model.config, {}
     for name, value in params.shape().items():
-        has = getattr(model.config, name)
-        if value != has and not (name == "context" and value < has):
+        has = config.traits.positions if name == "positions" else getattr(config, name)
+        if value == has or (name == "context" and value < has):
+            continue
+        if name != "dropout" and (name != "context" or config.traits.positions == "learned"):
             raise UsageError(f"{name} is {value}, the model to continue has {has}", hint=f"leave {name} out")
+        changes[name] = value
+    scaling = params.rope_scaling.scaling(config.context)
+    if scaling is not None:
+        changes["rope_scaling"] = scaling
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"{artifact.path} has a vocabulary of {model.config.vocab_size}, the tokens one of {tokenizer.vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
-    return model
+    return reshaped(model, changes) if changes else model
+
+
+def reshaped(model: Transformer, changes: dict[str, Any]) -> Transformer:
+    """The same weights under a configuration with `changes`; they share memory."""
+    with torch.device("meta"):
+        other = Transformer(replace(model.config, **changes))
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other
 
 
 def validator(shards: TokenShards, tokenizer: Tokenizer, context: int, params: PretrainParams) -> Validate | None:
