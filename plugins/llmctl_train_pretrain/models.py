@@ -15,8 +15,7 @@ from llmctl.console import human_bytes, table, wants_colour
 from llmctl.errors import InputError
 from llmctl.nn import counts
 from llmctl.nn.config import ModelConfig
-from llmctl.nn.families import from_hf, in_transformers
-from llmctl.nn.family import FAMILIES
+from llmctl.nn.families import FAMILIES, from_hf, in_transformers
 from llmctl.nn.presets import PRESETS, near_presets, preset, preset_names
 from llmctl.nn.published import PUBLISHED
 

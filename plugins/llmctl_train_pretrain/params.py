@@ -14,7 +14,7 @@ from llmctl.train.params import TrainParams
 
 SHAPE = (
     "dim", "layers", "encoder_layers", "heads", "kv_heads", "ff_dim", "context", "window", "pattern", "positions",
-    "rope_theta", "norm_eps", "dropout", "tie_embeddings",
+    "rope_theta", "norm_eps", "tie_embeddings",
 )  # fmt: skip
 
 
@@ -89,7 +89,6 @@ class PretrainParams(TrainParams):
     rope_theta: float | None = Field(None, gt=0, description="Base of the rotary frequencies.")
     rope_scaling: RopeScalingParams = Field(RopeScalingParams(), description="Longer contexts with rotary positions.")
     norm_eps: float | None = Field(None, gt=0, description="What norms add to the variance.")
-    dropout: float | None = Field(None, ge=0, lt=1, description="Share of channels zeroed in training.")
     tie_embeddings: bool | None = Field(None, description="Use the embedding as the output head.")
 
     @field_validator("preset")

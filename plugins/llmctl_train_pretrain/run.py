@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 
 from llmctl.errors import InputError, UsageError
@@ -16,6 +13,7 @@ from llmctl.text.shards import TokenShards
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.train.data import TokenSource
 from llmctl.train.device import Compute
+from llmctl.train.lengths import reshaped
 from llmctl.train.loop import fit
 from llmctl.train.models import write_model
 from llmctl.train.objectives import CausalLM
@@ -69,8 +67,8 @@ def make_model(params: PretrainParams, tokenizer: Tokenizer) -> Transformer:
 def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact) -> Transformer:
     """The weights of `artifact`, in a shape that they allow.
 
-    A shorter `context` only shortens the rows. A longer one, unless positions are learned, another scaling of rotary
-    positions and another dropout become the model's own; what else the weights were made for cannot change.
+    A shorter `context` only shortens the rows. A longer one, unless positions are learned, and another scaling of rotary
+    positions become the model's own; what else the weights were made for cannot change.
     """
     model = load_model(artifact.path)
     config, changes = model.config, {}
@@ -78,7 +76,7 @@ def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artif
         has = config.traits.positions if name == "positions" else getattr(config, name)
         if value == has or (name == "context" and value < has):
             continue
-        if name != "dropout" and (name != "context" or config.traits.positions == "learned"):
+        if name != "context" or config.traits.positions == "learned":
             raise UsageError(f"{name} is {value}, the model to continue has {has}", hint=f"leave {name} out")
         changes[name] = value
     scaling = params.rope_scaling.scaling(config.context)
@@ -90,14 +88,6 @@ def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artif
             hint="use the tokenizer that the model was trained with",
         )
     return reshaped(model, changes) if changes else model
-
-
-def reshaped(model: Transformer, changes: dict[str, Any]) -> Transformer:
-    """The same weights under a configuration with `changes`; they share memory."""
-    with torch.device("meta"):
-        other = Transformer(replace(model.config, **changes))
-    other.load_state_dict(model.state_dict(), assign=True)
-    return other
 
 
 def validator(shards: TokenShards, tokenizer: Tokenizer, context: int, params: PretrainParams) -> Validate | None:
