@@ -41,6 +41,12 @@ def register_commands() -> list[Command]:
             help="List named models, or show one in numbers.",
             target="llmctl_train_pretrain.models:models",
         ),
+        Command(
+            name="inspect",
+            help="Look into a model: next tokens, attention, lengths.",
+            target="llmctl_train_pretrain.inspecting:inspect",
+            extra="train",
+        ),
     ]
 
 

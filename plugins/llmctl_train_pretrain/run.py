@@ -67,7 +67,7 @@ def make_model(params: PretrainParams, tokenizer: Tokenizer) -> Transformer:
 def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact) -> Transformer:
     """The weights of `artifact`, in a shape that they allow.
 
-    A shorter `context` only shortens the rows. A longer one, unless positions are learned, and another scaling of rotary
+    A shorter `context` only shortens the rows. A longer one, unless positions are learned, and a scaling of rotary
     positions become the model's own; what else the weights were made for cannot change.
     """
     model = load_model(artifact.path)
