@@ -9,7 +9,6 @@ import torch
 
 from llmctl.errors import InputError, UsageError
 from llmctl.nn.hf import load_model
-from llmctl.nn.presets import PRESETS
 from llmctl.stage import Artifact
 from llmctl.text.shards import TokenShards
 from llmctl.text.tokenizer import Tokenizer
@@ -30,7 +29,7 @@ def test_the_shape_is_what_was_asked_for(train) -> None:
     assert result.metrics["parameters"] == config.parameters()
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("preset", ["llama", "qwen3", "gpt2"])
 def test_presets(train, preset: str) -> None:
     heads = {"heads": 4, "kv_heads": 4}
     result = train("train-pretrain", params={"max_steps": 2, "preset": preset, **heads})
