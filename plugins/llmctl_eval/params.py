@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
 
-Task = Literal["perplexity", "exact-match", "accuracy", "ranking"]
+Task = Literal["perplexity", "exact-match", "accuracy", "ranking", "lengths"]
 
 
 class EvalParams(Params):
@@ -16,7 +16,7 @@ class EvalParams(Params):
 
     tasks: list[Task] = Field(
         default=[],
-        description="perplexity (token shards), exact-match and accuracy (chat), ranking (preference); "
+        description="perplexity and lengths (token shards), exact-match and accuracy (chat), ranking (preference); "
         "default: one for each kind of data given",
     )
     split: str = Field(default="validation", min_length=1, description="split of the data that is measured on")
@@ -27,6 +27,12 @@ class EvalParams(Params):
     )
     baselines: list[Literal["kneser-ney-bigram", "xz"]] = Field(
         default=[], description="perplexity: what the same tokens cost without the model"
+    )
+    max_length: int | None = Field(
+        default=None, ge=2, description="lengths: tokens of the sequences; default: twice the model's context"
+    )
+    scalings: list[Literal["linear", "ntk", "dynamic", "yarn"]] = Field(
+        default=[], description="lengths: measure with rotary positions scaled so, too"
     )
     match: Literal["squad", "strict"] = Field(
         default="squad",
@@ -49,4 +55,6 @@ class EvalParams(Params):
     def _no_task_twice(self) -> EvalParams:
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.tasks)}")
+        if len(set(self.scalings)) < len(self.scalings):
+            raise ValueError(f"scalings names one twice: {', '.join(self.scalings)}")
         return self

@@ -12,6 +12,7 @@ from llmctl import Artifact, Context, InputError, UsageError
 from llmctl.text.datasets import read_rows
 from llmctl_eval.conversations import choose_answers, generate_answers, read_question, summarise, with_candidates
 from llmctl_eval.intervals import Bootstrap
+from llmctl_eval.lengths import lengths
 from llmctl_eval.params import EvalParams, Task
 from llmctl_eval.perplexity import perplexity
 from llmctl_eval.ranking import check_pair, margins, rank_pairs
@@ -23,6 +24,7 @@ NEEDS: dict[Task, str] = {
     "exact-match": "dataset.chat",
     "accuracy": "dataset.chat",
     "ranking": "dataset.preference",
+    "lengths": "dataset.tokens",
 }
 DEFAULT: dict[str, Task] = {
     "dataset.tokens": "perplexity",
@@ -71,6 +73,9 @@ def run(
         if task == "perplexity":
             ctx.report(_perplexity(evaluation, subjects, artifact))
             continue
+        if task == "lengths":
+            ctx.report(lengths(ctx, params, model, artifact, evaluation.split(task)))
+            continue
         found = [_samples(evaluation, subject, task, artifact) for subject in subjects]
         write_samples(samples, found[0])
         ctx.report(_metrics(evaluation, task, found))
@@ -92,6 +97,8 @@ def choose_tasks(ctx: Context, params: EvalParams, data: Sequence[Artifact]) -> 
             raise UsageError(f"task {task} needs {NEEDS[task]}", hint="bind it to the input `data`")
     if params.baselines and "perplexity" not in tasks:
         raise UsageError("baselines belong to task perplexity", hint="add it to tasks, or leave baselines out")
+    if (params.scalings or params.max_length is not None) and "lengths" not in tasks:
+        raise UsageError("max_length and scalings belong to task lengths", hint="add it to tasks, or leave them out")
     if idle := [task for task in params.splits if task not in tasks]:
         raise UsageError(f"splits names {idle[0]}, which is not among the tasks", hint="add it, or leave the split out")
     for kind in by_type:
