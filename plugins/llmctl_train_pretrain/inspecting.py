@@ -140,7 +140,8 @@ def sampling_of(given: dict[str, Any]) -> Sampling | None:
 def inspection_text(found: Inspection) -> str:
     """A summary for the terminal: tokens, the last distributions, one line per layer."""
     where = f" for {len(found.source)} of the source" if found.source else ""
-    parts = [f"{found.model}: {found.kind}, {found.backend}", f"{len(found.tokens)} tokens{where}:"]
+    count = f"{len(found.tokens)} token{'s' if len(found.tokens) > 1 else ''}"
+    parts = [f"{found.model}: {found.kind}, {found.backend}", f"{count}{where}:"]
     parts.append("  " + " ".join(quoted(token.text) for token in found.tokens))
     parts += ["", *predictions_text(found)] if found.predictions else []
     parts += [text for stack in found.stacks for text in ("", stack_text(stack))]

@@ -40,8 +40,10 @@ class RopeScalingParams(Params):
     def _read_by_its_kind(self) -> RopeScalingParams:
         read = {"kind"} | (set() if self.kind == "none" else {"factor", "original_context"})
         read |= {"yarn": {"attention_factor"}, "llama3": {"low_freq_factor", "high_freq_factor"}}.get(self.kind, set())
-        if idle := self.model_fields_set - read:
-            raise ValueError(f"{min(idle)} has no effect with kind: {self.kind}")
+        fields = type(self).model_fields
+        # By value: a process is handed all parameters, those at their defaults too.
+        if idle := [name for name in fields if name not in read and getattr(self, name) != fields[name].default]:
+            raise ValueError(f"{idle[0]} has no effect with kind: {self.kind}")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be larger than low_freq_factor")
         return self

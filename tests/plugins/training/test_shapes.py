@@ -43,12 +43,12 @@ def test_what_overrides_a_preset(train) -> None:
         ({"preset": "lama"}, "there is no preset 'lama'; did you mean `llama`"),
         ({"preset": "nothing"}, "`llmctl models` lists them"),
         ({"preset": "phi-4-mini"}, "phi-4-mini goes through transformers"),
-        ({"rope_scaling": {"factor": 2.0}}, "factor has no effect with kind: none"),
+        ({"rope_scaling": {"factor": 3.0}}, "factor has no effect with kind: none"),
         (
             {"rope_scaling": {"kind": "linear", "attention_factor": 1.0}},
             "attention_factor has no effect with kind: linear",
         ),
-        ({"rope_scaling": {"kind": "yarn", "low_freq_factor": 1.0}}, "low_freq_factor has no effect with kind: yarn"),
+        ({"rope_scaling": {"kind": "yarn", "low_freq_factor": 2.0}}, "low_freq_factor has no effect with kind: yarn"),
         ({"rope_scaling": {"kind": "llama3", "low_freq_factor": 4.0}}, "must be larger"),
         ({"positions": "rotary"}, "Input should be"),
     ],
@@ -57,6 +57,12 @@ def test_wrong_shapes_are_refused(values, message) -> None:
     with pytest.raises(ValidationError) as caught:
         PretrainParams(**values)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "yarn", "llama3"])
+def test_parameters_survive_being_handed_over(kind) -> None:
+    params = PretrainParams(rope_scaling={"kind": kind})
+    assert PretrainParams.model_validate_json(params.model_dump_json()) == params
 
 
 def test_a_model_goes_on_with_a_longer_context(train, world) -> None:
