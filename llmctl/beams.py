@@ -76,7 +76,7 @@ class BeamSearch:
                 going.append((parent, self.beams[parent].extend(token, logprob)))
             elif self._accepts(rank):
                 self._finish(self.beams[parent], token, logprob, ended)
-        self.finished.sort(key=self._score, reverse=True)
+        self.finished.sort(key=self._worth, reverse=True)
         del self.finished[self.width :]
         going = going[: self.width]
         if not going or self._over(going[0][1]):
@@ -92,8 +92,11 @@ class BeamSearch:
         ids = list(beam.ids) if ended else [*beam.ids, token]
         self.finished.append(Candidate(ids, [*beam.logprobs, logprob], ended, self.sampling.length_penalty))
 
-    def _score(self, answer: Candidate) -> float:
-        return answer.score
+    def _worth(self, answer: Candidate) -> float:
+        return self._score(answer.logprob, len(answer.logprobs))
+
+    def _score(self, total: float, length: int) -> float:
+        return total / length**self.sampling.length_penalty
 
     def _over(self, best: Beam) -> bool:
         """Whether no unfinished beam is to be followed any further; `best` is the likeliest."""
@@ -101,8 +104,7 @@ class BeamSearch:
             return False
         if self.sampling.early_stopping is True:
             return True
-        penalty, length = self.sampling.length_penalty, len(best.ids)
-        if self.sampling.early_stopping == "never" and penalty > 0:
+        length = len(best.ids)
+        if self.sampling.early_stopping == "never" and self.sampling.length_penalty > 0:
             length = self.limit  # log-probabilities are negative: the longest answer has the best score
-        worst = min(map(self._score, self.finished))
-        return not best.total / length**penalty > worst
+        return self._score(best.total, length) <= min(map(self._worth, self.finished))
