@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,10 +39,10 @@ class Beam:
 class BeamSearch:
     """The beams of one prompt. `limit` is the most tokens of an answer.
 
-        search = BeamSearch(sampling, eos_ids, limit)
-        while (rows := search.step(<the best `search.wanted` continuations>)):
-            <go on with these rows of the cache, fed with `search.tokens`>
-        answers = search.finished
+    search = BeamSearch(sampling, eos_ids, limit)
+    while (rows := search.step(<the best `search.wanted` continuations>)):
+        <go on with these rows of the cache, fed with `search.tokens`>
+    answers = search.finished
     """
 
     def __init__(self, sampling: Sampling, eos_ids: frozenset[int], limit: int) -> None:
@@ -96,7 +97,7 @@ class BeamSearch:
         return self._score(answer.logprob, len(answer.logprobs))
 
     def _score(self, total: float, length: int) -> float:
-        return total / length**self.sampling.length_penalty
+        return total / math.pow(length, self.sampling.length_penalty)
 
     def _over(self, best: Beam) -> bool:
         """Whether no unfinished beam is to be followed any further; `best` is the likeliest."""

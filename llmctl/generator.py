@@ -125,7 +125,8 @@ class Candidate:
     @property
     def score(self) -> float:
         """`logprob / length ** length_penalty`, the EOS counted; -inf for an answer without a token."""
-        return self.logprob / len(self.logprobs) ** self.length_penalty if self.logprobs else -math.inf
+        length = len(self.logprobs)
+        return self.logprob / math.pow(length, self.length_penalty) if length else -math.inf
 
     def cut(self, count: int) -> Candidate:
         """The answer up to its token `count`; itself if it is no longer."""
