@@ -57,6 +57,8 @@ def inspect(ctx: click.Context, /, model: str, format_: str, output: Path | None
     --data: perplexity by position, beyond the context too. A page (inspection.html, lengths.html) shows all of it; with
     --format json only where --output says so.
     """
+    from llmctl.store.models import find_model
+
     _check_options(ctx, given)
     found = find_model(model)
     if given["data"] is not None:
@@ -83,22 +85,6 @@ def _check_options(ctx: click.Context, given: dict[str, Any]) -> None:
     for name in other:
         if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} has no effect with {mode}", hint="`llmctl inspect --help`")
-
-
-def find_model(text: str) -> Artifact:
-    """The model that `text` names: an existing directory, else a reference or id in the store. InputError if none."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        if (path / "model.onnx").is_file():
-            return Artifact(path, "model.onnx")
-        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-            return Artifact(path, "model.hf")
-        raise InputError(
-            f"{path} holds no model", hint="a model directory has model.onnx, or config.json with model.safetensors"
-        )
-    from llmctl.store import Store
-
-    return Store.open().resolve(text, ("model.onnx", "model.hf"))
 
 
 # -- a text -----------------------------------------------------------------------------------------------------------

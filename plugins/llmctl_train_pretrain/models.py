@@ -70,14 +70,12 @@ def find(name: str, vocab_size: int | None = None) -> Entry:
     path = Path(name).expanduser()
     if path.is_dir():
         return in_directory(path)
-    if path.exists():
-        raise InputError(f"{path} is a file; a model is a directory", hint=f"try {path.parent}")
-    from llmctl.store import Store
+    from llmctl.store.models import find_model
 
     try:
-        return in_directory(Store.open().resolve(name, ("model.onnx", "model.hf")).path)
+        return in_directory(find_model(name).path)
     except InputError as error:
-        if "/" in name or ":" in name or "@" in name:
+        if path.exists() or "/" in name or ":" in name or "@" in name:
             raise
         raise InputError(f"there is no model {name!r}", hint=near_presets(name)) from error
 
