@@ -38,10 +38,10 @@ class Beam:
 class BeamSearch:
     """The beams of one prompt. `limit` is the most tokens of an answer.
 
-        search = BeamSearch(sampling, eos_ids, limit)
-        while (rows := search.step(<the best `search.wanted` continuations>)):
-            <go on with these rows of the cache, fed with `search.tokens`>
-        answers = search.finished
+    search = BeamSearch(sampling, eos_ids, limit)
+    while (rows := search.step(<the best `search.wanted` continuations>)):
+        <go on with these rows of the cache, fed with `search.tokens`>
+    answers = search.finished
     """
 
     def __init__(self, sampling: Sampling, eos_ids: frozenset[int], limit: int) -> None:

@@ -246,7 +246,6 @@ class GrowingRow:
         """Append one token; logits `(1, V)` float32."""
         return self.feed(0, tokens)
 
-
     def keep(self, rows: Sequence[int]) -> SplitRows:
         """Rows that go on from this one, as many as `rows` names it."""
         return SplitRows([self]).keep(rows)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from llmctl.nn.config import ModelConfig
+from llmctl.nn.foreign import ForeignConfig
 
 # Dense bf16 tensor-core peaks of the vendors' data sheets, operations per second, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
@@ -16,12 +17,14 @@ def tokens_per_second(tokens: int, seconds: float) -> float:
     return tokens / seconds if seconds > 0 else 0.0
 
 
-def flops_per_token(config: ModelConfig, length: int) -> int:
+def flops_per_token(config: ModelConfig | ForeignConfig, length: int) -> int:
     """Operations of one training step per token in sequences of `length`: forward plus twice as much backward.
 
     Matrix products only, two operations per multiply-add, attention counted in full as torch's FlopCounterMode does;
     the causal half that kernels may skip is included. The embedding look-up counts nothing, the head does.
     """
+    if isinstance(config, ForeignConfig):
+        return config.training_flops(length)
     q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
     ffn = (3 if config.traits.ffn == "swiglu" else 2) * config.dim * config.ff_dim
     block = config.dim * (q_dim + 2 * kv_dim) + q_dim * config.dim + ffn

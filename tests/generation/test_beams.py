@@ -283,7 +283,7 @@ def test_every_beam_may_end_at_once() -> None:
         ({"beams": 0}, "beams must be at least 1, got 0", None),
         ({"n": 0}, "n must be at least 1", None),
         ({"length_penalty": float("nan")}, "length_penalty must be in", None),
-        ({"early_stopping": "soon", "beams": 2}, 'must be true, false or "never", got \'soon\'', None),
+        ({"early_stopping": "soon", "beams": 2}, "must be true, false or \"never\", got 'soon'", None),
         ({"early_stopping": 1, "beams": 2}, "early_stopping must be", None),
         ({"beams": 4, "temperature": 0.7}, "temperature is 0.7", "set temperature to 0, or beams to 1"),
         ({"beams": 4, "top_k": 5}, "top_k is 5", "leave top_k and top_p out"),

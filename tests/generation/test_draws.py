@@ -92,9 +92,7 @@ def test_a_graph_that_concatenates_its_cache_gives_the_same(model: Flat, tmp_pat
     """Optimum's graphs have no cache in place: their rows are run one by one."""
     pytest.importorskip("optimum.exporters.onnx")
     params = {"exporter": "optimum", "task": "text-generation-with-past", "parity_prompts": 2, "threads": 1}
-    exported = run_stage(
-        llmctl_export_onnx.EXPORT_ONNX, tmp_path, params, model=Artifact(model.directory, "model.hf")
-    )
+    exported = run_stage(llmctl_export_onnx.EXPORT_ONNX, tmp_path, params, model=Artifact(model.directory, "model.hf"))
     growing = open_bundle(exported.outputs["model"].path, "cpu", 1)
     assert growing.in_place is False
     in_place = model.open("ort")
