@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.errors import InputError, MachineError, StageError, UsageError
-from llmctl.nn.attention import document_mask
 from llmctl.nn.shards import MAX_SHARD_BYTES
 from llmctl.text.tokenizer import copy_tokenizer
 
@@ -67,7 +66,7 @@ class ForeignConfig:
 
     def training_flops(self, length: int) -> int:
         """Operations of one training step per token in sequences of `length`: six per weight that is multiplied (the
-        head's, not the embedding's) and attention in full, as `flops_per_token` counts."""
+        head's, not the embedding's) and attention in full, as `llmctl.nn.counts` does."""
         attention = 2 * self.layers * self.heads * self.head_dim * length
         return 6 * (self.count - self.outer + self.dim * self.vocab_size + attention)
 
@@ -106,9 +105,8 @@ class ForeignModel(nn.Module):
         if documents is None:
             return self._states(tokens, positions)
         if self.packs:
-            hidden = document_mask(documents).logical_not()
-            dtype = self.net.dtype
-            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+            seen = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
+            mask = torch.zeros_like(seen, dtype=self.net.dtype).masked_fill_(~seen, torch.finfo(self.net.dtype).min)
             return self._states(tokens, positions, mask)
         return self._apart(tokens, documents)
 
