@@ -21,8 +21,8 @@ MAX_SHARD_BYTES = 5_000_000_000
 def write_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
     """Write `model.safetensors`, or shards of at most `max_shard_bytes` with an index; the bytes of all tensors.
 
-    Every name gets bytes of its own: tensors that share memory are written once per name. A shard holds at least one
-    tensor, however large. Equal tensors give equal files. StageError if they cannot be written.
+    Every name gets bytes of its own: tensors that share memory are written once per name. A tensor that is larger has a
+    shard to itself. Equal tensors give equal files. StageError if they cannot be written.
     """
     parts = _split(tensors, max_shard_bytes)
     names = [NAME]
@@ -35,23 +35,29 @@ def write_shards(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes
             save_file(_apart(part), directory / name, metadata={"format": "pt"})
         if len(parts) > 1:
             places = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-            (directory / f"{NAME}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            count = sum(tensor.numel() for tensor in tensors.values())
+            index = {"metadata": {"total_parameters": count, "total_size": total}, "weight_map": places}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (directory / f"{NAME}.index.json").write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise StageError(f"cannot write {NAME}: {error}", hint="is the disk full?") from error
     return total
 
 
 def _split(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    parts: list[dict[str, Tensor]] = [{}]
+    parts: list[dict[str, Tensor]] = []
+    part: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
-        if parts[-1] and size + tensor.nbytes > limit:
-            parts.append({})
-            size = 0
-        parts[-1][name] = tensor
+        if tensor.nbytes > limit:
+            parts.append({name: tensor})
+            continue
+        if size + tensor.nbytes > limit:
+            parts.append(part)
+            part, size = {}, 0
+        part[name] = tensor
         size += tensor.nbytes
-    return parts
+    return [*parts, part] if part or not parts else parts
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +90,7 @@ def read_shards(directory: Path, device: torch.device | str = "cpu") -> dict[str
         found = _read(directory / file, device, f"{directory / file} is missing, though the index names it")
         stray = next((name for name in found if Path(places.get(name, "")).name != file), None)
         if stray is not None:
-            raise InputError(f"{index.name} and its files differ: {file} holds {stray}, the index says otherwise")
+            raise InputError(f"{index.name} and its files differ in {stray}: {file} holds it")
         tensors |= found
     if missing := sorted(set(places) - set(tensors)):
         raise InputError(f"{index.name} and its files differ in {missing[0]}")

@@ -1,4 +1,4 @@
-"""`python -m llmctl.nn.unpickle SOURCE TARGET`: the `pytorch_model.bin` of a directory as safetensors.
+"""`python -m llmctl.nn.unpickle SOURCE TARGET`: a model directory with a `pytorch_model.bin`, as one with safetensors.
 
 A pickle can run any code when it is read. Here torch reads it with `weights_only`, which builds tensors and nothing
 else, in a process of its own; no other module of llmctl reads one unless it is told to.
@@ -7,15 +7,16 @@ else, in a process of its own; no other module of llmctl reads one unless it is 
 from __future__ import annotations
 
 import json
-import pickle
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llmctl.errors import InputError, LlmctlError
+from llmctl.errors import InputError, LlmctlError, StageError
 from llmctl.nn.shards import write_shards
+from llmctl.text.tokenizer import FILES
 
 NAME = "pytorch_model.bin"
 
@@ -41,7 +42,7 @@ def read_pickles(directory: Path) -> dict[str, Tensor]:
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # the bytes decide what the reader stumbles over
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path.name} cannot be read as tensors alone: {line}") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else found
@@ -51,14 +52,21 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def main(source: str, target: str) -> int:
-    """Convert, and end with one line on stderr if that cannot be done."""
+    """Convert the weights, copy what is no weight and not there yet; one line on stderr if that cannot be done."""
     try:
-        write_shards(read_pickles(Path(source)), Path(target))
-    except LlmctlError as error:
-        sys.stderr.write(f"{error.message}\n")
-        return error.exit_code
+        tensors = read_pickles(Path(source))
+        Path(target).mkdir(parents=True, exist_ok=True)
+        write_shards(tensors, Path(target))
+        for name in ("config.json", "generation_config.json", *FILES):
+            if (Path(source) / name).is_file() and not (Path(target) / name).exists():
+                shutil.copyfile(Path(source) / name, Path(target) / name)
+    except (LlmctlError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code if isinstance(error, LlmctlError) else StageError.exit_code
     return 0
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m llmctl.nn.unpickle SOURCE TARGET")
     sys.exit(main(*sys.argv[1:]))

@@ -219,4 +219,7 @@ def _convert(source: Path, target: Path, address: HubAddress) -> None:
     done = subprocess.run(command, env=stage_environment({}), capture_output=True, text=True, check=False)
     if done.returncode:
         message = done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]
-        raise InputError(f"cannot read the pickle of {address}: {message[0]}", hint="take a repository of safetensors")
+        raise InputError(
+            f"cannot read the pickle of {address}: {message[0].removeprefix('error: ')}",
+            hint="take a repository of safetensors",
+        )
