@@ -260,7 +260,8 @@ def load_foreign(
     names = ", ".join(raw.get("architectures") or ()) or str(raw.get("model_type"))
     _refuse(raw, names, directory)
     transformers = _library(names)
-    options = {"local_files_only": True, "trust_remote_code": False}
+    # Misshapen tensors are left out by transformers, and refused below with their names.
+    options = {"local_files_only": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     if not allow_pickle:
         options["use_safetensors"] = True
     with quiet():
@@ -291,9 +292,12 @@ def _refuse(raw: Mapping[str, Any], names: str, directory: Path) -> None:
         )
 
 
+KINDS = (("missing", "missing"), ("unexpected", "unexpected"), ("misshapen", "mismatched"))
+"""What may be wrong with a tensor, and transformers' word for it."""
+
+
 def _refuse_tensors(info: Mapping[str, Any], names: str, directory: Path) -> None:
-    mismatched = [f"{name} {list(ours)} instead of {list(theirs)}" for name, ours, theirs in info["mismatched_keys"]]
-    found = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "misshapen": mismatched}
+    found = {what: info[f"{key}_keys"] for what, key in KINDS}
     parts = [
         f"{what}: {', '.join(sorted(names)[:4])}" + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         for what, names in found.items()
