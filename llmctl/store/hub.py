@@ -162,15 +162,20 @@ def _view(address: HubAddress, type: str) -> Path:
 def _ready(layout: Layout, address: HubAddress, type: str) -> HubModel | None:
     """The view of a commit that was made before, if all its files are still there. InputError if one is damaged."""
     view = _view(address, type)
-    try:
-        digests: dict[str, str] = json.loads((view / FACTS).read_text(encoding="utf-8"))["digests"]
-    except (OSError, ValueError, KeyError):
+    digests = _digests(view)
+    if not digests:
         return None
-    paths = {name: view / name for name in digests}
-    if not all(path.is_file() for path in paths.values()):
-        return None
-    _check(layout, address, paths, digests)
+    _check(layout, address, {name: view / name for name in digests}, digests)
     return HubModel(view, type, address)
+
+
+def _digests(view: Path) -> dict[str, str]:
+    """The digests of a view's files; empty unless it is there with all of them."""
+    try:
+        found: dict[str, str] = json.loads((view / FACTS).read_text(encoding="utf-8"))["digests"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return found if all((view / name).is_file() for name in found) else {}
 
 
 def _check(layout: Layout, address: HubAddress, paths: Mapping[str, Path], digests: Mapping[str, str]) -> None:
@@ -202,10 +207,11 @@ def _make_view(view: Path, address: HubAddress, files: Mapping[str, Path], diges
             kept |= {path.name: Digest(f"sha256:{hash_file(path)}") for path in made}
         facts = {"address": str(address), "digests": kept}
         (staging / FACTS).write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")
-        remove(view)  # one whose files are gone; views of one commit are all the same
-        staging.rename(view)
+        if not _digests(view):  # else somebody made it meanwhile; views of one commit are all the same
+            remove(view)
+            staging.rename(view)
     except OSError as error:
-        if not (view / FACTS).is_file():  # else somebody made it at the same time
+        if not _digests(view):
             raise MachineError(
                 f"cannot write {view}: {error.strerror or error}", hint="set XDG_CACHE_HOME to another place"
             ) from error

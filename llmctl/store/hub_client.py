@@ -264,12 +264,11 @@ def _library() -> Any:
 
 
 def _raised() -> tuple[type[Exception], ...]:
-    """What a request may raise: requests' errors are OSErrors, those of httpx (huggingface_hub 1) are not."""
+    """What a request may raise: requests' errors are OSErrors, those of httpx (huggingface_hub 1 and 2) are not."""
     from huggingface_hub import errors
 
-    httpx: Any = sys.modules.get("httpx")  # imported by huggingface_hub where it uses it
-    found: tuple[type[Exception], ...] = (OSError, errors.HfHubHTTPError, errors.HFValidationError)
-    return (*found, httpx.HTTPError) if httpx else found
+    used: list[Any] = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (OSError, errors.HfHubHTTPError, errors.HFValidationError, *(library.HTTPError for library in used))
 
 
 def _here(blob: Path) -> int:
