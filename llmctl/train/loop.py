@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmctl.errors import StageError
 from llmctl.nn.counts import training_flops
-from llmctl.nn.foreign import ForeignConfig
+from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context
 from llmctl.train.batches import Batch
