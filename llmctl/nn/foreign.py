@@ -159,6 +159,31 @@ class ForeignModel(nn.Module):
     def _unpacked(self, tokens: Tensor) -> Tensor:
         return self.forward(tokens, documents=_halves(tokens)[0])
 
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """How attention is computed: transformers' own choice, torch's SDPA wherever a family has it."""
+        return "sdpa"
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        if name != "sdpa":
+            raise UsageError(
+                f"attention {name} is of llmctl's own transformer; {self.config.arch} is computed by transformers",
+                hint="leave `attention` out",
+            )
+
+    def set_dropout(self, share: float) -> None:
+        """Zero this share in training, wherever the family drops anything; whole layers are never skipped."""
+        for module in self.net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = share
+        for owner in (self.net.config, *self.net.modules()):  # some keep it as a number, some ask the configuration
+            for name, value in vars(owner).items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and "drop" in name:
+                    setattr(owner, name, 0.0 if "layerdrop" in name else share)
+
     # -- weights ------------------------------------------------------------------------------------------------------
 
     @property

@@ -198,6 +198,24 @@ def test_a_family_without_a_cache_answers_too(tmp_path):
     assert generator.generate(prompts, Sampling(max_new_tokens=6)) == expected
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dropout_is_that_of_the_training(name, made):
+    """Files may say otherwise: OPT's own is 0.1, and 0 is the default of every stage."""
+    model = load_foreign(made(name)[1]).train()
+    tokens = torch.randint(3, VOCAB, (1, 20))
+    model.set_dropout(0.0)
+    with torch.no_grad():
+        assert torch.equal(model(tokens), model(tokens))
+        model.set_dropout(0.5)
+        assert not torch.equal(model(tokens), model(tokens))
+        assert torch.equal(model.eval()(tokens), model(tokens))
+
+
+def test_another_attention_is_refused(made):
+    with pytest.raises(UsageError, match="attention flex is of llmctl's own transformer; gptj is computed by"):
+        load_foreign(made("gptj")[1]).backend = "flex"
+
+
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
