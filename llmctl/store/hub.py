@@ -72,10 +72,15 @@ def fetch_model(layout: Layout, address: HubAddress, accepted: Sequence[str]) ->
         return ready
     client = Client(address.repo)
     commit, listing = client.list_files(address)
-    address = replace(address, revision=commit)
+    named, address = address.revision, replace(address, revision=commit)
     type = _choose_type(listing, types, address)
-    if ready := _ready(layout, address, type):
-        return ready
+    found = _ready(layout, address, type) or _fetch(client, listing, type, address)
+    if not client.offline and named != commit:
+        client.remember(named, commit)
+    return found
+
+
+def _fetch(client: Client, listing: Listing, type: str, address: HubAddress) -> HubModel:
     names = _choose_files(client, listing, type, address)
     files = client.fetch(address, [listing[name] for name in names])
     view = _view(address, type)

@@ -103,6 +103,8 @@ class Client:
         """
         folder = self._snapshot(address.revision)
         if self.offline:
+            for file in files:
+                self._check(address, file, folder / file.name, keep=True)
             return {file.name: folder / file.name for file in files}
         found: dict[str, Path] = {}
 
@@ -123,6 +125,13 @@ class Client:
         with _silence(self._hub), self._watched(address, files):
             parallel(fetch, files)
         return {file.name: found[file.name] for file in files}
+
+    def remember(self, revision: str, commit: str) -> None:
+        """Note in the cache what a branch or a tag meant, as the library does, for when there is no network."""
+        place = self._folder() / "refs" / (revision or "main")
+        with contextlib.suppress(OSError):  # a cache that cannot be written is one of others, who note it
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(commit, encoding="utf-8")
 
     def _check(self, address: HubAddress, file: Listed, path: Path, *, keep: bool) -> None:
         if file.digest.fits(path):

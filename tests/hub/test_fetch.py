@@ -150,6 +150,34 @@ def test_the_cache_alone_with_hf_hub_offline(hub, store, model, home, monkeypatc
     assert fetch(store).external.artifact.id == found.external.artifact.id
 
 
+def test_what_a_branch_meant_is_known_offline(hub, store, model, home, monkeypatch):
+    import shutil
+
+    commit = hub.add(NAME, model)
+    hub.repositories[NAME].branches["v1"] = commit
+    for text in (f"hf://{NAME}", f"hf://{NAME}@v1"):
+        fetch(store, text)
+    shutil.rmtree(home / "cache")  # so that a view is made of what is in the hub's cache
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert fetch(store).commit == fetch(store, f"hf://{NAME}@v1").commit == commit
+    with pytest.raises(InputError, match="acme/tiny@v2 is not in the cache"):
+        fetch(store, f"hf://{NAME}@v2")
+
+
+def test_the_cache_is_checked_offline_too(hub, store, model, home, monkeypatch):
+    import shutil
+
+    hub.add(NAME, model)
+    blob = (fetch(store).external.artifact.path / "config.json").resolve()
+    shutil.rmtree(home / "cache")
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes().replace(b"16", b"17"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="config.json of hf://acme/tiny@.* is damaged") as error:
+        fetch(store)
+    assert blob.exists() and f"delete {blob}" in error.value.hint
+
+
 def test_a_cache_that_was_emptied_is_filled_again(hub, store, model, home):
     import shutil
 

@@ -97,6 +97,15 @@ def test_resume_is_bit_identical(train, foreign, weights, stage: str) -> None:
     assert weights(train(stage, "other", {**params, "seed": 1}, **models)) != weights(straight)
 
 
+def test_mixed_precision(train, foreign) -> None:
+    exact, mixed = (
+        train("sft", name, {"precision": name, "max_steps": 4}, model=foreign("gpt_neox"))
+        for name in ("float32", "bf16")
+    )
+    assert mixed.metrics["loss.train"] == pytest.approx(exact.metrics["loss.train"], rel=0.02)
+    assert mixed.metrics["loss.train"] != exact.metrics["loss.train"]
+
+
 def test_packing_changes_no_loss(train, foreign) -> None:
     """The same first steps with conversations packed into rows, and with one to a row."""
     losses = {
