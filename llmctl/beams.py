@@ -7,6 +7,7 @@ on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,7 +97,7 @@ class BeamSearch:
         return self._score(answer.logprob, len(answer.logprobs))
 
     def _score(self, total: float, length: int) -> float:
-        return total / length**self.sampling.length_penalty
+        return total / math.pow(length, self.sampling.length_penalty)
 
     def _over(self, best: Beam) -> bool:
         """Whether no unfinished beam is to be followed any further; `best` is the likeliest."""

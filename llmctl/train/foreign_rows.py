@@ -6,12 +6,15 @@ import copy
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llmctl.generator import prompt_room
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Transformer
 from llmctl.train.generate import CACHE_BYTES, MAX_ROWS, TorchGenerator
+from llmctl.train.rows import inference
 
 
 class ForeignRows:
@@ -31,7 +34,6 @@ class ForeignRows:
         rows = cls(model, [list(prompt) for prompt in prompts], mask, None)
         return rows, rows._prefill()
 
-    @torch.inference_mode()
     def _prefill(self) -> Tensor:
         width = self.mask.shape[1]
         tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in self.ids], device=self.mask.device)
@@ -41,7 +43,6 @@ class ForeignRows:
             return self._alone()
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
-    @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every row; logits `(B, V)`, float32."""
         for ids, token in zip(self.ids, tokens, strict=True):
@@ -68,21 +69,27 @@ class ForeignRows:
 
     def _run(self, tokens: Tensor, mask: Tensor, past: Any) -> Any:
         positions = (mask.cumsum(1) - 1).clamp(0, self.model.config.context - 1)[:, -tokens.shape[1] :]
-        return self.model.run_cached(tokens, mask, positions, past)
+        with inference(self.model):
+            return self.model.run_cached(tokens, mask, positions, past)
 
     def _alone(self) -> Tensor:
         # A row that is done may have outgrown the context; what it gives means nothing.
         context = self.model.config.context
         rows = [torch.tensor([ids[-context:]], device=self.mask.device) for ids in self.ids]
-        return torch.cat([self.model(row)[:, -1].float() for row in rows])
+        with inference(self.model):
+            return torch.cat([self.model(row)[:, -1].float() for row in rows])
 
 
 class ForeignGenerator(TorchGenerator):
     """Implements `llmctl.generator.Generator` with a model of transformers and its cache."""
 
     def __init__(self, model: ForeignModel, eos_ids: Iterable[int] | None = None) -> None:
-        super().__init__(cast(Transformer, model), eos_ids)  # what is used of it beyond ForeignModel is below
+        self.model = cast(Transformer, model)  # what is used of it beyond ForeignModel is replaced below
         self._model = model
+        self.eos_ids = frozenset(model.config.eos_ids if eos_ids is None else eos_ids)
+        self.context_length = model.config.context
+        self.vocab_size = model.config.vocab_size
+        self.encoder_decoder = False
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +101,17 @@ class ForeignGenerator(TorchGenerator):
         """`transformers gpt_neox cpu float32`."""
         dtype = str(self._model.net.dtype).removeprefix("torch.")
         return f"transformers {self._model.config.arch} {self.device} {dtype}"
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens that may follow; see `Generator.room`."""
+        room = prompt_room(prompt, self.context_length, False)
+        self._check_ids(prompt)
+        return room
+
+    def _logits(self, tokens: Sequence[int | None], memory: Any = None) -> np.ndarray:
+        with inference(self._model):
+            row = torch.tensor([list(tokens)], device=self.device)
+            return self._model(row)[0].float().cpu().numpy()  # type: ignore[no-any-return]
 
     def _start(self, prompts: Sequence[Sequence[int]], limit: int) -> tuple[Any, Tensor]:
         return ForeignRows.start(self._model, prompts)
