@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmctl.errors import InputError, UsageError
-from llmctl.nn.hf import load_model
+from llmctl.nn.opening import open_network
 from llmctl.nn.presets import preset
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
@@ -26,7 +26,7 @@ def run(
     """Train a fresh model, or go on with `model`, on the split `train`; measure on `validation` where there is one."""
     shards, encoder = TokenShards.open(tokens), Tokenizer.load(tokenizer.path)
     check_tokenizer(shards, encoder)
-    net = make_model(params, encoder) if model is None else continue_model(params, encoder, model)
+    net = make_model(params, encoder) if model is None else continue_model(ctx, params, encoder, model)
     context = params.context or net.config.context
     source = TokenSource(shards.split("train"), context, params)
     ctx.log(
@@ -59,11 +59,11 @@ def make_model(params: PretrainParams, tokenizer: Tokenizer) -> Transformer:
     return Transformer(config)
 
 
-def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact) -> Transformer:
+def continue_model(ctx: Context, params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact) -> Transformer:
     """The weights of `artifact`; its shape cannot be changed, a shorter `context` only shortens the rows."""
-    model = load_model(artifact.path)
+    model = open_network(artifact.path, log=ctx.log)
     for name, value in params.shape().items():
-        has = getattr(model.config, name)
+        has = getattr(model.config, name, None)
         if value != has and not (name == "context" and value < has):
             raise UsageError(f"{name} is {value}, the model to continue has {has}", hint=f"leave {name} out")
     if model.config.vocab_size != tokenizer.vocab_size:
