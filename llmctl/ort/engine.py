@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from llmctl.errors import UsageError
+from llmctl.errors import InputError, UsageError
 from llmctl.generator import GREEDY, Sampling, check_prompt
-from llmctl.ort.bundle import Bundle, read_bundle
-from llmctl.ort.cache import GrowingRow, InPlaceRows, Rows, read_layout
-from llmctl.ort.sampling import Sampler
+from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
+from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
+from llmctl.ort.decoding import answer, answers, check_ids, chosen_logprobs
+from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.ort.sessions import open_session, provider
 
 PREFILL_CHUNK = 256
@@ -22,14 +23,25 @@ BATCH = 16
 _ROUND = 64
 
 
-def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator:
+def open_generator(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator | OrtSeq2Seq:
     """Open the bundle in `directory` for generation; needs neither torch nor onnx.
 
-    Raises InputError naming the file that is missing, damaged or no text-generating decoder, and MachineError if
-    `device` is "cuda" and there is none.
+    Raises InputError naming the file that is missing, damaged or generates no text, and MachineError if `device` is
+    "cuda" and there is none.
     """
     bundle = read_bundle(directory)
-    return OrtGenerator(bundle, open_session(bundle.model, device, threads))
+    if not bundle.has_pair:
+        return OrtGenerator(bundle, open_session(bundle.model, device, threads))
+    names = (ENCODER, DECODER, DECODER_WITH_PAST)
+    return OrtSeq2Seq(bundle, *(open_session(bundle.directory / name, device, threads) for name in names))
+
+
+def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator:
+    """`open_generator` for decoders alone; InputError for an encoder-decoder too."""
+    generator = open_generator(directory, device, threads)
+    if isinstance(generator, OrtSeq2Seq):
+        raise InputError(f"{directory} holds an encoder-decoder", hint="give a bundle of a decoder")
+    return generator
 
 
 class OrtGenerator:
@@ -52,7 +64,7 @@ class OrtGenerator:
             return InPlaceRows(self.session, self.layout, batch, capacity)
         if batch != 1:
             raise ValueError(f"this graph has no in-place cache, so no batch of {batch}")
-        return GrowingRow(self.session, self.layout, capacity)
+        return GrowingRows(self.session, self.layout, 1, capacity)
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield new token ids; ends at an EOS id, `max_new_tokens` or the context length. Checks the prompt at once."""
@@ -75,14 +87,11 @@ class OrtGenerator:
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
         """Natural log-probability of `tokens[1:]` given what stands before, `(len(tokens) - 1,)` float32."""
-        parts = []
+        parts = [np.zeros(0, np.float32)]
         for start, logits in self._chunks(tokens):
-            following = np.asarray(tokens[start + 1 : start + 1 + len(logits)], np.int64)
-            logits = logits[: len(following)].astype(np.float64)
-            highest = logits.max(axis=1, initial=-np.inf)
-            total = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-            parts.append(logits[np.arange(len(following)), following] - total)
-        return np.concatenate(parts).astype(np.float32)
+            following = tokens[start + 1 : start + 1 + len(logits)]
+            parts.append(chosen_logprobs(logits[: len(following)], following))
+        return np.concatenate(parts)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits at every position of one sequence, `(len(tokens), V)` float32."""
@@ -90,15 +99,7 @@ class OrtGenerator:
 
     def _check(self, prompt: Sequence[int]) -> None:
         check_prompt(prompt, self.context_length)
-        self._check_ids(prompt)
-
-    def _check_ids(self, tokens: Sequence[int]) -> None:
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self.vocab_size:
-            raise UsageError(
-                f"token id {low if low < 0 else high} is outside the model's vocabulary of {self.vocab_size}",
-                hint="was the text encoded with this model's own tokenizer?",
-            )
+        check_ids(prompt, self.vocab_size)
 
     def _chunks(self, tokens: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The logits of one sequence piece by piece, each with the position of its first token."""
@@ -107,7 +108,7 @@ class OrtGenerator:
                 f"{len(tokens)} tokens cannot be scored, the model's context is {self.context_length}",
                 hint="give at least one token and at most a context of them",
             )
-        self._check_ids(tokens)
+        check_ids(tokens, self.vocab_size)
         rows = self._borrow(len(tokens))
         for start in range(0, len(tokens), PREFILL_CHUNK):
             yield start, rows.feed(0, tokens[start : start + PREFILL_CHUNK])
@@ -123,16 +124,9 @@ class OrtGenerator:
 
     def _stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         room = min(sampling.max_new_tokens, self.context_length - len(prompt))
-        sample, rows = Sampler(sampling), self._borrow(len(prompt) + room)
+        rows = self._borrow(len(prompt) + room)
         try:
-            logits = prefill(rows, 0, prompt)
-            for left in reversed(range(room)):
-                token = sample(logits)
-                if token in self.eos_ids:
-                    return
-                yield token
-                if left:
-                    logits = rows.step((token,))[0]
+            yield from answer(rows, prefill(rows, 0, prompt), room, sampling, self.eos_ids)
         finally:
             self._idle = rows
 
@@ -141,33 +135,8 @@ class OrtGenerator:
         rooms = [min(sampling.max_new_tokens, self.context_length - len(prompt)) for prompt in prompts]
         needed = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
         rows = InPlaceRows(self.session, self.layout, len(prompts), min(needed, self.context_length))
-        samplers = [Sampler(sampling) for _ in prompts]
-        answers: list[list[int]] = [[] for _ in prompts]
         logits = np.stack([prefill(rows, row, prompt) for row, prompt in enumerate(prompts)])
-        # `alive[i]` is the prompt that row i answers, None once it has ended.
-        alive: list[int | None] = list(range(len(prompts)))
-        while True:
-            tokens = [0] * len(alive)
-            for row, index in enumerate(alive):
-                if index is None:
-                    continue
-                token = samplers[index](logits[row])
-                if token in self.eos_ids:
-                    alive[row] = None
-                    continue
-                answers[index].append(token)
-                tokens[row] = token
-                if len(answers[index]) == rooms[index]:
-                    alive[row] = None
-            going = [row for row, index in enumerate(alive) if index is not None]
-            if not going:
-                return answers
-            if len(going) <= len(alive) // 2:
-                rows, alive, tokens = rows.keep(going), [alive[row] for row in going], [tokens[row] for row in going]
-            else:
-                # A row that has ended stays where it is, so that it never outgrows the cache.
-                rows.lengths[[row for row, index in enumerate(alive) if index is None]] -= 1
-            logits = rows.step(tokens)
+        return answers(rows, logits, rooms, sampling, self.eos_ids)
 
 
 def prefill(rows: Rows, row: int, prompt: Sequence[int]) -> np.ndarray:

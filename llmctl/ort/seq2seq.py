@@ -1,0 +1,137 @@
+"""Answers of an encoder-decoder bundle: the encoder reads the prompt once, the decoder says the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from llmctl.errors import UsageError
+from llmctl.generator import GREEDY, Sampling
+from llmctl.ort.bundle import DECODER_WITH_PAST, Bundle
+from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
+from llmctl.ort.decoding import answer, answers, check_ids
+from llmctl.ort.sessions import provider
+
+BATCH = 16
+SHARED = "past_present_share_buffer"
+"""Entry of a graph's metadata: past and present may be one buffer."""
+
+
+class OrtSeq2Seq:
+    """A `llmctl.generator.Generator` whose prompt is what the encoder reads, and whose answer all that the decoder says.
+
+    Three graphs, as Optimum lays them out: the encoder; the decoder's first step, which also computes the keys and
+    values of all cross-attention; the decoder's further steps, which are given these.
+    """
+
+    def __init__(
+        self, bundle: Bundle, encoder: ort.InferenceSession, first: ort.InferenceSession, step: ort.InferenceSession
+    ) -> None:
+        self.encoder, self.first, self.further = encoder, first, step
+        self.layout = read_layout(step, bundle.directory / DECODER_WITH_PAST)
+        self.in_place = step.get_modelmeta().custom_metadata_map.get(SHARED) == "1"
+        self.context_length = bundle.context_length
+        self.vocab_size = self.layout.vocab_size
+        self.eos_ids, self.start_id, self._pad_id = bundle.eos_ids, bundle.start_id, bundle.pad_id
+        self.backend = f"onnxruntime {provider(step)}"
+        self._reads = {value.name for value in first.get_inputs()}
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
+        """Yield new token ids; ends at an EOS id, `max_new_tokens` or the context length. Checks the prompt at once."""
+        self._check(prompt)
+        return self._stream(prompt, sampling)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
+        """The answers to many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
+        for prompt in prompts:
+            self._check(prompt)
+        found: dict[int, list[int]] = {}
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        room = self._room(sampling)
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            rows, logits = self.begin([prompts[i] for i in chosen], [[self.start_id]] * len(chosen), room)
+            given = answers(rows, logits[:, -1], [room] * len(chosen), sampling, self.eos_ids)
+            found.update(zip(chosen, given, strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        """Logits that each token of `answer` was chosen from, `(len(answer), V)` float32."""
+        self._check(prompt)
+        if not answer:
+            return np.zeros((0, self.vocab_size), np.float32)
+        check_ids(answer, self.vocab_size)
+        _, logits = self.begin([prompt], [[self.start_id, *answer[:-1]]], 1)
+        return logits[0]  # type: ignore[no-any-return]
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """UsageError: an encoder-decoder scores an answer, and only given a prompt; see `answer_logits`."""
+        raise _no_continuation()
+
+    def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
+        """UsageError, as `logits`."""
+        raise _no_continuation()
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The encoder's states `(B, S, D)` and the mask of real tokens `(B, S)` int64; rows are padded on the right."""
+        longest = max(len(prompt) for prompt in prompts)
+        ids = np.full((len(prompts), longest), self._pad_id, np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        (states,) = self.encoder.run(["last_hidden_state"], {"input_ids": ids, "attention_mask": mask})
+        return states, mask
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], said: Sequence[Sequence[int]], room: int
+    ) -> tuple[Rows, np.ndarray]:
+        """Read `prompts`, feed `said`, all of one length; rows with space for `room` tokens more, and the logits
+        `(B, len(said[0]), V)` float32."""
+        states, mask = self.read(prompts)
+        ids = np.asarray(said, np.int64)
+        values = {
+            "input_ids": ids,
+            "attention_mask": np.ones_like(ids),
+            "encoder_hidden_states": states,
+            "encoder_attention_mask": mask,
+        }
+        names = [value.name for value in self.first.get_outputs()]
+        found = dict(
+            zip(names, self.first.run(names, {n: v for n, v in values.items() if n in self._reads}), strict=True)
+        )
+        constants = {**values, **{name.replace("present", "past_key_values"): found[name] for name in names}}
+        layout, count = self.layout, ids.shape[1]
+        kind = InPlaceRows if self.in_place else GrowingRows
+        rows = kind(
+            self.further, layout, len(prompts), count + room, {name: constants[name] for name in layout.constants}
+        )
+        rows.fill([found[name] for name in layout.present], [count] * len(prompts))
+        return rows, np.asarray(found["logits"], np.float32)
+
+    def _stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        room = self._room(sampling)
+        rows, logits = self.begin([prompt], [[self.start_id]], room)
+        yield from answer(rows, logits[0, -1], room, sampling, self.eos_ids)
+
+    def _room(self, sampling: Sampling) -> int:
+        """The start takes a place of the decoder's context, the prompt none."""
+        return min(sampling.max_new_tokens, self.context_length - 1)
+
+    def _check(self, prompt: Sequence[int]) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty", hint="give at least one token of text")
+        if len(prompt) > self.context_length:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, the encoder reads {self.context_length}",
+                hint="shorten the prompt or use a model with a longer context",
+            )
+        check_ids(prompt, self.vocab_size)
+
+
+def _no_continuation() -> UsageError:
+    return UsageError(
+        "an encoder-decoder has no log-probability of a text alone, only of an answer to a prompt",
+        hint="measure it by its answers, or choose a decoder for tasks such as perplexity",
+    )
