@@ -75,13 +75,16 @@ def read_bundle(directory: Path | str) -> Bundle:
 
 
 # In the order of trust: GPT-2 writes n_positions, some families n_ctx beside it.
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx")
+_TRAINED = {"bloom": 2048, "mt5": 512, "t5": 512, "umt5": 512}
+"""Families with relative positions, whose config.json need not say how long a context was trained."""
 _BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")
 """Families whose table of positions begins behind the padding id."""
 
 
 def _context(directory: Path, config: dict[str, Any]) -> int:
     found = next((config[key] for key in _CONTEXT_KEYS if isinstance(config.get(key), int)), None)
+    found = found or _TRAINED.get(str(config.get("model_type")))
     if found is None:
         raise InputError(
             f"{directory / 'config.json'} does not say how long a context may be",

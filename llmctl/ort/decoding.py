@@ -12,9 +12,7 @@ from llmctl.ort.cache import Rows
 from llmctl.ort.sampling import Sampler
 
 
-def answer(
-    rows: Rows, logits: np.ndarray, room: int, sampling: Sampling, eos_ids: frozenset[int]
-) -> Iterator[int]:
+def answer(rows: Rows, logits: np.ndarray, room: int, sampling: Sampling, eos_ids: frozenset[int]) -> Iterator[int]:
     """Yield up to `room` tokens of a single row, the first of them chosen from `logits (V,)`."""
     sample = Sampler(sampling)
     for left in reversed(range(room)):

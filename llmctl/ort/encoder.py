@@ -63,9 +63,7 @@ class OrtEncoder:
         found = self.session.run(list(self.outputs), feeds)
         return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, found, strict=True)}
 
-    def embed(
-        self, rows: Sequence[Sequence[int]], pooling: Pooling = "mean", normalise: bool = True
-    ) -> np.ndarray:
+    def embed(self, rows: Sequence[Sequence[int]], pooling: Pooling = "mean", normalise: bool = True) -> np.ndarray:
         """One vector per row, `(N, D)` float32, batched by length: the graph's own `sentence_embedding`, as it was
         exported, or else its states pooled as asked. UsageError if it has neither."""
         if not {"sentence_embedding", "last_hidden_state"} & set(self.outputs):
@@ -85,9 +83,7 @@ class OrtEncoder:
             vectors.update(zip(chosen, pooled, strict=True))
         return np.stack([vectors[i] for i in range(len(rows))]) if rows else np.zeros((0, 0), np.float32)
 
-    def _feeds(
-        self, rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None
-    ) -> dict[str, np.ndarray]:
+    def _feeds(self, rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None) -> dict[str, np.ndarray]:
         for row in rows:
             if not 1 <= len(row) <= self.context_length:
                 raise UsageError(
