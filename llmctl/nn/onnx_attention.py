@@ -123,10 +123,9 @@ def _joined(q: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor | Non
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
     """The standard operator: `(B, T, H * d)` and `(B, S, KV * d)`, or `(B, H, T, d)` and `(B, KV, S, d)`."""
-    attributes: dict[str, float | int] = {"scale": config.scale, "softcap": config.attention_softcap}
-    if q.ndim == 3:
-        attributes |= {"q_num_heads": config.heads, "kv_num_heads": config.kv_heads}
+    heads = {"q_num_heads": config.heads, "kv_num_heads": config.kv_heads} if q.ndim == 3 else {}
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
+    attributes = {"scale": config.scale, "softcap": config.attention_softcap, **heads}
     return torch.onnx.ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape)
 
 
@@ -143,7 +142,8 @@ def _group_query_attention(
     padding = past_key.shape[3] - width
     if padding:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    inputs = [q.flatten(2), k.flatten(2), v.flatten(2), past_key, past_value, context.last, context.total]
+    joined = q.flatten(2)
+    inputs = [joined, k.flatten(2), v.flatten(2), past_key, past_value, context.last, context.total]
     inputs += [*(tables or (None, None)), None, None if bias is None else bias.to(q.dtype)]
     while inputs[-1] is None:
         inputs.pop()
@@ -159,7 +159,7 @@ def _group_query_attention(
             "local_window_size": config.layer_window(layer) or -1,
         },
         dtypes=[q.dtype] * 3,
-        shapes=[inputs[0].shape, past_key.shape, past_value.shape],
+        shapes=[joined.shape, past_key.shape, past_value.shape],
         version=1,
     )
     context.present.append((key, value))

@@ -110,8 +110,11 @@ class Rows(Protocol):
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32."""
 
+    def hold(self, rows: Sequence[int]) -> None:
+        """These rows do not grow in the next step; what it gives for them means nothing."""
+
     def keep(self, rows: Sequence[int]) -> Rows:
-        """New rows that go on from these ones, in this order."""
+        """New rows that go on from these ones, in this order; these stay as they are."""
 
 
 class InPlaceRows:
@@ -186,6 +189,10 @@ class InPlaceRows:
             )
         self.session.run_with_iobinding(self._binding)
         return np.asarray(self._logits[:, 0], np.float32)
+
+    def hold(self, rows: Sequence[int]) -> None:
+        """These rows do not grow in the next step: it overwrites their last token, as they are done."""
+        self.lengths[list(rows)] -= 1
 
     def keep(self, rows: Sequence[int]) -> InPlaceRows:
         """New rows that go on from these ones, in this order."""
@@ -271,6 +278,9 @@ class GrowingRows:
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32."""
         return self._run(np.asarray(tokens, np.int64)[:, None])[:, 0]  # type: ignore[no-any-return]
+
+    def hold(self, rows: Sequence[int]) -> None:
+        """All rows grow alike; what the next step gives for these means nothing."""
 
     def keep(self, rows: Sequence[int]) -> GrowingRows:
         """New rows that go on from these ones, in this order."""

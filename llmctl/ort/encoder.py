@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from llmctl.errors import InputError, UsageError
 from llmctl.ort.bundle import Bundle, read_bundle
-from llmctl.ort.decoding import check_ids
+from llmctl.ort.sampling import check_ids
 from llmctl.ort.sessions import open_session, provider
 
 Pooling = Literal["mean", "cls"]
@@ -114,4 +114,4 @@ def pool(states: np.ndarray, lengths: Sequence[int], pooling: Pooling, normalise
         vectors = (states * real[..., None]).sum(1) / np.asarray(lengths, np.float32)[:, None]
     if normalise:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors.astype(np.float32)  # type: ignore[no-any-return]
+    return vectors.astype(np.float32)

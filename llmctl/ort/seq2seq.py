@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnxruntime as ort
 
+from llmctl.beams import BeamSearch
+from llmctl.decoding import Answer, draw, search_beams
 from llmctl.errors import UsageError
-from llmctl.generator import GREEDY, Sampling
+from llmctl.generator import GREEDY, Candidate, Sampling, check_single
 from llmctl.ort.bundle import DECODER_WITH_PAST, Bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
-from llmctl.ort.decoding import answer, answers, check_ids
+from llmctl.ort.sampling import Sampler, check_ids, log_probability, rank
 from llmctl.ort.sessions import provider
 
 BATCH = 16
@@ -26,6 +28,8 @@ class OrtSeq2Seq:
     values of all cross-attention; the decoder's further steps, which are given these.
     """
 
+    encoder_decoder = True
+
     def __init__(
         self, bundle: Bundle, encoder: ort.InferenceSession, first: ort.InferenceSession, step: ort.InferenceSession
     ) -> None:
@@ -38,28 +42,55 @@ class OrtSeq2Seq:
         self.backend = f"onnxruntime {provider(step)}"
         self._reads = {value.name for value in first.get_inputs()}
 
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens of an answer; see `Generator.room`. The start takes a place of the decoder's context, the prompt
+        none: it may fill the encoder's."""
+        if not prompt:
+            raise UsageError("the prompt is empty", hint="give at least one token of text")
+        if len(prompt) > self.context_length:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, the model's context is {self.context_length}",
+                hint="shorten the prompt or use a model with a longer context",
+            )
+        check_ids(prompt, self.vocab_size)
+        return self.context_length - 1
+
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
-        """Yield new token ids; ends at an EOS id, `max_new_tokens` or the context length. Checks the prompt at once."""
-        self._check(prompt)
-        return self._stream(prompt, sampling)
+        """Yield new token ids; see `Generator.stream`. Checks the prompt at once."""
+        check_single(sampling)
+        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
         """The answers to many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
-        for prompt in prompts:
-            self._check(prompt)
-        found: dict[int, list[int]] = {}
+        check_single(sampling)
+        limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
+        if sampling.beams > 1:
+            return [self.candidates(prompt, sampling)[0].ids for prompt in prompts]
+        found = [Answer(Sampler(sampling), limit) for limit in limits]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        room = self._room(sampling)
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            rows, logits = self.begin([prompts[i] for i in chosen], [[self.start_id]] * len(chosen), room)
-            given = answers(rows, logits[:, -1], [room] * len(chosen), sampling, self.eos_ids)
-            found.update(zip(chosen, given, strict=True))
-        return [found[i] for i in range(len(prompts))]
+            rows, logits = self.begin([prompts[i] for i in chosen], [[self.start_id]] * len(chosen), limits[0])
+            draw(rows, logits[:, -1], [found[i] for i in chosen], self.eos_ids)
+        return [answer.ids for answer in found]
+
+    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+        """Several answers to one prompt with their scores; see `Generator.candidates`."""
+        limit = min(sampling.max_new_tokens, self.room(prompt))
+        rows, logits = self.begin([prompt], [[self.start_id]], limit)
+        if sampling.beams > 1:
+            search = BeamSearch(sampling, self.eos_ids, limit)
+            return search_beams(rows, logits[:, -1], search, rank)[: sampling.n]
+        found = [Answer(Sampler(single), limit) for single in sampling.draws()]
+        for start in range(0, len(found), BATCH):
+            some = found[start : start + BATCH]
+            copies = np.repeat(logits[:, -1], len(some), axis=0)
+            draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, log_probability)
+        return [answer.candidate(sampling.length_penalty) for answer in found]
 
     def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Logits that each token of `answer` was chosen from, `(len(answer), V)` float32."""
-        self._check(prompt)
+        self.room(prompt)
         if not answer:
             return np.zeros((0, self.vocab_size), np.float32)
         check_ids(answer, self.vocab_size)
@@ -110,24 +141,20 @@ class OrtSeq2Seq:
         rows.fill([found[name] for name in layout.present], [count] * len(prompts))
         return rows, np.asarray(found["logits"], np.float32)
 
-    def _stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        room = self._room(sampling)
-        rows, logits = self.begin([prompt], [[self.start_id]], room)
-        yield from answer(rows, logits[0, -1], room, sampling, self.eos_ids)
-
-    def _room(self, sampling: Sampling) -> int:
-        """The start takes a place of the decoder's context, the prompt none."""
-        return min(sampling.max_new_tokens, self.context_length - 1)
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        if not prompt:
-            raise UsageError("the prompt is empty", hint="give at least one token of text")
-        if len(prompt) > self.context_length:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens, the encoder reads {self.context_length}",
-                hint="shorten the prompt or use a model with a longer context",
-            )
-        check_ids(prompt, self.vocab_size)
+    def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int) -> Iterator[int]:
+        if sampling.beams > 1:
+            yield from self.candidates(prompt, sampling)[0].ids
+            return
+        sample = Sampler(sampling)
+        rows, logits = self.begin([prompt], [[self.start_id]], limit)
+        last = logits[0, -1]
+        for left in reversed(range(limit)):
+            token = sample(last)
+            if token in self.eos_ids:
+                return
+            yield token
+            if left:
+                last = rows.step((token,))[0]
 
 
 def _no_continuation() -> UsageError:

@@ -8,9 +8,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from llmctl.nn.attention import Angles, angles_of
+from llmctl.nn.attention import Angles, Memory, angles_of
 from llmctl.nn.onnx_attention import CachedContext, cache_width, rotary_tables, rotates_inside
-from llmctl.nn.transformer import Memory, Transformer
+from llmctl.nn.transformer import Transformer
 from llmctl_export_onnx import graph
 
 Cache = list[tuple[Tensor, Tensor]]

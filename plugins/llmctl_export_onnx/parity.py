@@ -1,6 +1,6 @@
 """The proof that an exported model answers as the original does: logits everywhere, and greedy tokens.
 
-This module holds what all kinds share, and the proof of decoders; `encoder_parity` and `seq2seq_parity` have the others.
+This module holds what all kinds share and the proof of decoders; `encoder_parity` and `seq2seq_parity` hold the others.
 """
 
 from __future__ import annotations

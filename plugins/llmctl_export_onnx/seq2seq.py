@@ -1,7 +1,7 @@
 """An encoder-decoder as the three graphs of Optimum's layout, with one file of weights.
 
-`encoder_model.onnx` reads the source. `decoder_model.onnx` says the first tokens and computes the keys and values of all
-cross-attention, once. `decoder_with_past_model.onnx` goes on: it is given both, and returns its own keys and values.
+`encoder_model.onnx` reads the source. `decoder_model.onnx` says the first tokens and computes, once, the keys and values
+of all cross-attention. `decoder_with_past_model.onnx` goes on: it is given both caches and returns its own, longer.
 """
 
 from __future__ import annotations
