@@ -10,6 +10,7 @@ anything in torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -125,7 +126,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, config: Mod
     """The standard operator: `(B, T, H * d)` and `(B, S, KV * d)`, or `(B, H, T, d)` and `(B, KV, S, d)`."""
     heads = {"q_num_heads": config.heads, "kv_num_heads": config.kv_heads} if q.ndim == 3 else {}
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
-    attributes = {"scale": config.scale, "softcap": config.attention_softcap, **heads}
+    attributes: dict[str, Any] = {"scale": config.scale, "softcap": config.attention_softcap, **heads}
     return torch.onnx.ops.symbolic("Attention", inputs, attributes, dtype=q.dtype, shape=q.shape)
 
 

@@ -1,7 +1,7 @@
 """An encoder-decoder as the three graphs of Optimum's layout, with one file of weights.
 
-`encoder_model.onnx` reads the source. `decoder_model.onnx` says the first tokens and computes, once, the keys and values
-of all cross-attention. `decoder_with_past_model.onnx` goes on: it is given both caches and returns its own, longer.
+`encoder_model.onnx` reads the source. `decoder_model.onnx` says the first tokens and computes, once, the keys and
+values of all cross-attention. `decoder_with_past_model.onnx` goes on: it is given both and returns its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from llmctl_export_onnx.encoder import check_opset
 
 TEXT = {0: "batch_size", 1: "encoder_sequence_length"}
 SAID = {0: "batch_size", 1: "sequence_length"}
+SIDES = ("decoder", "encoder")
 TOTAL = {0: "batch_size", 1: "total_sequence_length"}
 
 
@@ -60,11 +61,12 @@ class Further(decoder.Traced):
     """The decoder's further steps."""
 
     def forward(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor, encoder_attention_mask: Tensor, past: Cache, read: Cache
+        self, input_ids: Tensor, attention_mask: Tensor, encoder_attention_mask: Tensor, past: list[list[Tensor]]
     ) -> tuple[Tensor, Cache]:
-        """`past`: as in a decoder. `read`: keys and values per layer of the source, `(B, KV, S, d)`."""
-        memory = Memory([k for k, _ in read], [v for _, v in read], _documents(encoder_attention_mask))
-        context = self.context(input_ids, attention_mask, past, memory)
+        """`past`, per layer: keys and values as in a decoder, then those of the source, `(B, KV, S, d)`."""
+        keys, values = [layer[2] for layer in past], [layer[3] for layer in past]
+        memory = Memory(keys, values, _documents(encoder_attention_mask))
+        context = self.context(input_ids, attention_mask, [(layer[0], layer[1]) for layer in past], memory)
         logits = self.model(input_ids, context.positions, context=context, memory=memory)
         return logits, context.present
 
@@ -103,10 +105,13 @@ def _first(model: Transformer, opset: int) -> ir.Model:
 
 def _further(model: Transformer, opset: int) -> ir.Model:
     config = model.config
-    past, axes, own = decoder.cache_of(model, ".decoder")
-    keys = torch.zeros((2, config.kv_heads, 4, config.head_dim), dtype=model.embedding.weight.dtype)
+    own, own_axes, names = decoder.cache_of(model, ".decoder")
+    shape = (2, config.kv_heads, 4, config.head_dim)
     read = {0: "batch_size", 2: "encoder_sequence_length"}
-    names = [*own, *decoder.cache_of(model, ".encoder")[2]]
+    past = [[*pair, *(torch.zeros(shape, dtype=model.embedding.weight.dtype) for _ in "kv")] for pair in own]
+    axes = [[*pair, read, read] for pair in own_axes]
+    # In this order Optimum fills them in.
+    inputs = [f"{i}.{side}.{kind}" for i in range(config.layers) for side in SIDES for kind in ("key", "value")]
     return graph.trace(
         Further(model),
         (
@@ -114,11 +119,10 @@ def _further(model: Transformer, opset: int) -> ir.Model:
             torch.ones(2, 8, dtype=torch.int64),
             torch.ones(2, 4, dtype=torch.int64),
             past,
-            [(keys.clone(), keys.clone()) for _ in range(config.layers)],
         ),
-        (SAID, TOTAL, TEXT, axes, [(read, read)] * config.layers),
-        ["input_ids", "attention_mask", "encoder_attention_mask", *(f"past_key_values.{name}" for name in names)],
-        ["logits", *(f"present.{name}" for name in own)],
+        (SAID, TOTAL, TEXT, axes),
+        ["input_ids", "attention_mask", "encoder_attention_mask", *(f"past_key_values.{name}" for name in inputs)],
+        ["logits", *(f"present.{name}" for name in names)],
         opset,
         "decoder_with_past",
     )

@@ -1,4 +1,4 @@
-"""The proof of an encoder-decoder: the encoder's states, the decoder's steps, first and cached, ragged batches, tokens."""
+"""The proof of an encoder-decoder: encoder states, the decoder's first and cached steps, ragged batches, tokens."""
 
 from __future__ import annotations
 
