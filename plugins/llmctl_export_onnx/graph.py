@@ -107,9 +107,9 @@ def account_weights(graphs: Sequence[ir.Model], model: nn.Module) -> None:
     """
     weights: dict[str, list[str]] = {}
     for name, weight in model.named_parameters():
-        # The tracer stores Gemma's gains, 1 + weight, ready-made.
+        # The tracer stores Gemma's gains, 1 + weight in float32, ready-made.
         offset = isinstance(model.get_submodule(name.rpartition(".")[0]), OffsetRMSNorm)
-        array = (1 + weight.float()).to(weight.dtype) if offset else weight
+        array = 1 + weight.float() if offset else weight
         weights.setdefault(_either_way(array.detach().numpy()), []).append(name)
     missing = dict(weights)
     for graph in graphs:
