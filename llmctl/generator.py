@@ -155,6 +155,10 @@ class Generator(Protocol):
     def backend(self) -> str:
         """For a human: "torch cpu float32", "onnxruntime CPUExecutionProvider"."""
 
+    @property
+    def encoder_decoder(self) -> bool:
+        """The prompt is read by an encoder, framed as a document of its own; the answer does not continue it."""
+
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow this prompt.
 
@@ -180,21 +184,34 @@ class Generator(Protocol):
         """Logits that each token of `answer` was chosen from, shape `(len(answer), vocab_size)`, float32."""
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
-        """Natural log-probability of `tokens[1:]` given what stands before, shape `(len(tokens) - 1,)`, float32."""
+        """Natural log-probability of `tokens[1:]` given what stands before, shape `(len(tokens) - 1,)`, float32.
+
+        As `logits`, for decoders only: an encoder-decoder raises UsageError.
+        """
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits at every position of one sequence, shape `(len(tokens), vocab_size)`, float32."""
 
 
-def check_prompt(prompt: Sequence[int], context_length: int) -> None:
+def check_prompt(prompt: Sequence[int], context_length: int, encoder_decoder: bool = False) -> None:
     """Refuse a prompt that cannot be answered, with the numbers a user needs."""
     if not prompt:
         raise UsageError("the prompt is empty", hint="give at least one token of text")
-    if len(prompt) >= context_length:
+    if len(prompt) >= context_length + encoder_decoder:  # an encoder's prompt may fill the context
         raise UsageError(
             f"the prompt has {len(prompt)} tokens, the model's context is {context_length}",
             hint="shorten the prompt or use a model with a longer context",
         )
+
+
+def prompt_room(prompt: Sequence[int], context_length: int, encoder_decoder: bool = False) -> int:
+    """Most tokens that may follow a prompt that `check_prompt` accepts.
+
+    A decoder's context holds prompt and answer. An encoder-decoder's holds the prompt, and another one the answer after
+    its start token.
+    """
+    check_prompt(prompt, context_length, encoder_decoder)
+    return context_length - (1 if encoder_decoder else len(prompt))
 
 
 def check_single(sampling: Sampling) -> None:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.errors import InputError, UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_prompt, check_single
+from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
 from llmctl.ort.sampling import Sampler, check_ids, log_probabilities, log_probability, rank
@@ -49,6 +49,8 @@ def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -
 class OrtGenerator:
     """A `llmctl.generator.Generator` over one ONNX Runtime session."""
 
+    encoder_decoder = False
+
     def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
         self.session = session
         self.layout = read_layout(session, bundle.model)
@@ -70,9 +72,9 @@ class OrtGenerator:
 
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow; see `Generator.room`."""
-        check_prompt(prompt, self.context_length)
+        room = prompt_room(prompt, self.context_length)
         check_ids(prompt, self.vocab_size)
-        return self.context_length - len(prompt)
+        return room
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield new token ids; see `Generator.stream`. Checks the prompt at once."""

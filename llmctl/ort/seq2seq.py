@@ -10,7 +10,7 @@ import onnxruntime as ort
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.errors import UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_single
+from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
 from llmctl.ort.bundle import DECODER_WITH_PAST, Bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
 from llmctl.ort.sampling import Sampler, check_ids, log_probability, rank
@@ -43,17 +43,10 @@ class OrtSeq2Seq:
         self._reads = {value.name for value in first.get_inputs()}
 
     def room(self, prompt: Sequence[int]) -> int:
-        """Most tokens of an answer; see `Generator.room`. The start takes a place of the decoder's context, the prompt
-        none: it may fill the encoder's."""
-        if not prompt:
-            raise UsageError("the prompt is empty", hint="give at least one token of text")
-        if len(prompt) > self.context_length:
-            raise UsageError(
-                f"the prompt has {len(prompt)} tokens, the model's context is {self.context_length}",
-                hint="shorten the prompt or use a model with a longer context",
-            )
+        """Most tokens of an answer; see `Generator.room`."""
+        room = prompt_room(prompt, self.context_length, encoder_decoder=True)
         check_ids(prompt, self.vocab_size)
-        return self.context_length - 1
+        return room
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield new token ids; see `Generator.stream`. Checks the prompt at once."""

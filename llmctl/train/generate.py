@@ -12,10 +12,11 @@ from torch import Tensor
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.errors import MachineError, UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_prompt, check_single
+from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
+from llmctl.nn.attention import Memory
 from llmctl.nn.hf import load_model
 from llmctl.nn.transformer import Transformer
-from llmctl.train.rows import TorchRows
+from llmctl.train.rows import TorchRows, inference, remember
 from llmctl.train.sampling import Sampler, log_probability, rank
 
 MAX_ROWS = 64
@@ -37,7 +38,7 @@ def open_model(directory: Path, device: str = "auto", threads: int = 0, dtype: s
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
     if threads > 0:
         torch.set_num_threads(threads)
-    return TorchGenerator(load_model(directory, where, DTYPES[dtype]))
+    return TorchGenerator(load_model(directory, where, DTYPES[dtype]).eval())
 
 
 def pick_device(name: str) -> torch.device:
@@ -49,7 +50,7 @@ def pick_device(name: str) -> torch.device:
 
 
 class TorchGenerator:
-    """Implements `llmctl.generator.Generator` with a preallocated key/value cache.
+    """Implements `llmctl.generator.Generator` with a preallocated key/value cache, for decoders and encoder-decoders.
 
     `eos_ids` default to the model's own. Results of `generate` equal those of `stream` up to the rounding of batched
     matrix products, which can decide only between two tokens whose logits are equal to about 1e-6.
@@ -60,6 +61,7 @@ class TorchGenerator:
         self.eos_ids = frozenset(model.config.eos_ids if eos_ids is None else eos_ids)
         self.context_length = model.config.context
         self.vocab_size = model.config.vocab_size
+        self.encoder_decoder = model.config.traits.kind == "encoder-decoder"
 
     @property
     def device(self) -> torch.device:
@@ -73,9 +75,15 @@ class TorchGenerator:
 
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow; see `Generator.room`."""
-        check_prompt(prompt, self.context_length)
+        config = self.model.config
+        if config.traits.kind == "encoder" or config.head != "lm":
+            raise UsageError(
+                f"this {config.arch} model has the head {config.head}: it generates no text",
+                hint="choose a decoder or an encoder-decoder with a language-model head",
+            )
+        room = prompt_room(prompt, self.context_length, self.encoder_decoder)
         self._check_ids(prompt)
-        return self.context_length - len(prompt)
+        return room
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield new ids one by one; see `Generator.stream`. A bad prompt is refused at the call."""
@@ -131,7 +139,14 @@ class TorchGenerator:
 
     def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
         """Logits that each token of `answer` was chosen from, `(len(answer), vocab_size)` float32."""
-        return self.logits([*prompt, *answer])[len(prompt) - 1 : -1]
+        if not self.encoder_decoder:
+            return self.logits([*prompt, *answer])[len(prompt) - 1 : -1]
+        self.room(prompt)
+        if not answer:
+            return np.zeros((0, self.vocab_size), np.float32)
+        self._check_ids(answer)
+        said = [self.model.config.decoder_start_id, *answer[:-1]]
+        return self._logits(said, remember(self.model, [prompt]))
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
         """Log-probabilities of `tokens[1:]`, `(len(tokens) - 1,)` float32."""
@@ -139,19 +154,31 @@ class TorchGenerator:
         targets = torch.tensor(list(tokens[1:]), dtype=torch.int64)
         return scores.gather(1, targets[:, None])[:, 0].numpy()
 
-    @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits at every position, `(len(tokens), vocab_size)` float32."""
         if not len(tokens):
             raise UsageError("no tokens to score", hint="give at least one token")
+        if self.encoder_decoder:
+            raise UsageError(
+                "an encoder-decoder scores an answer to a text, not a text alone",
+                hint="choose a decoder, or a task with answers",
+            )
         self._check_ids(tokens)
-        return self.model(torch.tensor([list(tokens)], device=self.device))[0].float().cpu().numpy()  # type: ignore[no-any-return]
+        return self._logits(tokens)
+
+    def _logits(self, tokens: Sequence[int | None], memory: Memory | None = None) -> np.ndarray:
+        with inference(self.model):
+            row = torch.tensor([list(tokens)], device=self.device)
+            return self.model(row, memory=memory)[0].float().cpu().numpy()  # type: ignore[no-any-return]
 
     def _start(self, prompts: Sequence[Sequence[int]], limit: int) -> tuple[TorchRows, Tensor]:
-        return TorchRows.start(self.model, prompts, max(len(prompt) for prompt in prompts) + limit)
+        return TorchRows.start(self.model, prompts, limit)
 
     def _rows(self, capacity: int) -> int:
+        """How many rows of `capacity` tokens, the prompt included, run together."""
         config = self.model.config
+        if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+            return 1  # the frequencies follow the longest row of a batch, and would be wrong for the others
         element = self.model.embedding.weight.element_size()
         per_row = 2 * config.layers * config.kv_heads * config.head_dim * capacity * element
         return max(1, min(MAX_ROWS, CACHE_BYTES // per_row))

@@ -86,7 +86,12 @@ class Service:
         """The continuations to generate, `n` for each prompt. Text is framed as a training document begins."""
         self.check_model(request.model)
         bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        prompts = [bos + self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in request.prompts]
+        whole = self.generator.encoder_decoder
+
+        def framed(text: str) -> list[int]:
+            return self.tokenizer.encode_document(text) if whole else bos + self.tokenizer.encode(text)
+
+        prompts = [framed(p) if isinstance(p, str) else list(p) for p in request.prompts]
         for prompt in prompts:
             if any(not 0 <= token < self.generator.vocab_size for token in prompt):
                 raise ApiError(400, f"a token id is outside the vocabulary of {self.generator.vocab_size}", "prompt")

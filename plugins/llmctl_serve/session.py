@@ -62,7 +62,9 @@ class Session:
         return self.tokenizer.encode_chat([*system, *turns], add_generation_prompt=True).ids
 
     def beginning(self, text: str) -> list[int]:
-        """The ids of a text that begins like a training document."""
+        """The ids of a text that begins like a training document; an encoder reads a whole one."""
+        if self.generator.encoder_decoder:
+            return self.tokenizer.encode_document(text)
         bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return bos + self.tokenizer.encode(text)
 

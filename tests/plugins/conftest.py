@@ -52,6 +52,7 @@ class Scripted:
 
     backend = "scripted"
     eos_ids = frozenset({END})
+    encoder_decoder = False
 
     def __init__(
         self,

@@ -10,34 +10,57 @@ torch = pytest.importorskip("torch")
 from scipy.stats import chisquare  # noqa: E402
 
 from llmctl.generator import Sampling  # noqa: E402
-from llmctl.train.sampling import Sampler, filtered  # noqa: E402
+from llmctl.train.sampling import Sampler, filtered, log_probability, rank  # noqa: E402
 
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, -1.5, -2.0, -2.5])
+P = LOGITS.double().softmax(-1).numpy()
+DRAWS = 10_000
 
 
-def frequencies(sampling: Sampling, draws: int = 20_000) -> np.ndarray:
+def draws(sampling: Sampling) -> np.ndarray:
     sampler = Sampler(sampling)
-    probabilities = filtered(LOGITS, sampling).softmax(-1)
-    ids = torch.multinomial(probabilities, draws, replacement=True, generator=sampler.random)
-    return np.bincount(ids.numpy(), minlength=10)
+    return np.bincount([sampler(LOGITS) for _ in range(DRAWS)], minlength=len(P))
+
+
+def only(kept: int, temperature: float = 1.0) -> np.ndarray:
+    """The truth: the `kept` likeliest of softmax(logits / T), renormalised."""
+    p = (LOGITS.double() / temperature).softmax(-1).numpy() * (np.arange(len(P)) < kept)
+    return p / p.sum()
 
 
 def fits(counts: np.ndarray, truth: np.ndarray) -> bool:
-    assert counts[truth == 0].sum() == 0
+    """No draw outside of the support, and within it what a chi-squared test at .01 accepts."""
     kept = truth > 0
-    return chisquare(counts[kept], truth[kept] / truth.sum() * counts.sum()).pvalue > 0.01
+    if counts[~kept].sum():
+        return False
+    return kept.sum() == 1 or chisquare(counts[kept], truth[kept] * counts.sum()).pvalue > 0.01
 
 
-def test_filters_draw_from_the_renormalised_truth():
-    p = LOGITS.double().softmax(-1).numpy()
-    assert fits(frequencies(Sampling(temperature=1.0, seed=1)), p)
-    assert fits(frequencies(Sampling(temperature=1.0, top_k=3, seed=2)), np.where(np.arange(10) < 3, p, 0))
-    kept = int(np.searchsorted(np.cumsum(p), 0.7)) + 1  # the token that crosses .7 stays
-    assert fits(frequencies(Sampling(temperature=1.0, top_p=0.7, seed=3)), np.where(np.arange(10) < kept, p, 0))
-    assert fits(frequencies(Sampling(temperature=1.0, top_k=10, seed=4)), p)  # k = vocabulary is plain sampling
-    hot = (LOGITS.double() / 2).softmax(-1).numpy()
-    assert fits(frequencies(Sampling(temperature=2.0, seed=5)), hot)
-    assert not fits(frequencies(Sampling(temperature=0.9, seed=6)), p)  # control
+CROSSING = int(np.searchsorted(np.cumsum(P), 0.7)) + 1
+"""Tokens in the smallest set whose mass reaches .7, the one that crosses it included."""
+
+
+@pytest.mark.parametrize(
+    ("sampling", "truth", "wrong"),
+    [
+        ({}, only(10), only(10, 0.9)),
+        ({"temperature": 0.9}, only(10, 0.9), only(10)),
+        ({"temperature": 2.0}, only(10, 2.0), only(10)),
+        ({"top_k": 3}, only(3), only(2)),
+        ({"top_k": 3}, only(3), only(4)),  # a set one too large
+        ({"top_k": 10}, only(10), only(9)),  # k = vocabulary is plain sampling
+        ({"top_k": 1}, only(1), only(2)),
+        ({"top_p": 0.7}, only(CROSSING), only(CROSSING - 1)),  # the crossing token left out
+        ({"top_p": 0.7}, only(CROSSING), only(CROSSING + 1)),
+        ({"top_p": 1.0}, only(10), only(9)),
+        ({"top_p": 1e-6}, only(1), only(2)),
+        ({"temperature": 2.0, "top_k": 4}, only(4, 2.0), only(4)),
+    ],
+)
+def test_draws_follow_the_renormalised_truth_and_nothing_near_it(sampling, truth, wrong):
+    counts = draws(Sampling(**{"temperature": 1.0, "seed": 3, **sampling}))
+    assert fits(counts, truth)
+    assert not fits(counts, wrong)
 
 
 def test_temperature_zero_is_greedy_and_so_is_its_limit():
@@ -48,3 +71,13 @@ def test_temperature_zero_is_greedy_and_so_is_its_limit():
         p = filtered(LOGITS, Sampling(temperature=temperature)).softmax(-1)
         entropies.append(float(-(p * p.log()).sum()))
     assert entropies == sorted(entropies)
+    assert len(set(entropies)) == 4
+
+
+def test_log_probabilities_and_ranks_know_no_filter():
+    assert [log_probability(LOGITS, i) for i in range(10)] == pytest.approx(np.log(P), abs=1e-6)
+    found = rank(torch.stack([LOGITS, LOGITS.flip(0)]), [-0.7, 0.0], 4)
+    sums = sorted(((t + np.log(p[i]), b, i) for b, (t, p) in enumerate([(-0.7, P), (0.0, P[::-1])]) for i in range(10)))
+    assert [(one.beam, one.token) for one in found] == [(b, i) for _, b, i in sums[::-1][:4]]
+    assert [one.logprob for one in found] == pytest.approx([np.log((P, P[::-1])[one.beam][one.token]) for one in found])
+    assert len(rank(LOGITS[None], [0.0], 99)) == 10
