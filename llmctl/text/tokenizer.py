@@ -77,6 +77,9 @@ class Tokenizer:
         self.bos_id = self._named("bos_token")
         self.eos_id = self._named("eos_token")
         self.pad_id = self._named("pad_token")
+        self.mask_id = self._named("mask_token")
+        self.cls_id = self._named("cls_token")
+        self.sep_id = self._named("sep_token")
         self._chat: ChatTemplate | None = None
 
     @classmethod
@@ -102,14 +105,30 @@ class Tokenizer:
         return [found.ids for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_document(self, text: str) -> list[int]:
-        """Ids of one training document: BOS, the text, EOS (each where the tokenizer has one)."""
+        """Ids of one training document: BOS, the text, EOS (see `frame_document`)."""
         return self.frame_document(self.encode(text))
 
     def frame_document(self, ids: list[int]) -> list[int]:
-        """`ids` between BOS and EOS."""
-        bos = [] if self.bos_id is None else [self.bos_id]
-        eos = [] if self.eos_id is None else [self.eos_id]
-        return bos + ids + eos
+        """`ids` between BOS and EOS; where the tokenizer has none, between [CLS] and [SEP]."""
+        return [*self.opening, *ids, *self.closing]
+
+    @property
+    def opening(self) -> list[int]:
+        """What stands before a document: BOS, [CLS], or nothing."""
+        return [id for id in (self.bos_id, self.cls_id) if id is not None][:1]
+
+    @property
+    def closing(self) -> list[int]:
+        """What stands after a document: EOS, [SEP], or nothing."""
+        return [id for id in (self.eos_id, self.sep_id) if id is not None][:1]
+
+    @property
+    def sentinel_ids(self) -> list[int]:
+        """Ids of `<extra_id_0>`, `<extra_id_1>`, …, up to the first that is missing."""
+        found: list[int] = []
+        while (id := self._special.token_to_id(f"<extra_id_{len(found)}>")) is not None:
+            found.append(id)
+        return found
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -132,6 +151,28 @@ class Tokenizer:
             else:
                 sizes[index] = _piece_bytes(token)
         return sizes
+
+    def word_joins(self) -> tuple[list[bool], list[bool]]:
+        """Which ids can continue a word, and which leave it open for that; each of length `vocab_size`.
+
+        Two tokens are of one word if the first leaves it open and the second continues it: letters or digits meet.
+        """
+        continues, leaves_open = [False] * self.vocab_size, [False] * self.vocab_size
+        added = self._special.get_added_tokens_decoder()
+        decoder = self._special.decoder
+        wordpiece = type(self._special.model).__name__ == "WordPiece"
+        byte_level = _is_byte_level(json.loads(self._special.to_str()))
+        for token, index in self._special.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                continue
+            # Part of a character becomes U+FFFD, which counts as a letter.
+            text = decoder.decode([token]) if byte_level else token.replace("▁", " ").removeprefix("##")
+            if text:
+                leaves_open[index] = text[-1].isalnum() or text[-1] == "\ufffd"
+                continues[index] = text[0].isalnum() or text[0] == "\ufffd"
+                if wordpiece:
+                    continues[index] = token.startswith("##")
+        return continues, leaves_open
 
     @property
     def chat_template(self) -> ChatTemplate:
