@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,12 +25,15 @@ class Objective(Protocol):
         """The loss summed over the batch, and further sums to be logged as means under their names."""
 
 
+@dataclass(frozen=True)
 class CausalLM:
     """Next-token cross-entropy over the batch's targets.
 
     With assistant-only targets it is supervised fine-tuning, with a prefix a prefix language model, with a source the
-    objective of an encoder-decoder.
+    objective of an encoder-decoder. `accuracy` counts hits as well.
     """
+
+    accuracy: bool = False
 
     def weight(self, batch: Batch) -> int:
         """Target tokens."""
@@ -37,7 +41,9 @@ class CausalLM:
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of -log p(target), in nats."""
-        return F.cross_entropy(target_logits(model, batch), batch.targets, reduction="sum"), {}
+        logits = target_logits(model, batch)
+        further = {"accuracy": hits(logits, batch.targets)} if self.accuracy else {}
+        return F.cross_entropy(logits, batch.targets, reduction="sum"), further
 
 
 class MaskedLM:

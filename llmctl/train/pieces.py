@@ -97,7 +97,8 @@ class PieceSource(Source):
 
     def content(self, document: int, start: int, end: int) -> Ints:
         """Tokens `start` to `end` of a document, its frame not counted."""
-        ids = self.split.document(document)[len(self.frame.opening) :]
+        before = len(self.frame.opening)
+        ids = self.split.document(document)[before : before + int(self.sizes[document])]
         return ids[start:end].astype(np.int64)
 
     @abstractmethod

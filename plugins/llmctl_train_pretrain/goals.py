@@ -1,0 +1,91 @@
+"""What a model is pre-trained for: which objective fits it, what that needs of the tokenizer, where its batches come from."""
+
+from __future__ import annotations
+
+from llmctl.errors import InputError, UsageError
+from llmctl.nn.config import ModelConfig
+from llmctl.text.shards import SplitTokens
+from llmctl.text.tokenizer import Tokenizer
+from llmctl.train.data import Source, TokenSource
+from llmctl.train.masking import span_lengths
+from llmctl.train.objectives import CausalLM, MaskedLM, Objective
+from llmctl.train.pieces import (
+    CorruptionSource,
+    Frame,
+    MaskedSource,
+    Masking,
+    NextSentenceSource,
+    PrefixSource,
+    vocabulary_of,
+)
+from llmctl_train_pretrain.params import OWN, Goal, PretrainParams
+
+FITTING: dict[str, tuple[Goal, ...]] = {
+    "decoder": ("causal", "prefix"),
+    "encoder": ("mlm", "mlm-nsp", "span"),
+    "encoder-decoder": ("corruption", "prefix"),
+}
+"""Objectives of each kind of model; its own without another wish is the first, or BERT's if it knows segments."""
+MASKED: tuple[Goal, ...] = ("mlm", "mlm-nsp", "span")
+
+
+def choose_goal(params: PretrainParams, config: ModelConfig, spans: bool = False) -> Goal:
+    """The objective of a model of this configuration; `spans`: one that is known to be trained on spans.
+
+    UsageError if the one asked for does not fit it, or if parameters are set that the objective does not read.
+    """
+    fitting = FITTING[config.traits.kind]
+    goal = params.objective
+    if goal == "auto":
+        segments = config.traits.kind == "encoder" and config.token_types > 1
+        goal = "span" if spans else "mlm-nsp" if segments and config.head != "mlm" else fitting[0]
+    if goal not in fitting:
+        article = "a" if config.traits.kind == "decoder" else "an"
+        raise UsageError(
+            f"objective {goal} does not fit {config.arch}, {article} {config.traits.kind}",
+            hint=f"objectives that fit: {', '.join(fitting)}; or choose another preset",
+        )
+    if goal == "mlm-nsp" and config.token_types < 2:
+        raise UsageError(
+            f"objective mlm-nsp needs two token types, {config.arch} has {config.token_types}", hint="use objective: mlm"
+        )
+    fields = PretrainParams.model_fields
+    for name, goals in OWN.items():
+        if goal not in goals and getattr(params, name) != fields[name].default:
+            raise UsageError(
+                f"{name} has no effect on objective {goal}",
+                hint=f"it belongs to {' and '.join(goals)}; leave it out or set objective",
+            )
+    return goal
+
+
+def make_objective(goal: Goal) -> Objective:
+    """What is minimised."""
+    return MaskedLM() if goal in MASKED else CausalLM()
+
+
+def make_source(
+    goal: Goal, split: SplitTokens, tokenizer: Tokenizer, config: ModelConfig, params: PretrainParams
+) -> Source:
+    """The batches of a split. InputError, saying what is missing, for a tokenizer without the tokens that are needed."""
+    context = params.context or config.context
+    if goal == "causal":
+        return TokenSource(split, context, params)
+    frame = Frame.of(tokenizer)
+    if goal in MASKED:
+        lengths = span_lengths(params.span_p, params.span_max) if goal == "span" else None
+        masks = Masking(vocabulary_of(tokenizer), params.mask_share, lengths, params.span_unit == "words")
+        made = NextSentenceSource if goal == "mlm-nsp" else MaskedSource
+        return made(split, frame, context, params, masks, fixed=params.masking == "static")
+    start = config.start_id if config.traits.kind == "encoder-decoder" else None
+    if goal == "prefix":
+        return PrefixSource(split, frame, context, params, start)
+    sentinels = tokenizer.sentinel_ids
+    if not sentinels:
+        raise InputError(
+            f"the tokenizer in {tokenizer.directory} has no sentinels (<extra_id_0>, …), which span corruption needs",
+            hint="make it with `tokenize` and special: t5",
+        )
+    return CorruptionSource(
+        split, frame, context, params, sentinels, config.start_id, params.noise_density, params.mean_noise_span
+    )
