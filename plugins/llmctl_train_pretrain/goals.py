@@ -47,7 +47,8 @@ def choose_goal(params: PretrainParams, config: ModelConfig, spans: bool = False
         )
     if goal == "mlm-nsp" and config.token_types < 2:
         raise UsageError(
-            f"objective mlm-nsp needs two token types, {config.arch} has {config.token_types}", hint="use objective: mlm"
+            f"objective mlm-nsp needs two token types, {config.arch} has {config.token_types}",
+            hint="use objective: mlm",
         )
     fields = PretrainParams.model_fields
     for name, goals in OWN.items():
