@@ -1,7 +1,8 @@
 """Models as Hugging Face directories, both ways: `save_model` and `load_model`. Strict: every tensor is accounted for.
 
-A weight's name and layout follow from its module's; the tables below are all there is. GPT-2 stores its matrices as
-`(in, out)` and query, key and value as one.
+What transformers calls a weight is in `llmctl/nn/names.py`. Some families store several of our matrices as one (GPT-2's
+and Phi-3's queries, keys and values), GPT's as `(in, out)`, BLOOM's head by head. A configuration that transformers does
+not know keeps our own names.
 """
 
 from __future__ import annotations
@@ -19,44 +20,16 @@ from torch import Tensor
 
 from llmctl.errors import InputError, StageError
 from llmctl.nn.config import ModelConfig
+from llmctl.nn.families import from_hf, in_transformers, to_hf
+from llmctl.nn.names import NAMINGS, hf_name, is_transposed
 from llmctl.nn.transformer import Transformer
 from llmctl.text.tokenizer import copy_tokenizer
 
-_LLAMA_NAMES = {
-    "embedding": "model.embed_tokens",
-    "norm": "model.norm",
-    "unembedding": "lm_head",
-    "blocks.N.attention_norm": "model.layers.N.input_layernorm",
-    "blocks.N.attention.q": "model.layers.N.self_attn.q_proj",
-    "blocks.N.attention.k": "model.layers.N.self_attn.k_proj",
-    "blocks.N.attention.v": "model.layers.N.self_attn.v_proj",
-    "blocks.N.attention.out": "model.layers.N.self_attn.o_proj",
-    "blocks.N.attention.q_norm": "model.layers.N.self_attn.q_norm",
-    "blocks.N.attention.k_norm": "model.layers.N.self_attn.k_norm",
-    "blocks.N.ffn_norm": "model.layers.N.post_attention_layernorm",
-    "blocks.N.ffn.gate": "model.layers.N.mlp.gate_proj",
-    "blocks.N.ffn.up": "model.layers.N.mlp.up_proj",
-    "blocks.N.ffn.down": "model.layers.N.mlp.down_proj",
-}
-_GPT2_NAMES = {
-    "embedding": "transformer.wte",
-    "positions": "transformer.wpe",
-    "norm": "transformer.ln_f",
-    "unembedding": "lm_head",
-    "blocks.N.attention_norm": "transformer.h.N.ln_1",
-    "blocks.N.attention.q": "transformer.h.N.attn.c_attn",
-    "blocks.N.attention.k": "transformer.h.N.attn.c_attn",
-    "blocks.N.attention.v": "transformer.h.N.attn.c_attn",
-    "blocks.N.attention.out": "transformer.h.N.attn.c_proj",
-    "blocks.N.ffn_norm": "transformer.h.N.ln_2",
-    "blocks.N.ffn.up": "transformer.h.N.mlp.c_fc",
-    "blocks.N.ffn.down": "transformer.h.N.mlp.c_proj",
-}
-_NAMES = {"llama": _LLAMA_NAMES, "qwen3": _LLAMA_NAMES, "gpt2": _GPT2_NAMES}
-
 # Buffers that old checkpoints carry beside the weights; they are constants.
-_CONSTANTS = re.compile(r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")
-_FUSED = ("q", "k", "v")
+_CONSTANTS = re.compile(
+    r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|embeddings\.position_ids)|(attn|h\.\d+\.attn)\.bias"
+)
+_GENERATION = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.ckpt")
 
 
@@ -68,8 +41,8 @@ def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None 
     directory.mkdir(parents=True, exist_ok=True)
     tensors = to_hf_tensors(model)
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
-    config = model.config.to_hf()
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    config = to_hf(model.config)
+    ids = {key: config[key] for key in _GENERATION if config.get(key) is not None}
     _write_json(directory / "config.json", dict(sorted({**config, "dtype": dtype}.items())))
     _write_json(directory / "generation_config.json", ids)
     try:
@@ -83,7 +56,7 @@ def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None 
 def load_model(
     directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> Transformer:
-    """Read a Hugging Face directory of a family in `llmctl.nn.config.HF_CLASSES`, in training mode.
+    """Read a Hugging Face directory of a family in `llmctl.nn.families`, or one of our own, in training mode.
 
     `dtype=None` keeps the stored one. Raises InputError for another architecture, a missing, unexpected or misshapen
     tensor, a pickle, a damaged file.
@@ -108,7 +81,7 @@ def load_config(directory: Path) -> ModelConfig:
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} is no model: it has no config.json", hint="give a model.hf directory")
-    config = ModelConfig.from_hf(_read_json(directory / "config.json"))
+    config = from_hf(_read_json(directory / "config.json"))
     if not (directory / "generation_config.json").is_file():
         return config
     ids = _read_json(directory / "generation_config.json").get("eos_token_id")
@@ -117,34 +90,56 @@ def load_config(directory: Path) -> ModelConfig:
     return replace(config, other_eos_ids=(*config.other_eos_ids, *others)) if others else config
 
 
-def hf_name(config: ModelConfig, name: str) -> str:
-    """The Hugging Face name of our parameter `name` (`blocks.3.ffn.up.weight`)."""
-    module, _, kind = name.rpartition(".")
-    number = re.search(r"\d+", module)
-    pattern = re.sub(r"\d+", "N", module)
-    hf = _NAMES[config.arch][pattern]
-    return f"{hf.replace('N', number.group()) if number else hf}.{kind}"
+def stored_name(config: ModelConfig, name: str) -> str:
+    """What our parameter `name` (`blocks.3.ffn.up.weight`) is called in the files of this model."""
+    return hf_name(config, name) if in_transformers(config) else name
 
 
 def to_hf_tensors(model: Transformer) -> dict[str, Tensor]:
-    """Every weight under its Hugging Face name and in its layout, on the CPU; a tied head is left out."""
+    """Every weight under its stored name and in its layout, on the CPU; a tied head is left out."""
+    config = model.config
     grouped: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach().cpu()
-        if _transposed(model.config, name):
-            tensor = tensor.T
-        grouped.setdefault(hf_name(model.config, name), []).append(tensor)
-    # Only GPT-2's c_attn has several parts; named_parameters gives them as q, k, v.
-    return {name: torch.cat(parts, dim=-1).contiguous() for name, parts in grouped.items()}
+        grouped.setdefault(stored_name(config, name), []).append(parameter.detach().cpu())
+    if not in_transformers(config):
+        return {name: parts[0].contiguous() for name, parts in grouped.items()}
+    first = {stored_name(config, name): name for name, _ in reversed(list(model.named_parameters()))}
+    return {name: _join(config, first[name], parts).contiguous() for name, parts in grouped.items()}
+
+
+def _join(config: ModelConfig, name: str, parts: list[Tensor]) -> Tensor:
+    """Our `parts` as the one tensor that the family stores; `name` is that of the first."""
+    if is_transposed(config, name):
+        parts = [part.T for part in parts]
+    if len(parts) == 1:
+        return parts[0]
+    if NAMINGS[config.arch].by_head:
+        heads = [part.unflatten(0, (config.heads, 1, config.head_dim)) for part in parts]
+        return torch.cat(heads, dim=1).flatten(0, 2)
+    return torch.cat(parts, dim=-1 if NAMINGS[config.arch].transposed else 0)
+
+
+def _split(config: ModelConfig, name: str, whole: Tensor, sizes: list[int]) -> list[Tensor]:
+    """The inverse of `_join`; `sizes` are the first sizes of our parts."""
+    if len(sizes) == 1:
+        parts = [whole]
+    elif NAMINGS[config.arch].by_head:
+        heads = whole.unflatten(0, (config.heads, len(sizes), config.head_dim))
+        return [part.flatten(0, 1) for part in heads.unbind(1)]
+    else:
+        parts = list(whole.split(sizes, dim=-1 if NAMINGS[config.arch].transposed else 0))
+    return [part.T if is_transposed(config, name) else part for part in parts]
 
 
 def from_hf_tensors(model: Transformer, tensors: dict[str, Tensor], source: Path | str) -> dict[str, Tensor]:
-    """The state dict of `model` out of Hugging Face tensors; `source` is named in errors. Nothing may be left over."""
+    """The state dict of `model` out of stored tensors; `source` is named in errors. Nothing may be left over."""
     config = model.config
-    tensors = _canonical(config, tensors, source)
-    expected = {name: hf_name(config, name) for name, _ in model.named_parameters()}
-    missing = sorted(set(expected.values()) - set(tensors))
-    unexpected = sorted(set(tensors) - set(expected.values()))
+    ours = in_transformers(config)
+    tensors = _canonical(model, tensors, source) if ours else tensors
+    groups: dict[str, list[str]] = {}
+    for name, _ in model.named_parameters():
+        groups.setdefault(stored_name(config, name), []).append(name)
+    missing, unexpected = sorted(set(groups) - set(tensors)), sorted(set(tensors) - set(groups))
     if missing or unexpected:
         parts = [
             f"{what}: {_few(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
@@ -153,50 +148,52 @@ def from_hf_tensors(model: Transformer, tensors: dict[str, Tensor], source: Path
             f"the tensors in {source} are not those of its config.json ({config.arch}, {config.layers} layers); "
             + "; ".join(parts)
         )
-    state = {}
-    for name, parameter in model.named_parameters():
-        tensor = tensors[expected[name]]
-        fused = _fused_part(config, name)
-        whole = torch.Size((*parameter.shape[:0:-1], 3 * parameter.shape[0])) if fused is not None else parameter.shape
-        if fused is None and _transposed(config, name):
-            whole = parameter.shape[::-1]
-        if tensor.shape != whole:
-            raise InputError(f"{expected[name]} in {source} has shape {list(tensor.shape)}, expected {list(whole)}")
-        if fused is not None:
-            tensor = tensor.chunk(3, dim=-1)[fused]
-        state[name] = (tensor.T if _transposed(config, name) else tensor).contiguous()
-    return state
+    state: dict[str, Tensor] = {}
+    for stored, names in groups.items():
+        shapes = [model.get_parameter(name).shape for name in names]
+        # Joining empty tensors tells what the whole must look like.
+        blank = [torch.empty(shape, device="meta") for shape in shapes]
+        whole = _join(config, names[0], blank).shape if ours else shapes[0]
+        if tensors[stored].shape != whole:
+            raise InputError(f"{stored} in {source} has shape {list(tensors[stored].shape)}, expected {list(whole)}")
+        found = _split(config, names[0], tensors[stored], [shape[0] for shape in shapes]) if ours else [tensors[stored]]
+        state |= {name: part.contiguous() for name, part in zip(names, found, strict=True)}
+    return {name: state[name] for name, _ in model.named_parameters()}
 
 
-def _transposed(config: ModelConfig, name: str) -> bool:
-    """GPT-2's Conv1D layers hold their matrix as `(in, out)`."""
-    return config.arch == "gpt2" and name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
-
-
-def _fused_part(config: ModelConfig, name: str) -> int | None:
-    """Which third of GPT-2's `c_attn` holds this parameter."""
-    parts = name.split(".")
-    if config.arch == "gpt2" and parts[-2] in _FUSED:
-        return _FUSED.index(parts[-2])
-    return None
-
-
-def _canonical(config: ModelConfig, tensors: dict[str, Tensor], source: Path | str) -> dict[str, Tensor]:
-    """Without constant buffers, with the prefix that base-model checkpoints lack, without a tied head's copy."""
-    tensors = {name: tensor for name, tensor in tensors.items() if not _CONSTANTS.fullmatch(name)}
-    names = _NAMES[config.arch]
-    prefix = names["embedding"].partition(".")[0] + "."
-    if tensors and not any(name.startswith(prefix) for name in tensors):
-        tensors = {name if name.startswith("lm_head.") else prefix + name: tensor for name, tensor in tensors.items()}
-    head, embedding = "lm_head.weight", names["embedding"] + ".weight"
-    if config.tie_embeddings and head in tensors and embedding in tensors:
-        if not torch.equal(tensors[head], tensors[embedding]):
-            raise InputError(
-                f"{head} in {source} differs from {embedding}, though config.json ties them",
-                hint="set tie_word_embeddings to false in config.json",
-            )
-        del tensors[head]
+def _canonical(model: Transformer, tensors: dict[str, Tensor], source: Path | str) -> dict[str, Tensor]:
+    """Without constant buffers, with the prefix that base-model checkpoints lack, without copies of tied weights."""
+    config = model.config
+    tensors = {
+        re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)): tensor
+        for name, tensor in tensors.items()
+        if not _CONSTANTS.fullmatch(name)
+    }
+    naming, expected = NAMINGS[config.arch], {stored_name(config, name) for name, _ in model.named_parameters()}
+    prefix = naming.prefix
+    if prefix and tensors and not any(name.startswith(prefix) for name in tensors):
+        tensors = {prefix + name if prefix + name in expected else name: tensor for name, tensor in tensors.items()}
+    for copy, original in _tied(model).items():
+        if copy in tensors and copy not in expected and original in tensors:
+            if not torch.equal(tensors[copy], tensors[original]):
+                raise InputError(
+                    f"{copy} in {source} differs from {original}, though config.json ties them",
+                    hint="set tie_word_embeddings to false in config.json",
+                )
+            del tensors[copy]
     return tensors
+
+
+def _tied(model: Transformer) -> dict[str, str]:
+    """Names under which files may hold a second copy of a weight, and the one that counts."""
+    config, names = model.config, {**NAMINGS[model.config.arch].modules}
+    embedding = stored_name(config, "embedding.weight")
+    copies = {f"{part}.embed_tokens.weight": embedding for part in ("encoder", "decoder")}
+    if "unembedding" in names:
+        copies[f"{names['unembedding']}.weight"] = embedding
+    if model.masked is not None:
+        copies[f"{names['unembedding']}.bias"] = stored_name(config, "masked.bias")
+    return copies
 
 
 def _read_tensors(directory: Path, device: torch.device | str) -> dict[str, Tensor]:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from llmctl.nn.attention import BACKENDS, AttentionContext, rotary_angles, rotate
+from llmctl.nn.attention import BACKENDS, AttentionContext
 from llmctl.nn.config import ModelConfig
+from llmctl.nn.positions import rotary_angles
 
 
 @dataclass
@@ -46,7 +47,7 @@ def rotates_inside(config: ModelConfig) -> bool:
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position of the context, each `(context, d / 2)` float32."""
-    cos, sin = rotary_angles(torch.arange(config.context), config.head_dim, config.rope_theta)
+    cos, sin = rotary_angles(torch.arange(config.context), config)
     return cos.squeeze(1), sin.squeeze(1)
 
 
@@ -55,8 +56,8 @@ def group_query_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: 
     if not isinstance(context, OnnxContext) or context.last is None or context.total is None:
         raise TypeError("the backend `onnx` needs an OnnxContext with lengths")
     heads, kv_heads, width = q.shape[2], k.shape[2], q.shape[3]
-    if context.tables is None and context.rotary is not None:
-        q, k = rotate(q, *context.rotary), rotate(k, *context.rotary)
+    if context.tables is None:
+        q, k = context.rotated(q, k, layer)
     padding = context.past[layer][0].shape[3] - width
     if padding:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
@@ -81,4 +82,20 @@ def group_query_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: 
     return out
 
 
-BACKENDS["onnx"] = group_query_attention
+class Fused:
+    """See `llmctl.nn.attention.Backend`."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, context: AttentionContext, bias: Tensor | None
+    ) -> Tensor:
+        """See `Backend`."""
+        if bias is not None:
+            raise TypeError("the backend `onnx` has no biases yet")
+        return group_query_attention(q, k, v, layer, context)
+
+    def cross(self, q: Tensor, layer: int, context: AttentionContext) -> Tensor:
+        """See `Backend`."""
+        raise TypeError("the backend `onnx` has no cross-attention yet")
+
+
+BACKENDS["onnx"] = Fused()

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmctl.nn.attention import PADDING
+
 Ints = NDArray[np.int64]
-PADDING = -1
-"""Document id of padding, which only sees itself."""
 SHORT_ROW = 128
 """Packed rows are at least this long, if the context allows."""
 

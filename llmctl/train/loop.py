@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import StageError
+from llmctl.nn.counts import training_flops
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context
 from llmctl.train.batches import Batch
@@ -25,7 +26,7 @@ from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
 from llmctl.train.schedule import lr_factor
-from llmctl.train.throughput import Throughput, flops_per_token, utilisation
+from llmctl.train.throughput import Throughput, utilisation
 from llmctl.train.validation import Validate
 
 
@@ -207,7 +208,7 @@ class _Run:
         if self.compute.device.type != "cuda":
             return {}
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
-        flops = flops_per_token(self.model.config, self.model.config.context) * self.throughput.overall()
+        flops = training_flops(self.model.config, self.model.config.context) * self.throughput.overall()
         share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
         return values if share is None else {**values, "utilisation": share}
 

@@ -1,11 +1,9 @@
-"""How fast training is: tokens per second, floating-point operations per token, utilisation. Pure functions."""
+"""How fast training is: tokens per second, utilisation. Pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from time import perf_counter
-
-from llmctl.nn.config import ModelConfig
 
 # Dense bf16 tensor-core peaks of the vendors' data sheets, operations per second, by a part of the device's name.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
@@ -14,19 +12,6 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 1
 def tokens_per_second(tokens: int, seconds: float) -> float:
     """Tokens over duration; 0 when no time has passed."""
     return tokens / seconds if seconds > 0 else 0.0
-
-
-def flops_per_token(config: ModelConfig, length: int) -> int:
-    """Operations of one training step per token in sequences of `length`: forward plus twice as much backward.
-
-    Matrix products only, two operations per multiply-add, attention counted in full as torch's FlopCounterMode does;
-    the causal half that kernels may skip is included. The embedding look-up counts nothing, the head does.
-    """
-    q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    ffn = (3 if config.traits.ffn == "swiglu" else 2) * config.dim * config.ff_dim
-    block = config.dim * (q_dim + 2 * kv_dim) + q_dim * config.dim + ffn
-    attention = 2 * q_dim * length  # q k' and weights times v
-    return 6 * (config.layers * (block + attention) + config.dim * config.vocab_size)
 
 
 def utilisation(flops_per_second: float, device: str) -> float | None:

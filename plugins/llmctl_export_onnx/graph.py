@@ -47,6 +47,7 @@ class Traced(nn.Module):
         width = torch.onnx.ops.symbolic("Shape", [attention_mask], {"start": 1, "end": 2}, dtype=torch.int64, shape=[1])
         context = self.model.attention_context(input_ids, positions, None, None)
         context = OnnxContext(
+            self.model.config,
             rotary=context.rotary,
             past=past,
             last=(lengths - 1).to(torch.int32),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmctl import Artifact, Context, InputError
-from llmctl.nn.config import ModelConfig
+from llmctl.nn.families import from_hf
 from llmctl.ort import OrtGenerator, open_bundle
 from llmctl_export_onnx import bundle, parity, prompts
 from llmctl_export_onnx.params import ExportParams
@@ -39,7 +39,7 @@ def run(ctx: Context, params: ExportParams, model: Artifact, data: Artifact | No
 def _is_ours(config: dict[str, Any]) -> bool:
     """Whether our transformer computes this model; a LLaMA with scaled rotary positions, say, goes through Optimum."""
     try:
-        ModelConfig.from_hf(config)
+        from_hf(config)
     except InputError:
         return False
     return True

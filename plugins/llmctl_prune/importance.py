@@ -66,7 +66,7 @@ def channel_activation(block: Block, flow: Sequence[Stream]) -> Tensor:
     total = torch.zeros_like(columns)
     count = 0
     for stream in flow:
-        inner = stream.picked(block.ffn.inner(block.ffn_norm(attended(block, stream))))
+        inner = stream.picked(block.ffn.inner(block.ffn_input(block.attended(stream.x, stream.context))))
         total += inner.abs().sum(dim=0).double()
         count += len(inner)
     return total / count * columns
@@ -78,12 +78,6 @@ def channel_magnitude(ffn: FeedForward) -> Tensor:
     if ffn.gate is not None:
         score = score * ffn.gate.weight.norm(dim=1).double()
     return score
-
-
-def attended(block: Block, stream: Stream) -> Tensor:
-    """The stream between the block's attention and its MLP."""
-    out: Tensor = block.attention(block.attention_norm(stream.x), stream.context)
-    return stream.x + out
 
 
 def _blocks(model: Transformer) -> Iterator[Block]:

@@ -13,12 +13,15 @@ from llmctl.nn.transformer import Block, FeedForward, Transformer
 
 
 def remove_layer(model: Transformer, index: int) -> None:
-    """Take out one block; the later ones move up."""
+    """Take out one block; the later ones move up, each keeping what it sees."""
+    config = model.config
+    kinds = "".join(config.layer_kind(layer) for layer in range(config.layers) if layer != index)
     del model.blocks[index]
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         block.attention.layer = number  # its place in a KV cache
-    model.config = replace(model.config, layers=len(model.blocks))
+    window = config.window if "S" in kinds else 0
+    model.config = replace(config, layers=len(model.blocks), pattern=kinds, window=window)
 
 
 def keep_channels(ffn: FeedForward, kept: Tensor) -> None:
