@@ -1,4 +1,4 @@
-"""What a model is pre-trained for: which objective fits it, what that needs of the tokenizer, where its batches come from."""
+"""What a model is pre-trained for: which objective fits it, what it needs of the tokenizer, where batches come from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llmctl.errors import InputError, UsageError
 from llmctl.nn.config import ModelConfig
 from llmctl.text.shards import SplitTokens
 from llmctl.text.tokenizer import Tokenizer
-from llmctl.train.data import Source, TokenSource
+from llmctl.train.data import TokenSource
 from llmctl.train.masking import span_lengths
 from llmctl.train.objectives import CausalLM, MaskedLM, Objective
 from llmctl.train.pieces import (
@@ -15,6 +15,7 @@ from llmctl.train.pieces import (
     MaskedSource,
     Masking,
     NextSentenceSource,
+    PieceSource,
     PrefixSource,
     vocabulary_of,
 )
@@ -29,16 +30,17 @@ FITTING: dict[str, tuple[Goal, ...]] = {
 MASKED: tuple[Goal, ...] = ("mlm", "mlm-nsp", "span")
 
 
-def choose_goal(params: PretrainParams, config: ModelConfig, spans: bool = False) -> Goal:
-    """The objective of a model of this configuration; `spans`: one that is known to be trained on spans.
+def choose_goal(params: PretrainParams, config: ModelConfig, fresh: bool = False, spans: bool = False) -> Goal:
+    """The objective of a model of this configuration; `spans`: one that is known to be trained on spans. A `fresh` model
+    gets whatever head the objective needs, any other must have it.
 
-    UsageError if the one asked for does not fit it, or if parameters are set that the objective does not read.
+    UsageError if the one asked for does not fit, or if parameters are set that the objective does not read.
     """
     fitting = FITTING[config.traits.kind]
-    goal = params.objective
-    if goal == "auto":
-        segments = config.traits.kind == "encoder" and config.token_types > 1
-        goal = "span" if spans else "mlm-nsp" if segments and config.head != "mlm" else fitting[0]
+    pairs = config.traits.kind == "encoder" and config.token_types > 1 and (fresh or config.head == "pretraining")
+    goal: Goal = "span" if spans else "mlm-nsp" if pairs else fitting[0]
+    if params.objective != "auto":
+        goal = params.objective
     if goal not in fitting:
         article = "a" if config.traits.kind == "decoder" else "an"
         raise UsageError(
@@ -49,6 +51,12 @@ def choose_goal(params: PretrainParams, config: ModelConfig, spans: bool = False
         raise UsageError(
             f"objective mlm-nsp needs two token types, {config.arch} has {config.token_types}",
             hint="use objective: mlm",
+        )
+    wanted = {"mlm-nsp": ("pretraining",), "mlm": ("mlm", "pretraining"), "span": ("mlm", "pretraining")}.get(goal)
+    if not fresh and config.head not in (wanted or ("lm",)):
+        raise UsageError(
+            f"objective {goal} needs the head {' or '.join(wanted or ('lm',))}, the model to continue has {config.head}",
+            hint="use an objective of its head",
         )
     fields = PretrainParams.model_fields
     for name, goals in OWN.items():
@@ -67,8 +75,8 @@ def make_objective(goal: Goal) -> Objective:
 
 def make_source(
     goal: Goal, split: SplitTokens, tokenizer: Tokenizer, config: ModelConfig, params: PretrainParams
-) -> Source:
-    """The batches of a split. InputError, saying what is missing, for a tokenizer without the tokens that are needed."""
+) -> TokenSource | PieceSource:
+    """The batches of a split. InputError for a tokenizer without the tokens that are needed says which are missing."""
     context = params.context or config.context
     if goal == "causal":
         return TokenSource(split, context, params)

@@ -30,11 +30,11 @@ class PretrainParams(TrainParams):
     schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly."
     )
-    preset: Literal["llama", "qwen3", "gpt2"] = Field("llama", description="Model family and its default shape.")
+    preset: Literal["llama", "qwen3", "gpt2", "bert", "roberta", "spanbert", "t5"] = Field("llama", description="Model family and its default shape.")
     objective: Literal["auto", "causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"] = Field(
         "auto",
         description="`causal`: the next token; `prefix`: the same behind a part read in both directions; `mlm`: masked "
-        "tokens; `mlm-nsp`: and whether the second text follows the first (BERT); `span`: masked spans, also from their "
+        "tokens; `mlm-nsp`: and whether a second text follows the first (BERT); `span`: masked spans, also from their "
         "boundaries (SpanBERT); `corruption`: spans behind sentinels (T5). `auto`: what fits the preset.",
     )
     mask_share: float = Field(0.15, gt=0, lt=1, description="mlm, mlm-nsp, span: share of the tokens that are masked.")
