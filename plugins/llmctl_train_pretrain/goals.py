@@ -86,15 +86,16 @@ def make_source(
         masks = Masking(vocabulary_of(tokenizer), params.mask_share, lengths, params.span_unit == "words")
         made = NextSentenceSource if goal == "mlm-nsp" else MaskedSource
         return made(split, frame, context, params, masks, fixed=params.masking == "static")
-    start = config.start_id if config.traits.kind == "encoder-decoder" else None
     if goal == "prefix":
-        return PrefixSource(split, frame, context, params, start)
+        return PrefixSource(split, frame, context, params, config.decoder_start_id)
     sentinels = tokenizer.sentinel_ids
     if not sentinels:
         raise InputError(
             f"the tokenizer in {tokenizer.directory} has no sentinels (<extra_id_0>, …), which span corruption needs",
             hint="make it with `tokenize` and special: t5",
         )
+    start = config.decoder_start_id
+    assert start is not None  # an encoder-decoder's always is
     return CorruptionSource(
-        split, frame, context, params, sentinels, config.start_id, params.noise_density, params.mean_noise_span
+        split, frame, context, params, sentinels, start, params.noise_density, params.mean_noise_span
     )
