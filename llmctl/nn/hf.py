@@ -37,7 +37,8 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:
     """Write `config.json`, `generation_config.json`, `model.safetensors` and, from `tokenizer_from`, the tokenizer.
 
-    What an objective added to the model goes to `auxiliary.safetensors`, of which transformers knows nothing. Weights keep their dtype; equal models give equal bytes.
+    What an objective added to the model goes to `auxiliary.safetensors`, of which transformers knows nothing. Weights
+    keep their dtype; equal models give equal bytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = to_hf_tensors(model)

@@ -20,7 +20,7 @@ def task_of(row: Mapping[str, Any]) -> Task | None:
 
 
 def checked(task: Task, row: Mapping[str, Any], where: str) -> Row:
-    """`row` if it is one of `task`; `start` is filled in for an answer. InputError, with `where`, says what is wrong."""
+    """`row` if it is one of `task`, an answer's `start` filled in; InputError, with `where`, says what is wrong."""
     missing = [name for name in LABELLED[task] if name not in row]
     if missing:
         raise InputError(

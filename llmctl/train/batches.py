@@ -54,6 +54,8 @@ class Piece:
     """`(N, 3)`, see `Batch.boundaries`, as places of this sequence."""
     source: Ints | None = None
     """`(S,)`, what the encoder of an encoder-decoder reads."""
+    candidates: NDArray[np.bool_] | None = None
+    """`(L,)`, tokens among which an answer is looked for."""
     label: int | None = None
     """What the sequence as a whole is."""
 
@@ -80,13 +82,15 @@ class Batch:
     prefix: Tensor | None = None
     """`(B, T)` bool, tokens that all of their sequence may see (prefix language models)."""
     boundaries: Tensor | None = None
-    """`(N, 3)` for each target in a masked span: the flat index of the token before its span, of the token after it, and
-    how far into the span it stands."""
+    """`(N, 3)` for each target in a masked span: the flat index of the token before its span, that of the one after it,
+    and how far into the span it stands."""
     source: Tensor | None = None
     """`(B, S)`, what the encoder of an encoder-decoder reads."""
     source_documents: Tensor | None = None
-    """`(B, S)`, as `documents`, with the ids of the sequences of which each is the source; None where none is padded and
-    each row is one sequence."""
+    """`(B, S)`, as `documents`, with the ids of the sequences of which each is the source; None where none is padded
+    and each row is one sequence."""
+    candidates: Tensor | None = None
+    """`(B, T)` bool, tokens among which answers are looked for."""
     firsts: Tensor | None = None
     """`(C,)`, flat index of the first token of every sequence of the batch, in the order they were given."""
     labels: Tensor | None = None
@@ -128,7 +132,7 @@ def lay_out(pieces: Sequence[Piece], length: int, packed: bool = True, causal: b
     documents = places.fill([np.full(size, index) for index, size in enumerate(sizes[:, 0])], PADDING)
     alone = len(filled) == len(pieces) and (causal or not (documents == PADDING).any())
     positions = None if alone else torch.from_numpy(places.fill([np.arange(size) for size in sizes[:, 0]]))
-    found = {"positions": positions, "documents": None if alone else torch.from_numpy(documents)}
+    found: dict[str, Any] = {"positions": positions, "documents": None if alone else torch.from_numpy(documents)}
     if pieces[0].source is not None:
         found |= _sources(pieces, _Places(rows, starts[:, 1], filled[:, 1], length))
     return Batch(
@@ -150,7 +154,7 @@ class _Places:
         self.firsts = rows * self.width + starts
         """`(C,)`, flat."""
 
-    def fill(self, values: Sequence[Ints], padding: int = 0) -> Ints:
+    def fill(self, values: Sequence[NDArray[Any]], padding: int = 0) -> Ints:
         """`(rows, width)` with each of `values` where its sequence is."""
         flat = np.full(self.count * self.width, padding, np.int64)
         for value, first in zip(values, self.firsts.tolist(), strict=True):
@@ -172,6 +176,9 @@ def _further(pieces: Sequence[Piece], places: _Places) -> dict[str, Any]:
     if any(piece.prefix for piece in pieces):
         seen = [np.arange(len(piece.ids)) < piece.prefix for piece in pieces]
         found["prefix"] = torch.from_numpy(places.fill(seen)).bool()
+    if first.candidates is not None:
+        among = [piece.candidates for piece in pieces if piece.candidates is not None]
+        found["candidates"] = torch.from_numpy(places.fill(among)).bool()
     if first.boundaries is not None:
         shifts = places.firsts[:, None] * [1, 1, 0]
         edges = [piece.boundaries for piece in pieces if piece.boundaries is not None]

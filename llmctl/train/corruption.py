@@ -75,7 +75,7 @@ def _collapse(ids: Ints, drop: Bools, sentinels: Sequence[int]) -> Ints:
     first = drop & ~np.concatenate([[False], drop[:-1]])
     found = ids.copy()
     found[first] = np.asarray(sentinels, np.int64)[: np.count_nonzero(first)]
-    return found[~drop | first]
+    return found[~drop | first]  # type: ignore[no-any-return]  # numpy
 
 
 def restore(source: Sequence[int], target: Sequence[int], sentinels: Sequence[int]) -> list[int]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from llmctl.errors import InputError
+from llmctl.nn.attention import PADDING
 from llmctl.text.shards import SplitTokens
-from llmctl.train.batches import PADDING, Batch, Example, Ints, pack
+from llmctl.train.batches import Batch, Example, Ints, pack
 from llmctl.train.params import TrainParams
 
 Pick = tuple[int, int]

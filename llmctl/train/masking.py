@@ -50,7 +50,7 @@ def choose_tokens(candidates: Bools, share: float, rng: np.random.Generator) -> 
 def span_lengths(p: float, longest: int) -> NDArray[np.float64]:
     """Probabilities of the lengths 1 to `longest`: geometric, cut off and scaled up to 1 (mean 3.797 for .2 and 10)."""
     weights = p * (1 - p) ** np.arange(longest)
-    return weights / weights.sum()
+    return weights / weights.sum()  # type: ignore[no-any-return]  # numpy
 
 
 def choose_spans(
@@ -58,8 +58,8 @@ def choose_spans(
 ) -> list[Span]:
     """Spans over about `share` of the units of the `candidates (L,)`, in order, none touching another.
 
-    `units (L,)` rise along the sequence: a unit (a word, or a token) is taken whole, and lengths count units. All lengths
-    are drawn before any span is placed, so that no place is easier to find for short ones.
+    `units (L,)` rise along the sequence: a unit (a word, or a token) is taken whole, and lengths count units. All
+    lengths are drawn before any span is placed, so that no place is easier to find for short ones.
     """
     starts, ends, runs = _candidate_units(candidates, units)
     if not len(starts):

@@ -52,7 +52,8 @@ BARE = Frame((), ())
 class PieceSource(Source):
     """The documents of a split without their `frame`, each cut into equal pieces of at most `room` tokens.
 
-    Documents of fewer than `shortest` tokens are left out. Rows hold up to `row` tokens, several pieces where they fit. With `fixed` a piece is disturbed the same way in all epochs.
+    Documents of fewer than `shortest` tokens are left out. Rows hold up to `row` tokens, several pieces where they fit.
+    With `fixed` a piece is disturbed the same way in all epochs.
     """
 
     causal = False
@@ -143,7 +144,7 @@ class MaskedSource(PieceSource):
 
 
 class NextSentenceSource(PieceSource):
-    """Pairs [CLS] a [SEP] b [SEP], masked: b follows a in half of them, else it is as long a part of another document."""
+    """Pairs [CLS] a [SEP] b [SEP], masked: b follows a in half of them, else it is as long, but of another document."""
 
     def __init__(
         self, split: SplitTokens, frame: Frame, context: int, params: TrainParams, masks: Masking, fixed: bool = False

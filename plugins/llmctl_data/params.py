@@ -72,8 +72,8 @@ class LabelledParams(Params):
     task: Task = Field(
         "classification",
         description="columns of each row: classification (text, label; optionally pair), token-classification (tokens, "
-        "labels), question-answering (context, question, answer; start where the answer occurs more than once), seq2seq "
-        "(source, target), embedding (text, positive); and optionally split",
+        "labels), question-answering (context, question, answer; start where the answer occurs more than once), "
+        "seq2seq (source, target), embedding (text, positive); and optionally split",
     )
     fields: dict[str, str] = Field(
         {}, description="what the file calls a column that is not named so: {text: review, label: stars}"

@@ -1,4 +1,4 @@
-"""Made-up labelled data whose rule is known: sentences to translate by a lexicon and a word order, and opinions to sort.
+"""Made-up labelled data whose rule is known: sentences to translate by a lexicon and a word order, opinions to sort.
 
 Every row is a function of (seed, number), so the same parameters give the same bytes everywhere.
 """
@@ -13,17 +13,49 @@ from llmctl_data.facts import rank
 Row = dict[str, Any]
 
 ARTICLES = ("the", "a", "this", "every")
-NOUNS = (
-    "dog cat bird horse child woman man farmer teacher river house tree garden book letter song door window ship cloud"
-).split()
-ADJECTIVES = "small big red old young quiet clever hungry lost green".split()
-VERBS = "sees finds likes paints follows hears remembers draws washes carries loses needs".split()
-ADVERBS = "today often slowly never gladly again".split()
-ONSETS, VOWELS = "b d f g k l m n p r s t v z".split(), "a e i o u".split()
+NOUNS = [
+    "dog",
+    "cat",
+    "bird",
+    "horse",
+    "child",
+    "woman",
+    "man",
+    "farmer",
+    "teacher",
+    "river",
+    "house",
+    "tree",
+    "garden",
+    "book",
+    "letter",
+    "song",
+    "door",
+    "window",
+    "ship",
+    "cloud",
+]
+ADJECTIVES = ["small", "big", "red", "old", "young", "quiet", "clever", "hungry", "lost", "green"]
+VERBS = [
+    "sees",
+    "finds",
+    "likes",
+    "paints",
+    "follows",
+    "hears",
+    "remembers",
+    "draws",
+    "washes",
+    "carries",
+    "loses",
+    "needs",
+]
+ADVERBS = ["today", "often", "slowly", "never", "gladly", "again"]
+ONSETS, VOWELS = ["b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z"], ["a", "e", "i", "o", "u"]
 
-THINGS = "film meal hotel book concert lecture garden journey coat bridge phone soup".split()
-GOOD = "wonderful excellent charming delightful superb lovely brilliant pleasant".split()
-BAD = "terrible awful boring dreadful poor horrible dull disappointing".split()
+THINGS = ["film", "meal", "hotel", "book", "concert", "lecture", "garden", "journey", "coat", "bridge", "phone", "soup"]
+GOOD = ["wonderful", "excellent", "charming", "delightful", "superb", "lovely", "brilliant", "pleasant"]
+BAD = ["terrible", "awful", "boring", "dreadful", "poor", "horrible", "dull", "disappointing"]
 DEGREES = ("", "really ", "quite ", "very ", "truly ")
 OPENINGS = (
     "I think the {} was {}.",
@@ -58,7 +90,8 @@ def translation(count: int, seed: int) -> Iterator[Row]:
 
     Adjectives and then articles follow their noun, so no word can be translated where it stands.
     """
-    words, seen = lexicon(seed), set()
+    words = lexicon(seed)
+    seen: set[str] = set()
     number = 0
     while len(seen) < count:
         subject, thing = (_phrase(seed, number, part) for part in ("subject", "object"))

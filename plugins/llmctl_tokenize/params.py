@@ -28,8 +28,8 @@ class TokenizeParams(Params):
     )
     special: Literal["gpt", "bert", "roberta", "t5"] = Field(
         "gpt",
-        description="special tokens: gpt (decoders; <|bos|>, <|end|>, <|pad|> and a chat template), bert ([CLS], [SEP], "
-        "[MASK], [PAD]), roberta (<s>, </s>, <mask>, <pad>) or t5 (</s>, <pad> and sentinels)",
+        description="special tokens: gpt (decoders; <|bos|>, <|end|>, <|pad|> and a chat template), bert ([CLS], "
+        "[SEP], [MASK], [PAD]), roberta (<s>, </s>, <mask>, <pad>) or t5 (</s>, <pad> and sentinels)",
     )
     sentinels: int | None = Field(
         None,

@@ -31,8 +31,9 @@ MASKED: tuple[Goal, ...] = ("mlm", "mlm-nsp", "span")
 
 
 def choose_goal(params: PretrainParams, config: ModelConfig, fresh: bool = False, spans: bool = False) -> Goal:
-    """The objective of a model of this configuration; `spans`: one that is known to be trained on spans. A `fresh` model
-    gets whatever head the objective needs, any other must have it.
+    """The objective of a model of this configuration; `spans`: one that is known to be trained on spans.
+
+    A `fresh` model gets whatever head the objective needs, any other must have it.
 
     UsageError if the one asked for does not fit, or if parameters are set that the objective does not read.
     """
@@ -52,10 +53,10 @@ def choose_goal(params: PretrainParams, config: ModelConfig, fresh: bool = False
             f"objective mlm-nsp needs two token types, {config.arch} has {config.token_types}",
             hint="use objective: mlm",
         )
-    wanted = {"mlm-nsp": ("pretraining",), "mlm": ("mlm", "pretraining"), "span": ("mlm", "pretraining")}.get(goal)
-    if not fresh and config.head not in (wanted or ("lm",)):
+    wanted = ("pretraining",) if goal == "mlm-nsp" else ("mlm", "pretraining") if goal in MASKED else ("lm",)
+    if not fresh and config.head not in wanted:
         raise UsageError(
-            f"objective {goal} needs the head {' or '.join(wanted or ('lm',))}, the model to continue has {config.head}",
+            f"objective {goal} needs the head {' or '.join(wanted)}, the model to continue has {config.head}",
             hint="use an objective of its head",
         )
     fields = PretrainParams.model_fields

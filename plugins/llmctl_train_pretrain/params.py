@@ -30,7 +30,9 @@ class PretrainParams(TrainParams):
     schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly."
     )
-    preset: Literal["llama", "qwen3", "gpt2", "bert", "roberta", "spanbert", "t5"] = Field("llama", description="Model family and its default shape.")
+    preset: Literal["llama", "qwen3", "gpt2", "bert", "roberta", "spanbert", "t5"] = Field(
+        "llama", description="Model family and its default shape."
+    )
     objective: Literal["auto", "causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"] = Field(
         "auto",
         description="`causal`: the next token; `prefix`: the same behind a part read in both directions; `mlm`: masked "

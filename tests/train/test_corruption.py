@@ -10,7 +10,7 @@ SENTINELS = list(range(32099, 31999, -1))
 
 
 def published_lengths(tokens: int, density: float, mean_span: float) -> tuple[int, int]:
-    """T5's formula as its paper and code state it: noise n = round(d L), spans round(n / m), one sentinel per span, EOS."""
+    """As T5's paper and code state it: noise n = round(d L), spans round(n / m), a sentinel for each, and EOS."""
     noise = int(round(tokens * density))
     spans = int(round(noise / mean_span))
     return tokens - noise + spans + 1, noise + spans + 1
