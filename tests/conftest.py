@@ -24,8 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two processes with as many threads as cores each wait for one another at every step: 240 s for a test of 7.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# As installed for a user: without its byte code every command compiles 120 files first, a fifth of its CPU time. That of
-# the modules that tests write, and rewrite within a second, must not be kept.
+# As installed for a user: without its byte code every command compiles 120 files first, a fifth of its CPU time. That
+# of the modules that tests write, and rewrite within a second, must not be kept.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     for package in ("llmctl", "plugins"):
         compileall.compile_dir(Path(__file__).parents[1] / package, quiet=2, workers=1)

@@ -321,7 +321,7 @@ def _capped(
         mask = torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     if mask is not None:
         weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return F.dropout(weights, context.dropout) @ values

@@ -294,7 +294,7 @@ class ModelConfig:
             raise UsageError("Transformer-XL positions look backward only", hint="choose t5 for an encoder")
 
     def _check_head(self) -> None:
-        allowed = ENCODER_HEADS if self.traits.kind == "encoder" else DECODER_HEADS
+        allowed: tuple[str, ...] = ENCODER_HEADS if self.traits.kind == "encoder" else DECODER_HEADS
         if self.traits.kind == "encoder-decoder":
             allowed = ("lm",)
         if self.head not in allowed:

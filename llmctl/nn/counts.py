@@ -1,4 +1,4 @@
-"""How large a model is and what it costs, from its configuration alone: parameters, operations, bytes. Free of torch."""
+"""How large a model is and what it costs, by its configuration alone: parameters, operations, bytes. Free of torch."""
 
 from __future__ import annotations
 

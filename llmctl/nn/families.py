@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmctl.errors import InputError, LlmctlError
+from llmctl.nn.classic_families import CLASSIC
 from llmctl.nn.config import TRAITS, ModelConfig
-from llmctl.nn.family import FAMILIES, Family
+from llmctl.nn.family import Family
+from llmctl.nn.llama_families import LLAMA_LINE
 from llmctl.nn.rope_config import read_rope, write_rope
 
+FAMILIES: dict[str, Family] = {**CLASSIC, **LLAMA_LINE}
+"""Those that transformers has, by our name."""
 OWN_CLASS = "LlmctlTransformer"
 OWN_TYPE = "llmctl"
 _PATTERN_LETTERS = {"full_attention": "L", "sliding_attention": "S"}
@@ -123,10 +127,14 @@ def _read(arch: str, head: str, config: Mapping[str, Any]) -> ModelConfig:
     values |= _read_pattern(family, config, values["layers"])
     values |= family.read(config)
     return ModelConfig(
-        arch=arch, head=head, vocab_size=config.get("vocab_size", family.defaults.get("vocab_size")), **values, **_ids(family, config),
+        arch=arch,
+        head=head,  # type: ignore[arg-type]  # a key of the family's classes
+        vocab_size=config.get("vocab_size", family.defaults.get("vocab_size")),
         tie_embeddings=config.get("tie_word_embeddings", family.defaults.get("tie_word_embeddings", True)),
         labels=_labels(head, config),
-    )  # fmt: skip
+        **values,
+        **_ids(family, config),
+    )
 
 
 def _ids(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """The attention backend `flex`: torch's FlexAttention (2412.05496), which skips blocks that a mask hides.
 
-For packed documents and sliding windows on a GPU, compiled there; on a CPU it runs uncompiled and holds all scores, so it
-is slow and serves as a check of the others.
+For packed documents and sliding windows on a GPU, compiled there; on a CPU it runs uncompiled and holds all scores, so
+it is slow and serves as a check of the others.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -103,15 +104,17 @@ def _run(
 ) -> Tensor:
     if context.dropout:
         raise UsageError("the attention backend `flex` has no dropout", hint="set dropout to 0 or use sdpa")
-    run = _compiled() if q.is_cuda else flex_attention
+    run: Any = _compiled() if q.is_cuda else flex_attention
     grouped = q.shape[2] != keys.shape[1]
-    out: Tensor = run(
-        q.transpose(1, 2),
-        keys,
-        values,
-        score_mod=score,
-        block_mask=mask,
-        scale=context.config.scale,
-        enable_gqa=grouped,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # on a CPU that is the point
+        out: Tensor = run(
+            q.transpose(1, 2),
+            keys,
+            values,
+            score_mod=score,
+            block_mask=mask,
+            scale=context.config.scale,
+            enable_gqa=grouped,
+        )
     return out.transpose(1, 2).flatten(2)

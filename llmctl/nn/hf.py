@@ -1,8 +1,8 @@
 """Models as Hugging Face directories, both ways: `save_model` and `load_model`. Strict: every tensor is accounted for.
 
 What transformers calls a weight is in `llmctl/nn/names.py`. Some families store several of our matrices as one (GPT-2's
-and Phi-3's queries, keys and values), GPT's as `(in, out)`, BLOOM's head by head. A configuration that transformers does
-not know keeps our own names.
+and Phi-3's queries, keys and values), GPT's as `(in, out)`, BLOOM's head by head. A configuration that transformers
+does not know keeps our own names.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def _join(config: ModelConfig, name: str, parts: list[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     if NAMINGS[config.arch].by_head:
-        heads = [part.unflatten(0, (config.heads, 1, config.head_dim)) for part in parts]
+        heads = [part.reshape(config.heads, 1, config.head_dim, *part.shape[1:]) for part in parts]
         return torch.cat(heads, dim=1).flatten(0, 2)
     return torch.cat(parts, dim=-1 if NAMINGS[config.arch].transposed else 0)
 
@@ -128,10 +128,10 @@ def _split(config: ModelConfig, name: str, whole: Tensor, sizes: list[int]) -> l
     if len(sizes) == 1:
         parts = [whole]
     elif NAMINGS[config.arch].by_head:
-        heads = whole.unflatten(0, (config.heads, len(sizes), config.head_dim))
+        heads = whole.reshape(config.heads, len(sizes), config.head_dim, *whole.shape[1:])
         return [part.flatten(0, 1) for part in heads.unbind(1)]
     else:
-        parts = list(whole.split(sizes, dim=-1 if NAMINGS[config.arch].transposed else 0))
+        parts = list(torch.split(whole, sizes, dim=-1 if NAMINGS[config.arch].transposed else 0))
     return [part.T if is_transposed(config, name) else part for part in parts]
 
 

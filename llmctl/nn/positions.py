@@ -35,7 +35,7 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def t5_bucket(distance: Tensor, buckets: int, furthest: int, bidirectional: bool) -> Tensor:
-    """The bucket of `distance (…)` int64, key position less query position, in `[0, buckets)` (1910.10683, section 2.1).
+    """The bucket of `distance (…)` int64, key position less query position, in `[0, buckets)` (1910.10683, 2.1).
 
     Half of the buckets hold one distance each, the others grow logarithmically up to `furthest`. With `bidirectional`
     half of all are for keys behind the query; else all of those share bucket 0.
@@ -131,5 +131,5 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def interleaved_to_half(weight: Tensor, head_dim: int) -> Tensor:
     """A query or key projection `(H * d, D)` for pairs (2i, 2i + 1), as Meta's checkpoints have it, for pairs
     (i, i + d/2)."""
-    heads = weight.unflatten(0, (-1, head_dim // 2, 2))
-    return heads.transpose(1, 2).flatten(0, 2)
+    pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[-1])
+    return pairs.transpose(1, 2).reshape(weight.shape)

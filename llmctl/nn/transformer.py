@@ -20,6 +20,9 @@ width, F feed-forward width, V vocabulary, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -72,8 +75,10 @@ class Transformer(nn.Module):
         prefix: Tensor | None = None,
     ) -> Tensor:
         """Logits `(B, T, V)` of the token after, or of encoders at, each of `tokens (B, T)`; arguments as `hidden`."""
-        further = {"segments": segments, "memory": memory, "prefix": prefix}
-        return self.head(self.hidden(tokens, positions, documents, cache, context, **further))
+        states = self.hidden(
+            tokens, positions, documents, cache, context, segments=segments, memory=memory, prefix=prefix
+        )
+        return self.head(states)
 
     def hidden(
         self,
@@ -138,6 +143,13 @@ class Transformer(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
+    def set_dropout(self, share: float) -> None:
+        """From now on, zero this share in training."""
+        self.config = replace(self.config, dropout=share)
+        for module in self.modules():
+            if isinstance(module, Block | Classifier):
+                module.dropout = share
+
     @property
     def head_weight(self) -> Tensor:
         """The matrix `(V, D)` of the output head: its own, or the embedding's."""
@@ -161,7 +173,8 @@ class Transformer(nn.Module):
 
     def memory(self, states: Tensor, documents: Tensor | None = None) -> Memory:
         """What the decoder needs of the encoder's `states (B, S, D)`."""
-        pairs = [block.cross.project_memory(states) for block in self.blocks if block.cross is not None]
+        crosses = [module for module in self.modules() if isinstance(module, CrossAttention)]
+        pairs = [cross.project_memory(states) for cross in crosses]
         return Memory([k for k, _ in pairs], [v for _, v in pairs], documents)
 
     def pooled(self, states: Tensor) -> Tensor:
@@ -228,7 +241,7 @@ class Transformer(nn.Module):
         return context
 
     def bias(self, where: Tensor, keys: int) -> Tensor | None:
-        """What T5 and ALiBi add to the scores of queries at `where (1 or B, T)` over `keys` keys: `(1 or B, H, T, S)`."""
+        """What T5 and ALiBi add to the scores of queries at `where (1 or B, T)` over `keys`, `(1 or B, H, T, S)`."""
         return shared_bias(self.config, self.relative, where, keys, self.config.traits.kind == "encoder")
 
     def _add_rotary(self, context: AttentionContext, where: Tensor) -> None:
@@ -346,8 +359,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Projections around `llmctl.nn.attention`.
 
-    Query, key and value stay separate matrices: Muon orthogonalises each by itself, and most of Hugging Face stores them
-    so.
+    Query, key and value stay separate matrices: Muon orthogonalises each by itself, and most of Hugging Face stores
+    them so.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -494,22 +507,22 @@ class OffsetRMSNorm(nn.Module):
 
 def make_norm(config: ModelConfig, dim: int = 0) -> nn.Module:
     """The family's norm over `dim` channels, D by default."""
-    kinds = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms1": OffsetRMSNorm}
+    kinds: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms1": OffsetRMSNorm}
     return kinds[config.traits.norm](dim or config.dim, eps=config.norm_eps)
 
 
 def initialise(model: Transformer) -> None:
     """Fresh weights.
 
-    | Parameter                        | Value                                         | Why                            |
-    |----------------------------------|-----------------------------------------------|--------------------------------|
-    | embedding, untied head           | normal, std 1 / (2 sqrt(D))                   | logits of order 1 at any width |
-    | learned positions, segments      | normal, std 0.02                              | GPT-2, BERT                    |
-    | relative table, XL's two biases  | normal, std 0.02                              | as positions                   |
-    | out, down                        | normal, std 1 / (10 sqrt(fan-in * 2 layers))  | blocks start near the identity |
-    | other matrices                   | normal, std 1 / sqrt(fan-in)                  | keeps the scale at any width   |
-    | norms                            | a gain of 1 (bias 0)                          |                                |
-    | biases                           | 0                                             |                                |
+    | Parameter                       | Value                                        | Why                            |
+    |---------------------------------|----------------------------------------------|--------------------------------|
+    | embedding, untied head          | normal, std 1 / (2 sqrt(D))                  | logits of order 1 at any width |
+    | learned positions, segments     | normal, std 0.02                             | GPT-2, BERT                    |
+    | relative table, XL's two biases | normal, std 0.02                             | as positions                   |
+    | out, down                       | normal, std 1 / (10 sqrt(fan-in * 2 layers)) | blocks start near the identity |
+    | other matrices                  | normal, std 1 / sqrt(fan-in)                 | keeps the scale at any width   |
+    | norms                           | a gain of 1 (bias 0)                         |                                |
+    | biases                          | 0                                            |                                |
 
     Where scores are not scaled, queries are smaller by the root of the head width instead, as in T5's own recipe.
 

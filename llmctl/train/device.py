@@ -30,6 +30,10 @@ class Compute:
         kind = params.device if params.device != "auto" else ("cuda" if has_cuda else "cpu")
         if params.compile and kind == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
             raise MachineError("compile: no C++ compiler found", hint="install g++ or leave compile off")
+        if params.attention == "flex" and kind == "cpu":
+            raise MachineError(
+                "attention flex: torch computes its gradients on CUDA only", hint="set attention to sdpa"
+            )
         bf16 = params.precision == "bf16" or (params.precision == "auto" and kind == "cuda")
         return cls(torch.device(kind), bf16, params.threads)
 

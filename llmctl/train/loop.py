@@ -48,11 +48,14 @@ def fit(
     """
     compute = Compute.of(params)
     total = params.max_steps or max(1, math.ceil(params.epochs * source.steps_per_epoch))
+    model.backend = params.attention
+    model.set_dropout(params.dropout)
     with compute.limit_threads():
         run = _Run(ctx, model, objective, source, params, validate, compute, total)
         with _compiled(model, params.compile):
             run.train()
         values = run.finish()
+    model.backend = "sdpa"  # it stays with the training: the finished model runs anywhere
     model.to("cpu").eval()
     return values
 

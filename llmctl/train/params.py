@@ -57,6 +57,15 @@ class TrainParams(Params):
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="`bf16` computes in mixed precision. `auto`: bf16 on CUDA, float32 on CPU."
     )
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of embeddings, attention weights and sub-layers' outputs zeroed in training.",
+    )
+    attention: Literal["sdpa", "flex"] = Field(
+        "sdpa", affects="nothing", description="`flex`: skips what packed documents and windows hide; CUDA only."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", affects="nothing", description="Where to train.")
     threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0: all cores, or OMP_NUM_THREADS.")
     compile: bool = Field(False, description="Compile the model with torch.compile; needs a C++ compiler on CPU.")

@@ -19,7 +19,6 @@ from llmctl.train.validation import mean_loss
 from llmctl_prune import calibration as documents
 from llmctl_prune.importance import (
     Stream,
-    attended,
     block_influence,
     channel_activation,
     channel_magnitude,
@@ -123,7 +122,6 @@ def prune(ctx: Context, params: PruneParams, model: Transformer, batches: list[B
         scores = _channel_scores(params, model, block, flow, random)
         keep_channels(block.ffn, best(scores, width).to(block.ffn.down.weight.device))
         for stream in flow:  # the next block is measured on what the pruned ones compute
-            x = attended(block, stream)
-            stream.x = x + block.ffn(block.ffn_norm(x))
+            stream.x = block(stream.x, stream.context)
         ctx.progress(params.layers_removed + number + 1, total)
     model.config = replace(model.config, ff_dim=width)

@@ -9,15 +9,9 @@ import pytest
 import torch
 
 from llmctl.errors import UsageError
-from llmctl.nn.attention import (
-    AttentionContext,
-    KVCache,
-    attention,
-    document_mask,
-    rotary_angles,
-    rotate,
-)
+from llmctl.nn.attention import AttentionContext, KVCache, backend
 from llmctl.nn.config import ModelConfig
+from llmctl.nn.positions import interleaved_to_half, rotary_angles, rotate
 from llmctl.nn.transformer import Transformer
 
 
@@ -33,6 +27,16 @@ def tiny(arch: str = "llama", dtype: torch.dtype = torch.float64, **changes) -> 
     return model
 
 
+def shape(heads: int = 4, kv_heads: int = 0, head_dim: int = 8, **changes) -> ModelConfig:
+    """A configuration for attention alone."""
+    own = {"vocab_size": 9, "dim": 32, "layers": 1, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return ModelConfig(arch="llama", **{**own, **changes})
+
+
+def attention(q, k, v, context: AttentionContext):
+    return backend(context).attend(q, k, v, 0, context, None)
+
+
 def naive(q, k, v, group: int, expand=torch.repeat_interleave):
     """softmax(q k' / sqrt(d)) v, causal; `(B, T, H, d)` in and `(B, T, H * d)` out."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -46,7 +50,7 @@ def naive(q, k, v, group: int, expand=torch.repeat_interleave):
 def test_equals_the_naive_formula_with_grouped_heads(kv_heads):
     torch.manual_seed(1)
     q, k, v = (torch.randn(2, 9, h, 8, dtype=torch.float64) for h in (6, kv_heads, kv_heads))
-    ours = attention(q, k, v, 0, AttentionContext())
+    ours = attention(q, k, v, AttentionContext(shape(6, kv_heads)))
     torch.testing.assert_close(ours, naive(q, k, v, 6 // kv_heads), rtol=0, atol=1e-12)
     # Control: expanding the heads in the wrong order (tiling) is another function.
     if 1 < kv_heads < 6:
@@ -59,7 +63,7 @@ def test_equals_the_naive_formula_with_grouped_heads(kv_heads):
 def test_an_unknown_backend_lists_the_known_ones():
     q = torch.zeros(1, 1, 1, 2)
     with pytest.raises(UsageError) as caught:
-        attention(q, q, q, 0, AttentionContext(backend="flash9"))
+        attention(q, q, q, AttentionContext(shape(), backend="flash9"))
     assert "sdpa" in (caught.value.hint or "")
 
 
@@ -68,7 +72,7 @@ def test_rotary_products_depend_on_the_offset_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def product(i: int, j: int) -> float:
-        (a, b) = (rotate(x, *rotary_angles(torch.tensor([[p]]), 16, 1e4)) for x, p in ((q, i), (k, j)))
+        (a, b) = (rotate(x, *rotary_angles(torch.tensor([[p]]), shape(head_dim=16))) for x, p in ((q, i), (k, j)))
         return float((a * b).sum())
 
     assert product(3, 10) == pytest.approx(product(23, 30), abs=1e-5)  # angles are float32
@@ -78,19 +82,26 @@ def test_rotary_products_depend_on_the_offset_alone():
 def test_half_split_rotation_is_the_interleaved_one_after_the_permutation():
     torch.manual_seed(3)
     x = torch.randn(1, 5, 2, 8, dtype=torch.float64)
-    cos, sin = rotary_angles(torch.arange(5)[None], 8, 1e4)
+    cos, sin = rotary_angles(torch.arange(5)[None], shape())
     even, odd = x[..., 0::2], x[..., 1::2]  # the paper turns neighbouring channels
     interleaved = torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
     permuted = torch.cat((even, odd), dim=-1)
     torch.testing.assert_close(rotate(permuted, cos, sin), interleaved, rtol=0, atol=1e-12)
     assert (rotate(x, cos, sin) - interleaved).abs().max() > 0.1
+    # A projection of Meta's layout, permuted once, gives what the paper's rotation of neighbours gives.
+    weight, inputs = torch.randn(16, 6, dtype=torch.float64), torch.randn(1, 5, 6, dtype=torch.float64)
+    theirs = (inputs @ weight.T).unflatten(-1, (2, 8))
+    even, odd = theirs[..., 0::2], theirs[..., 1::2]
+    turned = torch.cat((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+    ours = (inputs @ interleaved_to_half(weight, 8).T).unflatten(-1, (2, 8))
+    torch.testing.assert_close(rotate(ours, cos, sin), turned, rtol=0, atol=1e-12)
 
 
 def test_rotary_angles_keep_large_positions_apart_in_bfloat16():
     model = tiny(dtype=torch.bfloat16)
-    cos, _ = model.attention_context(torch.zeros(1, 4, dtype=torch.int64), None, None, None).rotary
+    cos, _ = model.attention_context(torch.zeros(1, 4, dtype=torch.int64), None, None, None).rotary["L"]
     assert cos.dtype == torch.float32
-    angles = rotary_angles(torch.tensor([[256, 257]]), 16, 1e4)[1]
+    angles = rotary_angles(torch.tensor([[256, 257]]), shape(head_dim=16))[1]
     assert not torch.equal(angles[0, 0], angles[0, 1])
 
 
@@ -169,7 +180,8 @@ def test_packed_documents_equal_documents_alone(arch, dtype, tolerance):
 
 
 def test_document_mask_by_hand():
-    mask = document_mask(torch.tensor([[4, 4, 9]]))
+    context = AttentionContext(shape(), documents=torch.tensor([[4, 4, 9]]))
+    mask = context.mask(0, 3, torch.device("cpu"))
     assert mask[0, 0].tolist() == [[True, False, False], [True, True, False], [False, False, True]]
 
 

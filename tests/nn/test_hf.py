@@ -178,7 +178,7 @@ def test_pickles_are_refused(copy):
         ({}, "is no model: it has no config.json"),
         ({"config.json": "{"}, "cannot be read"),
         ({"config.json": "[]"}, "is no JSON object"),
-        ({"config.json": '{"architectures": ["BertForMaskedLM"]}'}, "`architectures`.*BertForMaskedLM"),
+        ({"config.json": '{"architectures": ["MambaForCausalLM"]}'}, "`architectures`.*MambaForCausalLM"),
     ],
 )
 def test_what_is_no_model(files, message, tmp_path):

@@ -358,6 +358,23 @@ def test_what_the_machine_lacks_is_said_before_training(monkeypatch) -> None:
     assert str(Compute.of(params())) == "cpu float32" and not Compute.of(params()).bf16
 
 
+def test_flex_attention_is_refused_where_it_has_no_gradients() -> None:
+    from llmctl.errors import MachineError
+    from llmctl.train.device import Compute
+
+    with pytest.raises(MachineError, match="computes its gradients on CUDA only"):
+        Compute.of(params(device="cpu", attention="flex"))
+
+
+def test_dropout_is_the_trainings_and_resumes(make_context, make_model, make_examples) -> None:
+    examples, values = make_examples(11), params(dropout=0.2)
+    straight = trained(make_context, make_model, examples, "straight", values, [])
+    stopped = trained(make_context, make_model, examples, "stopped", values, [1, 3])
+    assert torch.equal(straight[0], stopped[0])
+    without = trained(make_context, make_model, examples, "without", params(), [])
+    assert not torch.equal(straight[0], without[0])
+
+
 def test_threads_are_limited_inside_only() -> None:
     from llmctl.train.device import Compute
 
