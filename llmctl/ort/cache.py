@@ -6,6 +6,7 @@ one slot and copies nothing (`InPlaceRows`); other graphs return past and new ke
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
+from llmctl import decoding
 from llmctl.errors import InputError
 from llmctl.ort.sessions import CUDA, provider
 
@@ -96,6 +98,9 @@ class Rows(Protocol):
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32."""
 
+    def keep(self, rows: Sequence[int]) -> decoding.Rows:
+        """New rows that go on from these ones, in this order; these stay as they are."""
+
 
 class InPlaceRows:
     """Rows over one preallocated cache: the same OrtValue is bound as `past_key_values.N` and `present.N`.
@@ -159,6 +164,10 @@ class InPlaceRows:
         self.session.run_with_iobinding(self._binding)
         return np.asarray(self._logits[:, 0], np.float32)
 
+    def hold(self, rows: Sequence[int]) -> None:
+        """These rows do not grow in the next step: it overwrites their last token, as they are done."""
+        self.lengths[list(rows)] -= 1
+
     def keep(self, rows: Sequence[int]) -> InPlaceRows:
         """New rows that go on from these ones, in this order."""
         kept = InPlaceRows(self.session, self.layout, len(rows), self.capacity)
@@ -199,7 +208,7 @@ class InPlaceRows:
 
 
 class GrowingRow:
-    """One row of a graph that concatenates: each step's `present` is the next one's `past`."""
+    """One row of a graph that concatenates: each step's `present` is the next one's `past`, and no value is changed."""
 
     def __init__(self, session: ort.InferenceSession, layout: Layout, capacity: int) -> None:
         self.session, self.layout, self.capacity = session, layout, capacity
@@ -236,6 +245,38 @@ class GrowingRow:
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token; logits `(1, V)` float32."""
         return self.feed(0, tokens)
+
+    def keep(self, rows: Sequence[int]) -> SplitRows:
+        """Rows that go on from this one, as many as `rows` names it."""
+        return SplitRows([self]).keep(rows)
+
+
+class SplitRows:
+    """Rows of a graph that concatenates, each run by itself, because such a graph takes rows of one length only."""
+
+    def __init__(self, parts: list[GrowingRow]) -> None:
+        self.parts = parts
+        self._held: frozenset[int] = frozenset()
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        """Append one token to every row that is not held; logits `(B, V)` float32."""
+        logits = np.zeros((len(self.parts), self.parts[0].layout.vocab_size), np.float32)
+        for i, (part, token) in enumerate(zip(self.parts, tokens, strict=True)):
+            if i not in self._held:
+                logits[i] = part.step([token])[0]
+        self._held = frozenset()
+        return logits
+
+    def hold(self, rows: Sequence[int]) -> None:
+        """The next step leaves these rows out."""
+        self._held = frozenset(rows)
+
+    def keep(self, rows: Sequence[int]) -> SplitRows:
+        """New rows that go on from these ones; the cache so far is shared, as a step makes a new one."""
+        parts = [copy.copy(self.parts[row]) for row in rows]
+        for part in parts:
+            part.lengths = part.lengths.copy()
+        return SplitRows(parts)
 
 
 def _value(array: np.ndarray, device: str = "cpu") -> ort.OrtValue:

@@ -5,8 +5,11 @@ The order is temperature, then top-k, then top-p, as in transformers (`generatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from llmctl.beams import Continuation
 from llmctl.generator import Sampling
 
 
@@ -48,3 +51,26 @@ class Sampler:
         drawn = np.searchsorted(np.cumsum(probabilities), self.random.random(), side="right")
         # The sum may end a rounding error below 1 and below the draw.
         return int(ids[min(int(drawn), len(ids) - 1)])
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Natural log-probabilities `(…, V)` float64 of `logits (…, V)`, nothing scaled or filtered."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, initial=-np.inf, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))  # type: ignore[no-any-return]
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """That of `token` under `logits (V,)`."""
+    return float(log_probabilities(logits)[token])
+
+
+def rank(logits: np.ndarray, totals: Sequence[float], wanted: int) -> list[Continuation]:
+    """The `wanted` likeliest continuations of beams with `logits (B, V)`, `totals` added to each beam's; best first."""
+    scores = log_probabilities(logits)
+    sums = (scores + np.asarray(totals)[:, None]).ravel()
+    best = np.argpartition(-sums, min(wanted, sums.size) - 1)[:wanted]
+    best = best[np.argsort(-sums[best], kind="stable")]
+    beams, tokens = np.divmod(best, scores.shape[1])
+    logprobs = scores[beams, tokens]
+    return [Continuation(*found) for found in zip(beams.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)]
