@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmctl.errors import InputError, StageError
+from llmctl.nn.auxiliary import save_auxiliary
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.families import from_hf, in_transformers, to_hf
 from llmctl.nn.names import NAMINGS, hf_name, is_transposed
@@ -36,7 +37,8 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "mo
 def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:
     """Write `config.json`, `generation_config.json`, `model.safetensors` and, from `tokenizer_from`, the tokenizer.
 
-    Weights keep their dtype; equal models give equal bytes.
+    What an objective added to the model goes to `auxiliary.safetensors`, of which transformers knows nothing. Weights
+    keep their dtype; equal models give equal bytes.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = to_hf_tensors(model)
@@ -49,6 +51,7 @@ def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None 
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise StageError(f"cannot write model.safetensors: {error}", hint="is the disk full?") from error
+    save_auxiliary(model, directory)
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, directory)
 
@@ -98,12 +101,13 @@ def stored_name(config: ModelConfig, name: str) -> str:
 def to_hf_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every weight under its stored name and in its layout, on the CPU; a tied head is left out."""
     config = model.config
+    own = {name: parameter for name, parameter in model.named_parameters() if not name.startswith("auxiliary.")}
     grouped: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in own.items():
         grouped.setdefault(stored_name(config, name), []).append(parameter.detach().cpu())
     if not in_transformers(config):
         return {name: parts[0].contiguous() for name, parts in grouped.items()}
-    first = {stored_name(config, name): name for name, _ in reversed(list(model.named_parameters()))}
+    first = {stored_name(config, name): name for name in reversed(own)}
     return {name: _join(config, first[name], parts).contiguous() for name, parts in grouped.items()}
 
 

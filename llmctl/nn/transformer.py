@@ -59,6 +59,8 @@ class Transformer(nn.Module):
         self.next = nn.Linear(config.dim, 2) if config.head == "pretraining" else None
         self.classifier = None if words or config.head == "features" else Classifier(config)
         initialise(self)
+        self.auxiliary = nn.ModuleDict()
+        """What only an objective needs (`llmctl/nn/auxiliary.py`): trained with the model, no part of its weights."""
 
     def forward(
         self,
