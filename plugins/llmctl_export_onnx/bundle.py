@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.text.pooling import POOLING_FILES
 from llmctl.text.tokenizer import FILES
 
 GENAI_TYPE = "llama"
@@ -31,9 +32,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files as they are; write `generation_config.json` where there is none."""
-    for name in ("config.json", "generation_config.json", *FILES):
+    """Copy configuration, tokenizer and pooling as they are; write `generation_config.json` where there is none."""
+    for name in ("config.json", "generation_config.json", *FILES, *POOLING_FILES):
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
     generation = target / "generation_config.json"
     if not generation.is_file():

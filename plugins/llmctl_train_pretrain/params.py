@@ -7,7 +7,18 @@ from typing import Any, Literal
 from llmctl.spec.params import Field
 from llmctl.train.params import TrainParams
 
-SHAPE = ("dim", "layers", "heads", "kv_heads", "ff_dim", "context", "rope_theta", "tie_embeddings")
+SHAPE = (
+    "dim",
+    "layers",
+    "heads",
+    "kv_heads",
+    "ff_dim",
+    "context",
+    "window",
+    "pattern",
+    "rope_theta",
+    "tie_embeddings",
+)
 
 Goal = Literal["causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"]
 OWN: dict[str, tuple[Goal, ...]] = {
@@ -30,7 +41,7 @@ class PretrainParams(TrainParams):
     schedule: Literal["cosine", "wsd", "linear", "constant"] = Field(
         "wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly."
     )
-    preset: Literal["llama", "qwen3", "gpt2", "bert", "roberta", "spanbert", "t5"] = Field(
+    preset: Literal["llama", "qwen3", "gpt2", "gpt3", "bert", "roberta", "spanbert", "t5"] = Field(
         "llama", description="Model family and its default shape."
     )
     objective: Literal["auto", "causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"] = Field(
@@ -57,6 +68,12 @@ class PretrainParams(TrainParams):
         None, ge=1, description="Feed-forward width. Unset: 8/3 dim rounded up to 32, or 4 dim (gpt2)."
     )
     context: int | None = Field(None, ge=8, description="Longest sequence in tokens; training rows have this length.")
+    window: int | None = Field(None, ge=1, description="Tokens that a layer of the kind S sees, its own included.")
+    pattern: str | None = Field(
+        None,
+        pattern="^[LSN]+$",
+        description="Kinds of layer, repeated over the depth: L sees all, S a window, N all and without positions.",
+    )
     rope_theta: float | None = Field(None, gt=0, description="Base of the rotary frequencies.")
     tie_embeddings: bool | None = Field(None, description="Use the embedding as the output head.")
 
