@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.nn.config import Traits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,10 @@ class ForeignConfig:
     eos_id: int | None = None
     pad_id: int | None = None
     other_eos_ids: tuple[int, ...] = ()
+    traits: Traits = Traits()
+    """Of these only the kind is known: a decoder. How it computes is transformers' own."""
+    head: str = "lm"
+    token_types: int = 0
 
     @property
     def eos_ids(self) -> frozenset[int]:

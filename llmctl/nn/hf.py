@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import InputError
+from llmctl.nn.auxiliary import save_auxiliary
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.families import from_hf, in_transformers, to_hf
 from llmctl.nn.names import NAMINGS, hf_name, is_transposed
@@ -42,7 +43,8 @@ def save_model(
     """Write `config.json`, `generation_config.json`, `model.safetensors` and, from `tokenizer_from`, the tokenizer.
 
     Weights keep their dtype; equal models give equal bytes. Above `max_shard_bytes` they come in several files with an
-    index, as transformers writes them.
+    index, as transformers writes them. What an objective added to the model goes to `auxiliary.safetensors`, of which
+    transformers knows nothing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = to_hf_tensors(model)
@@ -52,6 +54,7 @@ def save_model(
     _write_json(directory / "config.json", dict(sorted({**config, "dtype": dtype}.items())))
     _write_json(directory / "generation_config.json", ids)
     write_shards(tensors, directory, max_shard_bytes)
+    save_auxiliary(model, directory)
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, directory)
 
@@ -106,12 +109,13 @@ def stored_name(config: ModelConfig, name: str) -> str:
 def to_hf_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every weight under its stored name and in its layout, on the CPU; a tied head is left out."""
     config = model.config
+    own = {name: parameter for name, parameter in model.named_parameters() if not name.startswith("auxiliary.")}
     grouped: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in own.items():
         grouped.setdefault(stored_name(config, name), []).append(parameter.detach().cpu())
     if not in_transformers(config):
         return {name: parts[0].contiguous() for name, parts in grouped.items()}
-    first = {stored_name(config, name): name for name, _ in reversed(list(model.named_parameters()))}
+    first = {stored_name(config, name): name for name in reversed(own)}
     return {name: _join(config, first[name], parts).contiguous() for name, parts in grouped.items()}
 
 

@@ -12,6 +12,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama", "dim": 192, "layers": 4, "heads": 6, "kv_heads": 2, "context": 256},
     "qwen3": {"arch": "qwen3", "dim": 192, "layers": 4, "heads": 6, "kv_heads": 2, "context": 256},
     "gpt2": {"arch": "gpt2", "dim": 192, "layers": 4, "heads": 6, "context": 256},
+    "gpt3": {"arch": "gpt3", "dim": 192, "layers": 4, "heads": 6, "context": 256, "pattern": "LS", "window": 64},
+    "bert": {"arch": "bert", "dim": 192, "layers": 4, "heads": 6, "context": 256, "token_types": 2},
+    "roberta": {"arch": "roberta", "dim": 192, "layers": 4, "heads": 6, "context": 256, "token_types": 1},
+    "spanbert": {"arch": "bert", "dim": 192, "layers": 4, "heads": 6, "context": 256, "token_types": 2},
+    "t5": {"arch": "t5", "dim": 192, "layers": 4, "heads": 6, "context": 256},
 }
 
 

@@ -10,8 +10,10 @@ from llmctl.nn.foreign import ForeignModel
 from llmctl.train.muon import Muon
 from llmctl.train.params import TrainParams
 
-OUTER = ("embedding", "positions", "unembedding")
-"""Modules whose matrices are no hidden matrices: rows are looked up or scored one by one."""
+TABLES = ("embedding", "positions", "segments", "relative", "unembedding", "next", "classifier")
+BIASES = ("content_bias", "distance_bias")
+OUTER = (*TABLES, *BIASES)
+"""Parts of the names of matrices that are no hidden matrices: rows are looked up, scored or added one by one."""
 
 
 class Optimizers:
@@ -70,5 +72,5 @@ class Optimizers:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether `parameter` maps hidden states to hidden states: 2-D, and neither an embedding nor the head."""
+    """Whether `parameter` maps hidden states to hidden states: 2-D, and no table, head or bias."""
     return parameter.ndim == 2 and not any(part in OUTER for part in name.split("."))

@@ -100,7 +100,7 @@ def find_model(text: str | None) -> Artifact:
 
 def model_type(path: Path) -> str:
     """`model.onnx` or `model.hf` by the files of a directory; InputError if it is neither."""
-    if (path / "model.onnx").is_file():
+    if any((path / name).is_file() for name in ("model.onnx", "encoder_model.onnx")):
         return "model.onnx"
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return "model.hf"
