@@ -13,8 +13,8 @@ from llmctl.store import types
 
 READABLE = (".txt", ".txt.gz", ".md", ".markdown", ".md.gz", ".jsonl", ".jsonl.gz", ".parquet")
 """Endings that the stage `data` reads."""
-TRAINABLE = ("llama", "qwen3", "gpt2")
-"""`model_type` of the architectures that can be trained; others can be exported and served."""
+ENCODERS = ("bert", "distilbert", "roberta")
+"""`model_type` of architectures that read and do not write: no goal here trains one."""
 KINDS = {
     "files": "texts (.txt, .md, .jsonl with `text`, .parquet)",
     "dataset.text": "texts (.txt, .md, .jsonl with `text`, .parquet)",
@@ -86,10 +86,10 @@ def look_at_model(text: str, kinds: Sequence[str], *, trains: bool) -> Found:
     except OSError as error:
         raise InputError(f"cannot read {error.filename or text}: {error.strerror}") from error
     name = str(config.get("model_type") or "unknown") if isinstance(config, dict) else "unknown"
-    if trains and name not in TRAINABLE:
+    if trains and name in ENCODERS:
         raise InputError(
-            f"{text} is a model of type `{name}`, which cannot be trained here",
-            hint=f"trained are {', '.join(TRAINABLE)}; others can be exported: llmctl export-onnx --model {text}",
+            f"{text} is a model of type `{name}`, an encoder: it reads texts and writes none",
+            hint="give a model that generates text, or train encoders with specs like specs/bert.yaml",
         )
     if not (path / "tokenizer.json").is_file():
         raise InputError(f"{text} has no tokenizer.json", hint="copy the one it was trained with into the directory")

@@ -12,6 +12,7 @@ from llmctl import Artifact, Context, InputError, UsageError
 from llmctl.text.datasets import read_rows
 from llmctl.text.labelled import checked, find_task
 from llmctl_eval.conversations import choose_answers, generate_answers, read_question, summarise, with_candidates
+from llmctl_eval.decoding import compare_strategies
 from llmctl_eval.intervals import Bootstrap
 from llmctl_eval.labelled import scorer
 from llmctl_eval.params import EvalParams, LabelledTask, Task
@@ -27,6 +28,7 @@ NEEDS: dict[Task, str] = {
     "accuracy": "dataset.chat",
     "ranking": "dataset.preference",
     **dict.fromkeys(get_args(LabelledTask), "dataset.labelled"),
+    "decoding": "dataset.tokens",
 }
 LABELLED: dict[Task, LabelledTask] = {task: task for task in get_args(LabelledTask)}
 DEFAULT: dict[str, Task] = {
@@ -65,7 +67,7 @@ def run(
     ctx: Context, params: EvalParams, model: Artifact, data: Sequence[Artifact], reference: Artifact | None = None
 ) -> None:
     """Measure, report, and leave every sample."""
-    chosen = choose_tasks(ctx, params, data)
+    chosen = choose_tasks(ctx, params, data, reference is not None)
     evaluation = Evaluation(ctx, params, Bootstrap(params.confidence, params.resamples, params.seed))
     subjects = [Subject.of(model, "model", params.device, params.threads)]
     if reference is not None:
@@ -76,13 +78,20 @@ def run(
         if task == "perplexity":
             ctx.report(_perplexity(evaluation, subjects, artifact))
             continue
+        if task == "decoding":
+            written, values = _decoding(evaluation, subjects[0], artifact)
+            write_samples(samples, written)
+            ctx.report(values)
+            continue
         found = [_samples(evaluation, subject, task, artifact) for subject in subjects]
         write_samples(samples, found[0])
         ctx.report(_metrics(evaluation, task, found))
     ctx.report({"backend": subjects[0].backend, "tokenizer": subjects[0].tokenizer.digest})
 
 
-def choose_tasks(ctx: Context, params: EvalParams, data: Sequence[Artifact]) -> dict[Task, Artifact]:
+def choose_tasks(
+    ctx: Context, params: EvalParams, data: Sequence[Artifact], reference: bool = False
+) -> dict[Task, Artifact]:
     """The tasks with the data of each. UsageError if they do not fit together."""
     by_type: dict[str, Artifact] = {}
     for artifact in data:
@@ -106,6 +115,8 @@ def choose_tasks(ctx: Context, params: EvalParams, data: Sequence[Artifact]) -> 
         raise UsageError("baselines belong to task perplexity", hint="add it to tasks, or leave baselines out")
     if idle := [task for task in params.splits if task not in tasks]:
         raise UsageError(f"splits names {idle[0]}, which is not among the tasks", hint="add it, or leave the split out")
+    if reference and "decoding" in tasks:
+        ctx.warn("task decoding measures the model alone, not the reference")
     for kind in by_type:
         if kind not in {NEEDS[task] for task in tasks}:
             ctx.warn(f"no task uses the {kind} in {by_type[kind].path}")
@@ -123,6 +134,11 @@ def _perplexity(evaluation: Evaluation, subjects: Sequence[Subject], data: Artif
     if len(found) > 1:
         values["perplexity.reference_nats"] = found[1]["perplexity.nats"]
     return values
+
+
+def _decoding(evaluation: Evaluation, subject: Subject, data: Artifact) -> tuple[list[Sample], dict[str, float]]:
+    split, log = evaluation.split("decoding"), evaluation.log(subject, "decoding")
+    return compare_strategies(evaluation.ctx, evaluation.params, subject, data, split, log, evaluation.boot)
 
 
 def _samples(evaluation: Evaluation, subject: Subject, task: Task, data: Artifact) -> list[Sample]:

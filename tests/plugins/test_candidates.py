@@ -15,7 +15,7 @@ from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.chat import chat, generate
 from llmctl_serve.defaults import default_sampling
 
-from .conftest import SURE
+from .conftest import SURE, write_byte_tokenizer
 
 OTHER = np.log((1 - SURE) / 261)
 """Log-probability of a token that is not the scripted one."""
@@ -169,3 +169,33 @@ def test_both_engines_print_the_same(real_models, flags):
         shown.append([[[score["token"] for score in one["logprobs"]], one["tokens"]] for one in found])
         assert [one["score"] for one in found] == sorted((one["score"] for one in found), reverse=True)
     assert shown[0] == shown[1]
+
+
+def test_an_encoder_decoder_reads_the_whole_prompt(tmp_path):
+    torch = pytest.importorskip("torch")
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+    from llmctl.train.generate import open_model
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": 262, "dim": 32, "layers": 2, "heads": 4, "context": 24}
+    model = Transformer(ModelConfig(arch="t5", **shape, bos_id=0, eos_id=1, pad_id=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter) * 0.2
+    save_model(model, tmp_path, write_byte_tokenizer(tmp_path / "tokenizer"))
+    tokenizer = Tokenizer.load(tmp_path)
+    flags = ["--max-new-tokens", 12, "--device", "cpu"]
+    scored = ["--logprobs", 1, "--format", "json"]
+    # A prompt as long as the context leaves room for an answer all the same.
+    for text in ("loads", "x" * 22):
+        source = tokenizer.encode_document(text)
+        (ids,) = open_model(tmp_path, "cpu").generate([source], Sampling(max_new_tokens=12))
+        assert len(ids) == 12
+        assert invoke(generate, tmp_path, "--prompt", text, *flags).output == tokenizer.decode(ids) + "\n"
+        (found,) = json.loads(invoke(generate, tmp_path, "--prompt", text, *flags, *scored).output)["candidates"]
+        said = [tokenizer.decode([one], skip_special=False) for one in ids]
+        assert [token["token"] for token in found["logprobs"]] == said
+    with pytest.raises(UsageError, match="25 tokens, the model's context is 24"):
+        invoke(generate, tmp_path, "--prompt", "x" * 23, *flags)

@@ -172,8 +172,10 @@ def test_every_goal_has_its_template_and_names_that_others_have():
     readers = pytest.importorskip("llmctl_data.readers")
     assert set(material.READABLE) == set(readers.SUPPORTED)
     from llmctl.nn.config import TRAITS
+    from llmctl.nn.families import FAMILIES
 
-    assert set(material.TRAINABLE) == set(TRAITS)
+    encoders = {family.model_type for arch, family in FAMILIES.items() if TRAITS[arch].kind == "encoder"}
+    assert set(material.ENCODERS) == encoders
 
 
 # -- really run -------------------------------------------------------------------------------------------------------
@@ -416,7 +418,7 @@ def test_models_that_cannot_be_used_are_told_apart(work, monkeypatch):
     write_model(Path("pickled"))
     Path("pickled/model.safetensors").rename("pickled/pytorch_model.bin")
     for goal, path, message in (
-        ("compress", "bert", "a model of type `bert`, which cannot be trained here"),
+        ("compress", "bert", "a model of type `bert`, an encoder"),
         ("compress", "mute", "has no tokenizer.json"),
         ("fine-tune", "pickled", "model.safetensors is missing (pytorch_model.bin is not read"),
         ("fine-tune", "texts", "texts holds no config.json and no model.safetensors, model.hf is wanted"),
