@@ -29,8 +29,8 @@ class EvalParams(Params):
 
     tasks: list[Task] = Field(
         default=[],
-        description="perplexity and decoding (token shards), exact-match and accuracy (chat), ranking (preference), and "
-        "for labelled rows the task that they are of; default: one for each kind of data given",
+        description="perplexity and decoding (token shards), exact-match and accuracy (chat), ranking (preference), "
+        "and for labelled rows the task that they are of; default: one for each kind of data given",
     )
     split: str = Field(default="validation", min_length=1, description="split of the data that is measured on")
     splits: dict[Task, str] = Field(default={}, description="another split for single tasks: {exact-match: test}")
