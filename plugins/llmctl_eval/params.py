@@ -46,7 +46,7 @@ class EvalParams(Params):
         description="exact-match, question-answering, seq2seq: squad ignores case, ASCII punctuation, articles, "
         "spacing; strict only outer spaces",
     )
-    max_new_tokens: int = Field(default=64, ge=1, description="exact-match, seq2seq, decoding: longest answer")
+    max_new_tokens: int = Field(default=64, ge=1, description="exact-match, seq2seq and decoding: longest answer")
     max_answer_tokens: int = Field(default=30, ge=1, description="question-answering: longest answer")
     candidates: int = Field(default=4, ge=2, description="accuracy: answers to choose from, the right one included")
     strategies: list[Strategy] = Field(

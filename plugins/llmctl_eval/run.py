@@ -27,8 +27,8 @@ NEEDS: dict[Task, str] = {
     "exact-match": "dataset.chat",
     "accuracy": "dataset.chat",
     "ranking": "dataset.preference",
-    "decoding": "dataset.tokens",
     **dict.fromkeys(get_args(LabelledTask), "dataset.labelled"),
+    "decoding": "dataset.tokens",
 }
 LABELLED: dict[Task, LabelledTask] = {task: task for task in get_args(LabelledTask)}
 DEFAULT: dict[str, Task] = {
