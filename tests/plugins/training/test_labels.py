@@ -206,9 +206,7 @@ def test_bad_labels_are_named(tune, data_of, tmp_path: Path) -> None:
     one = [{**row, "label": "red"} for row in rows]
     with pytest.raises(InputError, match="has 1 label"):
         tune("bert", data_of("classification", one, "one"))
-    odd = write(
-        tmp_path / "odd", "dataset.labelled", {"train": rows, "validation": [{"text": "a", "label": "purple"}]}
-    )
+    odd = write(tmp_path / "odd", "dataset.labelled", {"train": rows, "validation": [{"text": "a", "label": "purple"}]})
     with pytest.raises(InputError, match="label 'purple', which no training row has"):
         tune("bert", odd)
 
