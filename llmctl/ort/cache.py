@@ -58,7 +58,7 @@ class Layout:
 
 
 def read_layout(session: ort.InferenceSession, source: object) -> Layout:
-    """Recognise a decoder with a KV cache, with or without an encoder; InputError, naming `source`, for other graphs."""
+    """Recognise a decoder with a KV cache, with an encoder or not; InputError, naming `source`, for other graphs."""
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     constants = tuple(name for name in inputs if "encoder" in name.replace("decoder", ""))

@@ -38,7 +38,7 @@ class OrtEncoder:
         self.session = session
         self.inputs = {value.name for value in session.get_inputs()}
         self.outputs = tuple(value.name for value in session.get_outputs())
-        """`last_hidden_state` (and `pooler_output`, `sentence_embedding`), or `logits`, or `start_logits`, `end_logits`."""
+        """`last_hidden_state` (`pooler_output`, `sentence_embedding`), or `logits`, or `start_logits`, `end_logits`."""
         if self.inputs - _INPUTS or not {"input_ids", "attention_mask"} <= self.inputs:
             raise InputError(
                 f"{bundle.model} is no encoder: its inputs are {', '.join(sorted(self.inputs))}",

@@ -22,7 +22,7 @@ SHARED = "past_present_share_buffer"
 
 
 class OrtSeq2Seq:
-    """A `llmctl.generator.Generator` whose prompt is what the encoder reads, and whose answer all that the decoder says.
+    """A `llmctl.generator.Generator` whose prompt is what the encoder reads, whose answer all that the decoder says.
 
     Three graphs, as Optimum lays them out: the encoder; the decoder's first step, which also computes the keys and
     values of all cross-attention; the decoder's further steps, which are given these.

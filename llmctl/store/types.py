@@ -285,7 +285,11 @@ def _tensors(path: Path, name: str) -> list[safetensors.Tensor]:
     for shard in names:
         if not (path / shard).is_file():
             pickled = next((file.name for file in sorted(path.iterdir()) if PICKLES.match(file.name)), None)
-            because = f" ({pickled} is not read: that format can run code)" if pickled else ""
+            because = (
+                f" ({pickled} is not read: that format can run code; `python -m llmctl.nn.unpickle` converts it)"
+                if pickled
+                else ""
+            )
             raise Unfit(f"{shard} is missing{because}")
         try:
             found += safetensors.read_header(path / shard)

@@ -25,6 +25,7 @@ DATA = Stage(
     extra="data",
     key_deps=("python",),  # the reader `python-stdlib` reads the running interpreter's library
     headline=("text.documents",),
+    rev=2,  # labelled rows are an output
 )
 
 
