@@ -108,6 +108,11 @@ def continue_model(
             f"objective {goal} is of llmctl's own transformer; {model.config.arch} is computed by transformers",
             hint="use objective: causal",
         )
+    if changes and isinstance(model, ForeignModel):
+        raise UsageError(
+            f"{min(changes)} cannot be changed: {model.config.arch} is computed by transformers",
+            hint=f"leave {min(changes)} out",
+        )
     return goal, reshaped(model, changes) if changes else model
 
 
