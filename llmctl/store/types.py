@@ -96,6 +96,7 @@ def guess(path: Path) -> str:
 
 SIGNS = (
     ("model.onnx", ("model.onnx",)),
+    ("model.onnx", ("encoder_model.onnx", "decoder_model.onnx")),
     ("model.adapter", ("adapter_config.json",)),
     ("model.hf", ("config.json", "model.safetensors")),
     ("model.hf", ("config.json", "model.safetensors.index.json")),
@@ -284,7 +285,11 @@ def _tensors(path: Path, name: str) -> list[safetensors.Tensor]:
     for shard in names:
         if not (path / shard).is_file():
             pickled = next((file.name for file in sorted(path.iterdir()) if PICKLES.match(file.name)), None)
-            because = f" ({pickled} is not read: that format can run code)" if pickled else ""
+            because = (
+                f" ({pickled} is not read: that format can run code; `python -m llmctl.nn.unpickle` converts it)"
+                if pickled
+                else ""
+            )
             raise Unfit(f"{shard} is missing{because}")
         try:
             found += safetensors.read_header(path / shard)
@@ -300,12 +305,17 @@ def _adapter(path: Path) -> Metadata:
     return {"parameters": sum(tensor.values for tensor in tensors), **({"base": base} if base else {})}
 
 
+ONNX_PAIR = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
+"""The graphs of an encoder-decoder; other models have one, `model.onnx`."""
+
+
 def _model_onnx(path: Path) -> Metadata:
-    model = path / "model.onnx"
-    if not model.is_file():
-        raise Unfit("model.onnx is missing")
-    if model.stat().st_size == 0:
-        raise Unfit("model.onnx is empty")
+    pair = (path / ONNX_PAIR[0]).is_file()
+    for name in ONNX_PAIR if pair else ("model.onnx",):
+        if not (path / name).is_file():
+            raise Unfit(f"{name} is missing")
+        if (path / name).stat().st_size == 0:
+            raise Unfit(f"{name} is empty")
     config = _object(path / "config.json")
     for name in ("generation_config.json", "genai_config.json"):
         if (path / name).exists():

@@ -10,6 +10,7 @@ from llmctl.errors import InputError
 
 Pooling = Literal["mean", "cls"]
 FILE = Path("1_Pooling", "config.json")
+POOLING_FILES = ("modules.json", "sentence_bert_config.json", str(FILE))
 _FLAGS: dict[Pooling, str] = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.errors import InputError
+from llmctl.nn.foreign import ForeignModel
 from llmctl.train.muon import Muon
 from llmctl.train.params import TrainParams
 
@@ -21,8 +22,9 @@ class Optimizers:
     def __init__(self, model: nn.Module, params: TrainParams) -> None:
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in trained}
-        hidden = [parameter for parameter, name in self._names.items() if is_hidden_matrix(name, parameter)]
-        others = [parameter for parameter, name in self._names.items() if not is_hidden_matrix(name, parameter)]
+        outer = model.outer_names if isinstance(model, ForeignModel) else frozenset()
+        hidden = [p for p, name in self._names.items() if is_hidden_matrix(name, p) and name not in outer]
+        others = [p for p, name in self._names.items() if not is_hidden_matrix(name, p) or name in outer]
         self.all: list[torch.optim.Optimizer] = []
         groups = []
         if params.optimizer == "muon" and hidden:

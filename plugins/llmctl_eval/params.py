@@ -15,6 +15,7 @@ Task = Literal[
     "accuracy",
     "ranking",
     "decoding",
+    "lengths",
     "classification",
     "token-classification",
     "question-answering",
@@ -29,8 +30,8 @@ class EvalParams(Params):
 
     tasks: list[Task] = Field(
         default=[],
-        description="perplexity and decoding (token shards), exact-match and accuracy (chat), ranking (preference), "
-        "and for labelled rows the task that they are of; default: one for each kind of data given",
+        description="perplexity, decoding and lengths (token shards), exact-match and accuracy (chat), ranking "
+        "(preference), and for labelled rows the task that they are of; default: one for each kind of data given",
     )
     split: str = Field(default="validation", min_length=1, description="split of the data that is measured on")
     splits: dict[Task, str] = Field(default={}, description="another split for single tasks: {exact-match: test}")
@@ -40,6 +41,12 @@ class EvalParams(Params):
     )
     baselines: list[Literal["kneser-ney-bigram", "xz"]] = Field(
         default=[], description="perplexity: what the same tokens cost without the model"
+    )
+    max_length: int | None = Field(
+        default=None, ge=2, description="lengths: tokens of the sequences; default: twice the model's context"
+    )
+    scalings: list[Literal["linear", "ntk", "dynamic", "yarn"]] = Field(
+        default=[], description="lengths: measure with rotary positions scaled so, too"
     )
     match: Literal["squad", "strict"] = Field(
         default="squad",
@@ -74,6 +81,8 @@ class EvalParams(Params):
     def _nothing_twice(self) -> EvalParams:
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.tasks)}")
+        if len(set(self.scalings)) < len(self.scalings):
+            raise ValueError(f"scalings names one twice: {', '.join(self.scalings)}")
         if len(set(self.strategies)) < len(self.strategies):
             raise ValueError(f"strategies names one twice: {', '.join(self.strategies)}")
         return self

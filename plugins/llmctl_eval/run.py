@@ -15,6 +15,7 @@ from llmctl_eval.conversations import choose_answers, generate_answers, read_que
 from llmctl_eval.decoding import compare_strategies
 from llmctl_eval.intervals import Bootstrap
 from llmctl_eval.labelled import scorer
+from llmctl_eval.lengths import lengths
 from llmctl_eval.params import EvalParams, LabelledTask, Task
 from llmctl_eval.perplexity import perplexity
 from llmctl_eval.ranking import check_pair, margins, rank_pairs
@@ -29,6 +30,7 @@ NEEDS: dict[Task, str] = {
     "ranking": "dataset.preference",
     **dict.fromkeys(get_args(LabelledTask), "dataset.labelled"),
     "decoding": "dataset.tokens",
+    "lengths": "dataset.tokens",
 }
 LABELLED: dict[Task, LabelledTask] = {task: task for task in get_args(LabelledTask)}
 DEFAULT: dict[str, Task] = {
@@ -78,6 +80,9 @@ def run(
         if task == "perplexity":
             ctx.report(_perplexity(evaluation, subjects, artifact))
             continue
+        if task == "lengths":
+            ctx.report(lengths(ctx, params, model, artifact, evaluation.split(task)))
+            continue
         if task == "decoding":
             written, values = _decoding(evaluation, subjects[0], artifact)
             write_samples(samples, written)
@@ -113,10 +118,13 @@ def choose_tasks(
             raise UsageError(f"task {task} needs {NEEDS[task]}", hint="bind it to the input `data`")
     if params.baselines and "perplexity" not in tasks:
         raise UsageError("baselines belong to task perplexity", hint="add it to tasks, or leave baselines out")
+    if (params.scalings or params.max_length is not None) and "lengths" not in tasks:
+        raise UsageError("max_length and scalings belong to task lengths", hint="add it to tasks, or leave them out")
     if idle := [task for task in params.splits if task not in tasks]:
         raise UsageError(f"splits names {idle[0]}, which is not among the tasks", hint="add it, or leave the split out")
-    if reference and "decoding" in tasks:
-        ctx.warn("task decoding measures the model alone, not the reference")
+    for alone in ("decoding", "lengths"):
+        if reference and alone in tasks:
+            ctx.warn(f"task {alone} measures the model alone, not the reference")
     for kind in by_type:
         if kind not in {NEEDS[task] for task in tasks}:
             ctx.warn(f"no task uses the {kind} in {by_type[kind].path}")

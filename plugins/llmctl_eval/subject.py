@@ -68,4 +68,10 @@ def open_reader(artifact: Artifact, device: str, threads: int) -> Reader:
         from llmctl.train import reading
 
         return reading.open_reader(artifact.path, device, threads)
-    raise InputError(f"{artifact.path} is a {artifact.type}, which cannot read texts", hint="give a model.hf")
+    if artifact.type == "model.onnx":
+        from llmctl.ort import open_encoder
+
+        return open_encoder(artifact.path, device, threads)
+    raise InputError(
+        f"{artifact.path} is a {artifact.type}, which cannot read texts", hint="give a model.hf or a model.onnx"
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl import Artifact, InputError, UsageError
+from llmctl import Artifact, UsageError
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator, Sampling
@@ -78,35 +78,16 @@ class Session:
 
 
 def find_model(text: str | None) -> Artifact:
-    """The model that `text` names: an existing path, else a reference or id in the store; default the quickstart's.
-
-    InputError if it is no model.
-    """
+    """The model that `text` names, or the quickstart's. InputError if it is none."""
     if text is None:
         if not DEFAULT.is_dir():
             raise UsageError(
                 "no model is named, and there is no exports/quickstart", hint="llmctl chat PATH, or `make quickstart`"
             )
         text = str(DEFAULT)
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return Artifact(path, model_type(path))
-    if path.exists():
-        raise InputError(f"{path} is a file; a model is a directory", hint=f"try {path.parent}")
-    from llmctl.store import Store
+    from llmctl.store import models
 
-    return Store.open().resolve(text, ("model.onnx", "model.hf"))
-
-
-def model_type(path: Path) -> str:
-    """`model.onnx` or `model.hf` by the files of a directory; InputError if it is neither."""
-    if (path / "model.onnx").is_file():
-        return "model.onnx"
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return "model.hf"
-    raise InputError(
-        f"{path} holds no model", hint="a model directory has model.onnx, or config.json with model.safetensors"
-    )
+    return models.find_model(text)
 
 
 def open_session(

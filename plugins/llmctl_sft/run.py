@@ -17,7 +17,7 @@ from llmctl.train.batches import Example
 from llmctl.train.conversations import Encoder, read_conversations, show_examples
 from llmctl.train.data import ExampleSource
 from llmctl.train.device import Compute
-from llmctl.train.generate import TorchGenerator
+from llmctl.train.generate import make_generator
 from llmctl.train.loop import fit
 from llmctl.train.models import open_model, write_model
 from llmctl.train.objectives import CausalLM
@@ -51,7 +51,7 @@ def choose_task(params: SftParams, data: Artifact) -> Literal["chat"] | Task:
 
 def learn_to_chat(ctx: Context, params: SftParams, model: Artifact, data: Artifact) -> None:
     """Conversations, the assistant's turns supervised; loss and stop rate on `validation`."""
-    net, tokenizer = open_model(model)
+    net, tokenizer = open_model(model, ctx)
     if net.config.traits.kind != "decoder":
         raise UsageError(
             f"conversations need a decoder, {net.config.arch} is an {net.config.traits.kind}",
@@ -92,7 +92,7 @@ def stop_rate(model: Transformer, examples: Sequence[Example], params: SftParams
     # The prompt is what stands before the first answer.
     prompts = [example.ids[: int(np.flatnonzero(example.mask)[0])].tolist() for example in chosen]
     prompts = [prompt for prompt in prompts if len(prompt) < model.config.context]
-    generator = TorchGenerator(model, model.config.eos_ids)
+    generator = make_generator(model, model.config.eos_ids)
     answers = generator.generate(prompts, Sampling(max_new_tokens=params.probe_tokens))
     room = [min(params.probe_tokens, model.config.context - len(prompt)) for prompt in prompts]
     stopped = [len(answer) < most for answer, most in zip(answers, room, strict=True)]

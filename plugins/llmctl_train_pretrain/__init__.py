@@ -1,11 +1,11 @@
-"""Pre-train a language model on token shards."""
+"""Pre-train a language model on token shards, look up named models, look into trained ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmctl import Artifact, In, Out, Stage, hookimpl
+from llmctl import Artifact, Command, In, Out, Stage, hookimpl
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
@@ -30,6 +30,24 @@ TRAIN_PRETRAIN = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `train-pretrain`."""
     return [TRAIN_PRETRAIN]
+
+
+@hookimpl
+def register_commands() -> list[Command]:
+    """Offer `models` and `inspect`."""
+    return [
+        Command(
+            name="models",
+            help="List named models, or show one in numbers.",
+            target="llmctl_train_pretrain.models:models",
+        ),
+        Command(
+            name="inspect",
+            help="Look into a model: next tokens, attention, lengths.",
+            target="llmctl_train_pretrain.inspecting:inspect",
+            extra="train",
+        ),
+    ]
 
 
 @hookimpl

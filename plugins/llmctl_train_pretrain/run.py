@@ -10,13 +10,14 @@ from llmctl.errors import InputError, UsageError
 from llmctl.nn.auxiliary import FILE as AUXILIARY
 from llmctl.nn.auxiliary import add_boundary
 from llmctl.nn.config import ModelConfig
-from llmctl.nn.hf import load_model
+from llmctl.nn.opening import open_network
 from llmctl.nn.presets import preset
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.text.shards import TokenShards
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.train.device import Compute
+from llmctl.train.lengths import reshaped
 from llmctl.train.loop import fit
 from llmctl.train.models import write_model
 from llmctl.train.objectives import CausalLM, MaskedLM
@@ -34,7 +35,7 @@ def run(
     if model is None:
         goal, net = make_model(params, encoder)
     else:
-        goal, net = continue_model(params, encoder, model)
+        goal, net = continue_model(ctx, params, encoder, model)
     if goal == "span" and params.boundary:
         add_boundary(net, params.span_max, None if model is None else model.path)
     source = make_source(goal, shards.split("train"), encoder, net.config, params)
@@ -63,7 +64,11 @@ def check_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
 def make_model(params: PretrainParams, tokenizer: Tokenizer) -> tuple[Goal, Transformer]:
     """The objective, and fresh weights with the heads for it, a function of the seed."""
     special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    config = preset(params.preset, vocab_size=tokenizer.vocab_size, overrides={**params.shape(), **special})
+    shape = {**params.shape(), **special}
+    scaling = params.rope_scaling.scaling(preset(params.preset, vocab_size=tokenizer.vocab_size).context)
+    if scaling is not None:
+        shape["rope_scaling"] = scaling
+    config = preset(params.preset, vocab_size=tokenizer.vocab_size, overrides=shape)
     goal = choose_goal(params, config, fresh=True, spans=params.preset.startswith("spanbert"))
     if goal == "mlm-nsp":
         config = replace(config, head="pretraining")
@@ -71,20 +76,33 @@ def make_model(params: PretrainParams, tokenizer: Tokenizer) -> tuple[Goal, Tran
     return goal, Transformer(config)
 
 
-def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact) -> tuple[Goal, Transformer]:
-    """The objective and the weights of `artifact`; its shape cannot be changed, a shorter `context` only shortens the
-    rows.
+def continue_model(
+    ctx: Context, params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact
+) -> tuple[Goal, Transformer]:
+    """The objective, and the weights of `artifact` in a shape that they allow.
+
+    A shorter `context` only shortens the rows. A longer one, unless positions are learned, and a scaling of rotary
+    positions become the model's own; what else the weights were made for cannot change.
     """
-    model = load_model(artifact.path)
+    model = open_network(artifact.path, log=ctx.log)
+    config, changes = model.config, {}
     for name, value in params.shape().items():
-        has = getattr(model.config, name)
-        if value != has and not (name == "context" and value < has):
+        has = config.traits.positions if name == "positions" else getattr(config, name, None)
+        if value == has or (name == "context" and value < has):
+            continue
+        if name != "context" or config.traits.positions == "learned":
             raise UsageError(f"{name} is {value}, the model to continue has {has}", hint=f"leave {name} out")
+        changes[name] = value
+    scaling = params.rope_scaling.scaling(config.context)
+    if scaling is not None:
+        changes["rope_scaling"] = scaling
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"{artifact.path} has a vocabulary of {model.config.vocab_size}, the tokens one of {tokenizer.vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
+    if changes:
+        model = reshaped(model, changes)
     return choose_goal(params, model.config, spans=(artifact.path / AUXILIARY).is_file()), model
 
 
