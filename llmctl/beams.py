@@ -39,10 +39,8 @@ class Beam:
 class BeamSearch:
     """The beams of one prompt. `limit` is the most tokens of an answer.
 
-    search = BeamSearch(sampling, eos_ids, limit)
-    while (rows := search.step(<the best `search.wanted` continuations>)):
-        <go on with these rows of the cache, fed with `search.tokens`>
-    answers = search.finished
+    An engine calls `step` with the `wanted` best continuations until it is given no rows to go on with; after each step
+    it feeds these rows with `tokens`. The answers are then in `finished`.
     """
 
     def __init__(self, sampling: Sampling, eos_ids: frozenset[int], limit: int) -> None:

@@ -10,11 +10,12 @@ import onnxruntime as ort
 
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
-from llmctl.errors import UsageError
+from llmctl.errors import InputError, UsageError
 from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
-from llmctl.ort.bundle import Bundle, read_bundle
-from llmctl.ort.cache import GrowingRow, InPlaceRows, Rows, read_layout
-from llmctl.ort.sampling import Sampler, log_probabilities, log_probability, rank
+from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
+from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
+from llmctl.ort.sampling import Sampler, check_ids, log_probabilities, log_probability, rank
+from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.ort.sessions import open_session, provider
 
 PREFILL_CHUNK = 256
@@ -24,14 +25,25 @@ BATCH = 16
 _ROUND = 64
 
 
-def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator:
+def open_generator(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator | OrtSeq2Seq:
     """Open the bundle in `directory` for generation; needs neither torch nor onnx.
 
-    Raises InputError naming the file that is missing, damaged or no text-generating decoder, and MachineError if
-    `device` is "cuda" and there is none.
+    Raises InputError naming the file that is missing, damaged or generates no text, and MachineError if `device` is
+    "cuda" and there is none.
     """
     bundle = read_bundle(directory)
-    return OrtGenerator(bundle, open_session(bundle.model, device, threads))
+    if not bundle.has_pair:
+        return OrtGenerator(bundle, open_session(bundle.model, device, threads))
+    names = (ENCODER, DECODER, DECODER_WITH_PAST)
+    return OrtSeq2Seq(bundle, *(open_session(bundle.directory / name, device, threads) for name in names))
+
+
+def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator:
+    """`open_generator` for decoders alone; InputError for an encoder-decoder too."""
+    generator = open_generator(directory, device, threads)
+    if isinstance(generator, OrtSeq2Seq):
+        raise InputError(f"{directory} holds an encoder-decoder", hint="give a bundle of a decoder")
+    return generator
 
 
 class OrtGenerator:
@@ -56,12 +68,12 @@ class OrtGenerator:
             return InPlaceRows(self.session, self.layout, batch, capacity)
         if batch != 1:
             raise ValueError(f"this graph has no in-place cache, so no batch of {batch}")
-        return GrowingRow(self.session, self.layout, capacity)
+        return GrowingRows(self.session, self.layout, 1, capacity)
 
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow; see `Generator.room`."""
         room = prompt_room(prompt, self.context_length)
-        self._check_ids(prompt)
+        check_ids(prompt, self.vocab_size)
         return room
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
@@ -119,14 +131,6 @@ class OrtGenerator:
         """Logits at every position of one sequence, `(len(tokens), V)` float32."""
         return np.concatenate([logits for _, logits in self._chunks(tokens)])
 
-    def _check_ids(self, tokens: Sequence[int]) -> None:
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self.vocab_size:
-            raise UsageError(
-                f"token id {low if low < 0 else high} is outside the model's vocabulary of {self.vocab_size}",
-                hint="was the text encoded with this model's own tokenizer?",
-            )
-
     def _chunks(self, tokens: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The logits of one sequence piece by piece, each with the position of its first token."""
         if not tokens or len(tokens) > self.context_length:
@@ -134,7 +138,7 @@ class OrtGenerator:
                 f"{len(tokens)} tokens cannot be scored, the model's context is {self.context_length}",
                 hint="give at least one token and at most a context of them",
             )
-        self._check_ids(tokens)
+        check_ids(tokens, self.vocab_size)
         rows = self._borrow(len(tokens))
         for start in range(0, len(tokens), PREFILL_CHUNK):
             yield start, rows.feed(0, tokens[start : start + PREFILL_CHUNK])

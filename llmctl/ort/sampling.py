@@ -10,7 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmctl.beams import Continuation
+from llmctl.errors import UsageError
 from llmctl.generator import Sampling
+
+
+def check_ids(tokens: Sequence[int], vocab_size: int) -> None:
+    """UsageError if an id is outside the vocabulary."""
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= vocab_size:
+        raise UsageError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}",
+            hint="was the text encoded with this model's own tokenizer?",
+        )
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,19 @@ class ChatIds:
     mask: list[int]
 
 
+@dataclass(frozen=True)
+class Framed:
+    """One or two texts as a model reads them, special tokens included; all lists have one entry per token."""
+
+    ids: list[int]
+    segments: list[int]
+    """BERT's token types: 1 for the second text and its closing token."""
+    parts: list[int | None]
+    """0 for a token of the first text, 1 for one of the second, None for a special one."""
+    spans: list[tuple[int, int]]
+    """The characters of its text that a token stands for, white space at both ends left out."""
+
+
 class Tokenizer:
     """A tokenizer directory as transformers writes it (`tokenizer.json` is required). Thread-safe, free of torch."""
 
@@ -129,6 +142,33 @@ class Tokenizer:
         while (id := self._special.token_to_id(f"<extra_id_{len(found)}>")) is not None:
             found.append(id)
         return found
+
+    def frame(self, text: str, pair: str | None = None) -> Framed:
+        """One or two texts between special tokens as transformers puts them: by the tokenizer's own post-processor.
+
+        A tokenizer without one puts BOS or [CLS] before the texts and EOS or [SEP] after them.
+        """
+        found = self._plain.encode(text, pair, add_special_tokens=True)
+        texts = (text, pair or "")
+        framed = Framed(
+            list(found.ids),
+            list(found.type_ids),
+            list(found.sequence_ids),
+            [
+                (0, 0) if part is None else _trimmed(texts[part], span)
+                for part, span in zip(found.sequence_ids, found.offsets, strict=True)
+            ],
+        )
+        if self._special.post_processor is not None and None in framed.parts:
+            return framed
+        before, after = self.opening, self.closing
+        last = 0 if pair is None else 1
+        return Framed(
+            [*before, *framed.ids, *after],
+            [0] * len(before) + framed.segments + [last] * len(after),
+            [None] * len(before) + framed.parts + [None] * len(after),
+            [(0, 0)] * len(before) + framed.spans + [(0, 0)] * len(after),
+        )
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -232,6 +272,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise InputError(f"{path} is no valid JSON: {error}") from error
     return config
+
+
+def _trimmed(text: str, span: tuple[int, int]) -> tuple[int, int]:
+    """`span` of `text` without the white space at its ends; of white space alone, its empty end."""
+    start, end = span
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end
 
 
 def _token_names(config: Mapping[str, Any]) -> dict[str, Any]:

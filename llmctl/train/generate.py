@@ -14,7 +14,8 @@ from llmctl.decoding import Answer, draw, search_beams
 from llmctl.errors import MachineError, UsageError
 from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
 from llmctl.nn.attention import Memory
-from llmctl.nn.hf import load_model
+from llmctl.nn.foreign import ForeignModel
+from llmctl.nn.opening import open_network
 from llmctl.nn.transformer import Transformer
 from llmctl.train.rows import TorchRows, inference, remember
 from llmctl.train.sampling import Sampler, log_probability, rank
@@ -38,7 +39,16 @@ def open_model(directory: Path, device: str = "auto", threads: int = 0, dtype: s
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
     if threads > 0:
         torch.set_num_threads(threads)
-    return TorchGenerator(load_model(directory, where, DTYPES[dtype]).eval())
+    return make_generator(open_network(directory, where, DTYPES[dtype]).eval())
+
+
+def make_generator(model: Transformer, eos_ids: Iterable[int] | None = None) -> TorchGenerator:
+    """The generator of a model that `open_network` gave, ours or one of transformers."""
+    if isinstance(model, ForeignModel):
+        from llmctl.train.foreign_rows import ForeignGenerator
+
+        return ForeignGenerator(model, eos_ids)
+    return TorchGenerator(model, eos_ids)
 
 
 def pick_device(name: str) -> torch.device:

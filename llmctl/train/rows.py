@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmctl.nn.attention import PADDING, KVCache, Memory
 from llmctl.nn.transformer import Transformer
@@ -75,7 +75,7 @@ class TorchRows:
 
 
 @contextmanager
-def inference(model: Transformer) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout; a model in training goes on training afterwards."""
     training = model.training
     if training:

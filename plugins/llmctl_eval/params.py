@@ -8,17 +8,30 @@ from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
 
-Task = Literal["perplexity", "exact-match", "accuracy", "ranking", "decoding", "lengths"]
+LabelledTask = Literal["classification", "token-classification", "question-answering", "seq2seq", "embedding"]
+Task = Literal[
+    "perplexity",
+    "exact-match",
+    "accuracy",
+    "ranking",
+    "decoding",
+    "lengths",
+    "classification",
+    "token-classification",
+    "question-answering",
+    "seq2seq",
+    "embedding",
+]
 Strategy = Literal["greedy", "beam", "top-k", "nucleus", "plain", "focused", "creative"]
 
 
 class EvalParams(Params):
-    """Measure a model: perplexity, exact match, accuracy, ranking, with intervals."""
+    """Measure a model: perplexity, exact match, accuracy, ranking, labelled tasks, with intervals."""
 
     tasks: list[Task] = Field(
         default=[],
-        description="perplexity, decoding, lengths (token shards), exact-match, accuracy (chat), ranking (preference); "
-        "default: one for each kind of data given",
+        description="perplexity, decoding and lengths (token shards), exact-match and accuracy (chat), ranking "
+        "(preference), and for labelled rows the task that they are of; default: one for each kind of data given",
     )
     split: str = Field(default="validation", min_length=1, description="split of the data that is measured on")
     splits: dict[Task, str] = Field(default={}, description="another split for single tasks: {exact-match: test}")
@@ -37,9 +50,11 @@ class EvalParams(Params):
     )
     match: Literal["squad", "strict"] = Field(
         default="squad",
-        description="exact-match: squad ignores case, ASCII punctuation, articles, spacing; strict only outer spaces",
+        description="exact-match, question-answering, seq2seq: squad ignores case, ASCII punctuation, articles, "
+        "spacing; strict only outer spaces",
     )
-    max_new_tokens: int = Field(default=64, ge=1, description="exact-match and decoding: longest answer")
+    max_new_tokens: int = Field(default=64, ge=1, description="exact-match, seq2seq and decoding: longest answer")
+    max_answer_tokens: int = Field(default=30, ge=1, description="question-answering: longest answer")
     candidates: int = Field(default=4, ge=2, description="accuracy: answers to choose from, the right one included")
     strategies: list[Strategy] = Field(
         default=["greedy", "beam", "top-k", "nucleus", "plain"],
@@ -55,7 +70,7 @@ class EvalParams(Params):
     confidence: float = Field(default=0.95, gt=0, lt=1, description="confidence level of an interval")
     seed: int = Field(default=1, ge=0, description="seed of the bootstrap, the wrong candidates, the draws")
     batch_size: int = Field(
-        default=16, ge=1, affects="nothing", description="prompts generated together; changes speed, not numbers"
+        default=16, ge=1, affects="nothing", description="rows computed together; changes speed, not numbers"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", affects="nothing", description="where the model runs"

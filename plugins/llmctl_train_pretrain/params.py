@@ -17,6 +17,19 @@ SHAPE = (
     "rope_theta", "norm_eps", "tie_embeddings",
 )  # fmt: skip
 
+Goal = Literal["causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"]
+OWN: dict[str, tuple[Goal, ...]] = {
+    "mask_share": ("mlm", "mlm-nsp", "span"),
+    "masking": ("mlm", "mlm-nsp", "span"),
+    "span_p": ("span",),
+    "span_max": ("span",),
+    "span_unit": ("span",),
+    "boundary": ("span",),
+    "noise_density": ("corruption",),
+    "mean_noise_span": ("corruption",),
+}
+"""The objectives that read a parameter."""
+
 
 class RopeScalingParams(Params):
     """How rotary frequencies are changed for sequences longer than those that were trained."""
@@ -66,6 +79,22 @@ class PretrainParams(TrainParams):
         "wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly."
     )
     preset: str = Field("llama", description="Model family and its default shape: a name that `llmctl models` lists.")
+    objective: Literal["auto", "causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"] = Field(
+        "auto",
+        description="`causal`: the next token; `prefix`: the same behind a part read in both directions; `mlm`: masked "
+        "tokens; `mlm-nsp`: and whether a second text follows the first (BERT); `span`: masked spans, also from their "
+        "boundaries (SpanBERT); `corruption`: spans behind sentinels (T5). `auto`: what fits the preset.",
+    )
+    mask_share: float = Field(0.15, gt=0, lt=1, description="mlm, mlm-nsp, span: share of the tokens that are masked.")
+    masking: Literal["dynamic", "static"] = Field(
+        "dynamic", description="mlm, mlm-nsp, span: new masks every epoch, or the same ones."
+    )
+    span_p: float = Field(0.2, gt=0, lt=1, description="span: p of the geometric distribution of lengths.")
+    span_max: int = Field(10, ge=1, description="span: longest span.")
+    span_unit: Literal["words", "tokens"] = Field("words", description="span: what lengths count; words stay whole.")
+    boundary: bool = Field(True, description="span: predict each token from the boundaries of its span as well.")
+    noise_density: float = Field(0.15, gt=0, le=0.5, description="corruption: share of the tokens in noise spans.")
+    mean_noise_span: float = Field(3.0, ge=1, description="corruption: mean tokens of a noise span.")
     dim: int | None = Field(None, ge=1, description="Width of the hidden states.")
     layers: int | None = Field(None, ge=1, description="Transformer blocks; of an encoder-decoder, its decoder's.")
     encoder_layers: int | None = Field(
@@ -82,7 +111,7 @@ class PretrainParams(TrainParams):
     )
     pattern: str | None = Field(
         None,
-        min_length=1,
+        pattern="^[LSN]+$",
         description="Kinds of layer, repeated over the depth: L sees all, S a window, N all but without positions.",
     )
     positions: Literal["rope", "learned", "sinusoidal", "t5", "xl", "alibi", "none"] | None = Field(

@@ -34,6 +34,7 @@ def test_presets(train, preset: str) -> None:
     heads = {"heads": 4, "kv_heads": 4}
     result = train("train-pretrain", params={"max_steps": 2, "preset": preset, **heads})
     assert load_model(result.outputs["model"].path).config.arch == preset
+    assert result.metrics["objective"] == "causal"
 
 
 def test_it_learns_and_measures_in_bits_per_byte(train, world) -> None:
@@ -88,7 +89,8 @@ def test_a_model_of_another_vocabulary_is_refused(train, world, tmp_path: Path) 
 def test_without_a_validation_split_there_is_no_validation(world) -> None:
     shards = TokenShards.open(world.tokens)
     del shards.meta["splits"]["validation"]
-    assert validator(shards, Tokenizer.load(world.tokenizer.path), 48, PretrainParams()) is None
+    config, tokenizer = load_model(world.model.path).config, Tokenizer.load(world.tokenizer.path)
+    assert validator("causal", shards, tokenizer, config, PretrainParams()) is None
 
 
 def test_packing_none_trains_too(train) -> None:
