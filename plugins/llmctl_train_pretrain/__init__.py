@@ -35,18 +35,11 @@ def register_stages() -> list[Stage]:
 @hookimpl
 def register_commands() -> list[Command]:
     """Offer `models` and `inspect`."""
+    here = "llmctl_train_pretrain"
+    looking = "Look into a model: next tokens, attention, lengths."
     return [
-        Command(
-            name="models",
-            help="List named models, or show one in numbers.",
-            target="llmctl_train_pretrain.models:models",
-        ),
-        Command(
-            name="inspect",
-            help="Look into a model: next tokens, attention, lengths.",
-            target="llmctl_train_pretrain.inspecting:inspect",
-            extra="train",
-        ),
+        Command(name="models", help="List named models, or show one in numbers.", target=f"{here}.models:models"),
+        Command(name="inspect", help=looking, target=f"{here}.inspecting:inspect", extra="train"),
     ]
 
 
