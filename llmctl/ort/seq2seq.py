@@ -152,6 +152,6 @@ class OrtSeq2Seq:
 
 def _no_continuation() -> UsageError:
     return UsageError(
-        "an encoder-decoder has no log-probability of a text alone, only of an answer to a prompt",
-        hint="measure it by its answers, or choose a decoder for tasks such as perplexity",
+        "an encoder-decoder scores an answer to a text, not a text alone",
+        hint="choose a decoder, or a task with answers",
     )

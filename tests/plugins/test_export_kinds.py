@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from llmctl.ort import OrtSeq2Seq, open_bundle, open_encoder, open_generator
 from llmctl.ort.encoder import pool
 from llmctl.testing import StageResult, run_stage
 from llmctl_export_onnx import EXPORT_ONNX
+
+from .conftest import write_byte_tokenizer
 
 torch = pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
@@ -112,7 +115,7 @@ MORE_ENCODERS: dict[str, dict[str, Any]] = {
     "gpt2 features": {"arch": "gpt2", "head": "features"},
     "gopher classes": {"arch": "gopher", "head": "classification", "labels": LABELS},
 }
-PAIRS: dict[str, dict[str, Any]] = {"t5": {"arch": "t5", "kv_heads": 4, "decoder_start_id": 2}}
+PAIRS: dict[str, dict[str, Any]] = {"t5": {"arch": "t5", "vocab_size": 262, "decoder_start_id": 2}}
 MORE_PAIRS: dict[str, dict[str, Any]] = {
     "t5v1_1, shallow encoder": {"arch": "t5v1_1", "tie_embeddings": False, "encoder_layers": 1},
     "rope, windows, grouped heads": {
@@ -262,13 +265,33 @@ def test_what_an_encoder_decoder_refuses(exported: Exported) -> None:
     for call, message in (
         (lambda: generator.stream([]), "the prompt is empty"),
         (lambda: generator.stream([3] * 49), "the prompt has 49 tokens, the model's context is 48"),
-        (lambda: generator.generate([[97]]), "token id 97 is outside"),
-        (lambda: generator.logits([3]), "no log-probability of a text alone"),
-        (lambda: generator.logprobs([3]), "no log-probability of a text alone"),
+        (lambda: generator.generate([[262]]), "token id 262 is outside"),
+        (lambda: generator.logits([3]), "scores an answer to a text"),
+        (lambda: generator.logprobs([3]), "scores an answer to a text"),
     ):
         with pytest.raises(UsageError, match=message):
             call()
-    assert generator.answer_logits([3], []).shape == (0, 97)
+    assert generator.answer_logits([3], []).shape == (0, 262)
+
+
+def test_the_command_generates_with_the_bundle_as_with_the_model(exported: Exported, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from llmctl_serve.chat import generate
+
+    model, result = exported("t5")
+    said = []
+    for name, source in (("hf", model.path), ("onnx", result.outputs["model"].path)):
+        write_byte_tokenizer(Path(shutil.copytree(source, tmp_path / name)))
+        given = [str(tmp_path / name), "--prompt", "a loom", "--max-new-tokens", "12", "--threads", "1"]
+        said.append(CliRunner().invoke(generate, given, catch_exceptions=False).stdout_bytes)
+    assert said[0] == said[1]
+    assert len(said[0]) > 1
+    encoder = Path(shutil.copytree(exported("bert masked")[1].outputs["model"].path, tmp_path / "encoder"))
+    write_byte_tokenizer(encoder)
+    with pytest.raises(InputError, match="is no decoder that generates text") as caught:
+        CliRunner().invoke(generate, [str(encoder), "--prompt", "a"], catch_exceptions=False)
+    assert "\n" not in caught.value.message
 
 
 def test_a_source_that_is_all_padding_adds_nothing_in_torch_and_in_onnx(exported: Exported) -> None:

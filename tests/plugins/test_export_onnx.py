@@ -437,10 +437,19 @@ def genai_python() -> Path:
     return python
 
 
+WIDER: dict[str, dict[str, Any]] = {
+    "gpt3": {"arch": "gpt3", "pattern": "LS", "window": 6},
+    "gopher": {"arch": "gopher"},
+    "bloom": {"arch": "bloom"},
+    "gemma3": {"arch": "gemma3", "pattern": "SL", "window": 6, "local_rope_theta": 100.0, "rope_theta": 1e6},
+}
+"""Biases, windows and two rotary tables, which onnxruntime-genai leaves to the graph."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *WIDER])
 def test_onnxruntime_genai_gives_the_same_greedy_tokens(genai_python: Path, tmp_path: Path, family: str) -> None:
-    bundle = export(tmp_path / "out", save(tmp_path / "hf", **FAMILIES[family])).outputs["model"].path
+    bundle = export(tmp_path / "out", save(tmp_path / "hf", **{**FAMILIES, **WIDER}[family])).outputs["model"].path
     prompts = [[3, 50, 7, 7, 90], [11], list(range(2, 32))]
     command = [genai_python, "-c", GENAI, bundle, json.dumps(prompts)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
