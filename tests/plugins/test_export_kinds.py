@@ -266,6 +266,7 @@ def test_what_an_encoder_decoder_refuses(exported: Exported) -> None:
         (lambda: generator.stream([]), "the prompt is empty"),
         (lambda: generator.stream([3] * 49), "the prompt has 49 tokens, the model's context is 48"),
         (lambda: generator.generate([[262]]), "token id 262 is outside"),
+        (lambda: generator.answer_logits([3], [5] * 49), "49 tokens of an answer"),
         (lambda: generator.logits([3]), "scores an answer to a text"),
         (lambda: generator.logprobs([3]), "scores an answer to a text"),
     ):
