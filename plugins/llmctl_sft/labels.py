@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmctl.errors import UsageError
+from llmctl.errors import InputError, UsageError
+from llmctl.nn.opening import why_foreign
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.text.datasets import splits
@@ -23,7 +24,12 @@ from llmctl_sft.params import SftParams
 
 def learn_labels(ctx: Context, params: SftParams, task: Task, model: Artifact, data: Artifact) -> None:
     """Train on the split `train`; loss and accuracy on `validation` where there is one."""
-    net, tokenizer = open_model(model)
+    if why := why_foreign(model.path):
+        raise InputError(
+            f"labelled rows train heads of llmctl's own transformer, and it does not compute this model: {why}",
+            hint="give conversations, or a model of one of llmctl's own families",
+        )
+    net, tokenizer = open_model(model, ctx)
     check_kind(task, net.config)
     if task == "embedding" and params.micro_batch:
         raise UsageError(

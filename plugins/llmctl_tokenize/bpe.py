@@ -64,9 +64,9 @@ def save(tokenizer: Tokenizer, directory: Path, special: SpecialTokens, sentinel
     """Write the files that `AutoTokenizer.from_pretrained` reads."""
     tokenizer.save(str(directory / "tokenizer.json"))
     further = [*special.further, *reversed(sentinel_names(sentinels))]
-    names = {**special.names, **({"additional_special_tokens": further} if further else {})}
+    additional = {"additional_special_tokens": further} if further else {}
     config = {
-        **names,
+        **special.names,
         "added_tokens_decoder": {
             str(number): {
                 "content": token,
@@ -78,11 +78,13 @@ def save(tokenizer: Tokenizer, directory: Path, special: SpecialTokens, sentinel
             }
             for token, number in _numbered(tokenizer, special, sentinels)
         },
+        **additional,
         "clean_up_tokenization_spaces": False,
         "model_max_length": NO_LIMIT,
         "tokenizer_class": "PreTrainedTokenizerFast",
         **({"chat_template": special.template} if special.template else {}),
     }
+    names = {**special.names, **additional}
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if special.template:

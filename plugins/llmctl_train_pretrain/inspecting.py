@@ -63,11 +63,11 @@ def inspect(ctx: click.Context, /, model: str, format_: str, output: Path | None
     found = find_model(model)
     if given["data"] is not None:
         curves = measure(found, given, device)
-        _write(output, format_, "data", lambda: _curve_page(found, curves))
-        values: Any = {"model": str(found.path), "curves": [curve.to_dict() for curve in curves]}
+        _write(output, format_, "data", lambda: _curve_page(model, curves))
+        values: Any = {"model": model, "curves": [curve.to_dict() for curve in curves]}
         click.echo(json.dumps(values, indent=2) if format_ == "json" else curve_text(curves))
         return
-    inspection = look(found, given, device)
+    inspection = look(model, found, given, device)
     _write(output, format_, "text", lambda: _inspection_page(inspection))
     if format_ == "json":
         click.echo(json.dumps(inspection.to_dict(given["maps"]), indent=2, ensure_ascii=False))
@@ -90,7 +90,7 @@ def _check_options(ctx: click.Context, given: dict[str, Any]) -> None:
 # -- a text -----------------------------------------------------------------------------------------------------------
 
 
-def look(found: Artifact, given: dict[str, Any], device: str) -> Inspection:
+def look(name: str, found: Artifact, given: dict[str, Any], device: str) -> Inspection:
     """The inspection of a text by a model in torch, or from outside by one in ONNX Runtime."""
     from llmctl.text.tokenizer import Tokenizer
     from llmctl_train_pretrain.inspection import inspect_generator, inspect_model
@@ -103,12 +103,12 @@ def look(found: Artifact, given: dict[str, Any], device: str) -> Inspection:
         from llmctl.registry import get_registry
 
         generator = get_registry().open_generator(found, device=device, threads=0)
-        return inspect_generator(str(found.path), generator, tokenizer, text, given["top"], sampling)
+        return inspect_generator(name, generator, tokenizer, text, given["top"], sampling)
     from llmctl.nn.hf import load_model
     from llmctl.train.generate import pick_device
 
     model = load_model(found.path, pick_device(device)).eval()
-    return inspect_model(str(found.path), model, tokenizer, text, given["target"], given["top"], sampling)
+    return inspect_model(name, model, tokenizer, text, given["target"], given["top"], sampling)
 
 
 def _piped() -> str:
@@ -301,7 +301,7 @@ def _inspection_page(found: Inspection) -> str:
     return inspection_page(found)
 
 
-def _curve_page(found: Artifact, curves: Sequence[Curve]) -> str:
+def _curve_page(model: str, curves: Sequence[Curve]) -> str:
     from llmctl.train.pages import curve_page
 
-    return curve_page(str(found.path), curves)
+    return curve_page(model, curves)

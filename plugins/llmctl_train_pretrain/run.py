@@ -10,6 +10,7 @@ from llmctl.errors import InputError, UsageError
 from llmctl.nn.auxiliary import FILE as AUXILIARY
 from llmctl.nn.auxiliary import add_boundary
 from llmctl.nn.config import ModelConfig
+from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.opening import open_network
 from llmctl.nn.presets import preset
 from llmctl.nn.transformer import Transformer
@@ -101,9 +102,18 @@ def continue_model(
             f"{artifact.path} has a vocabulary of {model.config.vocab_size}, the tokens one of {tokenizer.vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
-    if changes:
-        model = reshaped(model, changes)
-    return choose_goal(params, model.config, spans=(artifact.path / AUXILIARY).is_file()), model
+    goal = choose_goal(params, model.config, spans=(artifact.path / AUXILIARY).is_file())
+    if goal != "causal" and isinstance(model, ForeignModel):
+        raise UsageError(
+            f"objective {goal} is of llmctl's own transformer; {model.config.arch} is computed by transformers",
+            hint="use objective: causal",
+        )
+    if changes and isinstance(model, ForeignModel):
+        raise UsageError(
+            f"{min(changes)} cannot be changed: {model.config.arch} is computed by transformers",
+            hint=f"leave {min(changes)} out",
+        )
+    return goal, reshaped(model, changes) if changes else model
 
 
 def validator(

@@ -157,6 +157,15 @@ def test_pretraining_goes_on_and_keeps_the_shape(train, foreign) -> None:
     assert result.outputs["model"].metadata["architecture"] == "gpt_neox"
     with pytest.raises(UsageError, match="dim is 64, the model to continue has 32"):
         train("train-pretrain", "other", {"dim": 64}, model=foreign("gpt_neox"))
+    with pytest.raises(UsageError, match="objective prefix is of llmctl's own transformer; gpt_neox is computed by"):
+        train("train-pretrain", "prefix", {"objective": "prefix"}, model=foreign("gpt_neox"))
+
+
+def test_labelled_rows_are_refused(train, foreign, make_dataset) -> None:
+    rows = [{"text": "The apple is red.", "label": "red"}, {"text": "The boat is blue.", "label": "blue"}]
+    data = make_dataset("dataset.labelled", {"train": rows, "validation": rows})
+    with pytest.raises(InputError, match="labelled rows train heads of llmctl's own transformer"):
+        train("sft", model=foreign("opt"), data=data)
 
 
 def test_eval_and_export_take_it(foreign, world, tmp_path) -> None:
