@@ -1,11 +1,11 @@
-"""Pre-train a language model on token shards."""
+"""Pre-train a language model on token shards; scaling laws to say how large and how long."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmctl import Artifact, In, Out, Stage, hookimpl
+from llmctl import Artifact, Command, In, Out, Stage, hookimpl
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
@@ -30,6 +30,13 @@ TRAIN_PRETRAIN = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `train-pretrain`."""
     return [TRAIN_PRETRAIN]
+
+
+@hookimpl
+def register_commands() -> list[Command]:
+    """Offer `scaling`."""
+    text = "Fit scaling laws to runs; plan size and tokens from a budget."
+    return [Command(name="scaling", help=text, target="llmctl_train_pretrain.scaling.commands:scaling")]
 
 
 @hookimpl

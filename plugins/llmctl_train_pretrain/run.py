@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from llmctl.errors import InputError, UsageError
+from llmctl.nn.config import ModelConfig
+from llmctl.nn.counts import count
 from llmctl.nn.hf import load_model
 from llmctl.nn.presets import preset
 from llmctl.nn.transformer import Transformer
@@ -34,7 +36,14 @@ def run(
         f"{len(source.split)} documents, {source.steps_per_epoch:.1f} steps per epoch"
     )
     values = fit(ctx, net, CausalLM(), source, params, validator(shards, encoder, context, params))
-    write_model(ctx, net, tokenizer.path, values)
+    epochs = values["steps"] / source.steps_per_epoch
+    write_model(ctx, net, tokenizer.path, {**values, **sizes(net.config), "epochs": epochs})
+
+
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """What scaling laws count beside all parameters: those of the blocks, and with them those of the output head."""
+    blocks = count(config).without_embedding
+    return {"parameters.without_embedding": blocks, "parameters.with_head": blocks + config.vocab_size * config.dim}
 
 
 def check_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,108 @@
+"""From a number of parameters to a model: the shape whose count comes nearest by a rule of depth and width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from llmctl.errors import UsageError
+from llmctl.nn.config import TRAITS, ModelConfig
+from llmctl.nn.counts import Parameters, count, training_flops
+from llmctl.nn.presets import PRESETS, preset
+
+CLOSE = 0.05
+"""Shapes within this share of the wanted count are equally good: among them the proportions decide."""
+ASPECT = 100
+"""Width over depth: 64 in GPT-2 small and nanochat, 102 in LLaMA 65B and Chinchilla, 128 in GPT-3. Between 30 and 300 the
+loss moves by a percent or two (2001.08361, figure 5)."""
+DEEPEST = 160
+NEAR = 2.0
+"""A preset further away than by this factor is not worth naming."""
+
+COUNTED: dict[str, Callable[[Parameters, ModelConfig], int]] = {
+    "total": lambda found, config: found.total,
+    "without-embedding": lambda found, config: found.without_embedding,
+    "with-head": lambda found, config: found.without_embedding + config.vocab_size * config.dim,
+}
+"""How `published.COUNTS` count a configuration."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A configuration with its exact counts."""
+
+    config: ModelConfig
+    counted: int
+    """What the law counts."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.config.parameters()
+
+    def flops(self, tokens: float) -> float:
+        """Operations of a training, attention over the context included (`llmctl.nn.counts.training_flops`)."""
+        return training_flops(self.config, self.config.context) * tokens
+
+
+def nearest_shape(
+    parameters: float, *, family: str, vocab_size: int, context: int, counts: str, aspect: float = ASPECT
+) -> Shape:
+    """Of all depths and widths within CLOSE of `parameters` the one whose width / depth is nearest to `aspect`.
+
+    Where none is within, the nearest count. Heads are 16 to 128 wide, growing with the width; the rest is the family's.
+    UsageError for a family that is no decoder.
+    """
+    if family not in TRAITS or TRAITS[family].kind != "decoder":
+        decoders = [name for name, traits in TRAITS.items() if traits.kind == "decoder"]
+        raise UsageError(f"{family!r} is no family of decoders", hint=f"one of {', '.join(decoders)}")
+
+    def make(layers: int, dim: int) -> Shape:
+        heads = dim // _head_width(dim)
+        config = ModelConfig(arch=family, vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, context=context)
+        return Shape(config, COUNTED[counts](count(config), config))
+
+    shapes = [shape for layers in range(1, DEEPEST + 1) for shape in _around(parameters, layers, make)]
+
+    def badness(shape: Shape) -> tuple[float, float]:
+        off = abs(math.log(shape.counted / parameters))
+        return max(off, CLOSE), abs(math.log(shape.config.dim / shape.config.layers / aspect))
+
+    return min(shapes, key=badness)
+
+
+def _around(parameters: float, layers: int, make: Callable[[int, int], Shape]) -> Iterator[Shape]:
+    """The two widths of a depth between which the count passes `parameters`."""
+    low, high = 0, len(_WIDTHS) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if make(layers, _WIDTHS[middle]).counted < parameters:
+            low = middle + 1
+        else:
+            high = middle
+    for index in {max(0, low - 1), low}:
+        yield make(layers, _WIDTHS[index])
+
+
+_WIDTHS = (*range(16, 256, 16), *range(256, 2048, 64), *range(2048, 65_536 + 1, 128))
+
+
+def _head_width(dim: int) -> int:
+    if dim >= 2048:
+        return 128
+    if dim >= 256:
+        return 64
+    return 32 if dim % 32 == 0 else 16
+
+
+def nearest_preset(parameters: float, *, vocab_size: int, counts: str) -> tuple[str, Shape] | None:
+    """The preset whose count is nearest, with this vocabulary; None if all are further than by a factor of NEAR."""
+    found = {}
+    for name in PRESETS:
+        config = preset(name, vocab_size=vocab_size)
+        if config.traits.kind == "decoder":
+            found[name] = Shape(config, COUNTED[counts](count(config), config))
+    name = min(found, key=lambda name: abs(math.log(found[name].counted / parameters)))
+    near = abs(math.log(found[name].counted / parameters)) <= math.log(NEAR)
+    return (name, found[name]) if near else None
