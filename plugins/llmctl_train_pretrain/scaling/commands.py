@@ -22,7 +22,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 
 
-class Count(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click only
+class Count(click.ParamType):  # type: ignore[type-arg]  # generic in click's stubs only
     """A positive number that may end in k, M, B or T: `7B`, `1.4T`, `2e10`."""
 
     name = "number"

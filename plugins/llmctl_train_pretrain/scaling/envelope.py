@@ -1,4 +1,4 @@
-"""Chinchilla's approach 1: which of all training curves is lowest at each number of operations, and how large its model."""
+"""Chinchilla's approach 1: the lower envelope of all training curves, and how large the model of each is."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def fit_envelope(runs: Runs, *, top: float, resamples: int, seed: int) -> Envelo
 def _read(row: Run, grid: np.ndarray) -> np.ndarray:
     """The curve at each budget; infinite where it does not reach."""
     tokens, loss = np.array(row.curve).T
-    return np.exp(np.interp(np.log(grid), np.log(6 * row.parameters * tokens), np.log(loss), left=np.inf, right=np.inf))
+    flops = np.log(6 * row.parameters * tokens)
+    found: np.ndarray = np.exp(np.interp(np.log(grid), flops, np.log(loss), left=np.inf, right=np.inf))
+    return found
 
 
 def _envelope(

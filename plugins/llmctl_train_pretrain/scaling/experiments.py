@@ -75,10 +75,8 @@ def _run(name: str, artifact: Artifact, count: str) -> tuple[Run, list[str]]:
         notes.append("curves are of the training loss: set eval_every to have curves of the validation loss")
     if points and _schedule(artifact) != "constant":
         notes.append("the rate had not decayed before the end of each curve: approach 1 sees losses that are too high")
-    if float(metrics.get("epochs", 0)) > 1:
-        notes.append(
-            f"{name} saw its data {float(metrics['epochs']):.2g} times: repeated tokens teach less than new ones"
-        )
+    if (epochs := float(metrics.get("epochs", 0))) > 1:
+        notes.append(f"{name} saw its data {epochs:.2g} times: repeated tokens teach less than new ones")
     return Run(name, n, tokens, loss, 6 * n * tokens, tuple(points)), notes
 
 

@@ -1,4 +1,4 @@
-"""All laws that a set of runs can tell: each with its coefficients, its intervals, and why another could not be fitted."""
+"""All laws that a set of runs can tell, each with its coefficients and intervals, or why it could not be fitted."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def fit(runs: Runs, settings: Settings) -> Report:
 def _first(runs: Runs, settings: Settings) -> Fitted | str:
     found = fit_envelope(runs, top=_top(runs), resamples=settings.resamples, seed=settings.seed)
     if found is None:
-        return "it needs curves of runs of three sizes, each lowest at some budget: give rows along each run, or eval_every"
+        return "it needs curves of runs of three sizes or more: rows along each run, or eval_every"
     facts = {"budgets": float(len(found.flops)), "sizes": float(found.sizes)}
     estimates = _frontier_estimates(found.frontier, runs, found.samples, settings)
     return Fitted(approach="1", law=found.frontier, estimates=estimates, facts=facts, detail=found)

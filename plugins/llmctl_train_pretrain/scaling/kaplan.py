@@ -68,7 +68,8 @@ class _Problem:
         """(S, 4): alpha_N, alpha_D, N_c, D_c."""
         out = points.copy()
         out[:, 2:] += self.centre
-        return np.exp(out)
+        found: np.ndarray = np.exp(out)
+        return found
 
 
 def fit_kaplan(

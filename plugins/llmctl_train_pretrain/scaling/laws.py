@@ -80,7 +80,7 @@ class Surface:
 
     def parameters(self, flops: float) -> float:
         """G (C/6)^a with G = (alpha A / beta B)^(1 / (alpha + beta)): there both terms fall equally fast."""
-        return self._scale() * (flops / 6) ** self.exponent
+        return float(self._scale() * (flops / 6) ** self.exponent)
 
     def flops(self, parameters: float) -> float:
         """The inverse of `parameters`."""

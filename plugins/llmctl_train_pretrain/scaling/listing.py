@@ -63,9 +63,11 @@ def _cells(value: Estimate) -> tuple[str, str, str]:
 def _facts(found: Fitted) -> Iterator[str]:
     facts = found.facts
     if "starts_agreeing" in facts:
-        yield f"objective {facts['objective']:.6g} (sum), reached from {facts['starts_agreeing']:.0f} of the last 64 starts"
+        agreeing = f"{facts['starts_agreeing']:.0f} of the last 64 starts"
+        yield f"objective {facts['objective']:.6g} (sum), reached from {agreeing}"
     if "alpha_C" in facts:
-        yield f"along the best run of each budget: loss = ({facts['C_c_pf_days']:.3g} PF-days / C)^{facts['alpha_C']:.4g}"
+        law = f"({facts['C_c_pf_days']:.3g} PF-days / C)^{facts['alpha_C']:.4g}"
+        yield f"along the best run of each budget: loss = {law}"
     if isinstance(found.detail, ProfileFit):
         rows = [(f"{p.flops:.3g}", len(p.rows), size(p.parameters), f"{p.loss:.4g}") for p in found.detail.profiles]
         yield table(("BUDGET", "RUNS", "BEST N", "LOSS"), rows)
@@ -97,7 +99,9 @@ def coefficients_text(flops: float) -> str:
         rows.append(
             (name, found.counts, f"{found.law.exponent:.4g}", size(best.parameters), size(best.tokens), ratio, loss)
         )
-        sources.append(f"{name}: {found.source}" + (f"\n  {found.note}" if found.note else ""))
+        sources.append(
+            f"{name}: {found.source}" + "".join(f"\n  {text}" for text in (found.note, found.warning) if text)
+        )
     heads = ("NAME", "N COUNTS", "A", "PARAMETERS", "TOKENS", "TOKENS/PARAMETER", "LOSS")
     return f"At {flops:.3g} operations, with N ~ C^A:\n\n{table(heads, rows)}\n\n" + "\n".join(sources)
 
@@ -114,6 +118,8 @@ def plan_text(plan: Plan) -> str:
         parts.append(cost)
     if shape := "\n".join(_shapes(plan)):
         parts.append(shape)
+    if found.note:
+        parts.append(f"note: {found.note}")
     if plan.warnings:
         parts.append("\n".join(f"warning: {text}" for text in plan.warnings))
     return "\n\n".join(parts)

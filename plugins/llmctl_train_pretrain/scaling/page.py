@@ -1,4 +1,4 @@
-"""The page of a fit: isoFLOP profiles, the fitted surface as lines of equal loss, frontiers, every number with its bounds."""
+"""The page of a fit: isoFLOP profiles, lines of equal loss, frontiers, every number with its bounds."""
 
 from __future__ import annotations
 

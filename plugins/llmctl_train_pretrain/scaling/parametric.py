@@ -30,7 +30,7 @@ class SurfaceFit:
     objective: float
     """Sum of the runs' Huber losses."""
     gradient: float
-    """The largest entry of the objective's gradient, over DELTA: its scale far from the minimum is the number of runs."""
+    """The largest entry of the objective's gradient, over DELTA; far from the minimum it is near the number of runs."""
     agreeing: int
     """How many of the starts that were followed to the end lead to this minimum."""
     samples: np.ndarray

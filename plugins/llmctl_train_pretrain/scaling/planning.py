@@ -66,6 +66,7 @@ class Plan:
             "coefficients": self.coefficients.name,
             "source": self.coefficients.source,
             "counts": self.coefficients.counts,
+            "note": self.coefficients.note,
             "budget": self.budget,
             "optimal": self.optimal.to_json(),
             "chosen": self.chosen and self.chosen.to_json(),
@@ -141,7 +142,7 @@ def _plan(coefficients: Coefficients, flops: float, chosen: Choice | None, budge
 
 
 def _warnings(coefficients: Coefficients, flops: float) -> list[str]:
-    found = [f"{coefficients.name}: {coefficients.note}"] if coefficients.note else []
+    found = [f"{coefficients.name}: {coefficients.warning}"] if coefficients.warning else []
     if coefficients.name == "hoffmann":
         others = (optimum(PUBLISHED[name].law, flops) for name in ("hoffmann-unrounded", "besiroglu"))
         exact, again = (f"{size(best.parameters)} and {size(best.tokens)} tokens" for best in others)

@@ -27,6 +27,8 @@ class Coefficients:
     largest: float = math.inf
     """The largest budget among the runs it was fitted to, in operations; infinite if that is not known."""
     note: str = ""
+    warning: str = ""
+    """What is wrong with it, said by every plan that uses it."""
 
 
 CHINCHILLA_RUNS, CHINCHILLA_PROFILES = 1.3e22, 3e21
@@ -40,7 +42,7 @@ PUBLISHED = {
         Coefficients(
             name="besiroglu",
             law=Surface(E=1.8169, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
-            source="Besiroglu et al. 2024, 2404.10102: approach 3 fitted again to 240 runs read from Chinchilla's figure",
+            source="Besiroglu et al. 2024, 2404.10102: approach 3 fitted again to 240 runs of Chinchilla",
             counts="total",
             largest=CHINCHILLA_RUNS,
             note="standard errors: A 124.58, B 1293.23, E .03, alpha .02, beta .02",
@@ -51,8 +53,8 @@ PUBLISHED = {
             source=f"{_HOFFMANN}, approach 3 as printed",
             counts="total",
             largest=CHINCHILLA_RUNS,
-            note="rounded to two figures: N grows as C^.4516, not as the unrounded C^.4565, and far from Chinchilla's "
-            "own 20 tokens per parameter; `hoffmann-unrounded` and `besiroglu` are nearer to the runs",
+            warning="rounded to two figures: N grows as C^.4516, not as the unrounded C^.4565, and Chinchilla's own 20 "
+            "tokens per parameter do not follow; `hoffmann-unrounded` and `besiroglu` are nearer to the runs",
         ),
         Coefficients(
             name="hoffmann-unrounded",
@@ -62,7 +64,7 @@ PUBLISHED = {
             source=f"{_HOFFMANN}, approach 3 with the figures of its TeX source",
             counts="total",
             largest=CHINCHILLA_RUNS,
-            note="the fit ended early (mean objective, default tolerance): 2404.10102 shows that it misses its own runs",
+            warning="its fit ended early (mean objective, default tolerance) and misses its own runs (2404.10102)",
         ),
         Coefficients(
             name="chinchilla-1",
@@ -83,7 +85,7 @@ PUBLISHED = {
             law=Frontier(1.3e9, 0.73, PF_DAY, loss_flops=3.1e8 * PF_DAY, loss_exponent=0.050),
             source=f"{_KAPLAN}, compute-efficient training: N = 1.3e9 C^.73, loss = (3.1e8 / C)^.050, C in PF-days",
             counts="without-embedding",
-            note="found under rates that had not decayed and at small sizes: too few tokens (2406.19146, 2406.12907)",
+            warning="too few tokens: found at small sizes, under rates that had not decayed (2406.12907, 2406.19146)",
         ),
         Coefficients(
             name="kaplan-joint",

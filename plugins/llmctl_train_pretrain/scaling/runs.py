@@ -74,7 +74,8 @@ class Runs:
         if not kept:
             raise UsageError("no run is left", hint=f"the losses are {losses[0]:.4g} to {losses[-1]:.4g}")
         dropped = len(self.rows) - len(kept)
-        rule = [f"at or above the {highest} highest"] * bool(highest) + [f"above {above:g}"] * (above is not None)
+        rule = [f"at or above the {highest} highest"] if highest else []
+        rule += [] if above is None else [f"above {above:g}"]
         note = f"{dropped} of {len(self.rows)} runs dropped by their loss: {', '.join(rule)}"
         return replace(self, rows=kept, notes=(*self.notes, note) if rule else self.notes)
 

@@ -11,11 +11,11 @@ from llmctl.nn.config import TRAITS, ModelConfig
 from llmctl.nn.counts import Parameters, count, training_flops
 from llmctl.nn.presets import PRESETS, preset
 
-CLOSE = 0.05
+CLOSE = 0.02
 """Shapes within this share of the wanted count are equally good: among them the proportions decide."""
 ASPECT = 100
-"""Width over depth: 64 in GPT-2 small and nanochat, 102 in LLaMA 65B and Chinchilla, 128 in GPT-3. Between 30 and 300 the
-loss moves by a percent or two (2001.08361, figure 5)."""
+"""Width over depth: 64 in GPT-2 small and nanochat, 102 in LLaMA 65B and Chinchilla, 128 in GPT-3. Over a wide range
+the loss hardly depends on it (2001.08361, figure 5)."""
 DEEPEST = 160
 NEAR = 2.0
 """A preset further away than by this factor is not worth naming."""

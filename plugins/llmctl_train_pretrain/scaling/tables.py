@@ -24,8 +24,8 @@ SUFFIXES = (".csv", ".jsonl", ".jsonl.gz", ".parquet")
 def read_table(path: Path, columns: Mapping[str, str]) -> Runs:
     """The runs of a table. `columns` maps roles to names of columns.
 
-    Needs `parameters`, `loss` and one of `tokens` and `flops`; the other follows from C = 6 N D. Rows with the same `run`
-    are its curve, in any order; the one with the most tokens is its end.
+    Needs `parameters`, `loss` and one of `tokens` and `flops`; the other follows from C = 6 N D. Rows with the same
+    `run` are its curve, in any order; the one with the most tokens is its end.
     """
     rows = list(_records(path))
     if not rows:
