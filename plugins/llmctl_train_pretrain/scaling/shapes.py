@@ -11,11 +11,11 @@ from llmctl.nn.config import TRAITS, ModelConfig
 from llmctl.nn.counts import Parameters, count, training_flops
 from llmctl.nn.presets import PRESETS, preset
 
-CLOSE = 0.02
-"""Shapes within this share of the wanted count are equally good: among them the proportions decide."""
 ASPECT = 100
 """Width over depth: 64 in GPT-2 small and nanochat, 102 in LLaMA 65B and Chinchilla, 128 in GPT-3. Over a wide range
 the loss hardly depends on it (2001.08361, figure 5)."""
+TENTH = 0.1
+"""A count off by this share is as bad as proportions off by the factor e."""
 DEEPEST = 160
 NEAR = 2.0
 """A preset further away than by this factor is not worth naming."""
@@ -49,10 +49,9 @@ class Shape:
 def nearest_shape(
     parameters: float, *, family: str, vocab_size: int, context: int, counts: str, aspect: float = ASPECT
 ) -> Shape:
-    """Of all depths and widths within CLOSE of `parameters` the one whose width / depth is nearest to `aspect`.
+    """The depth and width that are near to both: `parameters`, and a width / depth of `aspect`.
 
-    Where none is within, the nearest count. Heads are 16 to 128 wide, growing with the width; the rest is the family's.
-    UsageError for a family that is no decoder.
+    Heads are 16 to 128 wide, growing with the width; the rest is the family's. UsageError for a family that is no decoder.
     """
     if family not in TRAITS or TRAITS[family].kind != "decoder":
         decoders = [name for name, traits in TRAITS.items() if traits.kind == "decoder"]
@@ -65,9 +64,9 @@ def nearest_shape(
 
     shapes = [shape for layers in range(1, DEEPEST + 1) for shape in _around(parameters, layers, make)]
 
-    def badness(shape: Shape) -> tuple[float, float]:
-        off = abs(math.log(shape.counted / parameters))
-        return max(off, CLOSE), abs(math.log(shape.config.dim / shape.config.layers / aspect))
+    def badness(shape: Shape) -> float:
+        proportions = math.log(shape.config.dim / shape.config.layers / aspect)
+        return abs(math.log(shape.counted / parameters)) / TENTH + abs(proportions)
 
     return min(shapes, key=badness)
 

@@ -37,6 +37,11 @@ def read_table(path: Path, columns: Mapping[str, str]) -> Runs:
         curves.setdefault(run.name, []).append(run)
     found = []
     for points in curves.values():
+        if len({run.parameters for run in points}) > 1:
+            raise InputError(
+                f"{path}: the rows of run `{points[0].name}` differ in `{names['parameters']}`",
+                hint="a run has one size: give each a name of its own",
+            )
         points.sort(key=lambda run: run.tokens)
         end = points[-1]
         curve = tuple((run.tokens, run.loss) for run in points) if len(points) > 1 else ()

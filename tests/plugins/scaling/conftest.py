@@ -39,7 +39,7 @@ def profiles():
     def make(seed=0, noise=NOISE, law=BESIROGLU, window=8.0):
         generator = np.random.default_rng(seed)
         rows = [
-            _run(f"{c:.0e} {n:.0e}", n, c, law, noise, generator)
+            _run(f"{c:.3e} {n:.3e}", n, c, law, noise, generator)
             for c in np.geomspace(1e18, 1e21, 7)
             for n in np.geomspace(law.parameters(c) / window, law.parameters(c) * window, 15)
         ]
