@@ -172,7 +172,7 @@ def _print(format_: str, value: Any, text: Callable[[], str]) -> None:
 @click.option("--family", default="llama", show_default=True, help="Family of the shape that is proposed.")
 @click.option("--vocab-size", type=click.IntRange(2), default=32768, show_default=True, help="Of that shape.")
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Of that shape.")
-@click.option("--aspect", type=POSITIVE, default=100, show_default=True, help="Width over depth of that shape.")
+@click.option("--aspect", type=POSITIVE, help="Width over depth of that shape. Default: the usual one of its size.")
 @store_option
 @format_option
 def plan(
@@ -185,7 +185,7 @@ def plan(
     family: str,
     vocab_size: int,
     context: int,
-    aspect: float,
+    aspect: float | None,
     store_path: Path | None,
     format_: str,
     **speed: Any,
@@ -264,6 +264,11 @@ def _of_a_fit(path: Path, approach: str) -> Coefficients:
         found = approaches[chosen]
         law, between = from_json(found["law"]), found["estimates"]["exponent"]
         low, high = between["low"], between["high"]
+        if not 0 < law.exponent < 1:
+            raise InputError(
+                f"{path}: by approach {chosen} N grows as C^{law.exponent:.3g}, which nothing can be planned with",
+                hint="train more sizes and budgets, or choose another approach: FILE:APPROACH",
+            )
         note = "" if low is None else f"a in N ~ C^a is {between['value']:.3g}, between {low:.3g} and {high:.3g}"
         return Coefficients(
             name=f"{path}:{chosen}",

@@ -41,8 +41,9 @@ class Axis:
     def ticks(self, low: float, high: float) -> list[tuple[float, str]]:
         """(place, label) of the marks between two places."""
         if not self.log:
-            return [(value, f"{value:.4g}") for value in ticks(low, high)]
-        steps = (1, 2, 5) if high - low < 2 else (1, 3) if high - low < 3.5 else (1,)
+            return [(value, f"{value:.4g}") for value in ticks(low, high, 7)]
+        decades = high - low
+        steps = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1, 3) if decades < 3.5 else (1,)
         values = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in steps]
         every = max(1, math.ceil(sum(low <= math.log10(value) <= high for value in values) / 8))
         return [(math.log10(value), _power(value)) for value in values[::every]]
@@ -112,5 +113,5 @@ def _axes(x: Axis, y: Axis, ends_x: tuple[float, float], ends_y: tuple[float, fl
             column = LEFT + (place - ends_x[0]) / (ends_x[1] - ends_x[0]) * (WIDTH - LEFT - RIGHT)
             parts.append(f'<text class="tick" x="{column:.1f}" y="{HEIGHT - 16}" text-anchor="middle">{label}</text>')
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x.label)}</text>')
-    parts.append(f'<text class="tick" x="2" y="{TOP - 2}">{escape(y.label)}</text>')
+    parts.append(f'<text class="tick" x="{LEFT}" y="{TOP - 2}">{escape(y.label)}</text>')
     return parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ METRICS = {
 """Way of counting → the metric of `train-pretrain` that holds it."""
 LOSS = "loss.validation"
 LEAST_POINTS = 3
-"""Validation points that make a curve; with fewer it is that of the training loss."""
+"""Points that make a curve."""
 
 
 def read_experiments(store: Store, texts: tuple[str, ...], count: str) -> Runs:
@@ -32,10 +32,16 @@ def read_experiments(store: Store, texts: tuple[str, ...], count: str) -> Runs:
     """
     found = {artifact.id or str(artifact.path): (name, artifact) for name, artifact in _artifacts(store, texts)}
     rows, notes = [], []
-    for name, artifact in found.values():
-        run, note = _run(name, artifact, count)
+    curves = {metric: [_curve(artifact, metric) for _, artifact in found.values()] for metric in (LOSS, "loss")}
+    # Of one kind for all: curves of the training loss and of the validation loss are not comparable.
+    metric = next((name for name, steps in curves.items() if all(len(one) >= LEAST_POINTS for one in steps)), "")
+    chosen: Sequence[Sequence[tuple[int, float]]] = curves.get(metric, [()] * len(found))
+    for (name, artifact), curve in zip(found.values(), chosen, strict=True):
+        run, note = _run(name, artifact, count, curve)
         rows.append(run)
         notes += note
+    if metric == "loss":
+        notes.append("curves are of the training loss: set eval_every to have curves of the validation loss")
     return checked(rows, count, notes=tuple(dict.fromkeys(notes)))
 
 
@@ -58,7 +64,7 @@ def _artifacts(store: Store, texts: tuple[str, ...]) -> Iterator[tuple[str, Arti
             yield f"{pipeline}/{instance}", store.get(id)
 
 
-def _run(name: str, artifact: Artifact, count: str) -> tuple[Run, list[str]]:
+def _run(name: str, artifact: Artifact, count: str, curve: Sequence[tuple[int, float]]) -> tuple[Run, list[str]]:
     """The run of a metrics artifact, and what a reader should know about it."""
     metrics = read_json(artifact / "metrics.json")
     wanted = {"parameters": METRICS[count], "tokens": "tokens", "steps": "steps", "loss": LOSS}
@@ -69,10 +75,8 @@ def _run(name: str, artifact: Artifact, count: str) -> tuple[Run, list[str]]:
             hint="a finished train-pretrain with a validation split reports it; older results: run the stage again",
         )
     n, tokens, steps, loss = (float(metrics[metric]) for metric in wanted.values())
-    points, training = _curve(artifact, tokens / steps)
+    points = [(step * tokens / steps, value) for step, value in curve]
     notes = []
-    if training:
-        notes.append("curves are of the training loss: set eval_every to have curves of the validation loss")
     if points and _schedule(artifact) != "constant":
         notes.append("the rate had not decayed before the end of each curve: approach 1 sees losses that are too high")
     if (epochs := float(metrics.get("epochs", 0))) > 1:
@@ -80,17 +84,13 @@ def _run(name: str, artifact: Artifact, count: str) -> tuple[Run, list[str]]:
     return Run(name, n, tokens, loss, 6 * n * tokens, tuple(points)), notes
 
 
-def _curve(artifact: Artifact, tokens_per_step: float) -> tuple[list[tuple[float, float]], bool]:
-    """((tokens, loss) along the training, whether it is the training loss)."""
+def _curve(artifact: Artifact, metric: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric along the training."""
     path = artifact / "curves.jsonl"
     if not path.is_file():
-        return [], False
+        return []
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    for metric in (LOSS, "loss"):
-        points = [(row["step"] * tokens_per_step, float(row[metric])) for row in rows if metric in row]
-        if len(points) >= LEAST_POINTS:
-            return points, metric == "loss"
-    return [], False
+    return [(row["step"], float(row[metric])) for row in rows if metric in row]
 
 
 def _schedule(artifact: Artifact) -> str:

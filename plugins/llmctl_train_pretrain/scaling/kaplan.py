@@ -38,7 +38,7 @@ class _Problem:
 
     def __call__(self, points: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Values (S,) and gradients (S, 4); `weights` (S, runs) count each run. A trial that overflows is infinite."""
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             values, gradients = self._plain_values(points, weights)
         bad = ~(np.isfinite(values) & np.isfinite(gradients).all(axis=1))
         return np.where(bad, np.inf, values), np.where(bad[:, None], 0.0, gradients)

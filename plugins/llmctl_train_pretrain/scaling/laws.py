@@ -12,6 +12,15 @@ from typing import Any, Protocol
 
 PF_DAY = 1e15 * 86_400
 """Operations in Kaplan's unit of compute."""
+LARGEST = 700.0
+"""Logarithms beyond this are cut off: laws of resamples that hardly tell a term apart reach numbers without meaning."""
+
+
+def power(base: float, exponent: float) -> float:
+    """base^exponent for base >= 0, without an overflow."""
+    if base == 0 or math.isinf(base):
+        return 0.0 if (base == 0) == (exponent > 0) else math.inf
+    return math.exp(max(-LARGEST, min(LARGEST, exponent * math.log(base))))
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ def optimum(law: Law, flops: float) -> Optimum:
 def flops_of_tokens(law: Law, tokens: float) -> float:
     """The budget of which `tokens` is the best number: D = C / 6N grows as C^(1 - a), so one budget gives the scale."""
     unit = 1e18
-    return float(unit * (tokens * 6 * law.parameters(unit) / unit) ** (1 / (1 - law.exponent)))
+    return unit * power(tokens * 6 * law.parameters(unit) / unit, 1 / (1 - law.exponent))
 
 
 @dataclass(frozen=True)
@@ -80,18 +89,18 @@ class Surface:
 
     def parameters(self, flops: float) -> float:
         """G (C/6)^a with G = (alpha A / beta B)^(1 / (alpha + beta)): there both terms fall equally fast."""
-        return float(self._scale() * (flops / 6) ** self.exponent)
+        return self._scale() * power(flops / 6, self.exponent)
 
     def flops(self, parameters: float) -> float:
         """The inverse of `parameters`."""
-        return float(6 * (parameters / self._scale()) ** (1 / self.exponent))
+        return 6 * power(parameters / self._scale(), 1 / self.exponent)
 
     def _scale(self) -> float:
-        return float((self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta)))
+        return power(self.alpha * self.A / (self.beta * self.B), 1 / (self.alpha + self.beta))
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Nats per token."""
-        return float(self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta)
+        return self.E + self.A * power(parameters, -self.alpha) + self.B * power(tokens, -self.beta)
 
     def optimal_loss(self, flops: float) -> float:
         """The least loss of a budget."""
@@ -100,8 +109,8 @@ class Surface:
 
     def tokens(self, parameters: float, loss: float) -> float:
         """Solved for D."""
-        left = loss - self.E - self.A / parameters**self.alpha
-        return float((self.B / left) ** (1 / self.beta)) if left > 0 else math.inf
+        left = loss - self.E - self.A * power(parameters, -self.alpha)
+        return power(self.B / left, 1 / self.beta) if left > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -121,17 +130,17 @@ class KaplanSurface:
     def parameters(self, flops: float) -> float:
         """Where the derivative of (N_c/N)^p + 6 D_c N / C vanishes, p = alpha_N / alpha_D."""
         p = self.alpha_N / self.alpha_D
-        return float((p * self.N_c**p * flops / (6 * self.D_c)) ** (1 / (1 + p)))
+        return power(p * flops / (6 * self.D_c), 1 / (1 + p)) * power(self.N_c, p / (1 + p))
 
     def flops(self, parameters: float) -> float:
         """The inverse of `parameters`."""
         p = self.alpha_N / self.alpha_D
-        return float(parameters ** (1 + p) * 6 * self.D_c / (p * self.N_c**p))
+        return power(parameters, 1 + p) * 6 * self.D_c / (p * power(self.N_c, p))
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Nats per token; infinite `parameters` or `tokens` give L(D) and L(N)."""
-        size = (self.N_c / parameters) ** (self.alpha_N / self.alpha_D)
-        return float((size + self.D_c / tokens) ** self.alpha_D)
+        size = power(self.N_c / parameters, self.alpha_N / self.alpha_D)
+        return power(size + self.D_c / tokens, self.alpha_D)
 
     def optimal_loss(self, flops: float) -> float:
         """The least loss of a budget."""
@@ -140,8 +149,8 @@ class KaplanSurface:
 
     def tokens(self, parameters: float, loss: float) -> float:
         """Solved for D."""
-        left = loss ** (1 / self.alpha_D) - (self.N_c / parameters) ** (self.alpha_N / self.alpha_D)
-        return float(self.D_c / left) if left > 0 else math.inf
+        left = power(loss, 1 / self.alpha_D) - power(self.N_c / parameters, self.alpha_N / self.alpha_D)
+        return self.D_c / left if left > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -162,15 +171,15 @@ class Frontier:
 
     def parameters(self, flops: float) -> float:
         """The best N of a budget."""
-        return float(self.scale * (flops / self.unit) ** self.exponent)
+        return self.scale * power(flops / self.unit, self.exponent)
 
     def flops(self, parameters: float) -> float:
         """The inverse of `parameters`."""
-        return float(self.unit * (parameters / self.scale) ** (1 / self.exponent))
+        return self.unit * power(parameters / self.scale, 1 / self.exponent)
 
     def optimal_loss(self, flops: float) -> float | None:
         """On the frontier, if a law of the loss came with it."""
-        return float((self.loss_flops / flops) ** self.loss_exponent) if self.loss_exponent else None
+        return power(self.loss_flops / flops, self.loss_exponent) if self.loss_exponent else None
 
     def loss(self, parameters: float, tokens: float) -> None:
         """A frontier knows no loss beside itself."""
@@ -193,8 +202,10 @@ def to_json(law: Surface | KaplanSurface | Frontier) -> dict[str, Any]:
 
 
 def from_json(value: Mapping[str, Any]) -> Surface | KaplanSurface | Frontier:
-    """What `to_json` wrote; KeyError, TypeError or ValueError for anything else."""
+    """What `to_json` wrote; KeyError, TypeError or ValueError for anything else, a negative coefficient too."""
     law = KINDS[value["kind"]](**{name: float(item) for name, item in value.items() if name != "kind"})
-    if not all(math.isfinite(number) for number in asdict(law).values()):
-        raise ValueError("a coefficient is not finite")
+    for name, number in asdict(law).items():
+        lowest = 0.0 if name.startswith("loss_") else -math.inf if name == "exponent" else 1e-300
+        if not (math.isfinite(number) and number >= lowest):
+            raise ValueError(f"{name} is {number}")
     return law

@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from llmctl_train_pretrain.scaling.bfgs import minimise
-from llmctl_train_pretrain.scaling.laws import Surface
+from llmctl_train_pretrain.scaling.laws import LARGEST, Surface
 
 DELTA = 1e-3
 """Where the Huber loss turns from square to linear, in nats of log loss (2203.15556, appendix D.2)."""
@@ -99,7 +99,7 @@ def fit_surface(
         points, done = found.points[np.argsort(found.values)[:survivors]], iterations
     found = minimise(lambda at, _: problem(at), points)
     ended = problem.plain(found.points)
-    valid = (ended[:, 3:] > 0).all(axis=1)
+    valid = _meaningful(ended)
     if not valid.any():
         return None
     best = int(np.argmin(np.where(valid, found.values, np.inf)))
@@ -117,8 +117,13 @@ def _resampled(problem: _Problem, start: np.ndarray, weights: np.ndarray | None)
         return np.empty((0, 5))
     found = minimise(lambda at, rows: problem(at, weights[rows]), np.tile(start, (len(weights), 1)))
     ended = problem.plain(found.points)
-    a, b, e, alpha, beta = ended[(ended[:, 3:] > 0).all(axis=1)].T
+    a, b, e, alpha, beta = ended[_meaningful(ended)].T
     return np.stack([np.exp(e), np.exp(a), np.exp(b), alpha, beta], axis=1)
+
+
+def _meaningful(points: np.ndarray) -> np.ndarray:
+    """(S,): whether both terms fall, and can be written as numbers."""
+    return np.asarray((points[:, 3:] > 0).all(axis=1) & (np.abs(points[:, :3]) < LARGEST).all(axis=1))
 
 
 def _surface(point: np.ndarray) -> Surface:

@@ -11,9 +11,8 @@ from llmctl.nn.config import TRAITS, ModelConfig
 from llmctl.nn.counts import Parameters, count, training_flops
 from llmctl.nn.presets import PRESETS, preset
 
-ASPECT = 100
-"""Width over depth: 64 in GPT-2 small and nanochat, 102 in LLaMA 65B and Chinchilla, 128 in GPT-3. Over a wide range
-the loss hardly depends on it (2001.08361, figure 5)."""
+WIDEST = 128
+"""Width over depth of GPT-3 and LLaMA 7B."""
 TENTH = 0.1
 """A count off by this share is as bad as proportions off by the factor e."""
 DEEPEST = 160
@@ -47,11 +46,11 @@ class Shape:
 
 
 def nearest_shape(
-    parameters: float, *, family: str, vocab_size: int, context: int, counts: str, aspect: float = ASPECT
+    parameters: float, *, family: str, vocab_size: int, context: int, counts: str, aspect: float | None = None
 ) -> Shape:
-    """The depth and width that are near to both: `parameters`, and a width / depth of `aspect`.
+    """The depth and width that are near to both: `parameters`, and a width / depth of `aspect`, or the usual one.
 
-    Heads are 16 to 128 wide, growing with the width; the rest is the family's. UsageError for a family that is no decoder.
+    Heads are 16 to 128 wide, growing with the width; the rest is the family's. UsageError for one that is no decoder.
     """
     if family not in TRAITS or TRAITS[family].kind != "decoder":
         decoders = [name for name, traits in TRAITS.items() if traits.kind == "decoder"]
@@ -62,13 +61,22 @@ def nearest_shape(
         config = ModelConfig(arch=family, vocab_size=vocab_size, dim=dim, layers=layers, heads=heads, context=context)
         return Shape(config, COUNTED[counts](count(config), config))
 
+    wanted = usual_aspect(parameters) if aspect is None else aspect
     shapes = [shape for layers in range(1, DEEPEST + 1) for shape in _around(parameters, layers, make)]
 
     def badness(shape: Shape) -> float:
-        proportions = math.log(shape.config.dim / shape.config.layers / aspect)
+        proportions = math.log(shape.config.dim / shape.config.layers / wanted)
         return abs(math.log(shape.counted / parameters)) / TENTH + abs(proportions)
 
     return min(shapes, key=badness)
+
+
+def usual_aspect(parameters: float) -> float:
+    """Width over depth that models of a size have: 32 at a million, 58 at 124 M (GPT-2 small: 64), 95 at 7 B.
+
+    The loss hardly depends on it over a wide range (2001.08361, figure 5).
+    """
+    return float(min(WIDEST, 100 * (parameters / 1e10) ** 0.125))
 
 
 def _around(parameters: float, layers: int, make: Callable[[int, int], Shape]) -> Iterator[Shape]:

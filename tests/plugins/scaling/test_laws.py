@@ -126,8 +126,16 @@ def test_laws_survive_json(law):
     assert from_json(to_json(law)) == law
     with pytest.raises((KeyError, TypeError, ValueError)):
         from_json({**to_json(law), "kind": "no such kind"})
-    with pytest.raises(ValueError, match="finite"):
-        from_json({**to_json(law), next(name for name in to_json(law) if name != "kind"): math.nan})
+    name = next(name for name in to_json(law) if name != "kind")
+    for wrong in (math.nan, math.inf, -1.0):
+        with pytest.raises(ValueError, match=f"{name} is {wrong}"):
+            from_json({**to_json(law), name: wrong})
+
+
+def test_laws_without_meaning_give_numbers_not_tracebacks():
+    wild = Surface(E=1.0, A=1e300, B=1e-300, alpha=1e-3, beta=1e-3)
+    best = optimum(wild, 1e20)
+    assert best.parameters > 0 and wild.loss(best.parameters, best.tokens) >= 1.0
 
 
 def test_every_law_names_its_source_and_its_count():
