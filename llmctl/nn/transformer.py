@@ -59,6 +59,8 @@ class Transformer(nn.Module):
         self.next = nn.Linear(config.dim, 2) if config.head == "pretraining" else None
         self.classifier = None if words or config.head == "features" else Classifier(config)
         initialise(self)
+        self.auxiliary = nn.ModuleDict()
+        """What only an objective needs (`llmctl/nn/auxiliary.py`): trained with the model, no part of its weights."""
 
     def forward(
         self,
@@ -201,7 +203,7 @@ class Transformer(nn.Module):
         length = states.shape[1]
         real = torch.ones_like(states[..., 0], dtype=torch.bool) if documents is None else documents != PADDING
         last = (real * torch.arange(length, device=states.device)).argmax(-1)
-        return self.classifier(states[torch.arange(len(states), device=states.device), last])  # type: ignore[no-any-return]
+        return self.classifier(states[torch.arange(states.shape[0], device=states.device), last])  # type: ignore[no-any-return]
 
     def attention_context(
         self,
@@ -404,8 +406,9 @@ class Attention(nn.Module):
         """
         assert self.distance is not None
         count = context.key_count(q.shape[1])
-        reach = torch.arange(count, device=q.device)
-        encoded = self.distance(sinusoid(reach, self.config.dim).to(q.dtype)).unflatten(-1, (-1, self.head_dim))
+        reach = torch.arange(context.distances(count), device=q.device)
+        encoded = self.distance(sinusoid(reach, self.config.dim).to(q.dtype)).unflatten(-1, (-1, self.head_dim))[:count]
+        reach = reach[:count]
         scores = torch.einsum("bthd,shd->bhts", q + self.distance_bias, encoded) * self.config.scale
         behind = (context.where(q.shape[1], q.device)[..., None] - reach).clamp(min=0)
         return scores.gather(-1, behind[:, None].expand(*scores.shape[:3], -1))

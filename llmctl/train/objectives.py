@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,8 +25,15 @@ class Objective(Protocol):
         """The loss summed over the batch, and further sums to be logged as means under their names."""
 
 
+@dataclass(frozen=True)
 class CausalLM:
-    """Next-token cross-entropy over the batch's targets; with assistant-only targets it is supervised fine-tuning."""
+    """Next-token cross-entropy over the batch's targets.
+
+    With assistant-only targets it is supervised fine-tuning, with a prefix a prefix language model, with a source the
+    objective of an encoder-decoder. `accuracy` counts hits as well.
+    """
+
+    accuracy: bool = False
 
     def weight(self, batch: Batch) -> int:
         """Target tokens."""
@@ -33,13 +41,61 @@ class CausalLM:
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of -log p(target), in nats."""
-        return F.cross_entropy(target_logits(model, batch), batch.targets, reduction="sum"), {}
+        logits = target_logits(model, batch)
+        further = {"accuracy": hits(logits, batch.targets)} if self.accuracy else {}
+        return F.cross_entropy(logits, batch.targets, reduction="sum"), further
+
+
+class MaskedLM:
+    """Cross-entropy of what the masks hide.
+
+    Where the batch has labels, the mean of next-sentence prediction is added (BERT); where the model has a boundary
+    head, the same tokens are predicted from the boundaries of their spans as well (SpanBERT).
+    """
+
+    def weight(self, batch: Batch) -> int:
+        """Masked tokens."""
+        return len(batch.targets)
+
+    def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over masked tokens, in nats, with `accuracy` and the parts of the sum where there are several."""
+        flat = states(model, batch).flatten(0, 1)
+        logits = model.head(flat.index_select(0, batch.picks)).float()
+        loss = F.cross_entropy(logits, batch.targets, reduction="sum")
+        further = {"accuracy": hits(logits, batch.targets)}
+        parts: dict[str, Tensor] = {}
+        if batch.labels is not None and batch.firsts is not None:
+            answers = model.next_sentence(flat.index_select(0, batch.firsts)[:, None]).float()
+            parts["next_loss"] = batch.balance * F.cross_entropy(answers, batch.labels, reduction="sum")
+            further["next_accuracy"] = batch.balance * hits(answers, batch.labels)
+        if batch.boundaries is not None and "boundary" in model.auxiliary:
+            left, right, offset = batch.boundaries.unbind(-1)
+            edges = model.auxiliary["boundary"](flat.index_select(0, left), flat.index_select(0, right), offset)
+            guesses = F.linear(edges, model.head_weight).float()
+            parts["boundary_loss"] = F.cross_entropy(guesses, batch.targets, reduction="sum")
+            further["boundary_accuracy"] = hits(guesses, batch.targets)
+        if parts:
+            further["masked_loss"] = loss
+        return sum(parts.values(), loss), {**further, **parts}
+
+
+def states(model: Transformer, batch: Batch) -> Tensor:
+    """The model's states `(B, T, D)` of a batch; an encoder-decoder reads the source first."""
+    given = {name: getattr(batch, name) for name in ("segments", "prefix")}
+    further = {name: value for name, value in given.items() if value is not None}
+    if batch.source is not None:
+        further["memory"] = model.remember(batch.source, batch.source_documents)
+    return model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents, **further)
+
+
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many of `targets (N,)` are the likeliest of `logits (N, C)`."""
+    return (logits.detach().argmax(-1) == targets).sum().float()
 
 
 def target_logits(model: Transformer, batch: Batch) -> Tensor:
     """Logits `(N, V)` in float32 at the batch's picks; no other position goes through the head."""
-    hidden = model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents)
-    return model.head(hidden.flatten(0, 1).index_select(0, batch.picks)).float()
+    return model.head(states(model, batch).flatten(0, 1).index_select(0, batch.picks)).float()
 
 
 def target_logprobs(model: Transformer, batch: Batch) -> Tensor:

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.errors import InputError
+from llmctl.nn.foreign import ForeignModel
 from llmctl.train.muon import Muon
 from llmctl.train.params import TrainParams
 
-OUTER = ("embedding", "positions", "unembedding")
-"""Modules whose matrices are no hidden matrices: rows are looked up or scored one by one."""
+TABLES = ("embedding", "positions", "segments", "relative", "unembedding", "next", "classifier")
+BIASES = ("content_bias", "distance_bias")
+OUTER = (*TABLES, *BIASES)
+"""Parts of the names of matrices that are no hidden matrices: rows are looked up, scored or added one by one."""
 
 
 class Optimizers:
@@ -19,8 +22,9 @@ class Optimizers:
     def __init__(self, model: nn.Module, params: TrainParams) -> None:
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in trained}
-        hidden = [parameter for parameter, name in self._names.items() if is_hidden_matrix(name, parameter)]
-        others = [parameter for parameter, name in self._names.items() if not is_hidden_matrix(name, parameter)]
+        outer = model.outer_names if isinstance(model, ForeignModel) else frozenset()
+        hidden = [p for p, name in self._names.items() if is_hidden_matrix(name, p) and name not in outer]
+        others = [p for p, name in self._names.items() if not is_hidden_matrix(name, p) or name in outer]
         self.all: list[torch.optim.Optimizer] = []
         groups = []
         if params.optimizer == "muon" and hidden:
@@ -68,5 +72,5 @@ class Optimizers:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether `parameter` maps hidden states to hidden states: 2-D, and neither an embedding nor the head."""
+    """Whether `parameter` maps hidden states to hidden states: 2-D, and no table, head or bias."""
     return parameter.ndim == 2 and not any(part in OUTER for part in name.split("."))

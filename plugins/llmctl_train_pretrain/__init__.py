@@ -1,4 +1,4 @@
-"""Pre-train a language model on token shards; scaling laws to say how large and how long."""
+"""Pre-train a language model, look up named models, look into trained ones, plan by scaling laws."""
 
 from __future__ import annotations
 
@@ -34,9 +34,13 @@ def register_stages() -> list[Stage]:
 
 @hookimpl
 def register_commands() -> list[Command]:
-    """Offer `scaling`."""
-    text = "Fit scaling laws to runs; plan size and tokens from a budget."
-    return [Command(name="scaling", help=text, target="llmctl_train_pretrain.scaling.commands:scaling")]
+    """Offer `models`, `inspect` and `scaling`."""
+    rows = (
+        ("models", "List named models, or show one in numbers.", "models:models", ""),
+        ("inspect", "Look into a model: next tokens, attention, lengths.", "inspecting:inspect", "train"),
+        ("scaling", "Fit scaling laws; plan size and tokens from a budget.", "scaling.commands:scaling", ""),
+    )
+    return [Command(name=name, help=text, target=f"{__name__}.{at}", extra=extra) for name, text, at, extra in rows]
 
 
 @hookimpl

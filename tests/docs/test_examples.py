@@ -27,7 +27,7 @@ INSTALLED = "with the plugin"
 CONSOLE = [block for block in BLOCKS if block.language == "console" and block.title != INSTALLED]
 SPECS = [block for block in BLOCKS if block.language == "yaml" and "llmctl: 1" in block.text.splitlines()]
 GOOD = [block for block in SPECS if not block.title.startswith("broken")]
-CHEAP = ("check", "plan", "plugins", "render")
+CHEAP = ("check", "models", "plan", "plugins", "render")
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 

@@ -172,7 +172,7 @@ def _print(format_: str, value: Any, text: Callable[[], str]) -> None:
 @click.option("--family", default="llama", show_default=True, help="Family of the shape that is proposed.")
 @click.option("--vocab-size", type=click.IntRange(2), default=32768, show_default=True, help="Of that shape.")
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Of that shape.")
-@click.option("--aspect", type=POSITIVE, help="Width over depth of that shape. Default: the usual one of its size.")
+@click.option("--width-over-depth", type=POSITIVE, help="Of that shape. Default: the usual one of its size.")
 @store_option
 @format_option
 def plan(
@@ -185,7 +185,7 @@ def plan(
     family: str,
     vocab_size: int,
     context: int,
-    aspect: float | None,
+    width_over_depth: float | None,
     store_path: Path | None,
     format_: str,
     **speed: Any,
@@ -209,7 +209,7 @@ def plan(
     found = replace(
         found,
         shape=nearest_shape(
-            wanted, family=family, vocab_size=vocab_size, context=context, counts=counts, aspect=aspect
+            wanted, family=family, vocab_size=vocab_size, context=context, counts=counts, aspect=width_over_depth
         ),
         preset=nearest_preset(wanted, vocab_size=vocab_size, counts=counts),
     )

@@ -168,7 +168,7 @@ def _shapes(plan: Plan) -> Iterator[str]:
     if plan.preset is not None:
         name, shape = plan.preset
         off = shape.counted / plan.trained.parameters - 1
-        yield f"preset: {name}, {_shape(shape)}; its N is {shape.counted:,}, {off:+.1%}"
+        yield f"nearest by name: {name}, {_shape(shape)}\n  its N is {shape.counted:,}, {off:+.1%}"
 
 
 def _shape(shape: Shape) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from llmctl.errors import UsageError
 from llmctl.nn.config import TRAITS, ModelConfig
 from llmctl.nn.counts import Parameters, count, training_flops
-from llmctl.nn.presets import PRESETS, preset
+from llmctl.nn.presets import PRESETS, preset, preset_names
 
 WIDEST = 128
 """Width over depth of GPT-3 and LLaMA 7B."""
@@ -17,7 +17,7 @@ TENTH = 0.1
 """A count off by this share is as bad as proportions off by the factor e."""
 DEEPEST = 160
 NEAR = 2.0
-"""A preset further away than by this factor is not worth naming."""
+"""A named model further away than by this factor is not worth naming."""
 
 COUNTED: dict[str, Callable[[Parameters, ModelConfig], int]] = {
     "total": lambda found, config: found.total,
@@ -104,12 +104,18 @@ def _head_width(dim: int) -> int:
 
 
 def nearest_preset(parameters: float, *, vocab_size: int, counts: str) -> tuple[str, Shape] | None:
-    """The preset whose count is nearest, with this vocabulary; None if all are further than by a factor of NEAR."""
+    """The named decoder whose count is nearest; None if all are further than by a factor of NEAR.
+
+    Small presets have this vocabulary, published models their own.
+    """
+
+    def distance(name: str) -> float:
+        return abs(math.log(found[name].counted / parameters))
+
     found = {}
-    for name in PRESETS:
-        config = preset(name, vocab_size=vocab_size)
+    for name in preset_names():
+        config = preset(name, vocab_size=vocab_size if name in PRESETS else None)
         if config.traits.kind == "decoder":
             found[name] = Shape(config, COUNTED[counts](count(config), config))
-    name = min(found, key=lambda name: abs(math.log(found[name].counted / parameters)))
-    near = abs(math.log(found[name].counted / parameters)) <= math.log(NEAR)
-    return (name, found[name]) if near else None
+    name = min(found, key=distance)
+    return (name, found[name]) if distance(name) <= math.log(NEAR) else None
