@@ -52,7 +52,11 @@ class Fitted:
         """Plain values; `law` is what `llmctl scaling plan` reads."""
         numbers = {name: found.to_json() for name, found in self.estimates.items()}
         title = TITLES[self.approach]
-        return {"title": title, "law": to_json(self.law), "estimates": numbers, "facts": self.facts}
+        found: dict[str, Any] = {"title": title, "law": to_json(self.law), "estimates": numbers, "facts": self.facts}
+        if isinstance(self.detail, ProfileFit):
+            found["budgets"] = [profile.to_json() for profile in self.detail.profiles]
+            found["left_out"] = list(self.detail.left_out)
+        return found
 
 
 @dataclass(frozen=True)

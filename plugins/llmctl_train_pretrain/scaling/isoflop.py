@@ -28,6 +28,10 @@ class Profile:
     within: bool
     """Whether the minimum lies between the smallest and the largest size."""
 
+    def to_json(self) -> dict[str, float]:
+        """What a table of budgets shows."""
+        return {"flops": self.flops, "runs": len(self.rows), "parameters": self.parameters, "loss": self.loss}
+
     def at(self, parameters: float) -> float:
         """The parabola."""
         x = np.log(parameters) - self.centre

@@ -89,7 +89,7 @@ def fit_kaplan(
     if not np.isfinite(ended).all():
         return None
     samples = np.empty((0, 4))
-    if weights is not None:
+    if weights is not None and len(weights):
         again = minimise(lambda at, rows: problem(at, weights[rows]), np.tile(found.points[best], (len(weights), 1)))
         with np.errstate(over="ignore"):
             samples = problem.plain(again.points)

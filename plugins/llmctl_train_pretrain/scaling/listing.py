@@ -13,6 +13,9 @@ from llmctl_train_pretrain.scaling.planning import Plan, size
 from llmctl_train_pretrain.scaling.published import COUNTS, PUBLISHED
 from llmctl_train_pretrain.scaling.shapes import Shape
 
+FEW = 4
+"""Budgets without a minimum that are named one by one."""
+
 
 def report_text(report: Report) -> str:
     """Runs, one table per approach, the frontier by all of them, and what could not be fitted."""
@@ -71,7 +74,9 @@ def _facts(found: Fitted) -> Iterator[str]:
     if isinstance(found.detail, ProfileFit):
         rows = [(f"{p.flops:.3g}", len(p.rows), size(p.parameters), f"{p.loss:.4g}") for p in found.detail.profiles]
         yield table(("BUDGET", "RUNS", "BEST N", "LOSS"), rows)
-        yield from (f"left out: {reason}" for reason in found.detail.left_out)
+        yield from (f"left out: {reason}" for reason in found.detail.left_out[:FEW])
+        if more := len(found.detail.left_out[FEW:]):
+            yield f"left out: {more} more (all with --format json)"
 
 
 def _frontiers(report: Report) -> str:

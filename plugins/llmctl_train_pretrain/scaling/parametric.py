@@ -113,7 +113,7 @@ def fit_surface(
 
 
 def _resampled(problem: _Problem, start: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    if weights is None:
+    if weights is None or not len(weights):
         return np.empty((0, 5))
     found = minimise(lambda at, rows: problem(at, weights[rows]), np.tile(start, (len(weights), 1)))
     ended = problem.plain(found.points)

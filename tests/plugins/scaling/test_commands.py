@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -108,7 +110,7 @@ def test_the_page_shows_profiles_surface_and_frontiers(fit_json):
     assert "Approach 3: loss = E + A / N^alpha + B / D^beta" in page.words
 
 
-def test_a_fit_as_text(table, monkeypatch):
+def test_a_fit_as_text(table):
     text = call("fit", table, "--approach", "2", "--resamples", 30, "--drop-highest", 3)
     lines = text.splitlines()
     assert lines[0].startswith("117 runs: ")
@@ -116,6 +118,28 @@ def test_a_fit_as_text(table, monkeypatch):
     assert "Approach 2, isoFLOP profiles" in lines
     assert any(line.startswith("a in N ~ C^a  0.5") for line in lines)
     assert "intervals: 95% of 30 bootstrap resamples of the runs (approach 2: of each budget's), seed 0" in lines
+
+
+def test_without_resamples_there_are_no_intervals(table, monkeypatch):
+    monkeypatch.setattr(parametric, "GRID", parametric.GRID[::450])
+    found = as_json("fit", table, "--resamples", 0)
+    assert list(found["approaches"]) == ["1", "2", "3", "kaplan"]
+    for approach in found["approaches"].values():
+        assert {(row["low"], row["high"]) for row in approach["estimates"].values()} == {(None, None)}
+    assert len(found["approaches"]["2"]["budgets"]) == 8
+    assert "-" in call("fit", table, "--resamples", 0, "--approach", "2").split("a in N ~ C^a")[1].splitlines()[0]
+
+
+def test_nothing_heavy_is_needed(table):
+    """The base installation has no torch, scipy, pandas or pyarrow."""
+    code = (
+        "import sys\nfrom llmctl.cli import main\n"
+        f"for args in (['plan', '--flops', '1e20'], ['fit', {str(table)!r}, '--approach', '2']):\n"
+        "    try: main(['scaling', *args])\n    except SystemExit as leave: assert not leave.code\n"
+        "print([name for name in ('torch', 'scipy', 'pandas', 'pyarrow', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
