@@ -1,4 +1,4 @@
-"""Pre-train a language model on token shards, look up named models, look into trained ones."""
+"""Pre-train a language model, look up named models, look into trained ones, plan by scaling laws."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def register_stages() -> list[Stage]:
 
 @hookimpl
 def register_commands() -> list[Command]:
-    """Offer `models` and `inspect`."""
-    here = "llmctl_train_pretrain"
-    looking = "Look into a model: next tokens, attention, lengths."
-    return [
-        Command(name="models", help="List named models, or show one in numbers.", target=f"{here}.models:models"),
-        Command(name="inspect", help=looking, target=f"{here}.inspecting:inspect", extra="train"),
-    ]
+    """Offer `models`, `inspect` and `scaling`."""
+    rows = (
+        ("models", "List named models, or show one in numbers.", "models:models", ""),
+        ("inspect", "Look into a model: next tokens, attention, lengths.", "inspecting:inspect", "train"),
+        ("scaling", "Fit scaling laws; plan size and tokens from a budget.", "scaling.commands:scaling", ""),
+    )
+    return [Command(name=name, help=text, target=f"{__name__}.{at}", extra=extra) for name, text, at, extra in rows]
 
 
 @hookimpl

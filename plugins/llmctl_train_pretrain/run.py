@@ -10,7 +10,9 @@ from llmctl.errors import InputError, UsageError
 from llmctl.nn.auxiliary import FILE as AUXILIARY
 from llmctl.nn.auxiliary import add_boundary
 from llmctl.nn.config import ModelConfig
+from llmctl.nn.counts import count
 from llmctl.nn.foreign import ForeignModel
+from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.opening import open_network
 from llmctl.nn.presets import preset
 from llmctl.nn.transformer import Transformer
@@ -45,7 +47,19 @@ def run(
         f"in {len(source.split)} documents, {source.steps_per_epoch:.1f} steps per epoch"
     )
     values = fit(ctx, net, make_objective(goal), source, params, validator(goal, shards, encoder, net.config, params))
-    write_model(ctx, net, tokenizer.path, {"objective": goal, **values})
+    epochs = values["steps"] / source.steps_per_epoch
+    write_model(ctx, net, tokenizer.path, {"objective": goal, **values, **sizes(net.config), "epochs": epochs})
+
+
+def sizes(config: ModelConfig | ForeignConfig) -> dict[str, int]:
+    """What scaling laws count beside all parameters: those of the blocks, and with them those of the output head.
+
+    Nothing of architectures that are not ours.
+    """
+    if not isinstance(config, ModelConfig):
+        return {}
+    blocks = count(config).without_embedding
+    return {"parameters.without_embedding": blocks, "parameters.with_head": blocks + config.vocab_size * config.dim}
 
 
 def check_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:

@@ -29,6 +29,17 @@ def test_the_shape_is_what_was_asked_for(train) -> None:
     assert result.metrics["parameters"] == config.parameters()
 
 
+def test_what_scaling_laws_count_is_reported(train) -> None:
+    result = train("train-pretrain", params={"max_steps": 3, "tie_embeddings": False})
+    tensors = load_model(result.outputs["model"].path).state_dict()
+    blocks = sum(tensor.numel() for name, tensor in tensors.items() if tensor.shape[0] != 300)
+    assert result.metrics["parameters.without_embedding"] == blocks
+    assert result.metrics["parameters.with_head"] == blocks + 300 * 32
+    assert result.metrics["parameters"] == blocks + 2 * 300 * 32
+    more = train("train-pretrain", "more", {"max_steps": 6, "tie_embeddings": False})
+    assert more.metrics["epochs"] == pytest.approx(2 * result.metrics["epochs"])
+
+
 @pytest.mark.parametrize("preset", ["llama", "qwen3", "gpt2"])
 def test_presets(train, preset: str) -> None:
     heads = {"heads": 4, "kv_heads": 4}
