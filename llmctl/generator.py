@@ -1,15 +1,17 @@
 """What it means to generate text, free of any framework: `serve`, `eval`, `rag` and `chat` know only this.
 
 A `Generator` deals in token ids and knows no text; `llmctl.text.streaming` turns ids into text and applies stop
-strings. Both the torch model (`llmctl.train.generate`) and the ONNX engine (`llmctl.ort`) implement it; which one opens
-a given artifact is decided by the hook `open_generator`.
+strings. For a model with an encoder the prompt is what the encoder reads, and the answer is all that the decoder says.
+Both the torch model (`llmctl.train.generate`) and the ONNX engine (`llmctl.ort`) implement it; which one opens a given
+artifact is decided by the hook `open_generator`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from llmctl.errors import UsageError
 
@@ -21,8 +23,15 @@ if TYPE_CHECKING:
 class Sampling:
     """How the next token is chosen. The order is temperature, then top-k, then top-p, as in transformers.
 
-    `temperature=0` is greedy. `top_k=0` and `top_p=1` switch those filters off. Equal seeds give equal tokens on one
-    device and build; without a seed every call differs.
+    `temperature=0` is greedy, or beam search if `beams` is above 1. `top_k=0` and `top_p=1` switch those filters off.
+    Equal seeds give equal tokens on one device and build; without a seed every call differs.
+
+    `n` answers to one prompt come from `Generator.candidates`: the n best beams, or n draws with the seeds `seed`,
+    `seed + 1`, … so that each equals a single run with its seed. An answer's score is its log-probability divided by
+    its length to the power `length_penalty` (0: the sum, 1: the mean; above 1 favours long answers); beams are ranked
+    by it. `early_stopping` says when a beam search ends that has `beams` finished answers: True at once, False when
+    the best unfinished beam scores below the worst of them at its present length, "never" when it would do so even at
+    the greatest length.
     """
 
     max_new_tokens: int = 256
@@ -30,6 +39,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    n: int = 1
 
     def __post_init__(self) -> None:
         for ok, text in (
@@ -37,12 +50,89 @@ class Sampling:
             (self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),
             (self.top_k >= 0, f"top_k must not be negative, got {self.top_k}"),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
+            (self.beams >= 1, f"beams must be at least 1, got {self.beams}"),
+            (self.n >= 1, f"n must be at least 1, got {self.n}"),
+            # Beyond it, length ** penalty leaves the range of a float for long answers.
+            (-10 <= self.length_penalty <= 10, f"length_penalty must be in [-10, 10], got {self.length_penalty}"),
+            (
+                isinstance(self.early_stopping, bool) or self.early_stopping == "never",
+                f'early_stopping must be true, false or "never", got {self.early_stopping!r}',
+            ),
         ):
             if not ok:
                 raise UsageError(text)
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        """An option that the others would leave without effect is a mistake to be told, not to be ignored."""
+        several = self.beams > 1
+        for wrong, text, hint in (
+            (
+                several and self.temperature > 0,
+                f"beam search follows the likeliest beams and draws nothing, but temperature is {self.temperature}",
+                "set temperature to 0, or beams to 1",
+            ),
+            (
+                several and (self.top_k > 0 or self.top_p < 1),
+                f"beam search does not filter tokens, but top_k is {self.top_k} and top_p {self.top_p}",
+                "leave top_k and top_p out, or set beams to 1",
+            ),
+            (
+                several and self.n > self.beams,
+                f"{self.beams} beams cannot give {self.n} answers",
+                f"set beams to {self.n} or more, or n to {self.beams} or less",
+            ),
+            (
+                not several and self.early_stopping is not False,
+                "early_stopping says when a beam search ends, but beams is 1",
+                "set beams above 1, or leave early_stopping out",
+            ),
+            (
+                not several and self.n > 1 and self.temperature == 0,
+                f"greedy decoding has one answer, but n is {self.n}",
+                "set temperature above 0 for draws, or beams for the best beams",
+            ),
+        ):
+            if wrong:
+                raise UsageError(text, hint=hint)
+
+    def draws(self) -> list[Sampling]:
+        """The `n` single runs that the answers equal, each with its own seed."""
+        seeds = (None if self.seed is None else self.seed + i for i in range(self.n))
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One answer to a prompt, scored by the model itself: temperature 1, nothing filtered."""
+
+    ids: list[int]
+    """Without the EOS id."""
+    logprobs: list[float]
+    """Natural log-probabilities of `ids`, and after them of the EOS id if the answer ended with one."""
+    ended: bool
+    """Ended with an EOS id, not at a limit."""
+    length_penalty: float = 1.0
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole answer."""
+        return math.fsum(self.logprobs)
+
+    @property
+    def score(self) -> float:
+        """`logprob / length ** length_penalty`, the EOS counted; -inf for an answer without a token."""
+        length = len(self.logprobs)
+        return self.logprob / math.pow(length, self.length_penalty) if length else -math.inf
+
+    def cut(self, count: int) -> Candidate:
+        """The answer up to its token `count`; itself if it is no longer."""
+        if count >= len(self.ids):
+            return self
+        return replace(self, ids=self.ids[:count], logprobs=self.logprobs[:count], ended=False)
 
 
 @runtime_checkable
@@ -65,28 +155,66 @@ class Generator(Protocol):
     def backend(self) -> str:
         """For a human: "torch cpu float32", "onnxruntime CPUExecutionProvider"."""
 
+    @property
+    def encoder_decoder(self) -> bool:
+        """The prompt is read by an encoder, framed as a document of its own; the answer does not continue it."""
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens that may follow this prompt.
+
+        Raises UsageError if the prompt is empty or leaves no room in the context.
+        """
+
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield new token ids one by one; ends at an EOS id, `max_new_tokens` or the context length.
 
-        Raises UsageError if the prompt is empty or leaves no room in the context.
+        With beams all of them come at the end. Raises UsageError for a prompt as `room` does, and for `n > 1`.
         """
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
         """The new ids for many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
 
+    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+        """`sampling.n` answers with their scores: beams best first, draws in the order of their seeds.
+
+        The prompt runs through the model once. Fewer beams come back only where fewer answers exist.
+        """
+
+    def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        """Logits that each token of `answer` was chosen from, shape `(len(answer), vocab_size)`, float32."""
+
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
-        """Natural log-probability of `tokens[1:]` given what stands before, shape `(len(tokens) - 1,)`, float32."""
+        """Natural log-probability of `tokens[1:]` given what stands before, shape `(len(tokens) - 1,)`, float32.
+
+        As `logits`, for decoders only: an encoder-decoder raises UsageError.
+        """
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits at every position of one sequence, shape `(len(tokens), vocab_size)`, float32."""
 
 
-def check_prompt(prompt: Sequence[int], context_length: int) -> None:
+def check_prompt(prompt: Sequence[int], context_length: int, encoder_decoder: bool = False) -> None:
     """Refuse a prompt that cannot be answered, with the numbers a user needs."""
     if not prompt:
         raise UsageError("the prompt is empty", hint="give at least one token of text")
-    if len(prompt) >= context_length:
+    if len(prompt) >= context_length + encoder_decoder:  # an encoder's prompt may fill the context
         raise UsageError(
             f"the prompt has {len(prompt)} tokens, the model's context is {context_length}",
             hint="shorten the prompt or use a model with a longer context",
         )
+
+
+def prompt_room(prompt: Sequence[int], context_length: int, encoder_decoder: bool = False) -> int:
+    """Most tokens that may follow a prompt that `check_prompt` accepts.
+
+    A decoder's context holds prompt and answer. An encoder-decoder's holds the prompt, and another one the answer after
+    its start token.
+    """
+    check_prompt(prompt, context_length, encoder_decoder)
+    return context_length - (1 if encoder_decoder else len(prompt))
+
+
+def check_single(sampling: Sampling) -> None:
+    """Refuse `n > 1` where one answer is given."""
+    if sampling.n > 1:
+        raise UsageError(f"one answer is given here, but n is {sampling.n}", hint="set n to 1")

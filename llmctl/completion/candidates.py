@@ -149,11 +149,13 @@ BY_NAME: Mapping[str, Callback] = {
     "why second": seconds,
     "schema name": installed,
     "test stages": installed,
+    "fit runs": artifacts,
+    "plan measured": artifacts,
 }
 """By the name of the parameter, or of its command and the parameter, for llmctl's own commands and its own plugins'."""
 
 
-OWN = ("llmctl.", "llmctl_serve.")
+OWN = ("llmctl.", "llmctl_serve.", "llmctl_train_pretrain.")
 """Modules of the commands that `BY_NAME` is about."""
 
 

@@ -123,6 +123,10 @@ class AttentionContext:
         """S: the keys that `length` new tokens may see, their own included."""
         return length if self.slots is None else self.slots.end
 
+    def distances(self, count: int) -> int:
+        """How many distances Transformer-XL encodes for `count` keys."""
+        return count
+
     def where(self, length: int, device: torch.device) -> Tensor:
         """The index of each of `length` queries among the keys, `(1 or B, T)` int64."""
         if self.slots is not None and self.slots.positions is not None:

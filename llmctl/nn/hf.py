@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llmctl.errors import InputError, StageError
+from llmctl.errors import InputError
+from llmctl.nn.auxiliary import save_auxiliary
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.families import from_hf, in_transformers, to_hf
 from llmctl.nn.names import NAMINGS, hf_name, is_transposed
+from llmctl.nn.shards import MAX_SHARD_BYTES, read_shards, write_shards
 from llmctl.nn.transformer import Transformer
+from llmctl.nn.unpickle import read_pickles
 from llmctl.text.tokenizer import copy_tokenizer
 
 # Buffers that old checkpoints carry beside the weights; they are constants.
@@ -33,10 +34,17 @@ _GENERATION = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_to
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.ckpt")
 
 
-def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None = None) -> None:
+def save_model(
+    model: Transformer,
+    directory: Path,
+    tokenizer_from: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
     """Write `config.json`, `generation_config.json`, `model.safetensors` and, from `tokenizer_from`, the tokenizer.
 
-    Weights keep their dtype; equal models give equal bytes.
+    Weights keep their dtype; equal models give equal bytes. Above `max_shard_bytes` they come in several files with an
+    index, as transformers writes them. What an objective added to the model goes to `auxiliary.safetensors`, of which
+    transformers knows nothing.
     """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = to_hf_tensors(model)
@@ -45,25 +53,28 @@ def save_model(model: Transformer, directory: Path, tokenizer_from: Path | None 
     ids = {key: config[key] for key in _GENERATION if config.get(key) is not None}
     _write_json(directory / "config.json", dict(sorted({**config, "dtype": dtype}.items())))
     _write_json(directory / "generation_config.json", ids)
-    try:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise StageError(f"cannot write model.safetensors: {error}", hint="is the disk full?") from error
+    write_shards(tensors, directory, max_shard_bytes)
+    save_auxiliary(model, directory)
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, directory)
 
 
 def load_model(
-    directory: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+    directory: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    allow_pickle: bool = False,
 ) -> Transformer:
     """Read a Hugging Face directory of a family in `llmctl.nn.families`, or one of our own, in training mode.
 
-    `dtype=None` keeps the stored one. Raises InputError for another architecture, a missing, unexpected or misshapen
-    tensor, a pickle, a damaged file.
+    `dtype=None` keeps the stored one. With `allow_pickle` a `pytorch_model.bin` is read where there is nothing else,
+    tensors only. Raises InputError for another architecture, a missing, unexpected or misshapen tensor, a pickle, a
+    damaged file.
     """
     directory = Path(directory)
     config = load_config(directory)
-    tensors = _read_tensors(directory, device)
+    tensors = _read_tensors(directory, device, allow_pickle)
     with torch.device("meta"):
         model = Transformer(config)
     state = from_hf_tensors(model, tensors, directory)
@@ -98,12 +109,13 @@ def stored_name(config: ModelConfig, name: str) -> str:
 def to_hf_tensors(model: Transformer) -> dict[str, Tensor]:
     """Every weight under its stored name and in its layout, on the CPU; a tied head is left out."""
     config = model.config
+    own = {name: parameter for name, parameter in model.named_parameters() if not name.startswith("auxiliary.")}
     grouped: dict[str, list[Tensor]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in own.items():
         grouped.setdefault(stored_name(config, name), []).append(parameter.detach().cpu())
     if not in_transformers(config):
         return {name: parts[0].contiguous() for name, parts in grouped.items()}
-    first = {stored_name(config, name): name for name, _ in reversed(list(model.named_parameters()))}
+    first = {stored_name(config, name): name for name in reversed(own)}
     return {name: _join(config, first[name], parts).contiguous() for name, parts in grouped.items()}
 
 
@@ -196,38 +208,17 @@ def _tied(model: Transformer) -> dict[str, str]:
     return copies
 
 
-def _read_tensors(directory: Path, device: torch.device | str) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors` or of the shards its index names."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if not single.exists() and not index.exists():
-        pickles = [name for name in _PICKLES if (directory / name).exists()]
-        if pickles:
-            raise InputError(
-                f"{directory} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read",
-                hint="convert it: transformers' model.save_pretrained(directory) writes model.safetensors",
-            )
-        raise InputError(f"{directory} has no model.safetensors")
-    if single.exists():
-        return _read_file(single, device)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{index} has no `weight_map`")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        tensors.update(_read_file(directory / Path(shard).name, device))
-    if set(tensors) != set(weight_map):
-        raise InputError(f"{index.name} and its files differ in {_few(sorted(set(tensors) ^ set(weight_map)))}")
-    return tensors
-
-
-def _read_file(path: Path, device: torch.device | str) -> dict[str, Tensor]:
-    if not path.exists():
-        raise InputError(f"{path} is missing, though the index names it")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}", hint="copy or download it again") from error
+def _read_tensors(directory: Path, device: torch.device | str, allow_pickle: bool) -> dict[str, Tensor]:
+    """All tensors of `model.safetensors` or of the shards its index names; of a pickle only if that is allowed."""
+    pickles = [name for name in _PICKLES if (directory / name).exists()]
+    if not pickles or any((directory / f"model.safetensors{ending}").exists() for ending in ("", ".index.json")):
+        return read_shards(directory, device)
+    if allow_pickle:
+        return {name: tensor.to(device) for name, tensor in read_pickles(directory).items()}
+    raise InputError(
+        f"{directory} holds its weights as a pickle ({pickles[0]}), which can run any code when it is read",
+        hint="if you trust it: python -m llmctl.nn.unpickle DIRECTORY NEW reads tensors from it and nothing else",
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

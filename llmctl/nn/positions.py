@@ -56,14 +56,15 @@ def t5_bucket(distance: Tensor, buckets: int, furthest: int, bidirectional: bool
 def rotary_angles(
     positions: Tensor, config: ModelConfig, local: bool = False, length: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles of `positions (…, T)`, each `(…, T, 1, rotary_dim / 2)` (RoFormer, 2104.09864).
+    """cos and sin of the rotary angles of `positions (…, T)`, each `(…, T, 1, rotary_dim / 2)` (RoPE, 2104.09864).
 
-    In float32 whatever the model's dtype: in bfloat16 positions beyond 256 would collide. `local`: those of layers with
-    a sliding window, where the family gives them a base of their own. `length`: of the whole sequence, for scaling that
-    depends on it.
+    In float32, or the dtype of floating positions, whatever the model's: in bfloat16 those beyond 256 would collide.
+    `local`: those of layers with a sliding window, where the family gives them a base of their own. `length`: of the
+    whole sequence, for scaling that depends on it.
     """
     rates, factor = rotary_rates(config, local, length)
-    angles = positions[..., None, None].float() * rates.to(positions.device)
+    where = positions if positions.is_floating_point() else positions.float()
+    angles = where[..., None, None] * rates.to(positions.device)
     return angles.cos() * factor, angles.sin() * factor
 
 

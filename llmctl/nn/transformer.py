@@ -61,6 +61,8 @@ class Transformer(nn.Module):
         self.next = nn.Linear(config.dim, 2) if config.head == "pretraining" else None
         self.classifier = None if words or config.head == "features" else Classifier(config)
         initialise(self)
+        self.auxiliary = nn.ModuleDict()
+        """What only an objective needs (`llmctl/nn/auxiliary.py`): trained with the model, no part of its weights."""
 
     def forward(
         self,
@@ -155,6 +157,11 @@ class Transformer(nn.Module):
         """The matrix `(V, D)` of the output head: its own, or the embedding's."""
         return self.embedding.weight if self.unembedding is None else self.unembedding.weight
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """All that `head` reads."""
+        matrix = self.embedding.weight if self.unembedding is None else self.unembedding.weight
+        return [matrix, *(() if self.masked is None else self.masked.parameters())]
+
     def encode(self, source: Tensor, documents: Tensor | None = None) -> Tensor:
         """The encoder's states `(B, S, D)` of `source (B, S)`; of an encoder-only model, those of `hidden`."""
         if self.encoder is None:
@@ -203,7 +210,7 @@ class Transformer(nn.Module):
         length = states.shape[1]
         real = torch.ones_like(states[..., 0], dtype=torch.bool) if documents is None else documents != PADDING
         last = (real * torch.arange(length, device=states.device)).argmax(-1)
-        return self.classifier(states[torch.arange(len(states), device=states.device), last])  # type: ignore[no-any-return]
+        return self.classifier(states[torch.arange(states.shape[0], device=states.device), last])  # type: ignore[no-any-return]
 
     def attention_context(
         self,
@@ -414,8 +421,9 @@ class Attention(nn.Module):
         """
         assert self.distance is not None
         count = context.key_count(q.shape[1])
-        reach = torch.arange(count, device=q.device)
-        encoded = self.distance(sinusoid(reach, self.config.dim).to(q.dtype)).unflatten(-1, (-1, self.head_dim))
+        reach = torch.arange(context.distances(count), device=q.device)
+        encoded = self.distance(sinusoid(reach, self.config.dim).to(q.dtype)).unflatten(-1, (-1, self.head_dim))[:count]
+        reach = reach[:count]
         scores = torch.einsum("bthd,shd->bhts", q + self.distance_bias, encoded) * self.config.scale
         behind = (context.where(q.shape[1], q.device)[..., None] - reach).clamp(min=0)
         return scores.gather(-1, behind[:, None].expand(*scores.shape[:3], -1))

@@ -1,13 +1,13 @@
 """Rows of tokens in flight and their keys and values: fed in chunks, then one token per step.
 
 Two kinds of graph: with ONNX Runtime's GroupQueryAttention one buffer is bound as past and present, so a step writes
-one slot and copies nothing (`InPlaceRows`); other graphs return past and new keys concatenated (`GrowingRow`).
+one slot and copies nothing (`InPlaceRows`); other graphs return past and new keys concatenated (`GrowingRows`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,10 @@ from llmctl.errors import InputError
 from llmctl.ort.sessions import CUDA, provider
 
 _DTYPES: dict[str, type[np.float32] | type[np.float16]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_KNOWN = re.compile(r"input_ids|attention_mask|position_ids|past_key_values\.\d+\.(key|value)\Z")
+_KNOWN = re.compile(
+    r"(input_ids|attention_mask|position_ids|past_key_values\.\d+\.(decoder\.)?(key|value)|"
+    r"encoder_attention_mask|encoder_hidden_states|past_key_values\.\d+\.encoder\.(key|value))\Z"
+)
 
 
 @dataclass(frozen=True)
@@ -35,32 +38,41 @@ class Layout:
     attention_mask: bool
     device: str
     """ "cpu" or "cuda": where the cache lives."""
+    infix: str = ""
+    """`.decoder` in the names of an encoder-decoder's cache, which holds its encoder's keys beside its own."""
+    constants: tuple[str, ...] = ()
+    """Inputs that stay the same from step to step: the keys, values and mask of what the encoder read."""
 
     @property
     def past(self) -> list[str]:
         """Names of the cache's inputs, keys and values of layer after layer."""
-        return [f"past_key_values.{i}.{kind}" for i in range(self.layers) for kind in ("key", "value")]
+        return self._names("past_key_values")
 
     @property
     def present(self) -> list[str]:
         """Names of the cache's outputs, in the order of `past`."""
-        return [f"present.{i}.{kind}" for i in range(self.layers) for kind in ("key", "value")]
+        return self._names("present")
+
+    def _names(self, what: str) -> list[str]:
+        return [f"{what}.{i}{self.infix}.{kind}" for i in range(self.layers) for kind in ("key", "value")]
 
 
 def read_layout(session: ort.InferenceSession, source: object) -> Layout:
-    """Recognise a decoder-only graph with a KV cache; InputError, naming `source`, for any other graph."""
+    """Recognise a decoder with a KV cache, with an encoder or not; InputError, naming `source`, for other graphs."""
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
-    layers = sum(name.endswith(".key") for name in inputs)
+    constants = tuple(name for name in inputs if "encoder" in name.replace("decoder", ""))
+    infix = ".decoder" if constants else ""
+    layers = sum(name.endswith(f"{infix}.key") and name not in constants for name in inputs)
     unknown = [name for name in inputs if not _KNOWN.match(name)]
     missing = {"input_ids", "logits"} - set(inputs) - set(outputs)
-    if unknown or missing or not layers or f"present.{layers - 1}.value" not in outputs:
+    if unknown or missing or not layers or f"present.{layers - 1}{infix}.value" not in outputs:
         what = f"unknown inputs {unknown}" if unknown else f"no {sorted(missing)}" if missing else "no KV cache"
         raise InputError(
             f"{source} is no decoder that generates text: {what}",
             hint="export a causal language model; task text-generation-with-past",
         )
-    key, vocab = inputs["past_key_values.0.key"], outputs["logits"].shape[-1]
+    key, vocab = inputs[f"past_key_values.0{infix}.key"], outputs["logits"].shape[-1]
     shape = key.shape
     if key.type not in _DTYPES or outputs["logits"].type not in _DTYPES:
         raise InputError(f"{source} has a cache of {key.type} and logits of {outputs['logits'].type}, not of floats")
@@ -76,6 +88,8 @@ def read_layout(session: ort.InferenceSession, source: object) -> Layout:
         position_ids="position_ids" in inputs,
         attention_mask="attention_mask" in inputs,
         device="cuda" if provider(session) == CUDA else "cpu",
+        infix=infix,
+        constants=constants,
     )
 
 
@@ -96,15 +110,30 @@ class Rows(Protocol):
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32."""
 
+    def hold(self, rows: Sequence[int]) -> None:
+        """These rows do not grow in the next step; what it gives for them means nothing."""
+
+    def keep(self, rows: Sequence[int]) -> Rows:
+        """New rows that go on from these ones, in this order; these stay as they are."""
+
 
 class InPlaceRows:
     """Rows over one preallocated cache: the same OrtValue is bound as `past_key_values.N` and `present.N`.
 
     A row's tokens fill its slots from 0 on, so rows may differ in length; what stands beyond a row's end is never seen.
+    `constants` are the values of `layout.constants`.
     """
 
-    def __init__(self, session: ort.InferenceSession, layout: Layout, batch: int, capacity: int) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        layout: Layout,
+        batch: int,
+        capacity: int,
+        constants: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.session, self.layout, self.batch, self.capacity = session, layout, batch, capacity
+        self.constants = dict(constants or {})
         self.lengths = np.zeros(batch, np.int64)
         shape = (batch, layout.kv_heads, capacity, layout.head_dim)
         # Zeroed pages are not touched until written, so a large capacity costs a short chat nothing.
@@ -117,6 +146,8 @@ class InPlaceRows:
         if layout.position_ids:
             self._step_values["position_ids"] = _value(self._positions)
         self._binding = session.io_binding()
+        for name, array in self.constants.items():
+            self._binding.bind_ortvalue_input(name, _value(array, layout.device))
         for past, present, value in zip(layout.past, layout.present, self.cache, strict=True):
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
@@ -159,9 +190,14 @@ class InPlaceRows:
         self.session.run_with_iobinding(self._binding)
         return np.asarray(self._logits[:, 0], np.float32)
 
+    def hold(self, rows: Sequence[int]) -> None:
+        """These rows do not grow in the next step: it overwrites their last token, as they are done."""
+        self.lengths[list(rows)] -= 1
+
     def keep(self, rows: Sequence[int]) -> InPlaceRows:
         """New rows that go on from these ones, in this order."""
-        kept = InPlaceRows(self.session, self.layout, len(rows), self.capacity)
+        constants = {name: array[list(rows)] for name, array in self.constants.items()}
+        kept = InPlaceRows(self.session, self.layout, len(rows), self.capacity, constants)
         used = int(self.lengths[list(rows)].max())
         for i, value in enumerate(self.cache):
             part = np.zeros((len(rows), *value.shape()[1:]), self.layout.cache_dtype)
@@ -169,6 +205,14 @@ class InPlaceRows:
             kept.replace(i, part)
         kept.lengths[:] = self.lengths[list(rows)]
         return kept
+
+    def fill(self, cache: Sequence[np.ndarray], lengths: Sequence[int]) -> None:
+        """Take over what another graph computed: `cache`, in the order of `Layout.past`, each `(B, KV, S, d)`."""
+        for index, values in enumerate(cache):
+            slots = np.zeros((*values.shape[:2], self.capacity, values.shape[3]), self.layout.cache_dtype)
+            slots[:, :, : values.shape[2]] = values
+            self.replace(index, slots)
+        self.lengths[:] = lengths
 
     def replace(self, index: int, values: np.ndarray) -> None:
         """Put `values` in the place of cache tensor `index` (see `Layout.past`)."""
@@ -198,44 +242,73 @@ class InPlaceRows:
         return binding
 
 
-class GrowingRow:
-    """One row of a graph that concatenates: each step's `present` is the next one's `past`."""
+class GrowingRows:
+    """Rows of a graph that concatenates: each step's `present` is the next one's `past`, so all are of one length."""
 
-    def __init__(self, session: ort.InferenceSession, layout: Layout, capacity: int) -> None:
-        self.session, self.layout, self.capacity = session, layout, capacity
-        self.lengths = np.zeros(1, np.int64)
-        self._empty = np.zeros((1, layout.kv_heads, 0, layout.head_dim), layout.cache_dtype)
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        layout: Layout,
+        batch: int,
+        capacity: int,
+        constants: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self.session, self.layout, self.batch, self.capacity = session, layout, batch, capacity
+        self.constants = dict(constants or {})
+        self._fixed = {name: _value(array, layout.device) for name, array in self.constants.items()}
+        self.lengths = np.zeros(batch, np.int64)
         self.restart()
 
     def restart(self) -> None:
-        """Empty the row."""
-        self.lengths[:] = 0
-        self.cache = [_value(self._empty, self.layout.device) for _ in self.layout.past]
+        """Empty the rows."""
+        empty = np.zeros((self.batch, self.layout.kv_heads, 0, self.layout.head_dim), self.layout.cache_dtype)
+        self.fill([empty] * len(self.layout.past), [0] * self.batch)
+
+    def fill(self, cache: Sequence[np.ndarray], lengths: Sequence[int]) -> None:
+        """Take over what another graph computed: `cache`, in the order of `Layout.past`, each `(B, KV, S, d)`."""
+        self.cache = [_value(np.ascontiguousarray(values), self.layout.device) for values in cache]
+        self.lengths[:] = lengths
 
     def feed(self, row: int, tokens: Sequence[int]) -> np.ndarray:
-        """Append `tokens`; logits `(len(tokens), V)` float32. `row` is 0."""
-        if row != 0:
-            raise IndexError(f"row {row} of 1")
-        layout, start, end = self.layout, int(self.lengths[0]), int(self.lengths[0]) + len(tokens)
+        """Append `tokens` to the only row; logits `(len(tokens), V)` float32."""
+        if row != 0 or self.batch != 1:
+            raise IndexError(f"row {row} of {self.batch}: graphs that concatenate are fed all rows at once")
+        return self._run(np.asarray(tokens, np.int64)[None])[0]  # type: ignore[no-any-return]
+
+    def step(self, tokens: Sequence[int]) -> np.ndarray:
+        """Append one token to every row; logits `(B, V)` float32."""
+        return self._run(np.asarray(tokens, np.int64)[:, None])[:, 0]
+
+    def hold(self, rows: Sequence[int]) -> None:
+        """All rows grow alike; what the next step gives for these means nothing."""
+
+    def keep(self, rows: Sequence[int]) -> GrowingRows:
+        """New rows that go on from these ones, in this order."""
+        chosen = list(rows)
+        constants = {name: array[chosen] for name, array in self.constants.items()}
+        kept = GrowingRows(self.session, self.layout, len(chosen), self.capacity, constants)
+        kept.fill([value.numpy()[chosen] for value in self.cache], self.lengths[chosen].tolist())
+        return kept
+
+    def _run(self, ids: np.ndarray) -> np.ndarray:
+        """Logits `(B, T, V)` of `ids (B, T)`, which follow what the cache holds."""
+        layout, start = self.layout, self.cache[0].shape()[2]
+        end = start + ids.shape[1]
         binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.asarray(tokens, np.int64)[None])
+        binding.bind_cpu_input("input_ids", ids)
         if layout.position_ids:
-            binding.bind_cpu_input("position_ids", np.arange(start, end)[None])
+            binding.bind_cpu_input("position_ids", np.repeat(np.arange(start, end)[None], self.batch, 0))
         if layout.attention_mask:
-            binding.bind_cpu_input("attention_mask", np.ones((1, end), np.int64))
-        for name, value in zip(layout.past, self.cache, strict=True):
+            binding.bind_cpu_input("attention_mask", np.ones((self.batch, end), np.int64))
+        for name, value in [*zip(layout.past, self.cache, strict=True), *self._fixed.items()]:
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
         for name in layout.present:
             binding.bind_output(name, layout.device)
         self.session.run_with_iobinding(binding)
         logits, *self.cache = binding.get_outputs()
-        self.lengths[0] = end
-        return np.asarray(logits.numpy()[0], np.float32)
-
-    def step(self, tokens: Sequence[int]) -> np.ndarray:
-        """Append one token; logits `(1, V)` float32."""
-        return self.feed(0, tokens)
+        self.lengths[:] = end
+        return np.asarray(logits.numpy(), np.float32)
 
 
 def _value(array: np.ndarray, device: str = "cpu") -> ort.OrtValue:

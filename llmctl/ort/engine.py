@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from llmctl.errors import UsageError
-from llmctl.generator import GREEDY, Sampling, check_prompt
-from llmctl.ort.bundle import Bundle, read_bundle
-from llmctl.ort.cache import GrowingRow, InPlaceRows, Rows, read_layout
-from llmctl.ort.sampling import Sampler
+from llmctl.beams import BeamSearch
+from llmctl.decoding import Answer, draw, search_beams
+from llmctl.errors import InputError, UsageError
+from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
+from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
+from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
+from llmctl.ort.sampling import Sampler, check_ids, log_probabilities, log_probability, rank
+from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.ort.sessions import open_session, provider
 
 PREFILL_CHUNK = 256
@@ -22,18 +25,31 @@ BATCH = 16
 _ROUND = 64
 
 
-def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator:
+def open_generator(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator | OrtSeq2Seq:
     """Open the bundle in `directory` for generation; needs neither torch nor onnx.
 
-    Raises InputError naming the file that is missing, damaged or no text-generating decoder, and MachineError if
-    `device` is "cuda" and there is none.
+    Raises InputError naming the file that is missing, damaged or generates no text, and MachineError if `device` is
+    "cuda" and there is none.
     """
     bundle = read_bundle(directory)
-    return OrtGenerator(bundle, open_session(bundle.model, device, threads))
+    if not bundle.has_pair:
+        return OrtGenerator(bundle, open_session(bundle.model, device, threads))
+    names = (ENCODER, DECODER, DECODER_WITH_PAST)
+    return OrtSeq2Seq(bundle, *(open_session(bundle.directory / name, device, threads) for name in names))
+
+
+def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator:
+    """`open_generator` for decoders alone; InputError for an encoder-decoder too."""
+    generator = open_generator(directory, device, threads)
+    if isinstance(generator, OrtSeq2Seq):
+        raise InputError(f"{directory} holds an encoder-decoder", hint="give a bundle of a decoder")
+    return generator
 
 
 class OrtGenerator:
     """A `llmctl.generator.Generator` over one ONNX Runtime session."""
+
+    encoder_decoder = False
 
     def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
         self.session = session
@@ -52,53 +68,68 @@ class OrtGenerator:
             return InPlaceRows(self.session, self.layout, batch, capacity)
         if batch != 1:
             raise ValueError(f"this graph has no in-place cache, so no batch of {batch}")
-        return GrowingRow(self.session, self.layout, capacity)
+        return GrowingRows(self.session, self.layout, 1, capacity)
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens that may follow; see `Generator.room`."""
+        room = prompt_room(prompt, self.context_length)
+        check_ids(prompt, self.vocab_size)
+        return room
 
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
-        """Yield new token ids; ends at an EOS id, `max_new_tokens` or the context length. Checks the prompt at once."""
-        self._check(prompt)
-        return self._stream(prompt, sampling)
+        """Yield new token ids; see `Generator.stream`. Checks the prompt at once."""
+        check_single(sampling)
+        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)))
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
         """The new ids for many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
-        for prompt in prompts:
-            self._check(prompt)
-        if not self.in_place or len(prompts) == 1:
-            return [list(self._stream(prompt, sampling)) for prompt in prompts]
-        answers: dict[int, list[int]] = {}
+        check_single(sampling)
+        limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
+        if not self.in_place or len(prompts) == 1 or sampling.beams > 1:
+            return [list(self._stream(p, sampling, limit)) for p, limit in zip(prompts, limits, strict=True)]
+        answers = [Answer(Sampler(sampling), limit) for limit in limits]
         # Prompts of like length end at like times, so batches stay full.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            answers.update(zip(chosen, self._batch([prompts[i] for i in chosen], sampling), strict=True))
-        return [answers[i] for i in range(len(prompts))]
+            self._batch([prompts[i] for i in chosen], [answers[i] for i in chosen])
+        return [answer.ids for answer in answers]
+
+    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+        """Several answers to one prompt with their scores; see `Generator.candidates`."""
+        limit = min(sampling.max_new_tokens, self.room(prompt))
+        rows = self._borrow(len(prompt) + limit)
+        try:
+            # A copy: the next prompt overwrites the logits.
+            logits = prefill(rows, 0, prompt)[None].copy()
+            if sampling.beams > 1:
+                search = BeamSearch(sampling, self.eos_ids, limit)
+                return search_beams(rows.keep([0]), logits, search, rank)[: sampling.n]
+            answers = [Answer(Sampler(single), limit) for single in sampling.draws()]
+            for start in range(0, len(answers), BATCH):
+                some = answers[start : start + BATCH]
+                copies = np.repeat(logits, len(some), axis=0)
+                draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, log_probability)
+            return [answer.candidate(sampling.length_penalty) for answer in answers]
+        finally:
+            self._idle = rows
+
+    def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        """Logits that each token of `answer` was chosen from, `(len(answer), vocab_size)` float32."""
+        return self.logits([*prompt, *answer])[len(prompt) - 1 : -1]
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
         """Natural log-probability of `tokens[1:]` given what stands before, `(len(tokens) - 1,)` float32."""
         parts = []
         for start, logits in self._chunks(tokens):
             following = np.asarray(tokens[start + 1 : start + 1 + len(logits)], np.int64)
-            logits = logits[: len(following)].astype(np.float64)
-            highest = logits.max(axis=1, initial=-np.inf)
-            total = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
-            parts.append(logits[np.arange(len(following)), following] - total)
+            scores = log_probabilities(logits[: len(following)])
+            parts.append(scores[np.arange(len(following)), following])
         return np.concatenate(parts).astype(np.float32)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits at every position of one sequence, `(len(tokens), V)` float32."""
         return np.concatenate([logits for _, logits in self._chunks(tokens)])
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        check_prompt(prompt, self.context_length)
-        self._check_ids(prompt)
-
-    def _check_ids(self, tokens: Sequence[int]) -> None:
-        low, high = min(tokens), max(tokens)
-        if low < 0 or high >= self.vocab_size:
-            raise UsageError(
-                f"token id {low if low < 0 else high} is outside the model's vocabulary of {self.vocab_size}",
-                hint="was the text encoded with this model's own tokenizer?",
-            )
 
     def _chunks(self, tokens: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """The logits of one sequence piece by piece, each with the position of its first token."""
@@ -107,7 +138,7 @@ class OrtGenerator:
                 f"{len(tokens)} tokens cannot be scored, the model's context is {self.context_length}",
                 hint="give at least one token and at most a context of them",
             )
-        self._check_ids(tokens)
+        check_ids(tokens, self.vocab_size)
         rows = self._borrow(len(tokens))
         for start in range(0, len(tokens), PREFILL_CHUNK):
             yield start, rows.feed(0, tokens[start : start + PREFILL_CHUNK])
@@ -121,12 +152,14 @@ class OrtGenerator:
         rows.restart()
         return rows
 
-    def _stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
-        room = min(sampling.max_new_tokens, self.context_length - len(prompt))
-        sample, rows = Sampler(sampling), self._borrow(len(prompt) + room)
+    def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int) -> Iterator[int]:
+        if sampling.beams > 1:
+            yield from self.candidates(prompt, sampling)[0].ids
+            return
+        sample, rows = Sampler(sampling), self._borrow(len(prompt) + limit)
         try:
             logits = prefill(rows, 0, prompt)
-            for left in reversed(range(room)):
+            for left in reversed(range(limit)):
                 token = sample(logits)
                 if token in self.eos_ids:
                     return
@@ -136,38 +169,12 @@ class OrtGenerator:
         finally:
             self._idle = rows
 
-    def _batch(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    def _batch(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> None:
         """Up to BATCH answers side by side. Prefill runs row by row, so no prompt is padded to another's length."""
-        rooms = [min(sampling.max_new_tokens, self.context_length - len(prompt)) for prompt in prompts]
-        needed = max(len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True))
+        needed = max(len(prompt) + answer.limit for prompt, answer in zip(prompts, answers, strict=True))
         rows = InPlaceRows(self.session, self.layout, len(prompts), min(needed, self.context_length))
-        samplers = [Sampler(sampling) for _ in prompts]
-        answers: list[list[int]] = [[] for _ in prompts]
         logits = np.stack([prefill(rows, row, prompt) for row, prompt in enumerate(prompts)])
-        # `alive[i]` is the prompt that row i answers, None once it has ended.
-        alive: list[int | None] = list(range(len(prompts)))
-        while True:
-            tokens = [0] * len(alive)
-            for row, index in enumerate(alive):
-                if index is None:
-                    continue
-                token = samplers[index](logits[row])
-                if token in self.eos_ids:
-                    alive[row] = None
-                    continue
-                answers[index].append(token)
-                tokens[row] = token
-                if len(answers[index]) == rooms[index]:
-                    alive[row] = None
-            going = [row for row, index in enumerate(alive) if index is not None]
-            if not going:
-                return answers
-            if len(going) <= len(alive) // 2:
-                rows, alive, tokens = rows.keep(going), [alive[row] for row in going], [tokens[row] for row in going]
-            else:
-                # A row that has ended stays where it is, so that it never outgrows the cache.
-                rows.lengths[[row for row, index in enumerate(alive) if index is None]] -= 1
-            logits = rows.step(tokens)
+        draw(rows, logits, answers, self.eos_ids)
 
 
 def prefill(rows: Rows, row: int, prompt: Sequence[int]) -> np.ndarray:

@@ -5,9 +5,23 @@ The order is temperature, then top-k, then top-p, as in transformers (`generatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from llmctl.beams import Continuation
+from llmctl.errors import UsageError
 from llmctl.generator import Sampling
+
+
+def check_ids(tokens: Sequence[int], vocab_size: int) -> None:
+    """UsageError if an id is outside the vocabulary."""
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= vocab_size:
+        raise UsageError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocab_size}",
+            hint="was the text encoded with this model's own tokenizer?",
+        )
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
@@ -48,3 +62,26 @@ class Sampler:
         drawn = np.searchsorted(np.cumsum(probabilities), self.random.random(), side="right")
         # The sum may end a rounding error below 1 and below the draw.
         return int(ids[min(int(drawn), len(ids) - 1)])
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Natural log-probabilities `(…, V)` float64 of `logits (…, V)`, nothing scaled or filtered."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, initial=-np.inf, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))  # type: ignore[no-any-return]
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """That of `token` under `logits (V,)`."""
+    return float(log_probabilities(logits)[token])
+
+
+def rank(logits: np.ndarray, totals: Sequence[float], wanted: int) -> list[Continuation]:
+    """The `wanted` likeliest continuations of beams with `logits (B, V)`, `totals` added to each beam's; best first."""
+    scores = log_probabilities(logits)
+    sums = (scores + np.asarray(totals)[:, None]).ravel()
+    best = np.argpartition(-sums, min(wanted, sums.size) - 1)[:wanted]
+    best = best[np.argsort(-sums[best], kind="stable")]
+    beams, tokens = np.divmod(best, scores.shape[1])
+    logprobs = scores[beams, tokens]
+    return [Continuation(*found) for found in zip(beams.tolist(), tokens.tolist(), logprobs.tolist(), strict=True)]

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmctl.errors import InputError
+from llmctl.spec.hub_address import is_hub, parse_hub
 from llmctl.spec.resolved import IdRef, NameRef, PathRef, Pipeline, Ref, SourceRef, StageRef, StageSpec
 from llmctl.stage import Artifact, In
 from llmctl.store import Store
 from llmctl.store.external import External, Snapshot, expand, read_external
+
+if TYPE_CHECKING:
+    from llmctl.store.hub import HubInput
 
 Outputs = Mapping[str, Mapping[str, Artifact]]
 """Stage id → output port → artifact, for the stages that are done."""
@@ -26,11 +31,13 @@ class Inputs:
         self._pipeline = pipeline
         self._store = store
         self._external: dict[tuple[Path, tuple[str, ...], str, str], External] = {}
+        self._hub: dict[tuple[str, tuple[str, ...], str], HubInput] = {}
 
     def check_paths(self, specs: Sequence[StageSpec]) -> None:
-        """Raise InputError for the first path that does not exist or glob that matches nothing; reads no contents."""
+        """Raise InputError for the first path that does not exist or glob that matches nothing; reads no contents, and
+        asks no hub."""
         for ref in (ref for spec in specs for refs in spec.inputs.values() for ref in refs):
-            if isinstance(ref, PathRef | SourceRef):
+            if isinstance(ref, PathRef | SourceRef) and not is_hub(self._uri(ref)):
                 self._paths(ref)
 
     def check(self, specs: Sequence[StageSpec]) -> None:
@@ -68,17 +75,24 @@ class Inputs:
     def snapshots(self, bound: Mapping[str, Sequence[Artifact]]) -> list[Snapshot]:
         """How the external files among these inputs looked when they were read."""
         paths = {artifact.path for artifacts in bound.values() for artifact in artifacts}
-        found = {item.artifact.path: item.snapshot for item in self._external.values()}
+        read = [*self._external.values(), *(found.external for found in self._hub.values())]
+        found = {item.artifact.path: item.snapshot for item in read}
         return [snapshot for path, snapshot in found.items() if path in paths]
+
+    def revision(self, ref: PathRef | SourceRef) -> str:
+        """The commit that a reference to the hub meant when it was read; empty for anything else."""
+        return next((found.commit for key, found in self._hub.items() if key[0] == self._uri(ref)), "")
 
     def _given(self, port: In, refs: Sequence[Ref]) -> Iterator[tuple[Ref, list[Artifact]]]:
         """The artifacts of the references that do not point at stages."""
-        paths = {ref: self._paths(ref) for ref in refs if isinstance(ref, PathRef | SourceRef)}
+        outside = [ref for ref in refs if isinstance(ref, PathRef | SourceRef)]
+        paths = {ref: self._paths(ref) for ref in outside if not is_hub(self._uri(ref))}
         names = _names([path for found in paths.values() for path in found])
         for ref in refs:
-            if ref in paths:
+            if isinstance(ref, PathRef | SourceRef):
                 accepted = (ref.type,) if ref.type else port.types
-                artifacts = [self._read(path, accepted, names.get(path, ""), ref) for path in paths[ref]]
+                artifacts = [self._read(path, accepted, names.get(path, ""), ref) for path in paths.get(ref, ())]
+                artifacts = artifacts or [self._fetch(ref, accepted)]
                 if len(artifacts) > 1 and not port.many:
                     raise InputError(f"`{ref}` matches {len(artifacts)} files, the input takes one{_at(ref)}")
                 self._check_digest(ref, artifacts)
@@ -104,8 +118,11 @@ class Inputs:
                 hint="look at what changed; if that is meant, write the new `digest`",
             )
 
+    def _uri(self, ref: PathRef | SourceRef) -> str:
+        return ref.uri if isinstance(ref, PathRef) else self._pipeline.sources[ref.name].uri
+
     def _paths(self, ref: PathRef | SourceRef) -> list[Path]:
-        uri = ref.uri if isinstance(ref, PathRef) else self._pipeline.sources[ref.name].uri
+        uri = self._uri(ref)
         # A shipped spec acts as if it lay in `./specs`, which need not exist.
         path = Path(os.path.normpath(self._pipeline.resolve(uri)))
         found = expand(path)
@@ -121,8 +138,7 @@ class Inputs:
         inside = path.is_relative_to(self._store.root / "artifacts")
         if inside:
             return self._store.at(path, accepted)
-        source = self._pipeline.sources[ref.name] if isinstance(ref, SourceRef) else None
-        pinned = source.digest if source and source.identity == "pinned" else ""
+        pinned = self._pinned(ref)
         key = (path, accepted, name, pinned)
         if key not in self._external:
             try:
@@ -130,6 +146,21 @@ class Inputs:
             except InputError as error:
                 raise InputError(f"{error.message}{_at(ref, self._pipeline)}", hint=error.hint) from error
         return self._external[key].artifact
+
+    def _fetch(self, ref: PathRef | SourceRef, accepted: tuple[str, ...]) -> Artifact:
+        from llmctl.store.hub import read_hub
+
+        key = (self._uri(ref), accepted, self._pinned(ref))
+        if key not in self._hub:
+            try:
+                self._hub[key] = read_hub(self._store, parse_hub(key[0]), accepted, pinned=key[2])
+            except InputError as error:
+                raise InputError(f"{error.message}{_at(ref, self._pipeline)}", hint=error.hint) from error
+        return self._hub[key].external.artifact
+
+    def _pinned(self, ref: Ref) -> str:
+        source = self._pipeline.sources[ref.name] if isinstance(ref, SourceRef) else None
+        return source.digest if source and source.identity == "pinned" else ""
 
     def _stored(self, port: In, ref: IdRef | NameRef) -> Artifact:
         if isinstance(ref, IdRef):

@@ -74,10 +74,13 @@ def outside_lines(pipeline: Pipeline, store: Store, registry: Registry) -> Itera
     from llmctl.pipeline.inputs import Inputs, outside_id
 
     specs = list(pipeline.stages.values())
-    found = {str(ref): artifacts for ref, artifacts in Inputs(pipeline, store).outside(specs).items()}
+    inputs = Inputs(pipeline, store)
+    found = {str(ref): (ref, artifacts) for ref, artifacts in inputs.outside(specs).items()}
     for name in sorted(found):
-        artifacts = found[name]
-        yield {"kind": "source", "name": name, "type": artifacts[0].type, "digest": outside_id(artifacts)}
+        ref, artifacts = found[name]
+        line = {"kind": "source", "name": name, "type": artifacts[0].type, "digest": outside_id(artifacts)}
+        commit = inputs.revision(ref)
+        yield {**line, "revision": commit} if commit else line
     for stage in sorted({spec.stage.name: spec.stage for spec in specs if spec.select is None}.items()):
         yield {"kind": "stage", "name": stage[0], "dist": registry.origin(stage[0]).dist, "rev": stage[1].rev}
 

@@ -59,14 +59,10 @@ def write_report(pipeline: Pipeline, result: RunResult) -> Path:
 
 def render(pipeline: Pipeline, result: RunResult) -> str:
     """The page."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "number": human_number}
     variants = list(_variants(pipeline, result))
     gates = [gate for stage in result.stages.values() for gate in stage.gates]
-    return environment.get_template("report.html").render(
+    return fill_page(
+        Path(__file__).with_name("report.html"),
         pipeline=pipeline,
         result=result,
         written=timestamp(),
@@ -80,6 +76,16 @@ def render(pipeline: Pipeline, result: RunResult) -> str:
         samples=list(_samples(result)),
         graph=_graph(pipeline, result),
     )
+
+
+def fill_page(template: Path, **values: Any) -> str:
+    """A page from its template, which may `{% include "style.css" %}`: the style that llmctl's pages share."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"bytes": human_bytes, "seconds": human_seconds, "number": human_number}
+    return environment.get_template(template.name).render(**values)
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmctl.spec.diagnostics import Report, suggest
+from llmctl.spec.hub_address import is_hub
 from llmctl.spec.nodes import Entry, Map, Node, Scalar
-from llmctl.spec.references import NotAReference, located
+from llmctl.spec.references import NotAReference, located, outside
 from llmctl.spec.resolved import Secret, Source
 from llmctl.spec.skeleton import FileModel, SourceModel
 from llmctl.spec.user_config import user_config
@@ -44,18 +45,20 @@ class Outside:
             uri = entry.value.get("uri") if isinstance(entry.value, Map) else entry.value
             if model is None or not isinstance(uri, Scalar):
                 continue
-            if known and model.type not in known:
+            # What the hub has is a model, unless it is said to be its tokenizer.
+            type = "model.hf" if is_hub(uri.text) and "type" not in model.model_fields_set else model.type
+            if known and type not in known:
                 kind = entry.value.get("type") if isinstance(entry.value, Map) else None
-                message = f"sources.{name}.type: no stage takes `{model.type}`"
+                message = f"sources.{name}.type: no stage takes `{type}`"
                 mark = kind.mark if kind else entry.key
-                self._report.add("E102", message, mark, suggest(model.type, known, "types"))
+                self._report.add("E102", message, mark, suggest(type, known, "types"))
                 continue
-            place = self._located(uri)
+            place = self._located(uri, outside)
             if place is not None:
                 found[name] = Source(
                     name=name,
                     uri=place,
-                    type=model.type,
+                    type=type,
                     identity=model.identity,
                     digest=model.digest or "",
                     where=str(uri.mark),
@@ -96,10 +99,10 @@ class Outside:
                 remotes[name] = str((self._base / there).absolute())
         return str((self._base / place).absolute()) if place else "", {**user_config().remotes, **remotes}
 
-    def _located(self, uri: Scalar) -> str | None:
-        """A path as it reads from the spec's directory; None after a report."""
+    def _located(self, uri: Scalar, read: Callable[[Scalar, Path], str] = located) -> str | None:
+        """A path as it reads from the spec's directory, or what else `read` takes; None after a report."""
         try:
-            return located(uri, self._base)
+            return read(uri, self._base)
         except NotAReference as wrong:
             self._report.add(wrong.code, str(wrong), uri.mark, wrong.hint)
             return None

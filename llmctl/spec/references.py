@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from llmctl.spec.hub_address import FORM, BadAddress, is_hub, parse_hub
 from llmctl.spec.nodes import Scalar
 from llmctl.spec.resolved import IdRef, NameRef, PathRef, Ref, SourceRef, StageRef, StdinRef
 
@@ -38,7 +39,7 @@ def parse_reference(node: Scalar, base: Path) -> Ref:
             raise NotAReference("E102", f"`{text}` is no content id", "sha256: and 8 to 64 digits 0-9a-f")
         return IdRef(id=text)
     if text.startswith(_PATH_STARTS) or text in (".", "..") or _SCHEME.match(text):
-        return PathRef(uri=located(node, base), where=str(node.mark))
+        return PathRef(uri=outside(node, base), where=str(node.mark))
     if match := _NAMED.match(text):
         return NameRef(name=match["name"], tag=match["tag"])
     if text.startswith("sources."):
@@ -46,6 +47,19 @@ def parse_reference(node: Scalar, base: Path) -> Ref:
     if match := _STAGE.match(text):
         return StageRef(stage=match["stage"], port=match["port"] or "")
     raise NotAReference("E102", f"`{text}` is no stage, source, path or artifact", f"a path starts with ./: ./{text}")
+
+
+def outside(node: Scalar, base: Path) -> str:
+    """What lies outside the store: the address of a model on the hub, or a path or glob as `located` gives it.
+
+    Raises NotAReference.
+    """
+    if not is_hub(node.text):
+        return located(node, base)
+    try:
+        return str(parse_hub(node.text))
+    except BadAddress as bad:
+        raise NotAReference("E104" if bad.known else "E102", str(bad), "" if bad.known else FORM) from None
 
 
 def located(node: Scalar, base: Path) -> str:

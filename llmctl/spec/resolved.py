@@ -40,7 +40,8 @@ class SourceRef:
 
 @dataclass(frozen=True, kw_only=True)
 class PathRef:
-    """A file, a directory or a glob; `Pipeline.resolve(ref.uri)` is its absolute form.
+    """A file, a directory or a glob; `Pipeline.resolve(ref.uri)` is its absolute form. Or the address of a model on the
+    hub, `hf://…`.
 
     `type` is the port's type if the port takes exactly one, else empty.
     """
@@ -92,7 +93,7 @@ Ref = StageRef | SourceRef | PathRef | IdRef | NameRef | StdinRef
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Data made outside llmctl: a file, a directory or a glob.
+    """Data made outside llmctl: a file, a directory or a glob, or a model on the hub (`hf://…`).
 
     `digest` (`sha256:…`, the content id of what is there) is what it must be. With `identity` `pinned` it is taken on
     trust and nothing is hashed.

@@ -26,6 +26,7 @@ FOUND = {
     "dataset.text": "texts (column `text`)",
     "dataset.chat": "conversations (column `messages`)",
     "dataset.preference": "preferences (columns `prompt`, `chosen`, `rejected`)",
+    "dataset.labelled": "labelled examples (columns such as `text` and `label`, or `source` and `target`)",
     "dataset.tokens": "token shards",
     "model.hf": "a model",
     "model.onnx": "an ONNX bundle",

@@ -101,12 +101,14 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str = "", *, pinned: str = "") -> External:
+def read_external(
+    layout: Layout, path: Path, accepted: Sequence[str], name: str = "", *, pinned: str = "", origin: str = ""
+) -> External:
     """The file or directory `path` as an artifact of one of the `accepted` types (any type if there are none).
 
     `name` is how a single file is called in the content id. `pinned` is an id that is taken on trust: nothing is
-    hashed. Raises InputError: missing, empty, of another type, or an
-    artifact whose bytes are no longer those of its manifest.
+    hashed. `origin` is noted as the place it came from where that is not `path`. Raises InputError: missing, empty, of
+    another type, or an artifact whose bytes are no longer those of its manifest.
     """
     manifest = _manifest(path)
     if manifest and list(accepted) == ["tokenizer"] and manifest.type.startswith("model."):
@@ -133,7 +135,7 @@ def read_external(layout: Layout, path: Path, accepted: Sequence[str], name: str
         id, metadata = manifest.id, dict(manifest.metadata)
     else:
         id = content_id(type, sort_files(rows))
-        note_external(layout, id, type, path, rows)
+        note_external(layout, id, type, origin or str(path), rows)
     return External(Artifact(path, type, id, metadata), Snapshot(path, stats))
 
 
@@ -141,16 +143,16 @@ MOST_FILES = 10_000
 """Files of one input that are noted by name; of more, only their number is."""
 
 
-def note_external(layout: Layout, id: str, type: str, path: Path, rows: Sequence[FileEntry]) -> None:
+def note_external(layout: Layout, id: str, type: str, origin: str, rows: Sequence[FileEntry]) -> None:
     """Remember where an input was and which files it had, for `lineage` and `why`; never part of a key or an artifact.
 
     A note that cannot be written (no store yet, disk full) is no error.
     """
     target = layout.external(id)
-    if not (layout.root / "store.json").exists() or read_note(layout, id).get("path") == str(path):
+    if not (layout.root / "store.json").exists() or read_note(layout, id).get("path") == origin:
         return
     listed = [{"path": row.path, "size": row.size, "sha256": row.sha256} for row in rows[:MOST_FILES]]
-    note = {"id": id, "type": type, "path": str(path), "count": len(rows), "files": listed}
+    note = {"id": id, "type": type, "path": origin, "count": len(rows), "files": listed}
     with contextlib.suppress(OSError):
         target.parent.mkdir(exist_ok=True)
         temporary = layout.temporary()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.spec.hub_address import FORM, BadAddress, is_hub, parse_hub
 from llmctl.stage import Artifact
 from llmctl.store import commit as protocol
 from llmctl.store import external, names
@@ -198,7 +199,8 @@ class Store(Layout):
     # -- by what a person types ---------------------------------------------------------------------------------------
 
     def resolve(self, text: str, types: Sequence[str] = ()) -> Artifact:
-        """What a person means: an existing path, an id, or a name such as `quickstart/sft` or `quickstart/sft.model`.
+        """What a person means: an existing path, an id, a name such as `quickstart/sft` or `quickstart/sft.model`, or
+        the address of a model on the hub.
 
         `types` are those that are welcome; they decide what a directory without a manifest is. Raises InputError.
         """
@@ -209,6 +211,8 @@ class Store(Layout):
             artifact = self.use(text)
         elif names.NAME.match(text):
             artifact = self.use(names.read(self, text, types))
+        elif is_hub(text):
+            artifact = self._fetched(text, types)
         else:
             raise InputError(
                 f"no such file, directory or artifact: {text}", hint="give a path, sha256:<id> or PIPELINE/STAGE"
@@ -218,6 +222,15 @@ class Store(Layout):
                 f"{text} is a {artifact.type}, wanted {' or '.join(types)}", hint="`llmctl ls` lists types"
             )
         return artifact
+
+    def _fetched(self, text: str, types: Sequence[str]) -> Artifact:
+        from llmctl.store.hub import read_hub
+
+        try:
+            address = parse_hub(text)
+        except BadAddress as bad:
+            raise InputError(str(bad), hint=FORM) from None
+        return read_hub(self, address, types).external.artifact
 
     def at(self, path: Path, types: Sequence[str] = ()) -> Artifact:
         """The artifact at a path, which may lie in the store; elsewhere its bytes are compared with its manifest."""

@@ -28,6 +28,15 @@ COLUMNS = {
     "dataset.preference": ("prompt", "chosen", "rejected"),
 }
 
+LABELLED = {
+    "classification": ("text", "label"),
+    "token-classification": ("tokens", "labels"),
+    "question-answering": ("context", "question", "answer"),
+    "seq2seq": ("source", "target"),
+    "embedding": ("text", "positive"),
+}
+"""Columns of `dataset.labelled` by task; the columns tell the task."""
+
 
 class Unfit(ValueError):
     """The files are not what the type asks for; the message begins with the file's name."""
@@ -79,7 +88,7 @@ def guess(path: Path) -> str:
             return type
     if (path / "dataset_info.json").is_file():
         format = _object(path / "dataset_info.json").get("format")
-        if format in COLUMNS:
+        if format in (*COLUMNS, "dataset.labelled"):
             return str(format)
     first = next((file for file in sorted(path.iterdir()) if DATASET_FILE.match(file.name)), None)
     return _guess_rows(first) if first else "files"
@@ -87,6 +96,7 @@ def guess(path: Path) -> str:
 
 SIGNS = (
     ("model.onnx", ("model.onnx",)),
+    ("model.onnx", ("encoder_model.onnx", "decoder_model.onnx")),
     ("model.adapter", ("adapter_config.json",)),
     ("model.hf", ("config.json", "model.safetensors")),
     ("model.hf", ("config.json", "model.safetensors.index.json")),
@@ -101,7 +111,9 @@ SIGNS = (
 
 def _guess_rows(path: Path) -> str:
     row = first_row(path) or {}
-    return next((type for type, columns in COLUMNS.items() if all(name in row for name in columns)), "files")
+    known = {**COLUMNS, **{f"dataset.labelled {task}": columns for task, columns in LABELLED.items()}}
+    found = next((type for type, columns in known.items() if all(name in row for name in columns)), "files")
+    return found.partition(" ")[0]
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -167,6 +179,19 @@ def _dataset(type: str) -> Callable[[Path], Metadata]:
         return {}
 
     return check_dataset
+
+
+def _labelled(path: Path) -> Metadata:
+    for file in _dataset_files(path):
+        row = first_row(file)
+        if row is None:
+            continue
+        task = next((task for task, columns in LABELLED.items() if all(name in row for name in columns)), None)
+        if task is None:
+            wanted = ", or ".join(" and ".join(columns) for columns in LABELLED.values())
+            raise Unfit(f"{file.name} has the columns {', '.join(sorted(row)) or 'none'}, not {wanted}")
+        return {"task": task}
+    return {}
 
 
 def _dataset_files(path: Path) -> list[Path]:
@@ -260,7 +285,11 @@ def _tensors(path: Path, name: str) -> list[safetensors.Tensor]:
     for shard in names:
         if not (path / shard).is_file():
             pickled = next((file.name for file in sorted(path.iterdir()) if PICKLES.match(file.name)), None)
-            because = f" ({pickled} is not read: that format can run code)" if pickled else ""
+            because = (
+                f" ({pickled} is not read: that format can run code; `python -m llmctl.nn.unpickle` converts it)"
+                if pickled
+                else ""
+            )
             raise Unfit(f"{shard} is missing{because}")
         try:
             found += safetensors.read_header(path / shard)
@@ -276,12 +305,17 @@ def _adapter(path: Path) -> Metadata:
     return {"parameters": sum(tensor.values for tensor in tensors), **({"base": base} if base else {})}
 
 
+ONNX_PAIR = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
+"""The graphs of an encoder-decoder; other models have one, `model.onnx`."""
+
+
 def _model_onnx(path: Path) -> Metadata:
-    model = path / "model.onnx"
-    if not model.is_file():
-        raise Unfit("model.onnx is missing")
-    if model.stat().st_size == 0:
-        raise Unfit("model.onnx is empty")
+    pair = (path / ONNX_PAIR[0]).is_file()
+    for name in ONNX_PAIR if pair else ("model.onnx",):
+        if not (path / name).is_file():
+            raise Unfit(f"{name} is missing")
+        if (path / name).stat().st_size == 0:
+            raise Unfit(f"{name} is empty")
     config = _object(path / "config.json")
     for name in ("generation_config.json", "genai_config.json"):
         if (path / name).exists():
@@ -319,6 +353,7 @@ TYPES = {
     for row in (
         ArtifactType(name="files", check=_files, single_file=True),
         *(ArtifactType(name=name, check=_dataset(name), single_file=True) for name in COLUMNS),
+        ArtifactType(name="dataset.labelled", check=_labelled, single_file=True),
         ArtifactType(name="tokenizer", check=_tokenizer),
         ArtifactType(name="dataset.tokens", check=_tokens, deep="llmctl.store.tokens:check_ids"),
         ArtifactType(name="model.hf", check=_model_hf),

@@ -135,10 +135,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Row]]:
         raise InputError(f"{path}: row {number + 1}: no readable Parquet: {error}") from error
 
 
+def row_texts(row: Mapping[str, Any]) -> list[str]:
+    """Every text of a row of `dataset.text` or `dataset.labelled`."""
+    if isinstance(row.get("tokens"), list):
+        return [" ".join(map(str, row["tokens"]))]
+    # `source` alone is where a document comes from.
+    names = ("text", "pair", "positive", "context", "question", *(("source", "target") if "target" in row else ()))
+    return [row[name] for name in names if isinstance(row.get(name), str)]
+
+
 def text_bytes(row: Mapping[str, Any]) -> int:
-    """UTF-8 bytes of what a row says: its text, its messages, or its prompt and both answers."""
-    if isinstance(row.get("text"), str):
-        return len(row["text"].encode())
+    """UTF-8 bytes of what a row says: its texts, its messages, or its prompt and both answers."""
+    if texts := row_texts(row):
+        return sum(len(text.encode()) for text in texts)
     messages = [m for key in ("messages", "prompt", "chosen", "rejected") for m in row.get(key) or ()]
     return sum(len(str(message["content"]).encode()) for message in messages)
 

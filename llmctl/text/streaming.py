@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmctl.generator import Generator, Sampling
+from llmctl.generator import Candidate, Generator, Sampling
 from llmctl.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -108,10 +108,14 @@ def stream_text(
     `stop` after an EOS id or a stop string (neither is shown), `length` at `max_new_tokens` or the end of the context.
     The texts joined are `tokenizer.decode` of all ids, cut before the first stop string.
     """
+    limit = min(sampling.max_new_tokens, generator.room(prompt_ids))
+    return _texts(generator.stream(prompt_ids, sampling), tokenizer, limit, stop)
+
+
+def _texts(tokens: Iterator[int], tokenizer: Tokenizer, limit: int, stop: Sequence[str]) -> Iterator[Delta]:
+    """The text of ids while they arrive; `limit` of them are all that could come."""
     words, stops = Detokenizer(tokenizer), StopStrings(stop)
-    limit = min(sampling.max_new_tokens, generator.context_length - len(prompt_ids))
     count, fresh = 0, list[int]()
-    tokens = generator.stream(prompt_ids, sampling)
     try:
         for token in tokens:
             count += 1
@@ -141,7 +145,17 @@ def complete(
     stop: Sequence[str] = (),
 ) -> Completion:
     """The whole answer of `stream_text`."""
-    parts = list(stream_text(generator, tokenizer, prompt_ids, sampling, stop))
+    return _joined(stream_text(generator, tokenizer, prompt_ids, sampling, stop))
+
+
+def completion_of(tokenizer: Tokenizer, candidate: Candidate, stop: Sequence[str] = ()) -> Completion:
+    """The text of an answer that is there already, cut as `stream_text` cuts it before the first stop string."""
+    limit = len(candidate.ids) + candidate.ended
+    return _joined(_texts(iter(candidate.ids), tokenizer, limit, stop))
+
+
+def _joined(deltas: Iterator[Delta]) -> Completion:
+    parts = list(deltas)
     reason = parts[-1].finish_reason
-    assert reason is not None  # stream_text's last delta has one
+    assert reason is not None  # the last delta has one
     return Completion("".join(part.text for part in parts), [i for part in parts for i in part.token_ids], reason)

@@ -45,6 +45,19 @@ class ChatIds:
     mask: list[int]
 
 
+@dataclass(frozen=True)
+class Framed:
+    """One or two texts as a model reads them, special tokens included; all lists have one entry per token."""
+
+    ids: list[int]
+    segments: list[int]
+    """BERT's token types: 1 for the second text and its closing token."""
+    parts: list[int | None]
+    """0 for a token of the first text, 1 for one of the second, None for a special one."""
+    spans: list[tuple[int, int]]
+    """The characters of its text that a token stands for, white space at both ends left out."""
+
+
 class Tokenizer:
     """A tokenizer directory as transformers writes it (`tokenizer.json` is required). Thread-safe, free of torch."""
 
@@ -77,6 +90,9 @@ class Tokenizer:
         self.bos_id = self._named("bos_token")
         self.eos_id = self._named("eos_token")
         self.pad_id = self._named("pad_token")
+        self.mask_id = self._named("mask_token")
+        self.cls_id = self._named("cls_token")
+        self.sep_id = self._named("sep_token")
         self._chat: ChatTemplate | None = None
 
     @classmethod
@@ -102,14 +118,57 @@ class Tokenizer:
         return [found.ids for found in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_document(self, text: str) -> list[int]:
-        """Ids of one training document: BOS, the text, EOS (each where the tokenizer has one)."""
+        """Ids of one training document: BOS, the text, EOS (see `frame_document`)."""
         return self.frame_document(self.encode(text))
 
     def frame_document(self, ids: list[int]) -> list[int]:
-        """`ids` between BOS and EOS."""
-        bos = [] if self.bos_id is None else [self.bos_id]
-        eos = [] if self.eos_id is None else [self.eos_id]
-        return bos + ids + eos
+        """`ids` between BOS and EOS; where the tokenizer has none, between [CLS] and [SEP]."""
+        return [*self.opening, *ids, *self.closing]
+
+    @property
+    def opening(self) -> list[int]:
+        """What stands before a document: BOS, [CLS], or nothing."""
+        return [id for id in (self.bos_id, self.cls_id) if id is not None][:1]
+
+    @property
+    def closing(self) -> list[int]:
+        """What stands after a document: EOS, [SEP], or nothing."""
+        return [id for id in (self.eos_id, self.sep_id) if id is not None][:1]
+
+    @property
+    def sentinel_ids(self) -> list[int]:
+        """Ids of `<extra_id_0>`, `<extra_id_1>`, …, up to the first that is missing."""
+        found: list[int] = []
+        while (id := self._special.token_to_id(f"<extra_id_{len(found)}>")) is not None:
+            found.append(id)
+        return found
+
+    def frame(self, text: str, pair: str | None = None) -> Framed:
+        """One or two texts between special tokens as transformers puts them: by the tokenizer's own post-processor.
+
+        A tokenizer without one puts BOS or [CLS] before the texts and EOS or [SEP] after them.
+        """
+        found = self._plain.encode(text, pair, add_special_tokens=True)
+        texts = (text, pair or "")
+        framed = Framed(
+            list(found.ids),
+            list(found.type_ids),
+            list(found.sequence_ids),
+            [
+                (0, 0) if part is None else _trimmed(texts[part], span)
+                for part, span in zip(found.sequence_ids, found.offsets, strict=True)
+            ],
+        )
+        if self._special.post_processor is not None and None in framed.parts:
+            return framed
+        before, after = self.opening, self.closing
+        last = 0 if pair is None else 1
+        return Framed(
+            [*before, *framed.ids, *after],
+            [0] * len(before) + framed.segments + [last] * len(after),
+            [None] * len(before) + framed.parts + [None] * len(after),
+            [(0, 0)] * len(before) + framed.spans + [(0, 0)] * len(after),
+        )
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -132,6 +191,28 @@ class Tokenizer:
             else:
                 sizes[index] = _piece_bytes(token)
         return sizes
+
+    def word_joins(self) -> tuple[list[bool], list[bool]]:
+        """Which ids can continue a word, and which leave it open for that; each of length `vocab_size`.
+
+        Two tokens are of one word if the first leaves it open and the second continues it: letters or digits meet.
+        """
+        continues, leaves_open = [False] * self.vocab_size, [False] * self.vocab_size
+        added = self._special.get_added_tokens_decoder()
+        decoder = self._special.decoder
+        wordpiece = type(self._special.model).__name__ == "WordPiece"
+        byte_level = _is_byte_level(json.loads(self._special.to_str()))
+        for token, index in self._special.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                continue
+            # Part of a character becomes U+FFFD, which counts as a letter.
+            text = decoder.decode([token]) if byte_level else token.replace("▁", " ").removeprefix("##")
+            if text:
+                leaves_open[index] = text[-1].isalnum() or text[-1] == "\ufffd"
+                continues[index] = text[0].isalnum() or text[0] == "\ufffd"
+                if wordpiece:
+                    continues[index] = token.startswith("##")
+        return continues, leaves_open
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -191,6 +272,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
             except ValueError as error:
                 raise InputError(f"{path} is no valid JSON: {error}") from error
     return config
+
+
+def _trimmed(text: str, span: tuple[int, int]) -> tuple[int, int]:
+    """`span` of `text` without the white space at its ends; of white space alone, its empty end."""
+    start, end = span
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end
 
 
 def _token_names(config: Mapping[str, Any]) -> dict[str, Any]:

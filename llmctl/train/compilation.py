@@ -9,16 +9,20 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Block
 
 
 @contextmanager
 def compiled_blocks(model: nn.Module, wanted: bool, backend: str = "inductor") -> Iterator[None]:
-    """With `wanted`, the model's blocks are compiled inside.
+    """With `wanted`, the model's blocks are compiled inside; a foreign model as a whole.
 
     A layer's number is a constant to the compiler, and each would be compiled anew. In training it only tells the kind
     of its attention and its window, so layers alike in these carry the number of the first of them meanwhile.
     """
+    whole = [model] if wanted and isinstance(model, ForeignModel) else []
+    for foreign in whole:
+        foreign.hidden = torch.compile(foreign.hidden, backend=backend)  # type: ignore[method-assign]  # undone below
     blocks = [module for module in model.modules() if isinstance(module, Block)] if wanted else []
     numbers = [block.attention.layer for block in blocks]
     first: dict[tuple[str, int], int] = {}
@@ -35,3 +39,5 @@ def compiled_blocks(model: nn.Module, wanted: bool, backend: str = "inductor") -
         for block, number in zip(blocks, numbers, strict=True):
             block.attention.layer = number
             del block.compute
+        for foreign in whole:
+            del foreign.hidden

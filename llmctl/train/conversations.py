@@ -81,15 +81,19 @@ class Encoder:
 
 def read_conversations(ctx: Context, data: Artifact, split: str, encoder: Encoder) -> list[Example]:
     """The examples of a split of `dataset.chat`; InputError if it is empty, StageError if too many drop out."""
-    return _read(ctx, data, split, encoder.conversation, encoder.params.max_dropped)
+    return read_examples(ctx, data, split, encoder.conversation, encoder.params.max_dropped)
 
 
 def read_pairs(ctx: Context, data: Artifact, split: str, encoder: Encoder) -> list[tuple[Example, Example]]:
     """(chosen, rejected) of a split of `dataset.preference`; errors as `read_conversations`."""
-    return _read(ctx, data, split, encoder.pair, encoder.params.max_dropped)
+    return read_examples(ctx, data, split, encoder.pair, encoder.params.max_dropped)
 
 
-def _read(ctx: Context, data: Artifact, split: str, encode: Callable[[Row], T], max_dropped: float) -> list[T]:
+def read_examples(ctx: Context, data: Artifact, split: str, encode: Callable[[Row], T], max_dropped: float) -> list[T]:
+    """`encode` of every row of a split, those left out that raise Dropped.
+
+    InputError if the split is empty, StageError if more than the share `max_dropped` drops out.
+    """
     found: list[T] = []
     dropped: Counter[str] = Counter()
     for row in read_rows(data, split):
@@ -101,14 +105,15 @@ def _read(ctx: Context, data: Artifact, split: str, encode: Callable[[Row], T], 
             dropped[str(reason)] += 1
     total = len(found) + dropped.total()
     if not total:
-        raise InputError(f"the split `{split}` of {data.path} is empty", hint="give at least one conversation")
+        raise InputError(f"the split `{split}` of {data.path} is empty", hint="give at least one row")
     if dropped:
         reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(dropped.items()))
         text = f"{dropped.total()} of {total} examples of the split `{split}` dropped ({reasons})"
         if not found or dropped.total() > max_dropped * total:
             raise StageError(
                 f"{text}, more than max_dropped {max_dropped:g} allows",
-                hint="check that the answers are assistant messages and fit the context, or raise max_dropped",
+                hint="check that the answers are there (of conversations: assistant messages) and fit the context, or "
+                "raise max_dropped",
             )
         ctx.warn(text)
     return found

@@ -24,14 +24,14 @@ def summed_loss(
     """
     chunk = model.loss_chunk
     if not chunk or len(targets) <= chunk:
-        loss, hits = _of(model, states, targets, accuracy)
+        loss, found = _of(model, states, targets, accuracy)
     elif torch.is_grad_enabled():
-        weights = [p for p in _head_parameters(model) if p.requires_grad]
-        loss, hits = _Chunked.apply(model, accuracy, targets, states, *weights)  # type: ignore[no-untyped-call]  # torch
+        weights = [p for p in model.head_parameters() if p.requires_grad]
+        loss, found = _Chunked.apply(model, accuracy, targets, states, *weights)  # type: ignore[no-untyped-call]  # torch
     else:
         parts = [_of(model, *part, accuracy) for part in _chunks(states, targets, chunk)]
-        loss, hits = (torch.stack(numbers).sum() for numbers in zip(*parts, strict=True))
-    return loss, {"accuracy": hits} if accuracy else {}
+        loss, found = (torch.stack(numbers).sum() for numbers in zip(*parts, strict=True))
+    return loss, {"accuracy": found} if accuracy else {}
 
 
 def token_losses(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
@@ -52,17 +52,16 @@ def token_losses(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
 def _of(model: Transformer, states: Tensor, targets: Tensor, accuracy: bool) -> tuple[Tensor, Tensor]:
     logits = model.head(states).float()
     loss = F.cross_entropy(logits, targets, reduction="sum")
-    hits = (logits.detach().argmax(-1) == targets).sum().float() if accuracy else torch.zeros_like(loss)
-    return loss, hits
+    return loss, hits(logits, targets) if accuracy else torch.zeros_like(loss)
+
+
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """How many of `targets (N,)` are the likeliest of `logits (N, C)`."""
+    return (logits.detach().argmax(-1) == targets).sum().float()
 
 
 def _chunks(states: Tensor, targets: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(states, chunk), torch.split(targets, chunk), strict=True)
-
-
-def _head_parameters(model: Transformer) -> list[Tensor]:
-    """Every parameter that `Transformer.head` reads."""
-    return [model.head_weight, *(model.masked.parameters() if model.masked is not None else ())]
 
 
 class _Chunked(torch.autograd.Function):
@@ -78,17 +77,17 @@ class _Chunked(torch.autograd.Function):
         for place, (part, wanted) in enumerate(_chunks(states, targets, chunk)):
             with torch.enable_grad():
                 leaf = part.detach().requires_grad_()
-                loss, hits = _of(model, leaf, wanted, accuracy)
+                loss, right = _of(model, leaf, wanted, accuracy)
             first, *rest = torch.autograd.grad(loss, (leaf, *weights))
             for_states[place * chunk : place * chunk + len(part)] = first
-            for total, grad in zip(for_weights, rest, strict=True):
-                total.add_(grad)
+            for sum_, grad in zip(for_weights, rest, strict=True):
+                sum_.add_(grad)
             losses.append(loss.detach())
-            found.append(hits)
+            found.append(right)
         ctx.save_for_backward(for_states, *for_weights)
-        hits = torch.stack(found).sum()
-        ctx.mark_non_differentiable(hits)
-        return torch.stack(losses).sum(), hits
+        total = torch.stack(found).sum()
+        ctx.mark_non_differentiable(total)
+        return torch.stack(losses).sum(), total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -45,7 +45,7 @@ class Source(ABC):
         """The batch of `step` in parts of at most `at_once` sequences."""
         first = step * self.batch_size
         picks = [divmod(index, self.size) for index in range(first, first + self.batch_size)]
-        return [self.batch(picks[i : i + self.at_once]) for i in range(0, len(picks), self.at_once)]
+        return balanced([self.batch(picks[i : i + self.at_once]) for i in range(0, len(picks), self.at_once)])
 
     def sweep(self, limit: int | None = None) -> Iterator[Batch]:
         """One pass in order, or `limit` batches spread evenly over it."""
@@ -76,6 +76,14 @@ class Source(ABC):
         if epoch == IN_ORDER:
             return np.arange(self.size)
         return np.random.default_rng([self.seed, epoch]).permutation(self.size)
+
+
+def balanced(batches: list[Batch]) -> list[Batch]:
+    """The micro-batches of a step with the `balance` of all of them together, however they are split."""
+    if any(batch.labels is None for batch in batches):
+        return batches
+    labels = sum(len(batch.labels) for batch in batches if batch.labels is not None)
+    return [replace(batch, balance=sum(len(batch.targets) for batch in batches) / labels) for batch in batches]
 
 
 class ExampleSource(Source):

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from llmctl.errors import UsageError
+from llmctl.nn.foreign import ForeignModel
+
 HOPPER = (9, 0)
 SMALLEST = 128
 """Narrower layers lose more by casting than they gain."""
@@ -82,6 +85,8 @@ class Fp8Linear(nn.Linear):
 def fp8_blocks(model: nn.Module, wanted: bool) -> Iterator[list[str]]:
     """With `wanted`, the large linear layers in blocks multiply in 8 bits inside; yields their names."""
     chosen = dict(_large(model)) if wanted else {}
+    if wanted and not chosen:
+        raise UsageError(f"precision fp8: no layer of this model is {SMALLEST} wide or more", hint="set it to bf16")
     for module in chosen.values():
         module.__class__ = Fp8Linear
     try:
@@ -92,8 +97,10 @@ def fp8_blocks(model: nn.Module, wanted: bool) -> Iterator[list[str]]:
 
 
 def _large(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    outer = model.outer_names if isinstance(model, ForeignModel) else None
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and "blocks" in name.split("."):
+        hidden = "blocks" in name.split(".") if outer is None else f"{name}.weight" not in outer
+        if type(module) is nn.Linear and hidden:
             sizes = module.in_features, module.out_features
             if min(sizes) >= SMALLEST and not any(size % MULTIPLE for size in sizes):
                 yield name, module

@@ -9,11 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmctl.beams import BeamSearch
+from llmctl.decoding import Answer, draw, search_beams
 from llmctl.errors import MachineError, UsageError
-from llmctl.generator import GREEDY, Sampling, check_prompt
-from llmctl.nn.attention import KVCache
-from llmctl.nn.hf import load_model
+from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
+from llmctl.nn.attention import Memory
+from llmctl.nn.foreign import ForeignModel
+from llmctl.nn.opening import open_network
 from llmctl.nn.transformer import Transformer
+from llmctl.train.rows import TorchRows, inference, remember
+from llmctl.train.sampling import Sampler, log_probability, rank
 
 MAX_ROWS = 64
 CACHE_BYTES = 1 << 30
@@ -34,7 +39,16 @@ def open_model(directory: Path, device: str = "auto", threads: int = 0, dtype: s
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
     if threads > 0:
         torch.set_num_threads(threads)
-    return TorchGenerator(load_model(directory, where, DTYPES[dtype]))
+    return make_generator(open_network(directory, where, DTYPES[dtype]).eval())
+
+
+def make_generator(model: Transformer, eos_ids: Iterable[int] | None = None) -> TorchGenerator:
+    """The generator of a model that `open_network` gave, ours or one of transformers."""
+    if isinstance(model, ForeignModel):
+        from llmctl.train.foreign_rows import ForeignGenerator
+
+        return ForeignGenerator(model, eos_ids)
+    return TorchGenerator(model, eos_ids)
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,7 +60,7 @@ def pick_device(name: str) -> torch.device:
 
 
 class TorchGenerator:
-    """Implements `llmctl.generator.Generator` with a preallocated key/value cache.
+    """Implements `llmctl.generator.Generator` with a preallocated key/value cache, for decoders and encoder-decoders.
 
     `eos_ids` default to the model's own. Results of `generate` equal those of `stream` up to the rounding of batched
     matrix products, which can decide only between two tokens whose logits are equal to about 1e-6.
@@ -57,6 +71,7 @@ class TorchGenerator:
         self.eos_ids = frozenset(model.config.eos_ids if eos_ids is None else eos_ids)
         self.context_length = model.config.context
         self.vocab_size = model.config.vocab_size
+        self.encoder_decoder = model.config.traits.kind == "encoder-decoder"
 
     @property
     def device(self) -> torch.device:
@@ -68,69 +83,80 @@ class TorchGenerator:
         """`torch cpu float32`."""
         return f"torch {self.device} {str(self.model.embedding.weight.dtype).removeprefix('torch.')}"
 
+    def room(self, prompt: Sequence[int]) -> int:
+        """Most tokens that may follow; see `Generator.room`."""
+        config = self.model.config
+        if config.traits.kind == "encoder" or config.head != "lm":
+            raise UsageError(
+                f"this {config.arch} model has the head {config.head}: it generates no text",
+                hint="choose a decoder or an encoder-decoder with a language-model head",
+            )
+        room = prompt_room(prompt, self.context_length, self.encoder_decoder)
+        self._check_ids(prompt)
+        return room
+
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         """Yield new ids one by one; see `Generator.stream`. A bad prompt is refused at the call."""
-        self._check(prompt)
-        return self._stream(list(prompt), sampling)
+        check_single(sampling)
+        return self._stream(list(prompt), sampling, min(sampling.max_new_tokens, self.room(prompt)))
 
-    def _stream(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
-        limit = self._limit(prompt, sampling)
-        cache = self._cache(1, len(prompt) + limit)
+    def _stream(self, prompt: list[int], sampling: Sampling, limit: int) -> Iterator[int]:
+        if sampling.beams > 1:
+            yield from self.candidates(prompt, sampling)[0].ids
+            return
+        # The model runs inside functions of its own: a `with` around a yield would leave inference mode switched on
+        # in the caller.
+        rows, logits = self._start([prompt], limit)
         sampler = Sampler(sampling, self.device)
-        fed = prompt
-        for _ in range(limit):
-            # The model runs inside a function of its own: a `with` around a yield would leave inference mode switched
-            # on in the caller.
-            token = sampler(self._last_logits(torch.tensor([fed], device=self.device), cache)[0])
+        for left in reversed(range(limit)):
+            token = sampler(logits[0])
             if token in self.eos_ids:
                 return
             yield token
-            fed = [token]
+            if left:
+                logits = rows.step([token])
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
         """New ids for many prompts, in order; prompts of similar length run together."""
-        for prompt in prompts:
-            self._check(prompt)
+        check_single(sampling)
+        limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
+        if sampling.beams > 1:
+            return [self.candidates(prompt, sampling)[0].ids for prompt in prompts]
         results: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        rows = self._rows(max((len(p) + self._limit(p, sampling) for p in prompts), default=1))
-        for start in range(0, len(order), rows):
-            chosen = order[start : start + rows]
-            answers = self._generate_batch([list(prompts[i]) for i in chosen], sampling)
+        count = self._rows(max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=1))
+        for start in range(0, len(order), count):
+            chosen = order[start : start + count]
+            rows, logits = self._start([prompts[i] for i in chosen], max(limits[i] for i in chosen))
+            answers = [Answer(Sampler(sampling, self.device), limits[i]) for i in chosen]
+            draw(rows, logits, answers, self.eos_ids)
             for i, answer in zip(chosen, answers, strict=True):
-                results[i] = answer
+                results[i] = answer.ids
         return results
 
-    def _generate_batch(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-        limits = [self._limit(prompt, sampling) for prompt in prompts]
-        lengths = [len(prompt) for prompt in prompts]
-        cache = self._cache(len(prompts), max(a + b for a, b in zip(lengths, limits, strict=True)))
-        samplers = [Sampler(sampling, self.device) for _ in prompts]
-        answers: list[list[int]] = [[] for _ in prompts]
-        slots = list(range(len(prompts)))  # the prompt that each row of the cache belongs to
-        alive = set(slots)
-        logits = self._prefill(prompts, cache)
-        while True:
-            for row, index in enumerate(slots):
-                if index in alive:
-                    token = samplers[index](logits[row])
-                    if token not in self.eos_ids:
-                        answers[index].append(token)
-                    if token in self.eos_ids or len(answers[index]) == limits[index]:
-                        alive.remove(index)
-            if not alive:
-                return answers
-            # Rows that are done go on with their last token until half of them can be dropped in one copy.
-            if len(alive) <= len(slots) // 2:
-                kept = [row for row, index in enumerate(slots) if index in alive]
-                cache.select(torch.tensor(kept, device=self.device))
-                slots = [slots[row] for row in kept]
-            last = [answers[index][-1] if answers[index] else prompts[index][-1] for index in slots]
-            where = [max(lengths[index], lengths[index] + len(answers[index]) - 1) for index in slots]
-            where = [min(position, cache.capacity - 1) for position in where]
-            logits = self._last_logits(
-                torch.tensor(last, device=self.device)[:, None], cache, torch.tensor(where, device=self.device)[:, None]
-            )
+    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+        """Several answers to one prompt with their scores; see `Generator.candidates`."""
+        limit = min(sampling.max_new_tokens, self.room(prompt))
+        rows, logits = self._start([prompt], limit)
+        if sampling.beams > 1:
+            return search_beams(rows, logits, BeamSearch(sampling, self.eos_ids, limit), rank)[: sampling.n]
+        answers = [Answer(Sampler(single, self.device), limit) for single in sampling.draws()]
+        count = self._rows(len(prompt) + limit)
+        for start in range(0, len(answers), count):
+            some = answers[start : start + count]
+            draw(rows.keep([0] * len(some)), logits.expand(len(some), -1), some, self.eos_ids, log_probability)
+        return [answer.candidate(sampling.length_penalty) for answer in answers]
+
+    def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        """Logits that each token of `answer` was chosen from, `(len(answer), vocab_size)` float32."""
+        if not self.encoder_decoder:
+            return self.logits([*prompt, *answer])[len(prompt) - 1 : -1]
+        self.room(prompt)
+        if not answer:
+            return np.zeros((0, self.vocab_size), np.float32)
+        self._check_ids(answer)
+        said = [self.model.config.decoder_start_id, *answer[:-1]]
+        return self._logits(said, remember(self.model, [prompt]))
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
         """Log-probabilities of `tokens[1:]`, `(len(tokens) - 1,)` float32."""
@@ -138,46 +164,34 @@ class TorchGenerator:
         targets = torch.tensor(list(tokens[1:]), dtype=torch.int64)
         return scores.gather(1, targets[:, None])[:, 0].numpy()
 
-    @torch.inference_mode()
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits at every position, `(len(tokens), vocab_size)` float32."""
         if not len(tokens):
             raise UsageError("no tokens to score", hint="give at least one token")
+        if self.encoder_decoder:
+            raise UsageError(
+                "an encoder-decoder scores an answer to a text, not a text alone",
+                hint="choose a decoder, or a task with answers",
+            )
         self._check_ids(tokens)
-        return self.model(torch.tensor([list(tokens)], device=self.device))[0].float().cpu().numpy()  # type: ignore[no-any-return]
+        return self._logits(tokens)
 
-    @torch.inference_mode()
-    def _prefill(self, prompts: list[list[int]], cache: KVCache) -> Tensor:
-        """Run prompts padded on the right; logits `(B, V)` after each one's last token.
+    def _logits(self, tokens: Sequence[int | None], memory: Memory | None = None) -> np.ndarray:
+        with inference(self.model):
+            row = torch.tensor([list(tokens)], device=self.device)
+            return self.model(row, memory=memory)[0].float().cpu().numpy()  # type: ignore[no-any-return]
 
-        Padding stands after a row's tokens, so nothing sees it; the row's answer overwrites it in the cache.
-        """
-        longest = max(len(prompt) for prompt in prompts)
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        hidden = self.model.hidden(torch.tensor(padded, device=self.device), cache=cache)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-        return self.model.head(hidden[torch.arange(len(prompts), device=self.device), last]).float()
-
-    @torch.inference_mode()
-    def _last_logits(self, tokens: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
-        """Logits `(B, V)`, float32, after the last of `tokens (B, T)`."""
-        return self.model.head(self.model.hidden(tokens, positions, cache=cache)[:, -1]).float()
-
-    def _cache(self, rows: int, capacity: int) -> KVCache:
-        return KVCache(self.model.config, rows, capacity, self.device, self.model.embedding.weight.dtype)
+    def _start(self, prompts: Sequence[Sequence[int]], limit: int) -> tuple[TorchRows, Tensor]:
+        return TorchRows.start(self.model, prompts, limit)
 
     def _rows(self, capacity: int) -> int:
+        """How many rows of `capacity` tokens, the prompt included, run together."""
         config = self.model.config
+        if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+            return 1  # the frequencies follow the longest row of a batch, and would be wrong for the others
         element = self.model.embedding.weight.element_size()
         per_row = 2 * config.layers * config.kv_heads * config.head_dim * capacity * element
         return max(1, min(MAX_ROWS, CACHE_BYTES // per_row))
-
-    def _limit(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        return min(sampling.max_new_tokens, self.context_length - len(prompt))
-
-    def _check(self, prompt: Sequence[int]) -> None:
-        check_prompt(prompt, self.context_length)
-        self._check_ids(prompt)
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
@@ -185,45 +199,3 @@ class TorchGenerator:
                 f"token id {max(tokens)} is outside the model's vocabulary of {self.vocab_size}",
                 hint="use the tokenizer that the model was trained with",
             )
-
-
-class Sampler:
-    """Draws one token after another for one sequence.
-
-    Equal to transformers' `generate(do_sample=True)` under the same seed and device: one `torch.multinomial` over the
-    whole vocabulary per token.
-    """
-
-    def __init__(self, sampling: Sampling, device: torch.device | str = "cpu") -> None:
-        self.sampling = sampling
-        self.random = torch.Generator(device)
-        if sampling.seed is None:
-            self.random.seed()
-        else:
-            self.random.manual_seed(sampling.seed)
-
-    def __call__(self, logits: Tensor) -> int:
-        """The next token of `logits (V,)` float32: the argmax at temperature 0, else a draw."""
-        if self.sampling.temperature == 0:
-            return int(logits.argmax())
-        probabilities = filtered(logits, self.sampling).softmax(dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self.random))
-
-
-def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """`logits (V,)` after temperature, top-k (arXiv 1805.04833) and top-p (1904.09751); -inf where cut.
-
-    Top-p keeps the smallest set whose mass reaches p, the token that crosses p included.
-    """
-    scores = logits / sampling.temperature
-    if not torch.isfinite(scores).all():  # a temperature near 0 overflows; the limit is greedy
-        scores = torch.full_like(logits, -torch.inf)
-        scores[logits.argmax()] = 0.0
-    if 0 < sampling.top_k < len(scores):
-        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], -torch.inf)
-    if sampling.top_p < 1:
-        ascending, order = scores.sort()
-        cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
-        cut[-1] = False
-        scores = scores.masked_fill(cut.scatter(0, order, cut), -torch.inf)
-    return scores

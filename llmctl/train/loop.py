@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from llmctl.errors import MachineError, StageError
 from llmctl.nn.counts import training_flops
+from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context
 from llmctl.train.averages import Averages
@@ -307,7 +309,9 @@ class _Run:
         if self.compute.device.type != "cuda":
             return {}
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
-        flops = training_flops(self.model.config, self.model.config.context) * self.throughput.overall()
+        config: Any = self.model.config
+        count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
+        flops = count(config.context) * self.throughput.overall()
         share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
         return values if share is None else {**values, "utilisation": share}
 

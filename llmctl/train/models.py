@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmctl.errors import InputError
-from llmctl.nn.hf import load_model, save_model
+from llmctl.nn.opening import open_network, save_network
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.text.tokenizer import Tokenizer
 
 
-def open_model(artifact: Artifact) -> tuple[Transformer, Tokenizer]:
-    """A model directory's weights in float32 on the CPU and its tokenizer; InputError if they do not fit together."""
-    model = load_model(artifact.path)
+def open_model(artifact: Artifact, ctx: Context | None = None) -> tuple[Transformer, Tokenizer]:
+    """A model directory's weights in float32 on the CPU and its tokenizer; InputError if they do not fit together.
+
+    The log of `ctx` is told which code computes it: llmctl's transformer, or transformers behind the same face.
+    """
+    model = open_network(artifact.path, log=None if ctx is None else ctx.log)
     tokenizer = Tokenizer.load(artifact.path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
@@ -29,7 +32,7 @@ def write_model(
 ) -> None:
     """Write the output `model` with its tokenizer, describe it, and report `values` with its size in bytes."""
     directory = ctx.output("model")
-    save_model(model, directory, tokenizer_from=tokenizer_from)
+    size = save_network(model, directory, tokenizer_from)
     config = model.config
     ctx.describe(
         "model",
@@ -38,4 +41,4 @@ def write_model(
         vocab_size=config.vocab_size,
         context=config.context,
     )
-    ctx.report({**values, "bytes": (directory / "model.safetensors").stat().st_size})
+    ctx.report({**values, "bytes": size})

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from llmctl.nn.transformer import Transformer
 from llmctl.train.batches import Batch
-from llmctl.train.cross_entropy import summed_loss, token_losses
+from llmctl.train.cross_entropy import hits, summed_loss, token_losses
 
 
 class Objective(Protocol):
@@ -24,8 +26,15 @@ class Objective(Protocol):
         """The loss summed over the batch, and further sums to be logged as means under their names."""
 
 
+@dataclass(frozen=True)
 class CausalLM:
-    """Next-token cross-entropy over the batch's targets; with assistant-only targets it is supervised fine-tuning."""
+    """Next-token cross-entropy over the batch's targets.
+
+    With assistant-only targets it is supervised fine-tuning, with a prefix a prefix language model, with a source the
+    objective of an encoder-decoder. `accuracy` counts hits as well.
+    """
+
+    accuracy: bool = False
 
     def weight(self, batch: Batch) -> int:
         """Target tokens."""
@@ -33,7 +42,47 @@ class CausalLM:
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of -log p(target), in nats."""
-        return summed_loss(model, target_states(model, batch), batch.targets)
+        return summed_loss(model, target_states(model, batch), batch.targets, self.accuracy)
+
+
+class MaskedLM:
+    """Cross-entropy of what the masks hide.
+
+    Where the batch has labels, the mean of next-sentence prediction is added (BERT); where the model has a boundary
+    head, the same tokens are predicted from the boundaries of their spans as well (SpanBERT).
+    """
+
+    def weight(self, batch: Batch) -> int:
+        """Masked tokens."""
+        return len(batch.targets)
+
+    def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over masked tokens, in nats, with `accuracy` and the parts of the sum where there are several."""
+        flat = states(model, batch).flatten(0, 1)
+        loss, further = summed_loss(model, flat.index_select(0, batch.picks), batch.targets, accuracy=True)
+        parts: dict[str, Tensor] = {}
+        if batch.labels is not None and batch.firsts is not None:
+            answers = model.next_sentence(flat.index_select(0, batch.firsts)[:, None]).float()
+            parts["next_loss"] = batch.balance * F.cross_entropy(answers, batch.labels, reduction="sum")
+            further["next_accuracy"] = batch.balance * hits(answers, batch.labels)
+        if batch.boundaries is not None and "boundary" in model.auxiliary:
+            left, right, offset = batch.boundaries.unbind(-1)
+            edges = model.auxiliary["boundary"](flat.index_select(0, left), flat.index_select(0, right), offset)
+            guesses = F.linear(edges, model.head_weight).float()
+            parts["boundary_loss"] = F.cross_entropy(guesses, batch.targets, reduction="sum")
+            further["boundary_accuracy"] = hits(guesses, batch.targets)
+        if parts:
+            further["masked_loss"] = loss
+        return sum(parts.values(), loss), {**further, **parts}
+
+
+def states(model: Transformer, batch: Batch) -> Tensor:
+    """The model's states `(B, T, D)` of a batch; an encoder-decoder reads the source first."""
+    given = {name: getattr(batch, name) for name in ("segments", "prefix")}
+    further = {name: value for name, value in given.items() if value is not None}
+    if batch.source is not None:
+        further["memory"] = model.remember(batch.source, batch.source_documents)
+    return model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents, **further)
 
 
 def target_logits(model: Transformer, batch: Batch) -> Tensor:
@@ -43,8 +92,7 @@ def target_logits(model: Transformer, batch: Batch) -> Tensor:
 
 def target_states(model: Transformer, batch: Batch) -> Tensor:
     """States `(N, D)` at the batch's picks."""
-    hidden = model.hidden(batch.tokens, positions=batch.positions, documents=batch.documents)
-    return hidden.flatten(0, 1).index_select(0, batch.picks)
+    return states(model, batch).flatten(0, 1).index_select(0, batch.picks)
 
 
 def target_logprobs(model: Transformer, batch: Batch) -> Tensor:

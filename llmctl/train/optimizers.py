@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.errors import InputError
+from llmctl.nn.foreign import ForeignModel
 from llmctl.train.descent import SGD, Adafactor, AdamW, Descent, Lion, ScheduleFree
 from llmctl.train.eight_bit import AdamW8bit
 from llmctl.train.muon import Muon
@@ -27,11 +28,11 @@ Group = dict[str, Any]
 
 
 def kind_of(name: str, parameter: Tensor) -> str:
-    """One of `KINDS`: a hidden matrix, a table, an output matrix of its own, or a norm's gain or a bias."""
+    """One of `KINDS`: a hidden matrix, a table, an output matrix of its own, or all else: gains, biases, filters."""
     parts = name.split(".")
     if any(part in TABLES for part in parts) and parameter.ndim >= 2:
         return "embedding"
-    if parameter.ndim < 2:
+    if parameter.ndim != 2:
         return "vector"
     return "head" if any(part in HEADS for part in parts) else "matrix"
 
@@ -87,6 +88,8 @@ class Optimizers:
     def __init__(self, model: nn.Module, params: TrainParams) -> None:
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in trained}
+        outer = model.outer_names if isinstance(model, ForeignModel) else frozenset()
+        self._kinds = {p: "embedding" if name in outer else kind_of(name, p) for p, name in self._names.items()}
         self.rates = Rates.plan(params, getattr(getattr(model, "config", None), "dim", 0))
         groups = self._groups(params)
         self.all: list[torch.optim.Optimizer] = []
@@ -104,7 +107,7 @@ class Optimizers:
         outer = params.weight_decay if params.decay_embeddings else 0.0
         groups = []
         for kind in KINDS:
-            members = [parameter for parameter, name in self._names.items() if kind_of(name, parameter) == kind]
+            members = [parameter for parameter, its in self._kinds.items() if its == kind]
             if members:
                 values = {"lr": self.rates.of[kind], "weight_decay": decays.get(kind, outer)}
                 groups.append({"params": members, "kind": kind, **values})

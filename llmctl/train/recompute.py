@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Block
 
 aten = torch.ops.aten
@@ -50,7 +51,12 @@ def _policy(kept: frozenset[Any], context: Any, operator: Any, *arguments: Any, 
 
 @contextmanager
 def recomputed(model: nn.Module, mode: str, dropout: float) -> Iterator[None]:
-    """The model's blocks keep what `mode` says inside."""
+    """The model's blocks keep what `mode` says inside; UsageError if a foreign model cannot do that."""
+    if isinstance(model, ForeignModel):
+        model.recompute(mode)
+        yield
+        model.recompute("none")
+        return
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
         block.recompute = wrapper(mode, dropout)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from llmctl.nn.transformer import Transformer
+from llmctl.text.shards import SplitTokens
 from llmctl.train.batches import Batch
 from llmctl.train.device import Compute
 from llmctl.train.objectives import Objective, target_logprobs
 
 Validate = Callable[[Transformer, Compute], dict[str, float]]
 """Measures a model in evaluation mode; the names it returns are the ones reported."""
+
+CHUNK = 1 << 24
+"""Tokens counted at once."""
 
 
 @torch.no_grad()
@@ -30,6 +36,32 @@ def mean_loss(
         for key, value in {name: loss, **further}.items():
             sums[key] = sums.get(key, 0.0) + float(value)
     return {f"{key}.validation": value / max(1, weight) for key, value in sums.items()}
+
+
+@dataclass(frozen=True)
+class Unigram:
+    """Guessing by frequency alone: the least that any objective has to beat."""
+
+    logprobs: np.ndarray
+    """`(V,)`, in nats, by the counts of the training text plus one."""
+
+    @classmethod
+    def of(cls, split: SplitTokens, vocab_size: int, special: Collection[int]) -> Unigram:
+        """Counts all tokens of `split` but the `special` ones."""
+        counts = np.ones(vocab_size)
+        for start in range(0, len(split.tokens), CHUNK):
+            counts += np.bincount(split.tokens[start : start + CHUNK], minlength=vocab_size)
+        counts[list(special)] = 1
+        return cls(np.log(counts / counts.sum()))
+
+    def measure(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """`unigram_loss.validation` and `unigram_accuracy.validation` on the batches' targets."""
+        targets = np.concatenate([batch.targets.numpy() for batch in batches])
+        hits = targets == self.logprobs.argmax()
+        return {
+            "unigram_loss.validation": float(-self.logprobs[targets].mean()),
+            "unigram_accuracy.validation": float(hits.mean()),
+        }
 
 
 @torch.no_grad()

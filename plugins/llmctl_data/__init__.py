@@ -1,4 +1,4 @@
-"""Read a corpus and derive text, conversations and preferences from it."""
+"""Read a corpus and derive text, conversations and preferences from it, or read labelled rows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from llmctl import In, Out, Stage, hookimpl
 
 DATA = Stage(
     name="data",
-    help="Read a corpus and derive text, conversations and preferences from it.",
+    help="Read a corpus and derive text, conversations and preferences from it, or read labelled rows.",
     inputs={
-        "files": In("files", optional=True, many=True, help="text, Markdown, JSONL or Parquet files"),
+        "files": In(
+            "files", optional=True, many=True, help="text, Markdown, JSONL or Parquet files; CSV for labelled rows"
+        ),
         "text": In("dataset.text", optional=True, help="text to work on instead of reading files"),
     },
     outputs={
         "text": Out("dataset.text"),
         "chat": Out("dataset.chat"),
         "preference": Out("dataset.preference"),
+        "labelled": Out("dataset.labelled"),
         "metrics": Out("metrics"),
     },
     params="llmctl_data.params:DataParams",
@@ -22,6 +25,7 @@ DATA = Stage(
     extra="data",
     key_deps=("python",),  # the reader `python-stdlib` reads the running interpreter's library
     headline=("text.documents",),
+    rev=2,  # labelled rows are an output
 )
 
 

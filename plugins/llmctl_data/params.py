@@ -7,10 +7,14 @@ from typing import Literal
 from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
+from llmctl.store.types import LABELLED
+from llmctl.text.labelled import Task
 
-Product = Literal["text", "chat", "preference"]
+Product = Literal["text", "chat", "preference", "labelled"]
 Kind = Literal["module", "doc", "signature", "source", "continuation", "section"]
 PRODUCTS: tuple[Product, ...] = ("text", "chat", "preference")
+"""What a corpus yields. Labelled examples are read, with their texts, and yield nothing else."""
+TOYS = ("toy-translation", "toy-sentiment")
 
 
 class QuestionParams(Params):
@@ -62,11 +66,34 @@ class PreferenceParams(Params):
     )
 
 
+class LabelledParams(Params):
+    """What labelled examples are read from rows of files."""
+
+    task: Task = Field(
+        "classification",
+        description="columns of each row: classification (text, label; optionally pair), token-classification (tokens, "
+        "labels), question-answering (context, question, answer; start where the answer occurs more than once), "
+        "seq2seq (source, target), embedding (text, positive); and optionally split",
+    )
+    fields: dict[str, str] = Field(
+        {}, description="what the file calls a column that is not named so: {text: review, label: stars}"
+    )
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> LabelledParams:
+        known = [*LABELLED[self.task], "pair", "start", "split"]
+        if unknown := [name for name in self.fields if name not in known]:
+            raise ValueError(f"fields names `{unknown[0]}`, {self.task} has {', '.join(known)}")
+        return self
+
+
 class DataParams(Params):
     """Parameters of the stage `data`."""
 
-    reader: Literal["auto", "python-stdlib"] = Field(
-        "auto", description="`auto` reads the bound files or text, `python-stdlib` this Python's own library"
+    reader: Literal["auto", "python-stdlib", "toy-translation", "toy-sentiment"] = Field(
+        "auto",
+        description="`auto` reads the bound files or text, `python-stdlib` this Python's own library; "
+        "`toy-translation` and `toy-sentiment` make up labelled rows by a known rule",
     )
     emit: list[Product] | None = Field(
         None,
@@ -84,22 +111,43 @@ class DataParams(Params):
     include: list[Literal["docs", "source"]] = Field(
         ["docs", "source"], min_length=1, description="python-stdlib: pages of documentation, source code, or both"
     )
+    labelled: LabelledParams | None = Field(
+        None, description="read the files (.jsonl, .parquet, .csv, .tsv) as labelled examples instead of documents"
+    )
+    rows: int = Field(3000, ge=2, description="toy-translation, toy-sentiment: rows to make up")
     questions: QuestionParams = Field(QuestionParams(), description="how questions are derived")
     preference: PreferenceParams = Field(PreferenceParams(), description="how right and wrong answers are paired")
-    negative_twin: Literal["none", "shuffled-answers", "swapped-preferences"] = Field(
+    negative_twin: Literal["none", "shuffled-answers", "swapped-preferences", "shuffled-labels"] = Field(
         "none",
-        description="control experiments that must fail: training answers dealt to the wrong questions, or right and "
-        "wrong swapped",
+        description="control experiments that must fail: training answers or labels dealt to the wrong questions or "
+        "texts, or right and wrong swapped",
     )
 
     @model_validator(mode="after")
     def _sensible(self) -> DataParams:
         if self.emit is not None and (not self.emit or len(set(self.emit)) < len(self.emit)):
-            raise ValueError("emit must name at least one of text, chat, preference, each once")
+            raise ValueError("emit must name at least one of text, chat, preference, labelled, each once")
         if self.modules and self.reader != "python-stdlib":
             raise ValueError("modules belongs to reader: python-stdlib")
+        if self.labelled is not None and self.reader != "auto":
+            raise ValueError("labelled belongs to reader: auto")
+        if self.rows != type(self).model_fields["rows"].default and self.reader not in TOYS:
+            raise ValueError(f"rows belongs to reader: {' and '.join(TOYS)}")
+        wanted = set(self.emit or ())
+        if self.has_labels and wanted - {"text", "labelled"}:
+            raise ValueError("labelled examples yield text and labelled only")
+        if not self.has_labels and "labelled" in wanted:
+            raise ValueError("emit names labelled; set `labelled`, or a reader that makes labelled rows")
+        if self.negative_twin == "shuffled-labels" and not self.has_labels:
+            raise ValueError("negative_twin: shuffled-labels needs labelled examples")
         return self
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether labelled examples are read or made up."""
+        return self.labelled is not None or self.reader in TOYS
 
     def outputs(self) -> set[str]:
         """The products asked for, and the metrics."""
-        return {*(PRODUCTS if self.emit is None else self.emit), "metrics"}
+        usual = ("text", "labelled") if self.has_labels else PRODUCTS
+        return {*(usual if self.emit is None else self.emit), "metrics"}

@@ -35,7 +35,7 @@ def read_files(inputs: Sequence[Artifact], column: str, piece_chars: int) -> Ite
     A row of a JSONL or Parquet file is a document; a text file is one, or several pieces if it is long. With many text
     files whole files go to a split, with few their pieces do. InputError names whatever cannot be read.
     """
-    files = _files(inputs)
+    files = list_files(inputs)
     whole = sum(not path.name.lower().endswith(RECORDS) for _, path in files) >= FEW
     for name, path in files:
         if path.name.lower().endswith(RECORDS):
@@ -57,7 +57,7 @@ def read_text(source: Artifact) -> Iterator[Document]:
             yield Document(identity, str(row.get("source", identity)), row["text"], identity, split)
 
 
-def _files(inputs: Sequence[Artifact]) -> list[tuple[str, Path]]:
+def list_files(inputs: Sequence[Artifact], supported: tuple[str, ...] = SUPPORTED) -> list[tuple[str, Path]]:
     """(name relative to what the user gave, path) of every file, sorted; hidden files are left out."""
     found: list[tuple[str, Path]] = []
     parents = [artifact.path.absolute().parent for artifact in inputs]
@@ -73,10 +73,10 @@ def _files(inputs: Sequence[Artifact]) -> list[tuple[str, Path]]:
         else:
             raise InputError(f"{artifact.path} does not exist")
     for _, path in found:
-        if not path.name.lower().endswith(SUPPORTED):
+        if not path.name.lower().endswith(supported):
             raise InputError(
                 f"{path} is of a type that cannot be read",
-                hint=f"supported: {', '.join(SUPPORTED)}; choose files with a glob such as 'notes/**/*.md'",
+                hint=f"supported: {', '.join(supported)}; choose files with a glob such as 'notes/**/*.md'",
             )
     return sorted(found)
 

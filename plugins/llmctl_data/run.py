@@ -1,4 +1,4 @@
-"""Read a corpus, split it, and derive conversations and preferences from it."""
+"""Read a corpus, split it, and derive conversations and preferences from it; or read labelled examples."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ CANDIDATES_PER_FACT = 4
 def run(ctx: Context, params: DataParams, files: list[Artifact] | None, text: Artifact | None) -> None:
     """Produce the outputs that `params.emit` names."""
     bound = bool(files) or text is not None
+    if params.has_labels:
+        _label(ctx, params, files or [], text)
+        return
     if params.reader == "python-stdlib":
         if bound:
             raise UsageError("reader python-stdlib reads no input", hint="drop `inputs`, or use reader: auto")
@@ -34,6 +37,21 @@ def run(ctx: Context, params: DataParams, files: list[Artifact] | None, text: Ar
         with TextOutput(ctx, params) as out:
             book = _read_documents(ctx, params, documents, out)
     _derive(ctx, params, book)
+
+
+def _label(ctx: Context, params: DataParams, files: list[Artifact], text: Artifact | None) -> None:
+    """Read or make up labelled examples."""
+    from llmctl_data.labelled import write_labelled
+
+    if text is not None or (files and params.reader != "auto"):
+        raise UsageError(
+            "labelled examples are read from files" if params.reader == "auto" else f"{params.reader} reads no input",
+            hint="drop the input, or bind `files`",
+        )
+    if not files and params.reader == "auto":
+        raise UsageError("nothing to read", hint="bind files with labelled rows")
+    with TextOutput(ctx, params) as out:
+        write_labelled(ctx, params, files, out)
 
 
 class TextOutput:

@@ -20,8 +20,8 @@ from llmctl_distill.params import DistillParams
 
 def run(ctx: Context, params: DistillParams, teacher: Artifact, student: Artifact, data: Artifact) -> None:
     """Train `student` on the split `train`; KL to the teacher on `validation` where there is one, before and after."""
-    master, tokenizer = open_model(teacher)
-    net, own = open_model(student)
+    master, tokenizer = open_model(teacher, ctx)
+    net, own = open_model(student, ctx)
     check_vocabulary(master, net, tokenizer, own)
     length = min(master.config.context, net.config.context)
     source, held_out = open_data(ctx, data, tokenizer, net, length, params)

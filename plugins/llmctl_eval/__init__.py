@@ -1,4 +1,4 @@
-"""Measure a model: perplexity, exact match, ranking, with intervals."""
+"""Measure a model: perplexity, exact match, ranking, labelled tasks, with intervals."""
 
 from __future__ import annotations
 
@@ -6,17 +6,26 @@ from llmctl import In, Out, Stage, hookimpl
 
 EVAL = Stage(
     name="eval",
-    help="Measure a model: perplexity, exact match, ranking, with intervals.",
+    help="Measure a model: perplexity, exact match, ranking, labelled tasks, with intervals.",
     inputs={
         "model": In("model.hf", "model.onnx"),
-        "data": In("dataset.tokens", "dataset.chat", "dataset.preference", many=True),
+        "data": In("dataset.tokens", "dataset.chat", "dataset.preference", "dataset.labelled", many=True),
         "reference": In("model.hf", "model.onnx", optional=True, help="report the rise over this model, paired"),
     },
     outputs={"metrics": Out("metrics")},
     params="llmctl_eval.params:EvalParams",
     run="llmctl_eval.run:run",
     extra="eval",
-    headline=("exact_match.value", "ranking.value", "perplexity.bits_per_byte"),
+    headline=(
+        "exact_match.value",
+        "ranking.value",
+        "seq2seq.bleu",
+        "classification.value",
+        "question_answering.value",
+        "token_classification.f1",
+        "embedding.value",
+        "perplexity.bits_per_byte",
+    ),
 )
 
 

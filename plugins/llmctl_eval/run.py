@@ -6,16 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 from llmctl import Artifact, Context, InputError, UsageError
 from llmctl.text.datasets import read_rows
+from llmctl.text.labelled import checked, find_task
 from llmctl_eval.conversations import choose_answers, generate_answers, read_question, summarise, with_candidates
+from llmctl_eval.decoding import compare_strategies
 from llmctl_eval.intervals import Bootstrap
-from llmctl_eval.params import EvalParams, Task
+from llmctl_eval.labelled import scorer
+from llmctl_eval.lengths import lengths
+from llmctl_eval.params import EvalParams, LabelledTask, Task
 from llmctl_eval.perplexity import perplexity
 from llmctl_eval.ranking import check_pair, margins, rank_pairs
 from llmctl_eval.samples import Sample, SampleLog, collect, write_samples
+from llmctl_eval.scores import further_scores, rank_vectors
 from llmctl_eval.subject import Subject
 
 NEEDS: dict[Task, str] = {
@@ -23,7 +28,11 @@ NEEDS: dict[Task, str] = {
     "exact-match": "dataset.chat",
     "accuracy": "dataset.chat",
     "ranking": "dataset.preference",
+    **dict.fromkeys(get_args(LabelledTask), "dataset.labelled"),
+    "decoding": "dataset.tokens",
+    "lengths": "dataset.tokens",
 }
+LABELLED: dict[Task, LabelledTask] = {task: task for task in get_args(LabelledTask)}
 DEFAULT: dict[str, Task] = {
     "dataset.tokens": "perplexity",
     "dataset.chat": "exact-match",
@@ -60,24 +69,34 @@ def run(
     ctx: Context, params: EvalParams, model: Artifact, data: Sequence[Artifact], reference: Artifact | None = None
 ) -> None:
     """Measure, report, and leave every sample."""
-    chosen = choose_tasks(ctx, params, data)
+    chosen = choose_tasks(ctx, params, data, reference is not None)
     evaluation = Evaluation(ctx, params, Bootstrap(params.confidence, params.resamples, params.seed))
-    subjects = [Subject.open(model, "model", params.device, params.threads)]
+    subjects = [Subject.of(model, "model", params.device, params.threads)]
     if reference is not None:
-        subjects.append(Subject.open(reference, "reference", params.device, params.threads))
+        subjects.append(Subject.of(reference, "reference", params.device, params.threads))
     samples = ctx.output("metrics") / "samples.jsonl"
     samples.unlink(missing_ok=True)
     for task, artifact in chosen.items():
         if task == "perplexity":
             ctx.report(_perplexity(evaluation, subjects, artifact))
             continue
+        if task == "lengths":
+            ctx.report(lengths(ctx, params, model, artifact, evaluation.split(task)))
+            continue
+        if task == "decoding":
+            written, values = _decoding(evaluation, subjects[0], artifact)
+            write_samples(samples, written)
+            ctx.report(values)
+            continue
         found = [_samples(evaluation, subject, task, artifact) for subject in subjects]
         write_samples(samples, found[0])
         ctx.report(_metrics(evaluation, task, found))
-    ctx.report({"backend": subjects[0].generator.backend, "tokenizer": subjects[0].tokenizer.digest})
+    ctx.report({"backend": subjects[0].backend, "tokenizer": subjects[0].tokenizer.digest})
 
 
-def choose_tasks(ctx: Context, params: EvalParams, data: Sequence[Artifact]) -> dict[Task, Artifact]:
+def choose_tasks(
+    ctx: Context, params: EvalParams, data: Sequence[Artifact], reference: bool = False
+) -> dict[Task, Artifact]:
     """The tasks with the data of each. UsageError if they do not fit together."""
     by_type: dict[str, Artifact] = {}
     for artifact in data:
@@ -86,14 +105,26 @@ def choose_tasks(ctx: Context, params: EvalParams, data: Sequence[Artifact]) -> 
                 f"`data` holds two of {artifact.type}", hint="evaluate them in two stages, so that numbers stay apart"
             )
         by_type[artifact.type] = artifact
-    tasks: Sequence[Task] = params.tasks or [DEFAULT[kind] for kind in DEFAULT if kind in by_type]
+    tasks: list[Task] = params.tasks or [DEFAULT[kind] for kind in DEFAULT if kind in by_type]
+    if labelled := by_type.get("dataset.labelled"):
+        own = find_task(labelled)
+        if not params.tasks:
+            tasks.append(own)
+        for task in tasks:
+            if task in LABELLED and task != own:
+                raise UsageError(f"task {task} was asked for, {labelled.path} holds rows of task {own}")
     for task in tasks:
         if NEEDS[task] not in by_type:
             raise UsageError(f"task {task} needs {NEEDS[task]}", hint="bind it to the input `data`")
     if params.baselines and "perplexity" not in tasks:
         raise UsageError("baselines belong to task perplexity", hint="add it to tasks, or leave baselines out")
+    if (params.scalings or params.max_length is not None) and "lengths" not in tasks:
+        raise UsageError("max_length and scalings belong to task lengths", hint="add it to tasks, or leave them out")
     if idle := [task for task in params.splits if task not in tasks]:
         raise UsageError(f"splits names {idle[0]}, which is not among the tasks", hint="add it, or leave the split out")
+    for alone in ("decoding", "lengths"):
+        if reference and alone in tasks:
+            ctx.warn(f"task {alone} measures the model alone, not the reference")
     for kind in by_type:
         if kind not in {NEEDS[task] for task in tasks}:
             ctx.warn(f"no task uses the {kind} in {by_type[kind].path}")
@@ -113,12 +144,21 @@ def _perplexity(evaluation: Evaluation, subjects: Sequence[Subject], data: Artif
     return values
 
 
+def _decoding(evaluation: Evaluation, subject: Subject, data: Artifact) -> tuple[list[Sample], dict[str, float]]:
+    split, log = evaluation.split("decoding"), evaluation.log(subject, "decoding")
+    return compare_strategies(evaluation.ctx, evaluation.params, subject, data, split, log, evaluation.boot)
+
+
 def _samples(evaluation: Evaluation, subject: Subject, task: Task, data: Artifact) -> list[Sample]:
     """All samples of a task that answers row by row."""
     params = evaluation.params
     score: Callable[[Sequence[Any]], Any]
     if task == "ranking":
         rows, score, batch = evaluation.rows(data, task, check_pair), partial(rank_pairs, subject), 1
+    elif task in LABELLED:
+        own = LABELLED[task]
+        read = lambda row, number: checked(own, row, f"{data.path}: row {number + 1}")  # noqa: E731
+        rows, score, batch = evaluation.rows(data, task, read), scorer(subject, own, params), params.batch_size
     elif task == "accuracy":
         rows = with_candidates(evaluation.rows(data, task, read_question), params)
         score, batch = partial(choose_answers, subject), 1
@@ -126,18 +166,22 @@ def _samples(evaluation: Evaluation, subject: Subject, task: Task, data: Artifac
         rows = evaluation.rows(data, task, read_question)
         score, batch = partial(generate_answers, subject, params), params.batch_size
     samples = collect(evaluation.ctx, evaluation.log(subject, task), rows, score, batch, task)
+    if task == "embedding":
+        samples = rank_vectors(samples)
     if long := sum("too_long" in sample for sample in samples):
         evaluation.ctx.warn(f"{task}: {long} of {len(samples)} rows exceed the context of the {subject.role}")
     return samples
 
 
-def _metrics(evaluation: Evaluation, task: Task, found: Sequence[list[Sample]]) -> dict[str, float]:
+def _metrics(evaluation: Evaluation, task: Task, found: Sequence[list[Sample]]) -> dict[str, Any]:
     """Numbers of a task, and how they differ from the reference's, row by row."""
     name = task.replace("-", "_")
     boot = evaluation.boot
-    values = summarise(name, found[0], boot)
+    values: dict[str, Any] = summarise(name, found[0], boot)
     if task == "accuracy":
         values["accuracy.chance"] = sum(sample["chance"] for sample in found[0]) / len(found[0])
+    if task in LABELLED:
+        values |= further_scores(LABELLED[task], found[0], boot)
     scored = [i for i in range(len(found[0])) if all(samples[i].get("margin") is not None for samples in found)]
     if task == "ranking" and scored:
         values |= margins([found[0][i] for i in scored], boot)

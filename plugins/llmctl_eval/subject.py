@@ -1,15 +1,17 @@
-"""A model under test: what generates, with the tokenizer that stands beside it."""
+"""A model under test: what generates or reads, with the tokenizer that stands beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from llmctl import Artifact
+from llmctl import Artifact, InputError
 from llmctl.generator import Generator
+from llmctl.reader import Reader
 from llmctl.registry import get_registry
 from llmctl.text.tokenizer import Tokenizer
 
@@ -18,17 +20,34 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Subject:
-    """An opened model. `role` is `model`, or `reference` for the one that it is compared with."""
+    """A model, opened when it is first asked. `role` is `model`, or `reference` for the one it is compared with."""
 
-    generator: Generator
+    artifact: Artifact
     tokenizer: Tokenizer
     role: str
+    device: str
+    threads: int
 
     @classmethod
-    def open(cls, artifact: Artifact, role: str, device: str, threads: int) -> Subject:
-        """Open a model of any kind."""
-        generator = get_registry().open_generator(artifact, device=device, threads=threads)
-        return cls(generator, Tokenizer.load(artifact.path), role)
+    def of(cls, artifact: Artifact, role: str, device: str, threads: int) -> Subject:
+        """A model of any kind."""
+        return cls(artifact, Tokenizer.load(artifact.path), role, device, threads)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The model, to generate with."""
+        return get_registry().open_generator(self.artifact, device=self.device, threads=self.threads)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The model, to read with."""
+        return open_reader(self.artifact, self.device, self.threads)
+
+    @property
+    def backend(self) -> str:
+        """What computes the opened model."""
+        opened = self.__dict__.get("reader") or self.generator
+        return str(opened.backend)
 
     def answer_logprob(self, prompt: Messages, answer: str) -> float | None:
         """Log-probability, in nats, of an assistant's answer and its closing token; None if it exceeds the context."""
@@ -41,3 +60,18 @@ class Subject:
             mask[: len(asked)] = False  # earlier turns of the assistant are part of the question
         scores = self.generator.logprobs(whole.ids).astype(np.float64)
         return float(scores[mask[1:]].sum())
+
+
+def open_reader(artifact: Artifact, device: str, threads: int) -> Reader:
+    """What reads with a model: the one place where its kind matters. InputError for a kind that only generates."""
+    if artifact.type == "model.hf":
+        from llmctl.train import reading
+
+        return reading.open_reader(artifact.path, device, threads)
+    if artifact.type == "model.onnx":
+        from llmctl.ort import open_encoder
+
+        return open_encoder(artifact.path, device, threads)
+    raise InputError(
+        f"{artifact.path} is a {artifact.type}, which cannot read texts", hint="give a model.hf or a model.onnx"
+    )

@@ -36,6 +36,6 @@ def open_generator(artifact: Artifact, options: Mapping[str, Any]) -> Generator 
     """Open `model.onnx` bundles; needs nothing but the base installation."""
     if artifact.type != "model.onnx":
         return None
-    from llmctl.ort import open_bundle
+    from llmctl.ort import engine
 
-    return open_bundle(artifact.path, options.get("device", "auto"), options.get("threads", 0))
+    return engine.open_generator(artifact.path, options.get("device", "auto"), options.get("threads", 0))

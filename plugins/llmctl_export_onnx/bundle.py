@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.text.pooling import POOLING_FILES
 from llmctl.text.tokenizer import FILES
 
 GENAI_TYPE = "llama"
@@ -30,51 +32,54 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy configuration and tokenizer files as they are; write `generation_config.json` where there is none."""
-    for name in ("config.json", "generation_config.json", *FILES):
+    """Copy configuration, tokenizer and pooling as they are; write `generation_config.json` where there is none."""
+    for name in ("config.json", "generation_config.json", *FILES, *POOLING_FILES):
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
     generation = target / "generation_config.json"
     if not generation.is_file():
         config = read_config(source)
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        keys = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
         _write(generation, {key: config[key] for key in keys if config.get(key) is not None})
 
 
-def write_genai_config(
-    target: Path,
-    config: dict[str, Any],
-    *,
-    context: int,
-    head_size: int,
-    kv_heads: int,
-    in_place: bool,
-    positions: bool,
-) -> None:
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of a decoder that onnxruntime-genai wants; `head_size` and `kv_heads` are the cache's."""
+
+    context: int
+    dim: int
+    heads: int
+    head_size: int
+    kv_heads: int
+    layers: int
+
+
+def write_genai_config(target: Path, config: dict[str, Any], shape: Shape, *, in_place: bool, positions: bool) -> None:
     """Write `genai_config.json`, from which onnxruntime-genai (0.18) loads the bundle.
 
-    `head_size` and `kv_heads` are the cache's. `in_place`: past and present share one buffer of `context` slots.
-    `positions`: the graph has an input `position_ids`.
+    `in_place`: past and present share one buffer of `context` slots. `positions`: the graph has `position_ids`.
     """
     generation = target / "generation_config.json"
     ids = {**config, **(json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {})}
     decoder = {
         **_graph(positions),
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "head_size": head_size,
-        "hidden_size": _first(config, "hidden_size", "n_embd"),
-        "num_attention_heads": _first(config, "num_attention_heads", "n_head"),
-        "num_hidden_layers": _first(config, "num_hidden_layers", "n_layer"),
-        "num_key_value_heads": kv_heads,
+        "head_size": shape.head_size,
+        "hidden_size": shape.dim,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
     }
     model = {
         **_special_ids(ids),
-        "context_length": context,
+        "context_length": shape.context,
         "decoder": decoder,
         "type": GENAI_TYPE,
         "vocab_size": config["vocab_size"],
     }
-    search = {**GREEDY, "max_length": context, "past_present_share_buffer": in_place}
+    search = {**GREEDY, "max_length": shape.context, "past_present_share_buffer": in_place}
     _write(target / "genai_config.json", {"model": model, "search": search})
 
 
@@ -121,7 +126,3 @@ def _special_ids(ids: dict[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _first(config: dict[str, Any], *keys: str) -> Any:
-    return next(config[key] for key in keys if key in config)

@@ -9,6 +9,7 @@ from llmctl import Field, Params
 Task = Literal[
     "auto",
     "text-generation-with-past",
+    "text2text-generation-with-past",
     "feature-extraction",
     "fill-mask",
     "text-classification",
@@ -24,8 +25,15 @@ class ExportParams(Params):
         "auto", description="native: our transformer, fused; optimum: any other architecture; auto: by config.json"
     )
     task: Task = Field("auto", description="what an Optimum export computes; auto: by the architecture's name")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="of weights and computation; ONNX Runtime has no bfloat16 on a CPU"
+    )
+    pooling: Literal["none", "mean", "cls"] = Field(
+        "none", description="an encoder's features: also one embedding per text, the mean of its tokens or the first"
+    )
+    normalise: bool = Field(True, description="embeddings get length 1; without effect where there is no `pooling`")
     opset: int = Field(23, ge=18, le=23, description="version of the ONNX operator set; Optimum is given at most 18")
-    tolerance: float = Field(1e-4, gt=0, description="largest difference of any logit from the torch model's")
-    parity_prompts: int = Field(20, ge=1, description="prompts on which logits and 64 greedy tokens are compared")
+    tolerance: float = Field(1e-4, gt=0, description="largest difference of any output from the torch model's")
+    parity_prompts: int = Field(20, ge=1, description="prompts on which outputs and 64 greedy tokens are compared")
     seed: int = Field(0, ge=0, description="draws the prompts of the comparison where there is no `data`")
     threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes all cores")

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmctl.errors import UsageError
+from llmctl.errors import InputError, UsageError
 from llmctl.nn.hf import load_model, save_model
+from llmctl.nn.opening import why_foreign
 from llmctl.nn.transformer import Block, Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.train.batches import Batch
@@ -32,6 +33,11 @@ from llmctl_prune.surgery import best, keep_channels, remove_layer, width_kept
 def run(ctx: Context, params: PruneParams, model: Artifact, calibration: Artifact) -> None:
     """Prune `model` by what matters on `calibration`; the loss is measured on its validation split."""
     compute = Compute(pick_device(params.device), threads=params.threads)
+    if why := why_foreign(model.path):
+        raise InputError(
+            f"prune cuts llmctl's own transformer, and it does not compute this model: {why}",
+            hint="distill it into a smaller model instead",
+        )
     network = load_model(model.path, compute.device).eval()
     before = network.config
     if params.layers_removed >= before.layers:

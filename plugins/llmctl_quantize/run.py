@@ -83,6 +83,8 @@ def _compare(
 
 def _load(source: Path) -> onnx.ModelProto:
     path = source / "model.onnx"
+    if (source / "encoder_model.onnx").is_file():
+        raise InputError(f"{source} holds an encoder-decoder", hint="quantize takes bundles of one graph, model.onnx")
     if not path.is_file():
         raise InputError(f"{path} is missing", hint="give an ONNX bundle, as `llmctl export-onnx` makes it")
     try:

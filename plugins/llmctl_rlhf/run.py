@@ -19,7 +19,7 @@ from llmctl_rlhf.params import RlhfParams
 
 def run(ctx: Context, params: RlhfParams, model: Artifact, data: Artifact) -> None:
     """Train on the pairs of `train`; `ranking.before` and `.after` on `validation` where there is one."""
-    net, tokenizer = open_model(model)
+    net, tokenizer = open_model(model, ctx)
     length = net.config.context
     encoder = Encoder(tokenizer, length, net.config.eos_ids, params)
     source = PairSource(read_pairs(ctx, data, "train", encoder), length, params)

@@ -9,20 +9,45 @@ from typing import Any
 from llmctl import InputError
 from llmctl.generator import Sampling
 
+DRAWING = {"temperature", "top_k", "top_p"}
+SEARCHING = {"beams", "length_penalty", "early_stopping"}
 
-def default_sampling(directory: Path) -> Sampling:
+
+def default_sampling(directory: Path, **given: Any) -> Sampling:
     """How a model wants to be sampled: its `generation_config.json`, read as transformers reads it.
 
-    Without `do_sample` that is greedy; with it temperature 1, top-k 50 and top-p 1 unless the file says otherwise.
+    What is `given` overrides the file. Without `do_sample` that is greedy, or a beam search with `num_beams`; with it
+    temperature 1, top-k 50 and top-p 1 unless it says otherwise. Who is given beams gets no draws from the file, and
+    who is given draws no beams.
     """
     path = directory / "generation_config.json"
+    wanted = _read(path)
+    draws = given.get("temperature") or given.get("top_k") or given.get("top_p", 1) < 1
+    if given.get("beams", 1) > 1:
+        wanted = {name: value for name, value in wanted.items() if name not in DRAWING}
+    elif draws or given.get("beams") == 1:
+        wanted = {name: value for name, value in wanted.items() if name not in SEARCHING}
+    elif "beams" in wanted and wanted.get("temperature") and given.get("temperature") != 0:
+        raise InputError(
+            f"{path} asks for beams that are drawn (do_sample with num_beams), which is not offered",
+            hint="set do_sample to false or num_beams to 1 there",
+        )
+    return Sampling(**{**wanted, **given})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of `Sampling` that the file sets."""
     if not path.is_file():
-        return Sampling()
+        return {}
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is no valid JSON: {error}") from error
-    if not config.get("do_sample"):
-        return Sampling()
-    given = {name: config[name] for name in ("temperature", "top_k", "top_p") if config.get(name) is not None}
-    return Sampling(**{"temperature": 1.0, "top_k": 50, **given})
+    said = {name: value for name, value in config.items() if value is not None}
+    found: dict[str, Any] = {}
+    if said.get("num_beams", 1) > 1:
+        found = {"beams": said["num_beams"]}
+        found |= {name: said[name] for name in ("length_penalty", "early_stopping") if name in said}
+    if said.get("do_sample"):
+        found |= {"temperature": 1.0, "top_k": 50, **{name: said[name] for name in DRAWING if name in said}}
+    return found

@@ -38,7 +38,7 @@ def score_tokens(
     shown = next((size for size in sizes if tokenizer.decode(ids[:size]).startswith(text)), len(ids))
     if not shown:
         return []
-    logits = generator.logits([*prompt, *ids[:shown]])[len(prompt) - 1 : -1]
+    logits = generator.answer_logits(prompt, ids[:shown])
     return [_score(tokenizer, row, token, top) for row, token in zip(logits, ids, strict=False)]
 
 

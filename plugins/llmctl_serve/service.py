@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from llmctl.generator import Generator, Sampling, check_prompt
+from llmctl.generator import Generator, Sampling
 from llmctl.text.grounding import Grounds, find_grounds, grounded_prompt
 from llmctl.text.retrieval import Index, Passage
 from llmctl.text.tokenizer import Tokenizer
@@ -86,7 +86,12 @@ class Service:
         """The continuations to generate, `n` for each prompt. Text is framed as a training document begins."""
         self.check_model(request.model)
         bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        prompts = [bos + self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in request.prompts]
+        whole = self.generator.encoder_decoder
+
+        def framed(text: str) -> list[int]:
+            return self.tokenizer.encode_document(text) if whole else bos + self.tokenizer.encode(text)
+
+        prompts = [framed(p) if isinstance(p, str) else list(p) for p in request.prompts]
         for prompt in prompts:
             if any(not 0 <= token < self.generator.vocab_size for token in prompt):
                 raise ApiError(400, f"a token id is outside the vocabulary of {self.generator.vocab_size}", "prompt")
@@ -94,7 +99,7 @@ class Service:
 
     def _choices(self, prompts: Sequence[Sequence[int]], request: ChatRequest | CompletionRequest) -> list[Choice]:
         for prompt in prompts:
-            check_prompt(prompt, self.generator.context_length)
+            self.generator.room(prompt)
         seed = random.randrange(SEEDS) if request.seed is None else request.seed
         return [
             Choice(
@@ -109,7 +114,7 @@ class Service:
         ]
 
     def sampling(self, request: CommonRequest, seed: int, limit: int | None) -> Sampling:
-        """What the request says, else the model's `generation_config.json`.
+        """What the request says, else the model's `generation_config.json`, beams included.
 
         A request that filters tokens without giving a temperature means OpenAI's default of 1, as greedy decoding
         would make its filter idle.
@@ -117,8 +122,11 @@ class Service:
         temperature = self.default.temperature if request.temperature is None else request.temperature
         if request.temperature is None and temperature == 0 and (request.top_p is not None or request.top_k):
             temperature = 1.0
+        max_new_tokens = limit or self.params.max_new_tokens
+        if self.default.beams > 1 and temperature == 0:
+            return replace(self.default, max_new_tokens=max_new_tokens, seed=seed)
         return Sampling(
-            max_new_tokens=limit or self.params.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=self.default.top_k if request.top_k is None else request.top_k,
             top_p=self.default.top_p if request.top_p is None else request.top_p,

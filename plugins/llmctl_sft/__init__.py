@@ -1,4 +1,4 @@
-"""Fine-tune a model on conversations."""
+"""Fine-tune a model on conversations or labelled rows."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from llmctl import In, Out, Stage, hookimpl
 
 SFT = Stage(
     name="sft",
-    help="Fine-tune a model on conversations.",
-    inputs={"model": In("model.hf"), "data": In("dataset.chat")},
+    help="Fine-tune a model on conversations or labelled rows.",
+    inputs={"model": In("model.hf"), "data": In("dataset.chat", "dataset.labelled")},
     outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
     params="llmctl_sft.params:SftParams",
     run="llmctl_sft.run:run",

@@ -1,30 +1,62 @@
-"""Fine-tune a model on conversations, its answers supervised and nothing else."""
+"""Fine-tune a model: on conversations, its answers supervised and nothing else, or on labelled rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
+from llmctl.errors import UsageError
 from llmctl.generator import Sampling
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.text.datasets import splits
+from llmctl.text.labelled import Task, find_task
 from llmctl.train.batches import Example
 from llmctl.train.conversations import Encoder, read_conversations, show_examples
 from llmctl.train.data import ExampleSource
 from llmctl.train.device import Compute
-from llmctl.train.generate import TorchGenerator
+from llmctl.train.generate import make_generator
 from llmctl.train.loop import fit
 from llmctl.train.models import open_model, write_model
 from llmctl.train.objectives import CausalLM
 from llmctl.train.validation import Validate, mean_loss
-from llmctl_sft.params import SftParams
+from llmctl_sft.labels import learn_labels
+from llmctl_sft.params import OWN, SftParams
 
 
 def run(ctx: Context, params: SftParams, model: Artifact, data: Artifact) -> None:
-    """Train on the split `train`; loss and stop rate on `validation` where there is one."""
-    net, tokenizer = open_model(model)
+    """Train on the split `train`; measure on `validation` where there is one."""
+    task = choose_task(params, data)
+    if task == "chat":
+        learn_to_chat(ctx, params, model, data)
+    else:
+        learn_labels(ctx, params, task, model, data)
+
+
+def choose_task(params: SftParams, data: Artifact) -> Literal["chat"] | Task:
+    """The task of the data, if it is the one asked for. UsageError if not, or for parameters of another task."""
+    found: Literal["chat"] | Task = "chat" if data.type == "dataset.chat" else find_task(data)
+    if params.task not in ("auto", found):
+        raise UsageError(
+            f"task {params.task} was asked for, {data.path} holds rows of task {found}",
+            hint="leave task out, or bind other data",
+        )
+    for name, task in OWN.items():
+        if task != found and getattr(params, name) != SftParams.model_fields[name].default:
+            raise UsageError(f"{name} belongs to task {task}, this is {found}", hint=f"leave {name} out")
+    return found
+
+
+def learn_to_chat(ctx: Context, params: SftParams, model: Artifact, data: Artifact) -> None:
+    """Conversations, the assistant's turns supervised; loss and stop rate on `validation`."""
+    net, tokenizer = open_model(model, ctx)
+    if net.config.traits.kind != "decoder":
+        raise UsageError(
+            f"conversations need a decoder, {net.config.arch} is an {net.config.traits.kind}",
+            hint="give labelled rows: seq2seq for an encoder-decoder, classification and others for an encoder",
+        )
     encoder = Encoder(tokenizer, net.config.context, net.config.eos_ids, params)
     train = read_conversations(ctx, data, "train", encoder)
     held_out = read_conversations(ctx, data, "validation", encoder) if "validation" in splits(data) else []
@@ -60,7 +92,7 @@ def stop_rate(model: Transformer, examples: Sequence[Example], params: SftParams
     # The prompt is what stands before the first answer.
     prompts = [example.ids[: int(np.flatnonzero(example.mask)[0])].tolist() for example in chosen]
     prompts = [prompt for prompt in prompts if len(prompt) < model.config.context]
-    generator = TorchGenerator(model, model.config.eos_ids)
+    generator = make_generator(model, model.config.eos_ids)
     answers = generator.generate(prompts, Sampling(max_new_tokens=params.probe_tokens))
     room = [min(params.probe_tokens, model.config.context - len(prompt)) for prompt in prompts]
     stopped = [len(answer) < most for answer, most in zip(answers, room, strict=True)]

@@ -10,16 +10,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-BOS, END, PAD, SYSTEM, USER, ASSISTANT = SPECIAL = (
-    "<|bos|>",
-    "<|end|>",
-    "<|pad|>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-)
+from llmctl_tokenize.special import SpecialTokens, sentinel_names
+
 # Both as onnxruntime-extensions knows them: it refuses other counts of digits, {1,2} included.
 PATTERNS = {
     "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -27,13 +21,6 @@ PATTERNS = {
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+",
 }
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('unknown role ' + message['role'] + ', use system, user or assistant') }}{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 NO_LIMIT = int(1e30)
 """transformers' own value for "no limit": the context length belongs to a model, not to its tokenizer."""
 
@@ -51,26 +38,35 @@ def untrained(pattern: str) -> Tokenizer:
     return tokenizer
 
 
-def train(texts: Iterator[str], vocab_size: int, min_frequency: int, pattern: str) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` tokens: fewer if the texts hold no more pairs of `min_frequency`."""
+def train(
+    texts: Iterator[str], vocab_size: int, min_frequency: int, pattern: str, special: SpecialTokens, sentinels: int
+) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` tokens: fewer if the texts hold no more pairs of `min_frequency`.
+
+    The special tokens have the first ids, `sentinels` the last.
+    """
     tokenizer = untrained(pattern)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - sentinels,
         min_frequency=min_frequency,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(special.tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in sentinel_names(sentinels)])
+    if frame := special.processor():
+        tokenizer.post_processor = frame
     return tokenizer
 
 
-def save(tokenizer: Tokenizer, directory: Path) -> None:
+def save(tokenizer: Tokenizer, directory: Path, special: SpecialTokens, sentinels: int) -> None:
     """Write the files that `AutoTokenizer.from_pretrained` reads."""
     tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"bos_token": BOS, "eos_token": END, "pad_token": PAD}
+    further = [*special.further, *reversed(sentinel_names(sentinels))]
+    additional = {"additional_special_tokens": further} if further else {}
     config = {
-        **names,
+        **special.names,
         "added_tokens_decoder": {
             str(number): {
                 "content": token,
@@ -80,15 +76,20 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
                 "single_word": False,
                 "special": True,
             }
-            for number, token in enumerate(SPECIAL)
+            for token, number in _numbered(tokenizer, special, sentinels)
         },
-        "additional_special_tokens": [SYSTEM, USER, ASSISTANT],
+        **additional,
         "clean_up_tokenization_spaces": False,
         "model_max_length": NO_LIMIT,
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": CHAT_TEMPLATE,
+        **({"chat_template": special.template} if special.template else {}),
     }
-    special = {**names, "additional_special_tokens": [SYSTEM, USER, ASSISTANT]}
-    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special)):
+    names = {**special.names, **additional}
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", names)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    if special.template:
+        (directory / "chat_template.jinja").write_text(special.template, encoding="utf-8")
+
+
+def _numbered(tokenizer: Tokenizer, special: SpecialTokens, sentinels: int) -> list[tuple[str, int]]:
+    return [(token, tokenizer.token_to_id(token)) for token in (*special.tokens, *sentinel_names(sentinels))]

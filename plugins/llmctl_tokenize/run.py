@@ -13,6 +13,8 @@ from llmctl_tokenize.params import TokenizeParams
 
 BATCH_BYTES = 1 << 20
 SAMPLE = 32
+TRAINING = ("min_frequency", "pattern", "special", "sentinels")
+"""Parameters without meaning for a tokenizer that exists, beside its size."""
 
 
 def run(ctx: Context, params: TokenizeParams, text: Artifact, tokenizer: Artifact | None) -> None:
@@ -40,7 +42,7 @@ def run(ctx: Context, params: TokenizeParams, text: Artifact, tokenizer: Artifac
 def _check_bound(params: TokenizeParams, tokenizer: Tokenizer) -> None:
     """UsageError if parameters of training are set although there is nothing to train."""
     fields = TokenizeParams.model_fields
-    changed = [name for name in ("min_frequency", "pattern") if getattr(params, name) != fields[name].default]
+    changed = [name for name in TRAINING if getattr(params, name) != fields[name].default]
     if params.vocab_size not in (fields["vocab_size"].default, tokenizer.vocab_size):
         changed.append("vocab_size")
     if changed:
@@ -52,15 +54,19 @@ def _check_bound(params: TokenizeParams, tokenizer: Tokenizer) -> None:
 
 def _train(ctx: Context, params: TokenizeParams, text: Artifact, directory: Path) -> None:
     from llmctl_tokenize import bpe
+    from llmctl_tokenize.special import SPECIAL
 
-    tokenizer = bpe.train(_texts(ctx, text), params.vocab_size, params.min_frequency, params.pattern)
+    special, sentinels = SPECIAL[params.special], params.sentinel_count
+    tokenizer = bpe.train(
+        _texts(ctx, text), params.vocab_size, params.min_frequency, params.pattern, special, sentinels
+    )
     reached = tokenizer.get_vocab_size()
     if reached < params.vocab_size:
         raise StageError(
             f"the text allows a vocabulary of {reached} tokens, {params.vocab_size} were asked for",
             hint=f"set vocab_size to {reached} or less, lower min_frequency, or give more text",
         )
-    bpe.save(tokenizer, directory)
+    bpe.save(tokenizer, directory, special, sentinels)
 
 
 def _texts(ctx: Context, text: Artifact) -> Iterator[str]:

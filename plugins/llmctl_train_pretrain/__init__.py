@@ -1,11 +1,11 @@
-"""Pre-train a language model on token shards."""
+"""Pre-train a language model, look up named models, look into trained ones, plan by scaling laws."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmctl import Artifact, In, Out, Stage, hookimpl
+from llmctl import Artifact, Command, In, Out, Stage, hookimpl
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
@@ -30,6 +30,17 @@ TRAIN_PRETRAIN = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `train-pretrain`."""
     return [TRAIN_PRETRAIN]
+
+
+@hookimpl
+def register_commands() -> list[Command]:
+    """Offer `models`, `inspect` and `scaling`."""
+    rows = (
+        ("models", "List named models, or show one in numbers.", "models:models", ""),
+        ("inspect", "Look into a model: next tokens, attention, lengths.", "inspecting:inspect", "train"),
+        ("scaling", "Fit scaling laws; plan size and tokens from a budget.", "scaling.commands:scaling", ""),
+    )
+    return [Command(name=name, help=text, target=f"{__name__}.{at}", extra=extra) for name, text, at, extra in rows]
 
 
 @hookimpl

@@ -4,10 +4,71 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from llmctl.spec.params import Field
+from pydantic import field_validator, model_validator
+
+from llmctl.nn.config import RopeScaling
+from llmctl.nn.presets import near_presets, preset_names
+from llmctl.nn.published import PUBLISHED
+from llmctl.spec.params import Field, Params
 from llmctl.train.params import Schedule, TrainParams
 
-SHAPE = ("dim", "layers", "heads", "kv_heads", "ff_dim", "context", "rope_theta", "tie_embeddings")
+SHAPE = (
+    "dim", "layers", "encoder_layers", "heads", "kv_heads", "ff_dim", "context", "window", "pattern", "positions",
+    "rope_theta", "norm_eps", "tie_embeddings",
+)  # fmt: skip
+
+Goal = Literal["causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"]
+OWN: dict[str, tuple[Goal, ...]] = {
+    "mask_share": ("mlm", "mlm-nsp", "span"),
+    "masking": ("mlm", "mlm-nsp", "span"),
+    "span_p": ("span",),
+    "span_max": ("span",),
+    "span_unit": ("span",),
+    "boundary": ("span",),
+    "noise_density": ("corruption",),
+    "mean_noise_span": ("corruption",),
+}
+"""The objectives that read a parameter."""
+
+
+class RopeScalingParams(Params):
+    """How rotary frequencies are changed for sequences longer than those that were trained."""
+
+    kind: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3"] = Field(
+        "none",
+        description="`linear`: positions divided by factor; `ntk`: a larger base; `dynamic`: ntk that grows with the "
+        "sequence; `yarn`, `llama3`: by the wavelength of each channel.",
+    )
+    factor: float = Field(2.0, ge=1, description="How many times the original context.")
+    original_context: int | None = Field(
+        None, ge=1, description="Context that was trained. Unset: that of the model to continue, or of the preset."
+    )
+    attention_factor: float = Field(
+        0.0, ge=0, description="yarn: what cos and sin are multiplied with. 0: 0.1 ln(factor) + 1."
+    )
+    low_freq_factor: float = Field(1.0, gt=0, description="llama3: longer waves than original / this are stretched.")
+    high_freq_factor: float = Field(4.0, gt=0, description="llama3: shorter waves than original / this stay.")
+
+    @model_validator(mode="after")
+    def _read_by_its_kind(self) -> RopeScalingParams:
+        read = {"kind"} | (set() if self.kind == "none" else {"factor", "original_context"})
+        read |= {"yarn": {"attention_factor"}, "llama3": {"low_freq_factor", "high_freq_factor"}}.get(self.kind, set())
+        fields = type(self).model_fields
+        # By value: a process is handed all parameters, those at their defaults too.
+        if idle := [name for name in fields if name not in read and getattr(self, name) != fields[name].default]:
+            raise ValueError(f"{idle[0]} has no effect with kind: {self.kind}")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        return self
+
+    def scaling(self, context: int) -> RopeScaling | None:
+        """The model's own form of it, for one whose context was `context`; None for no scaling."""
+        if self.kind == "none":
+            return None
+        values = self.model_dump(exclude={"original_context"})
+        if self.kind != "llama3":
+            values = {name: value for name, value in values.items() if not name.endswith("_freq_factor")}
+        return RopeScaling(original_context=self.original_context or context, **values)
 
 
 class PretrainParams(TrainParams):
@@ -15,17 +76,58 @@ class PretrainParams(TrainParams):
 
     # Over 200 steps of the standard library 0.2 nats below cosine: short runs gain from a long high rate.
     schedule: Schedule = Field("wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly.")
-    preset: Literal["llama", "qwen3", "gpt2"] = Field("llama", description="Model family and its default shape.")
+    preset: str = Field("llama", description="Model family and its default shape: a name that `llmctl models` lists.")
+    objective: Literal["auto", "causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"] = Field(
+        "auto",
+        description="`causal`: the next token; `prefix`: the same behind a part read in both directions; `mlm`: masked "
+        "tokens; `mlm-nsp`: and whether a second text follows the first (BERT); `span`: masked spans, also from their "
+        "boundaries (SpanBERT); `corruption`: spans behind sentinels (T5). `auto`: what fits the preset.",
+    )
+    mask_share: float = Field(0.15, gt=0, lt=1, description="mlm, mlm-nsp, span: share of the tokens that are masked.")
+    masking: Literal["dynamic", "static"] = Field(
+        "dynamic", description="mlm, mlm-nsp, span: new masks every epoch, or the same ones."
+    )
+    span_p: float = Field(0.2, gt=0, lt=1, description="span: p of the geometric distribution of lengths.")
+    span_max: int = Field(10, ge=1, description="span: longest span.")
+    span_unit: Literal["words", "tokens"] = Field("words", description="span: what lengths count; words stay whole.")
+    boundary: bool = Field(True, description="span: predict each token from the boundaries of its span as well.")
+    noise_density: float = Field(0.15, gt=0, le=0.5, description="corruption: share of the tokens in noise spans.")
+    mean_noise_span: float = Field(3.0, ge=1, description="corruption: mean tokens of a noise span.")
     dim: int | None = Field(None, ge=1, description="Width of the hidden states.")
-    layers: int | None = Field(None, ge=1, description="Transformer blocks.")
+    layers: int | None = Field(None, ge=1, description="Transformer blocks; of an encoder-decoder, its decoder's.")
+    encoder_layers: int | None = Field(
+        None, ge=1, description="Blocks of an encoder-decoder's encoder. Unset: the preset's, or as many as layers."
+    )
     heads: int | None = Field(None, ge=1, description="Query heads.")
     kv_heads: int | None = Field(None, ge=1, description="Key/value heads; each serves heads / kv_heads query heads.")
     ff_dim: int | None = Field(
-        None, ge=1, description="Feed-forward width. Unset: 8/3 dim rounded up to 32, or 4 dim (gpt2)."
+        None, ge=1, description="Feed-forward width. Unset: 8/3 dim rounded up to 32, or 4 dim where it has no gate."
     )
     context: int | None = Field(None, ge=8, description="Longest sequence in tokens; training rows have this length.")
+    window: int | None = Field(
+        None, ge=0, description="Tokens that a layer of the kind S sees, its own included. 0: no windows."
+    )
+    pattern: str | None = Field(
+        None,
+        pattern="^[LSN]+$",
+        description="Kinds of layer, repeated over the depth: L sees all, S a window, N all but without positions.",
+    )
+    positions: Literal["rope", "learned", "sinusoidal", "t5", "xl", "alibi", "none"] | None = Field(
+        None, description="Position encoding in place of the family's, to compare them."
+    )
     rope_theta: float | None = Field(None, gt=0, description="Base of the rotary frequencies.")
+    rope_scaling: RopeScalingParams = Field(RopeScalingParams(), description="Longer contexts with rotary positions.")
+    norm_eps: float | None = Field(None, gt=0, description="What norms add to the variance.")
     tie_embeddings: bool | None = Field(None, description="Use the embedding as the output head.")
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in preset_names():
+            raise ValueError(f"there is no preset {name!r}; {near_presets(name)}")
+        if name in PUBLISHED and PUBLISHED[name].elsewhere:
+            raise ValueError(f"{name} goes through transformers, it cannot be made afresh: {PUBLISHED[name].elsewhere}")
+        return name
 
     def shape(self) -> dict[str, Any]:
         """The shape parameters that were set."""

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from llmctl.errors import InputError, UsageError
-from llmctl.nn.hf import load_model
+from llmctl.nn.auxiliary import FILE as AUXILIARY
+from llmctl.nn.auxiliary import add_boundary
+from llmctl.nn.config import ModelConfig
+from llmctl.nn.counts import count
+from llmctl.nn.foreign import ForeignModel
+from llmctl.nn.foreign_config import ForeignConfig
+from llmctl.nn.opening import open_network
 from llmctl.nn.presets import preset
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.text.shards import TokenShards
 from llmctl.text.tokenizer import Tokenizer
-from llmctl.train.data import TokenSource
 from llmctl.train.device import Compute
+from llmctl.train.lengths import reshaped
 from llmctl.train.loop import fit
 from llmctl.train.models import write_model
-from llmctl.train.objectives import CausalLM
-from llmctl.train.validation import Validate, language_loss
-from llmctl_train_pretrain.params import PretrainParams
+from llmctl.train.objectives import CausalLM, MaskedLM
+from llmctl.train.validation import Unigram, Validate, language_loss, mean_loss
+from llmctl_train_pretrain.goals import MASKED, choose_goal, make_objective, make_source
+from llmctl_train_pretrain.params import Goal, PretrainParams
 
 
 def run(
@@ -26,15 +35,31 @@ def run(
     """Train a fresh model, or go on with `model`, on the split `train`; measure on `validation` where there is one."""
     shards, encoder = TokenShards.open(tokens), Tokenizer.load(tokenizer.path)
     check_tokenizer(shards, encoder)
-    net = make_model(params, encoder) if model is None else continue_model(params, encoder, model)
-    context = params.context or net.config.context
-    source = TokenSource(shards.split("train"), context, params)
+    if model is None:
+        goal, net = make_model(params, encoder)
+    else:
+        goal, net = continue_model(ctx, params, encoder, model)
+    if goal == "span" and params.boundary:
+        add_boundary(net, params.span_max, None if model is None else model.path)
+    source = make_source(goal, shards.split("train"), encoder, net.config, params)
     ctx.log(
-        f"{net.config.arch}, {net.config.parameters()} parameters; {len(source.split.tokens)} tokens in "
-        f"{len(source.split)} documents, {source.steps_per_epoch:.1f} steps per epoch"
+        f"{net.config.arch}, {net.config.parameters()} parameters, objective {goal}; {len(source.split.tokens)} tokens "
+        f"in {len(source.split)} documents, {source.steps_per_epoch:.1f} steps per epoch"
     )
-    values = fit(ctx, net, CausalLM(), source, params, validator(shards, encoder, context, params))
-    write_model(ctx, net, tokenizer.path, values)
+    values = fit(ctx, net, make_objective(goal), source, params, validator(goal, shards, encoder, net.config, params))
+    epochs = values["steps"] / source.steps_per_epoch
+    write_model(ctx, net, tokenizer.path, {"objective": goal, **values, **sizes(net.config), "epochs": epochs})
+
+
+def sizes(config: ModelConfig | ForeignConfig) -> dict[str, int]:
+    """What scaling laws count beside all parameters: those of the blocks, and with them those of the output head.
+
+    Nothing of architectures that are not ours.
+    """
+    if not isinstance(config, ModelConfig):
+        return {}
+    blocks = count(config).without_embedding
+    return {"parameters.without_embedding": blocks, "parameters.with_head": blocks + config.vocab_size * config.dim}
 
 
 def check_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
@@ -51,37 +76,83 @@ def check_tokenizer(shards: TokenShards, tokenizer: Tokenizer) -> None:
         )
 
 
-def make_model(params: PretrainParams, tokenizer: Tokenizer) -> Transformer:
-    """Fresh weights, a function of the seed."""
+def make_model(params: PretrainParams, tokenizer: Tokenizer) -> tuple[Goal, Transformer]:
+    """The objective, and fresh weights with the heads for it, a function of the seed."""
     special = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    config = preset(params.preset, vocab_size=tokenizer.vocab_size, overrides={**params.shape(), **special})
+    shape = {**params.shape(), **special}
+    scaling = params.rope_scaling.scaling(preset(params.preset, vocab_size=tokenizer.vocab_size).context)
+    if scaling is not None:
+        shape["rope_scaling"] = scaling
+    config = preset(params.preset, vocab_size=tokenizer.vocab_size, overrides=shape)
+    goal = choose_goal(params, config, fresh=True, spans=params.preset.startswith("spanbert"))
+    if goal == "mlm-nsp":
+        config = replace(config, head="pretraining")
     torch.manual_seed(params.seed)
-    return Transformer(config)
+    return goal, Transformer(config)
 
 
-def continue_model(params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact) -> Transformer:
-    """The weights of `artifact`; its shape cannot be changed, a shorter `context` only shortens the rows."""
-    model = load_model(artifact.path)
+def continue_model(
+    ctx: Context, params: PretrainParams, tokenizer: Tokenizer, artifact: Artifact
+) -> tuple[Goal, Transformer]:
+    """The objective, and the weights of `artifact` in a shape that they allow.
+
+    A shorter `context` only shortens the rows. A longer one, unless positions are learned, and a scaling of rotary
+    positions become the model's own; what else the weights were made for cannot change.
+    """
+    model = open_network(artifact.path, log=ctx.log)
+    config, changes = model.config, {}
     for name, value in params.shape().items():
-        has = getattr(model.config, name)
-        if value != has and not (name == "context" and value < has):
+        has = config.traits.positions if name == "positions" else getattr(config, name, None)
+        if value == has or (name == "context" and value < has):
+            continue
+        if name != "context" or config.traits.positions == "learned":
             raise UsageError(f"{name} is {value}, the model to continue has {has}", hint=f"leave {name} out")
+        changes[name] = value
+    scaling = params.rope_scaling.scaling(config.context)
+    if scaling is not None:
+        changes["rope_scaling"] = scaling
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"{artifact.path} has a vocabulary of {model.config.vocab_size}, the tokens one of {tokenizer.vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
-    return model
+    goal = choose_goal(params, model.config, spans=(artifact.path / AUXILIARY).is_file())
+    if goal != "causal" and isinstance(model, ForeignModel):
+        raise UsageError(
+            f"objective {goal} is of llmctl's own transformer; {model.config.arch} is computed by transformers",
+            hint="use objective: causal",
+        )
+    if changes and isinstance(model, ForeignModel):
+        raise UsageError(
+            f"{min(changes)} cannot be changed: {model.config.arch} is computed by transformers",
+            hint=f"leave {min(changes)} out",
+        )
+    return goal, reshaped(model, changes) if changes else model
 
 
-def validator(shards: TokenShards, tokenizer: Tokenizer, context: int, params: PretrainParams) -> Validate | None:
-    """Loss per token and bits per byte on evenly spread rows of `validation`; None without that split."""
+def validator(
+    goal: Goal, shards: TokenShards, tokenizer: Tokenizer, config: ModelConfig, params: PretrainParams
+) -> Validate | None:
+    """Measures on evenly spread rows of `validation`; None without that split.
+
+    Loss per token and bits per byte where the next token is predicted; else loss and accuracy, beside the accuracy of
+    guessing by frequency where single tokens are guessed.
+    """
     if "validation" not in shards.splits or not len(shards.split("validation").tokens):
         return None
-    source = TokenSource(shards.split("validation"), context, params)
-    token_bytes = tokenizer.token_bytes()
+    source = make_source(goal, shards.split("validation"), tokenizer, config, params)
+    if goal in ("causal", "prefix"):
+        token_bytes = tokenizer.token_bytes()
 
-    def validate(model: Transformer, compute: Compute) -> dict[str, float]:
-        return language_loss(model, source.sweep(params.eval_batches), compute, token_bytes)
+        def in_bytes(model: Transformer, compute: Compute) -> dict[str, float]:
+            return language_loss(model, source.sweep(params.eval_batches), compute, token_bytes)
 
-    return validate
+        return in_bytes
+    objective = MaskedLM() if goal in MASKED else CausalLM(accuracy=True)
+    unigram = Unigram.of(shards.split("train"), shards.vocab_size, tokenizer.special_ids) if goal in MASKED else None
+
+    def in_hits(model: Transformer, compute: Compute) -> dict[str, float]:
+        values = mean_loss(model, objective, source.sweep(params.eval_batches), compute)
+        return values | (unigram.measure(source.sweep(params.eval_batches)) if unigram is not None else {})
+
+    return in_hits

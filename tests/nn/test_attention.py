@@ -72,10 +72,12 @@ def test_rotary_products_depend_on_the_offset_alone():
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
 
     def product(i: int, j: int) -> float:
-        (a, b) = (rotate(x, *rotary_angles(torch.tensor([[p]]), shape(head_dim=16))) for x, p in ((q, i), (k, j)))
+        places = (torch.tensor([[p]], dtype=torch.float64) for p in (i, j))
+        a, b = (rotate(x, *rotary_angles(p, shape(head_dim=16))) for x, p in zip((q, k), places, strict=True))
         return float((a * b).sum())
 
-    assert product(3, 10) == pytest.approx(product(23, 30), abs=1e-5)  # angles are float32
+    assert product(3, 10) == pytest.approx(product(23, 30), abs=1e-12)
+    assert product(3, 10) == pytest.approx(product(4003, 4010), abs=1e-11)
     assert abs(product(3, 10) - product(3, 11)) > 1e-2
 
 

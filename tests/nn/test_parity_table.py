@@ -91,3 +91,18 @@ def test_config_json_means_the_same_both_ways(name):
 def test_every_family_has_a_row():
     classes = {cls for family in FAMILIES.values() for head, cls in family.classes.items() if head in ("lm", "mlm")}
     assert classes <= {cls for cls, _ in ROWS.values()}
+
+
+LAYER_NORMS = ["gpt1", "gpt2", "bert", "roberta", "distilbert"]  # BLOOM's slopes are float32 there
+
+
+@pytest.mark.parametrize("name", LAYER_NORMS)
+def test_in_float64_nothing_is_left_of_a_difference(name, tmp_path):
+    """Where transformers too computes norms in the model's dtype (its RMSNorms always take float32)."""
+    pair = make_pair(name, tmp_path)
+    pair.theirs, pair.ours = pair.theirs.double(), pair.ours.double()
+    assert logits(pair) < 1e-9
+    for module in pair.ours.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps += 1e-6
+    assert logits(pair) > 1e-9

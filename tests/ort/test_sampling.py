@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 from llmctl.errors import UsageError
 from llmctl.generator import Sampling
-from llmctl.ort.sampling import Sampler, candidates
+from llmctl.ort.sampling import Sampler, candidates, log_probability, rank
 
 LOGITS = np.log(np.array([0.28, 0.2, 0.14, 0.1, 0.08, 0.07, 0.05, 0.04, 0.03, 0.01])).astype(np.float32)[
     [3, 7, 0, 9, 1, 5, 2, 8, 6, 4]
@@ -114,3 +114,26 @@ def test_equal_seeds_give_equal_draws_and_no_seed_gives_new_ones() -> None:
     assert draws(5) == draws(5)
     assert draws(5) != draws(6)
     assert draws(None) != draws(None)
+
+
+@pytest.mark.parametrize(("options", "size"), [({"top_k": 4}, 4), ({"top_p": 0.5}, 3)])
+def test_a_set_one_too_large_or_too_small_is_noticed(options: dict[str, float], size: int) -> None:
+    sample = Sampler(Sampling(temperature=1.0, seed=3, **options))
+    counts = np.bincount([sample(LOGITS) for _ in range(DRAWS)], minlength=10)
+    assert np.count_nonzero(counts) == size
+    order = np.argsort(-LOGITS)
+    for kept in (size - 1, size, size + 1):
+        truth = softmax(LOGITS[order[:kept]].astype(np.float64))
+        fits = counts[order[:kept]].sum() == DRAWS and chisquare(counts[order[:kept]], truth * DRAWS).pvalue > 0.01
+        assert fits == (kept == size)
+
+
+def test_ranks_are_those_of_the_sums() -> None:
+    logits, totals = np.stack([LOGITS, LOGITS[::-1] * 2]), [-0.7, 0.0]
+    scores = np.log(softmax(logits.astype(np.float64), axis=1))
+    sums = sorted(((totals[b] + scores[b, i], b, i) for b in range(2) for i in range(10)), reverse=True)
+    found = rank(logits, totals, 7)
+    assert [(one.beam, one.token) for one in found] == [(b, i) for _, b, i in sums[:7]]
+    assert [one.logprob for one in found] == pytest.approx([scores[one.beam, one.token] for one in found], abs=1e-12)
+    assert [log_probability(logits[0], i) for i in range(10)] == pytest.approx(scores[0], abs=1e-12)
+    assert len(rank(logits, totals, 99)) == 20

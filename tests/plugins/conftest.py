@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmctl import Artifact
-from llmctl.generator import GREEDY, Sampling, check_prompt
+from llmctl.generator import GREEDY, Candidate, Sampling, check_prompt
 from llmctl.registry import Registry
 from llmctl.text.tokenizer import Tokenizer
 
@@ -52,6 +52,7 @@ class Scripted:
 
     backend = "scripted"
     eos_ids = frozenset({END})
+    encoder_decoder = False
 
     def __init__(
         self,
@@ -80,6 +81,10 @@ class Scripted:
         said = list(tokens[at + 1 :])
         return script[len(said)] if len(said) < len(script) and script[: len(said)] == said else None
 
+    def room(self, prompt: Sequence[int]) -> int:
+        check_prompt(prompt, self.context_length)
+        return self.context_length - len(prompt)
+
     def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
         check_prompt(prompt, self.context_length)
         random = np.random.default_rng(sampling.seed)
@@ -100,6 +105,22 @@ class Scripted:
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
         self.batches.append(len(prompts))
         return [list(self.stream(prompt, sampling)) for prompt in prompts]
+
+    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+        """Beams are the script, and the script after one, two, … other tokens."""
+        found = [list(self.stream(prompt, single)) for single in sampling.draws()]
+        if sampling.beams > 1:
+            found = [[*[len(SPECIAL)] * i, *ids][: sampling.max_new_tokens] for i, ids in enumerate(found)]
+        answers = []
+        for ids in found:
+            ended = len(ids) < sampling.max_new_tokens
+            said = [*ids, END] if ended else ids
+            logprobs = self.logprobs([*prompt, *said])[len(prompt) - 1 :].tolist()
+            answers.append(Candidate(ids, logprobs, ended, sampling.length_penalty))
+        return answers
+
+    def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        return self.logits([*prompt, *answer])[len(prompt) - 1 : -1]
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         rows = np.full((len(tokens), self.vocab_size), np.log((1 - SURE) / (self.vocab_size - 1)), np.float32)

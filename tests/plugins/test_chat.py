@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from llmctl import InputError, UsageError
 from llmctl.generator import Sampling
 from llmctl.text.tokenizer import Tokenizer
-from llmctl_serve.chat import Session, chat, find_model, generate
+from llmctl_serve.chat import chat, generate
+from llmctl_serve.session import Session, find_model
 
 
 @pytest.fixture

@@ -650,10 +650,10 @@ def test_unreadable_source_is_an_input_error(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"reader": "web"}, "'auto' or 'python-stdlib'"),
+        ({"reader": "web"}, "'auto', 'python-stdlib', 'toy-translation' or 'toy-sentiment'"),
         ({"emit": []}, "at least one of text, chat, preference"),
         ({"emit": ["text", "text"]}, "each once"),
-        ({"emit": ["tokens"]}, "'text', 'chat' or 'preference'"),
+        ({"emit": ["tokens"]}, "'text', 'chat', 'preference' or 'labelled'"),
         ({"validation_share": 1.0}, "less than 1"),
         ({"modules": ["json"]}, "modules belongs to reader: python-stdlib"),
         ({"include": []}, "at least 1 item"),

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +211,15 @@ def test_sampling_defaults_come_from_the_model(server, tmp_path):
     assert sampling().temperature == 0
     assert sampling(temperature=0.3, top_p=0.5, top_k=4) == Sampling(temperature=0.3, top_p=0.5, top_k=4, seed=1)
     assert sampling(top_p=0.5).temperature == 1
+    own = Sampling(beams=3, length_penalty=0.6)
+    wanting = replace(server.service, default=own)
+
+    def sampling(**fields):
+        return wanting.sampling(ChatRequest(messages=QUESTION, **fields), 1, None)
+
+    assert sampling() == sampling(temperature=0) == replace(own, seed=1)
+    assert sampling(temperature=0.3) == Sampling(temperature=0.3, seed=1)
+    assert sampling(top_p=0.5) == Sampling(temperature=1.0, top_p=0.5, seed=1)
 
 
 def test_logprobs_are_those_of_the_model(server):

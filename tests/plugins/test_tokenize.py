@@ -179,6 +179,59 @@ def test_transformers_loads_it_and_agrees(made):
         ours.encode_chat([{"role": "tool", "content": "x"}])
 
 
+@pytest.mark.parametrize(
+    ("special", "first", "roles", "frame"),
+    [
+        ("bert", ["[PAD]", "[CLS]", "[SEP]", "[MASK]"], {"pad": 0, "cls": 1, "sep": 2, "mask": 3}, (1, 2)),
+        ("roberta", ["<s>", "<pad>", "</s>", "<mask>"], {"bos": 0, "pad": 1, "eos": 2, "mask": 3}, (0, 2)),
+        ("t5", ["<pad>", "</s>"], {"pad": 0, "eos": 1}, (None, 1)),
+    ],
+)
+def test_special_tokens_of_other_kinds_of_models(text, tmp_path, special, first, roles, frame):
+    params = {"vocab_size": 420, "special": special}
+    made = run_stage(TOKENIZE, tmp_path / "made", params, text=text)
+    ours = Tokenizer.load(made.outputs["tokenizer"].path)
+    peer = AutoTokenizer.from_pretrained(ours.directory)
+    assert peer.convert_ids_to_tokens(list(range(len(first)))) == first
+    for role, number in roles.items():
+        assert getattr(ours, f"{role}_id") == getattr(peer, f"{role}_token_id") == number
+    assert len(peer) == ours.vocab_size == 420
+    # A document is framed as transformers frames a text.
+    start = [] if frame[0] is None else [frame[0]]
+    assert ours.encode_document("a b") == [*start, *ours.encode("a b"), frame[1]] == peer("a b")["input_ids"]
+    sentinels = 100 if special == "t5" else 0
+    assert ours.sentinel_ids == list(range(419, 419 - sentinels, -1))
+    if sentinels:
+        assert peer.convert_ids_to_tokens(419) == "<extra_id_0>" and 419 in ours.special_ids
+        assert ours.encode("<extra_id_0>") != [419] == ours.encode("<extra_id_0>", special=True)
+    pair = peer("a", "b")
+    if special == "bert":
+        assert pair["token_type_ids"] == [0] * 3 + [1] * 2
+    assert peer.decode(pair["input_ids"], skip_special_tokens=True) == "ab"
+    with pytest.raises(InputError, match="no chat template"):
+        ours.encode_chat([{"role": "user", "content": "u"}])
+    for path in ours.directory.iterdir():  # equal text, equal bytes
+        again = run_stage(TOKENIZE, tmp_path / "again", params, text=text).outputs["tokenizer"].path
+        assert path.read_bytes() == (again / path.name).read_bytes()
+
+
+def test_words_are_where_letters_meet(made):
+    tokenizer = Tokenizer.load(made.outputs["tokenizer"].path)
+    continues, leaves_open = tokenizer.word_joins()
+    text = "wonderful héllo, foo1bar (x)"
+    ids = tokenizer.encode(text)
+    words, current = [], [ids[0]]
+    for before, after in zip(ids, ids[1:], strict=False):
+        if continues[after] and leaves_open[before]:
+            current.append(after)
+        else:
+            words, current = [*words, current], [after]
+    assert [tokenizer.decode(word) for word in [*words, current]] == [
+        "wonderful", " héllo", ",", " foo1bar", " (", "x", ")"
+    ]  # fmt: skip
+    assert not any(continues[i] or leaves_open[i] for i in tokenizer.special_ids)
+
+
 def test_shards_hold_every_document(made, text):
     tokenizer = Tokenizer.load(made.outputs["tokenizer"].path)
     shards = TokenShards.open(made.outputs["tokens"])
@@ -254,7 +307,7 @@ def test_a_bound_tokenizer_is_passed_through(made, text, tmp_path):
         for path in made.outputs[port].path.iterdir():
             assert path.read_bytes() == (again.outputs[port].path / path.name).read_bytes(), path.name
     run_stage(TOKENIZE, tmp_path / "b", {"vocab_size": 600}, text=text, tokenizer=made.outputs["tokenizer"])
-    for wrong in ({"vocab_size": 700}, {"min_frequency": 3}, {"pattern": "llama3"}):
+    for wrong in ({"vocab_size": 700}, {"min_frequency": 3}, {"pattern": "llama3"}, {"special": "bert"}):
         with pytest.raises(UsageError, match=f"{next(iter(wrong))} cannot be set"):
             run_stage(TOKENIZE, tmp_path / "c", wrong, text=text, tokenizer=made.outputs["tokenizer"])
 
@@ -300,6 +353,10 @@ def test_progress_is_shown(tmp_path):
     ("wrong", "message"),
     [
         ({"vocab_size": 261}, "greater than or equal to 262"),
+        ({"vocab_size": 257}, "greater than or equal to 258"),
+        ({"vocab_size": 357, "special": "t5"}, "greater than or equal to 358"),
+        ({"vocab_size": 300, "sentinels": 39}, "greater than or equal to 301"),
+        ({"special": "elmo"}, "'gpt', 'bert', 'roberta' or 't5'"),
         ({"vocab_size": "8192"}, "valid integer"),
         ({"min_frequency": 0}, "greater than or equal to 1"),
         ({"emit": "all"}, "'both', 'tokenizer' or 'tokens'"),

@@ -137,6 +137,19 @@ def test_rows_tell_their_type(row, type, suffix, tmp_path):
                     types.check(wanted, place)
 
 
+@pytest.mark.parametrize(("task", "columns"), types.LABELLED.items())
+def test_labelled_rows_tell_their_task(task, columns, tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"id": "1", **dict.fromkeys(columns, "x")}) + "\n")
+    assert types.check("dataset.labelled", path) == types.check("dataset.labelled", tmp_path) == {"task": task}
+    assert types.guess(path) == ("dataset.text" if "text" in columns else "dataset.labelled")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"format": "dataset.labelled"}))
+    assert types.guess(tmp_path) == "dataset.labelled"
+    path.write_text(json.dumps({"id": "1", columns[0]: "x"}) + "\n")
+    with pytest.raises(Unfit, match="train.jsonl has the columns"):
+        types.check("dataset.labelled", tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"\x1f\x8b\x08broken", b"no json\n", b"[1]\n", b"\xff\xfe\n"])
 def test_damaged_rows(content, tmp_path):
     name = "train.jsonl.gz" if content.startswith(b"\x1f") else "train.jsonl"

@@ -21,6 +21,9 @@ class Scripted:
     def __init__(self, ids, eos_ids=frozenset()):
         self.ids, self.eos_ids, self.taken, self.closed = list(ids), eos_ids, 0, False
 
+    def room(self, prompt):
+        return self.context_length - len(prompt)
+
     def stream(self, prompt, sampling=GREEDY):
         try:
             room = min(sampling.max_new_tokens, self.context_length - len(prompt))

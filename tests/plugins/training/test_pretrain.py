@@ -9,7 +9,6 @@ import torch
 
 from llmctl.errors import InputError, UsageError
 from llmctl.nn.hf import load_model
-from llmctl.nn.presets import PRESETS
 from llmctl.stage import Artifact
 from llmctl.text.shards import TokenShards
 from llmctl.text.tokenizer import Tokenizer
@@ -30,11 +29,23 @@ def test_the_shape_is_what_was_asked_for(train) -> None:
     assert result.metrics["parameters"] == config.parameters()
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_what_scaling_laws_count_is_reported(train) -> None:
+    result = train("train-pretrain", params={"max_steps": 3, "tie_embeddings": False})
+    tensors = load_model(result.outputs["model"].path).state_dict()
+    blocks = sum(tensor.numel() for name, tensor in tensors.items() if tensor.shape[0] != 300)
+    assert result.metrics["parameters.without_embedding"] == blocks
+    assert result.metrics["parameters.with_head"] == blocks + 300 * 32
+    assert result.metrics["parameters"] == blocks + 2 * 300 * 32
+    more = train("train-pretrain", "more", {"max_steps": 6, "tie_embeddings": False})
+    assert more.metrics["epochs"] == pytest.approx(2 * result.metrics["epochs"])
+
+
+@pytest.mark.parametrize("preset", ["llama", "qwen3", "gpt2"])
 def test_presets(train, preset: str) -> None:
     heads = {"heads": 4, "kv_heads": 4}
     result = train("train-pretrain", params={"max_steps": 2, "preset": preset, **heads})
     assert load_model(result.outputs["model"].path).config.arch == preset
+    assert result.metrics["objective"] == "causal"
 
 
 def test_it_learns_and_measures_in_bits_per_byte(train, world) -> None:
@@ -89,7 +100,8 @@ def test_a_model_of_another_vocabulary_is_refused(train, world, tmp_path: Path) 
 def test_without_a_validation_split_there_is_no_validation(world) -> None:
     shards = TokenShards.open(world.tokens)
     del shards.meta["splits"]["validation"]
-    assert validator(shards, Tokenizer.load(world.tokenizer.path), 48, PretrainParams()) is None
+    config, tokenizer = load_model(world.model.path).config, Tokenizer.load(world.tokenizer.path)
+    assert validator("causal", shards, tokenizer, config, PretrainParams()) is None
 
 
 def test_packing_none_trains_too(train) -> None:

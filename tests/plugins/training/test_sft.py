@@ -100,9 +100,10 @@ def test_it_learns_the_answers_and_to_stop(train, world) -> None:
 def test_what_is_supervised_is_shown_before_training(train) -> None:
     events = train("sft").events
     logs = [fields["text"] for kind, fields in events if kind == "log"]
-    assert logs[0] == ("example 1: <|bos|><|user|>Which colour has the apple?<|end|><|assistant|>⟦It is red.<|end|>⟧")
+    assert logs[0] == "llama: computed by llmctl's transformer"
+    assert logs[1] == ("example 1: <|bos|><|user|>Which colour has the apple?<|end|><|assistant|>⟦It is red.<|end|>⟧")
     assert len([text for text in logs if text.startswith("example ")]) == 3
-    assert logs[3].startswith("24 examples, ") and logs[3].endswith(" of them supervised")
+    assert logs[4].startswith("24 examples, ") and logs[4].endswith(" of them supervised")
     first = next(n for n, (kind, fields) in enumerate(events) if kind == "progress" and fields["total"] == 12)
     assert first > [n for n, (kind, fields) in enumerate(events) if kind == "log" and "example 3" in fields["text"]][0]
 

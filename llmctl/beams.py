@@ -1,0 +1,109 @@
+"""Beam search without a model: which beams go on and which answers are finished, for every engine alike.
+
+The rules are those of transformers' `generate(num_beams=…)`, so answers agree token for token. An engine runs the
+model, ranks the continuations of all beams together and hands over the best; it gets back which rows of its cache go
+on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llmctl.generator import Candidate, Sampling
+
+
+class Continuation(NamedTuple):
+    """A token that may follow a beam, and its log-probability there."""
+
+    beam: int
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Beam:
+    """An unfinished answer."""
+
+    ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    total: float = 0.0
+
+    def extend(self, token: int, logprob: float) -> Beam:
+        """The beam with one more token."""
+        return Beam((*self.ids, token), (*self.logprobs, logprob), self.total + logprob)
+
+
+class BeamSearch:
+    """The beams of one prompt. `limit` is the most tokens of an answer.
+
+    An engine calls `step` with the `wanted` best continuations until it is given no rows to go on with; after each step
+    it feeds these rows with `tokens`. The answers are then in `finished`.
+    """
+
+    def __init__(self, sampling: Sampling, eos_ids: frozenset[int], limit: int) -> None:
+        self.sampling, self.eos_ids, self.limit = sampling, eos_ids, limit
+        self.width = sampling.beams
+        self.beams = [Beam()]
+        self.finished: list[Candidate] = []
+        """The best answers so far, best first, at most `width`."""
+
+    @property
+    def wanted(self) -> int:
+        """Continuations to rank at each step: enough that `width` remain when every beam offers each EOS id."""
+        return max(2, 1 + len(self.eos_ids)) * self.width
+
+    @property
+    def totals(self) -> list[float]:
+        """Log-probability of each beam, to be added to those of its continuations."""
+        return [beam.total for beam in self.beams]
+
+    @property
+    def tokens(self) -> list[int]:
+        """The last token of each beam, to be fed next."""
+        return [beam.ids[-1] for beam in self.beams]
+
+    def step(self, best: Sequence[Continuation]) -> list[int]:
+        """Take the best continuations, best first; for each new beam the old one that it continues, none at the end."""
+        full = len(self.beams[0].ids) + 1 == self.limit
+        going: list[tuple[int, Beam]] = []
+        for rank, (parent, token, logprob) in enumerate(best):
+            ended = token in self.eos_ids
+            if not (ended or full):
+                going.append((parent, self.beams[parent].extend(token, logprob)))
+            elif self._accepts(rank):
+                self._finish(self.beams[parent], token, logprob, ended)
+        self.finished.sort(key=self._worth, reverse=True)
+        del self.finished[self.width :]
+        going = going[: self.width]
+        if not going or self._over(going[0][1]):
+            return []
+        self.beams = [beam for _, beam in going]
+        return [parent for parent, _ in going]
+
+    def _accepts(self, rank: int) -> bool:
+        """Only the best `width` may end: those below are there to go on in the place of ended ones."""
+        return rank < self.width
+
+    def _finish(self, beam: Beam, token: int, logprob: float, ended: bool) -> None:
+        ids = list(beam.ids) if ended else [*beam.ids, token]
+        self.finished.append(Candidate(ids, [*beam.logprobs, logprob], ended, self.sampling.length_penalty))
+
+    def _worth(self, answer: Candidate) -> float:
+        return self._score(answer.logprob, len(answer.logprobs))
+
+    def _score(self, total: float, length: int) -> float:
+        return total / math.pow(length, self.sampling.length_penalty)
+
+    def _over(self, best: Beam) -> bool:
+        """Whether no unfinished beam is to be followed any further; `best` is the likeliest."""
+        if len(self.finished) < self.width:
+            return False
+        if self.sampling.early_stopping is True:
+            return True
+        length = len(best.ids)
+        if self.sampling.early_stopping == "never" and self.sampling.length_penalty > 0:
+            length = self.limit  # log-probabilities are negative: the longest answer has the best score
+        return self._score(best.total, length) <= min(map(self._worth, self.finished))

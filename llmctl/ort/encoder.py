@@ -1,0 +1,117 @@
+"""What an encoder bundle says about texts: states, logits of its head, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from llmctl.errors import InputError, UsageError
+from llmctl.ort.bundle import Bundle, read_bundle
+from llmctl.ort.sampling import check_ids
+from llmctl.ort.sessions import open_session, provider
+
+Pooling = Literal["mean", "cls"]
+BATCH = 32
+_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def open_encoder(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtEncoder:
+    """Open the encoder bundle in `directory`; needs neither torch nor onnx.
+
+    Raises InputError naming the file that is missing, damaged or no encoder, MachineError if `device` is "cuda" and
+    there is none.
+    """
+    bundle = read_bundle(directory)
+    if bundle.has_pair:
+        raise InputError(f"{bundle.directory} holds an encoder-decoder, not an encoder", hint="generate with it")
+    return OrtEncoder(bundle, open_session(bundle.model, device, threads))
+
+
+class OrtEncoder:
+    """Reads batches of token ids through one ONNX Runtime session."""
+
+    def __init__(self, bundle: Bundle, session: ort.InferenceSession) -> None:
+        self.session = session
+        self.inputs = {value.name for value in session.get_inputs()}
+        self.outputs = tuple(value.name for value in session.get_outputs())
+        """`last_hidden_state` (`pooler_output`, `sentence_embedding`), or `logits`, or `start_logits`, `end_logits`."""
+        if self.inputs - _INPUTS or not {"input_ids", "attention_mask"} <= self.inputs:
+            raise InputError(
+                f"{bundle.model} is no encoder: its inputs are {', '.join(sorted(self.inputs))}",
+                hint="export an encoder such as BERT; decoders generate",
+            )
+        self.context_length = bundle.context_length
+        self.labels = bundle.labels
+        """Names of the classes, where the head has classes."""
+        self.backend = f"onnxruntime {provider(session)}"
+        self._pad_id = bundle.pad_id
+        self._vocab_size = bundle.config.get("vocab_size")
+
+    def run(
+        self, rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Every output for one batch, float32: per row `(B, …)` or per token `(B, longest, …)`, padded on the right.
+
+        What stands at a shorter row's padding means nothing. `segments`: token types, 0 where left out. Raises
+        UsageError for an empty row, one longer than the context, ids outside the vocabulary.
+        """
+        feeds = self._feeds(rows, segments)
+        found = self.session.run(list(self.outputs), feeds)
+        return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, found, strict=True)}
+
+    def embed(self, rows: Sequence[Sequence[int]], pooling: Pooling = "mean", normalise: bool = True) -> np.ndarray:
+        """One vector per row, `(N, D)` float32, batched by length: the graph's own `sentence_embedding`, as it was
+        exported, or else its states pooled as asked. UsageError if it has neither."""
+        if not {"sentence_embedding", "last_hidden_state"} & set(self.outputs):
+            raise UsageError(
+                f"the encoder gives {', '.join(self.outputs)}, and no states to embed with",
+                hint="export the model without its head",
+            )
+        vectors: dict[int, np.ndarray] = {}
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            batch = [rows[i] for i in chosen]
+            found = self.run(batch)
+            pooled = found.get("sentence_embedding")
+            if pooled is None:
+                pooled = pool(found["last_hidden_state"], [len(row) for row in batch], pooling, normalise)
+            vectors.update(zip(chosen, pooled, strict=True))
+        return np.stack([vectors[i] for i in range(len(rows))]) if rows else np.zeros((0, 0), np.float32)
+
+    def _feeds(self, rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None) -> dict[str, np.ndarray]:
+        for row in rows:
+            if not 1 <= len(row) <= self.context_length:
+                raise UsageError(
+                    f"a text of {len(row)} tokens cannot be read, the model's context is {self.context_length}",
+                    hint="give at least one token and at most a context of them",
+                )
+            if self._vocab_size:
+                check_ids(row, self._vocab_size)
+        if segments is not None and "token_type_ids" not in self.inputs:
+            raise UsageError("the model has no token types", hint="leave segments out")
+        longest = max(len(row) for row in rows)
+        ids = np.full((len(rows), longest), self._pad_id, np.int64)
+        mask, types = np.zeros_like(ids), np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+            if segments is not None:
+                types[i, : len(row)] = segments[i]
+        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+        return {name: value for name, value in feeds.items() if name in self.inputs}
+
+
+def pool(states: np.ndarray, lengths: Sequence[int], pooling: Pooling, normalise: bool) -> np.ndarray:
+    """`states (B, T, D)` of rows with `lengths` real tokens to `(B, D)`: their mean, or the first token's."""
+    if pooling == "cls":
+        vectors = states[:, 0]
+    else:
+        real = np.arange(states.shape[1]) < np.asarray(lengths)[:, None]
+        vectors = (states * real[..., None]).sum(1) / np.asarray(lengths, np.float32)[:, None]
+    if normalise:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors.astype(np.float32)

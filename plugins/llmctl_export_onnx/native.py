@@ -1,0 +1,175 @@
+"""Models that our own transformer computes: traced, written, proved against torch; one way per kind of model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from llmctl import Artifact, Context, MachineError, UsageError
+from llmctl.nn.hf import load_model
+from llmctl.nn.onnx_attention import cache_width
+from llmctl.nn.transformer import Transformer
+from llmctl.ort import open_bundle, open_encoder, open_generator
+from llmctl.ort.bundle import MODEL
+from llmctl.ort.seq2seq import OrtSeq2Seq
+from llmctl_export_onnx import bundle, decoder, encoder, encoder_parity, graph, parity, prompts, seq2seq, seq2seq_parity
+from llmctl_export_onnx.params import ExportParams
+
+Metrics = dict[str, float | int]
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: what every kind needs."""
+
+    ctx: Context
+    params: ExportParams
+    source: Path
+    data: Artifact | None
+    config: dict[str, Any]
+    model: Transformer
+    """In float32, its weights rounded to the graph's dtype: what the graph must compute."""
+
+    @property
+    def target(self) -> Path:
+        """Where the bundle is written."""
+        return self.ctx.output("model")
+
+    @property
+    def allowance(self) -> parity.Allowance:
+        """How far off an output may be."""
+        return parity.Allowance(self.params.tolerance, self.params.dtype)
+
+    def progress(self, done: int, total: int) -> None:
+        """Report proved prompts."""
+        self.ctx.progress(done, total)
+
+
+def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, Any], data: Artifact | None) -> Metrics:
+    """Write the bundle and prove it; the metrics to report."""
+    if params.dtype not in DTYPES:
+        raise MachineError(
+            "ONNX Runtime multiplies no bfloat16 matrices on a CPU, so the export could not be proved here",
+            hint="set `dtype` to float16 or float32",
+        )
+    model = load_model(source).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    kind, head = model.config.traits.kind, model.config.head
+    generates = kind == "decoder" and head == "lm"
+    if params.pooling != "none" and (generates or kind == "encoder-decoder"):
+        raise UsageError("`pooling` makes embeddings of an encoder's states, and this model generates text")
+    ctx.progress(0, params.parity_prompts)
+    lower = model if params.dtype == "float32" else copy.deepcopy(model).to(DTYPES[params.dtype])
+    for parameter, rounded in zip(model.parameters(), lower.parameters(), strict=True):
+        parameter.copy_(rounded)
+    job = Job(ctx, params, source, data, config, model)
+    with _tracing(lower):
+        graphs = _graphs(lower, params, generates)
+    graph.account_weights(list(graphs.values()), lower)
+    graph.save(graphs, job.target)
+    bundle.copy_files(source, job.target)
+    prove = _prove_decoder if generates else _prove_seq2seq if kind == "encoder-decoder" else _prove_encoder
+    found = prove(job)
+    found.check(params.tolerance)
+    operators = sum(graph.count_operators(g, "GroupQueryAttention") for g in graphs.values())
+    return {
+        **found.metrics(),
+        "gqa_nodes": operators,
+        "layers": model.config.layers,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+@contextmanager
+def _tracing(model: Transformer) -> Iterator[None]:
+    before, model.backend = model.backend, "onnx"
+    try:
+        yield
+    finally:
+        model.backend = before
+
+
+def _graphs(model: Transformer, params: ExportParams, generates: bool) -> dict[str, ir.Model]:
+    if generates:
+        return {MODEL: decoder.trace(model, params.opset)}
+    if model.config.traits.kind == "encoder-decoder":
+        return seq2seq.trace(model, params.opset)
+    return {MODEL: encoder.trace(model, params.opset, params.pooling, params.normalise)}
+
+
+def _prove_decoder(job: Job) -> parity.Parity:
+    shape = job.model.config
+    bundle.write_genai_config(
+        job.target,
+        job.config,
+        bundle.Shape(
+            context=shape.context,
+            dim=shape.dim,
+            heads=shape.heads,
+            head_size=cache_width(shape),
+            kv_heads=shape.kv_heads,
+            layers=shape.layers,
+        ),
+        in_place=True,
+        positions=False,
+    )
+
+    def reference(tokens: list[int]) -> np.ndarray:
+        with torch.inference_mode():
+            return job.model(torch.tensor([tokens]))[0].numpy()  # type: ignore[no-any-return]
+
+    generator = open_bundle(job.target, "cpu", job.params.threads)
+    limit = max(1, shape.context - parity.greedy_tokens(shape.context))
+    drawn = _draw(job, limit)
+    return parity.compare(reference, generator, drawn, job.allowance, job.progress)
+
+
+def _prove_encoder(job: Job) -> parity.Parity:
+    shape = job.model.config
+    traced = encoder.Traced(job.model, job.params.pooling, job.params.normalise)
+    names = encoder.outputs(shape, job.params.pooling)
+
+    def reference(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            found = traced(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+        return {name: value.numpy() for name, value in zip(names, found, strict=True)}
+
+    return encoder_parity.compare(
+        reference,
+        open_encoder(job.target, "cpu", job.params.threads),
+        shape.vocab_size,
+        shape.token_types,
+        job.params.parity_prompts,
+        job.params.seed,
+        job.allowance,
+        job.progress,
+    )
+
+
+def _prove_seq2seq(job: Job) -> parity.Parity:
+    generator = open_generator(job.target, "cpu", job.params.threads)
+    assert isinstance(generator, OrtSeq2Seq)
+
+    def reference(source: list[int], said: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            states = job.model.encode(torch.tensor([source]))
+            logits = job.model(torch.tensor([said]), memory=job.model.memory(states))
+        return states[0].numpy(), logits[0].numpy()
+
+    drawn = _draw(job, job.model.config.context)
+    return seq2seq_parity.compare(reference, generator, drawn, job.allowance, job.progress)
+
+
+def _draw(job: Job, limit: int) -> list[list[int]]:
+    shape, params = job.model.config, job.params
+    return prompts.draw(job.data, job.source, shape.vocab_size, limit, params.parity_prompts, params.seed)

@@ -1,0 +1,59 @@
+"""The options that `chat` and `generate` share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from llmctl import UsageError
+from llmctl_serve.candidates import Output
+
+EARLY: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+OPTIONS = (
+    click.argument("artifact", required=False),
+    click.option("--prompt", help="Answer this and exit."),
+    click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option("--temperature", type=click.FloatRange(0), help="0 is greedy. Default: the model's own."),
+    click.option("--top-k", type=click.IntRange(0), help="Choose among the k likeliest tokens; 0 for all."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Choose within this mass."),
+    click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+    click.option("--beams", type=click.IntRange(1), help="Follow this many likeliest answers; 1 is greedy."),
+    click.option("--length-penalty", type=float, help="Answers are ranked by log-probability / length ** this."),
+    click.option(
+        "--early-stopping",
+        type=click.Choice(list(EARLY)),
+        help="true ends the beam search with as many answers as beams, never only when none can get better.",
+    ),
+    click.option("-n", "n", type=click.IntRange(1), help="Print this many: the best beams, or draws."),
+    click.option("--best-of", type=click.IntRange(2), help="Draw this many, print the one that is ranked best."),
+    click.option(
+        "--logprobs", type=click.IntRange(0, 20), help="Print each token's log-probability, and the k likeliest."
+    ),
+    click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True),
+    click.option("--stop", multiple=True, help="End before this text; may be given several times."),
+    click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.option("--threads", type=click.IntRange(0), default=0, help="0 takes all cores.", show_default=True),
+)
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options; what belongs to printing comes to it as one `output`."""
+
+    @functools.wraps(command)
+    def run(format_: str, logprobs: int | None, best_of: int | None, early_stopping: str | None, **given: Any) -> None:
+        if best_of is not None:
+            if given["n"] is not None or (given["beams"] or 1) > 1:
+                raise UsageError(
+                    "--best-of chooses among draws", hint="leave -n and --beams out; beams come best first anyway"
+                )
+            given["n"] = best_of
+        output = Output(json=format_ == "json", logprobs=logprobs, best_of=best_of is not None, n=given["n"] or 1)
+        command(output=output, early_stopping=None if early_stopping is None else EARLY[early_stopping], **given)
+
+    wrapped: Callable[..., None] = run
+    for option in reversed(OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped

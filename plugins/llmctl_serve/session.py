@@ -1,0 +1,105 @@
+"""A model opened for the terminal, and the conversation with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl import Artifact, UsageError
+
+if TYPE_CHECKING:
+    from llmctl.generator import Generator, Sampling
+    from llmctl.text.tokenizer import Tokenizer
+
+DEFAULT = Path("exports/quickstart")
+
+
+@dataclass
+class Session:
+    """An opened model, how it is sampled, and what has been said so far."""
+
+    generator: Generator
+    tokenizer: Tokenizer
+    sampling: Sampling
+    stop: Sequence[str] = ()
+    system: str = ""
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.turns.clear()
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Stream the answer and remember it. Old turns are dropped while they leave no room for an answer.
+
+        UsageError if the question alone does not fit.
+        """
+        from llmctl.text.streaming import stream_text
+
+        asked, ids = self.question(question)
+        answer = ""
+        for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop):
+            answer += delta.text
+            yield delta.text
+        self.turns = [*asked, {"role": "assistant", "content": answer}]
+
+    def question(self, text: str) -> tuple[list[dict[str, str]], list[int]]:
+        """The turns that a question stands after, itself included, and their ids."""
+        asked = [*self.turns, {"role": "user", "content": text}]
+        ids = self._ids(asked)
+        context = self.generator.context_length
+        room = min(self.sampling.max_new_tokens, context // 4)
+        while len(ids) + room > context and len(asked) > 1:
+            asked = asked[2:]
+            ids = self._ids(asked)
+        self.generator.room(ids)  # refuses a question that does not fit
+        return asked, ids
+
+    def _ids(self, turns: Sequence[dict[str, str]]) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.tokenizer.encode_chat([*system, *turns], add_generation_prompt=True).ids
+
+    def beginning(self, text: str) -> list[int]:
+        """The ids of a text that begins like a training document; an encoder reads a whole one."""
+        if self.generator.encoder_decoder:
+            return self.tokenizer.encode_document(text)
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return bos + self.tokenizer.encode(text)
+
+    def continue_text(self, text: str) -> Iterator[str]:
+        """Stream the continuation of a text."""
+        from llmctl.text.streaming import stream_text
+
+        ids = self.beginning(text)
+        for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop):
+            yield delta.text
+
+
+def find_model(text: str | None) -> Artifact:
+    """The model that `text` names, or the quickstart's. InputError if it is none."""
+    if text is None:
+        if not DEFAULT.is_dir():
+            raise UsageError(
+                "no model is named, and there is no exports/quickstart", hint="llmctl chat PATH, or `make quickstart`"
+            )
+        text = str(DEFAULT)
+    from llmctl.store import models
+
+    return models.find_model(text)
+
+
+def open_session(
+    artifact: str | None, device: str, threads: int, stop: Sequence[str], given: dict[str, Any], system: str = ""
+) -> Session:
+    """Open a model; `given` overrides its `generation_config.json`, None leaves a value as it is."""
+    from llmctl.registry import get_registry
+    from llmctl.text.tokenizer import Tokenizer
+    from llmctl_serve.defaults import default_sampling
+
+    found = find_model(artifact)
+    sampling = default_sampling(found.path, **{key: value for key, value in given.items() if value is not None})
+    tokenizer = Tokenizer.load(found.path)
+    generator = get_registry().open_generator(found, device=device, threads=threads)
+    return Session(generator, tokenizer, sampling, stop, system)
