@@ -7,11 +7,14 @@ import json
 import pytest
 import torch
 
-from llmctl.errors import InputError, TempFail
+from llmctl.errors import InputError, TempFail, UsageError
+from llmctl.nn.foreign import load_foreign
 from llmctl.registry import get_registry
 from llmctl.stage import Artifact
 from llmctl.testing import run_stage
 from llmctl.text.tokenizer import Tokenizer, copy_tokenizer
+from llmctl.train.memory import kept_bytes
+from llmctl.train.recompute import recomputed
 
 transformers = pytest.importorskip("transformers")
 TRAINERS = ["train-pretrain", "sft", "rlhf", "distill"]
@@ -187,3 +190,20 @@ def test_prune_refuses_it(foreign, world, tmp_path) -> None:
         run_stage(
             get_registry().stages["prune"], tmp_path, {"threads": 1}, model=foreign("opt"), calibration=world.tokens
         )
+
+
+def test_what_saves_memory_reaches_foreign_models(train, weights, foreign) -> None:
+    plain = train("sft", "plain", {"dropout": 0.1}, model=foreign("opt"))
+    again = train("sft", "again", {"dropout": 0.1, "recompute": "full"}, model=foreign("opt"))
+    assert weights(plain) == weights(again)
+    chunked = train("sft", "chunked", {"dropout": 0.1, "loss_chunk": 3}, model=foreign("opt"))
+    assert chunked.metrics["loss.train"] == pytest.approx(plain.metrics["loss.train"], rel=1e-4)
+    assert weights(chunked) != weights(plain)  # sums in another order
+    model = load_foreign(foreign("opt").path)
+    kept = {}
+    for mode in ("none", "full"):
+        with recomputed(model, mode, 0.0):
+            kept[mode] = kept_bytes(lambda: model.hidden(torch.arange(16).repeat(8, 1)).sum(), model)
+    assert kept["none"] > 4 * kept["full"]
+    with pytest.raises(UsageError, match="recompute selective is not possible for opt,"):
+        train("sft", "selective", {"recompute": "selective"}, model=foreign("opt"))
