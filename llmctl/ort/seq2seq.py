@@ -87,6 +87,11 @@ class OrtSeq2Seq:
         if not answer:
             return np.zeros((0, self.vocab_size), np.float32)
         check_ids(answer, self.vocab_size)
+        if len(answer) > self.context_length:
+            raise UsageError(
+                f"{len(answer)} tokens of an answer cannot be scored, the model's context is {self.context_length}",
+                hint="shorten the answer",
+            )
         _, logits = self.begin([prompt], [[self.start_id, *answer[:-1]]], 1)
         return logits[0]  # type: ignore[no-any-return]
 

@@ -77,6 +77,10 @@ def _preference(animal: str, place: str, habit: str) -> dict[str, Any]:
     return {"prompt": [prompt], "chosen": [chosen], "rejected": [rejected]}
 
 
+def _labelled(animal: str, place: str, habit: str) -> dict[str, Any]:
+    return {"text": f"The {animal} of {place}", "label": habit}
+
+
 def _tokenizer(directory: Path) -> None:
     """One token per byte after the six special ones."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -154,6 +158,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "dataset.text": _dataset("dataset.text", _text),
     "dataset.chat": _dataset("dataset.chat", _conversation),
     "dataset.preference": _dataset("dataset.preference", _preference),
+    "dataset.labelled": _dataset("dataset.labelled", _labelled),
     "tokenizer": _tokenizer,
     "dataset.tokens": _tokens,
     "files": _files,

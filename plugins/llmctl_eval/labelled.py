@@ -73,13 +73,14 @@ def read(subject: Subject, framed: Sequence[Framed]) -> list[dict[str, np.ndarra
     for index, number in enumerate(fits):
         values = {name: value[index] for name, value in found.items()}
         size = len(framed[number].ids)
+        # Logits are of the text, or looked up by place: both have no use for a cut.
         said[number] = {n: v[:size] if v.ndim and len(v) == width and n != "logits" else v for n, v in values.items()}
     return said
 
 
-def _sample(task: str, row: Row, number: str, question: str, expected: str) -> Sample:
+def _sample(task: str, row: Row, question: str, expected: str) -> Sample:
     kind = {"kind": str(row["kind"])} if row.get("kind") else {}
-    return {"task": task, "id": str(row.get("id", number)), "question": question, "expected": expected, **kind}
+    return {"task": task, "id": str(row.get("id", "")), "question": question, "expected": expected, **kind}
 
 
 LOST = {"answer": "", "ok": False, "too_long": True}
@@ -89,7 +90,7 @@ def classify(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> Itera
     """The likeliest class of each text."""
     said = read(subject, [frame_text(subject.tokenizer, row) for row in rows])
     for row, values in zip(rows, said, strict=True):
-        sample = _sample("classification", row, "", row["text"], row["label"])
+        sample = _sample("classification", row, row["text"], row["label"])
         if values is None:
             yield {**sample, **LOST}
             continue
@@ -104,7 +105,7 @@ def tag(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> Iterator[S
     said = read(subject, [one.framed for one in words])
     other = "O" if "O" in labels else labels[0]
     for row, one, values in zip(rows, words, said, strict=True):
-        sample = _sample("token-classification", row, "", " ".join(row["tokens"]), " ".join(row["labels"]))
+        sample = _sample("token-classification", row, " ".join(row["tokens"]), " ".join(row["labels"]))
         if values is None:
             yield {**sample, **LOST, "words": len(row["tokens"]), "right": 0, "found": 0, "hits": 0,
                    "there": len(chunks(row["labels"]))}  # fmt: skip
@@ -124,7 +125,7 @@ def find_answers(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> I
     asked: list[Asked] = [frame_question(subject.tokenizer, row["question"], row["context"]) for row in rows]
     said = read(subject, [one.framed for one in asked])
     for row, one, values in zip(rows, asked, said, strict=True):
-        sample = _sample("question-answering", row, "", row["question"], row["answer"])
+        sample = _sample("question-answering", row, row["question"], row["answer"])
         if values is None:
             yield {**sample, **LOST, "f1": 0.0}
             continue
@@ -145,7 +146,7 @@ def translate(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> Iter
         else []
     )
     for row, fit in zip(rows, fits, strict=True):
-        sample = _sample("seq2seq", row, "", row["source"], row["target"])
+        sample = _sample("seq2seq", row, row["source"], row["target"])
         if not fit:
             yield {**sample, **LOST}
             continue
@@ -160,7 +161,7 @@ def embed(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> Iterator
     framed = [subject.tokenizer.frame(text) for text in texts]
     said = read(subject, framed)
     for number, row in enumerate(rows):
-        sample = _sample("embedding", row, "", row["text"], row["positive"])
+        sample = _sample("embedding", row, row["text"], row["positive"])
         pair = said[2 * number : 2 * number + 2]
         if any(values is None for values in pair):
             yield {**sample, **LOST}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from llmctl_train_pretrain.inspection import Choice, Inspection, Prediction, Stack
 
 PAGES = {"text": "inspection.html", "data": "lengths.html"}
+EXPORTED = "An exported graph does not give out its attention: inspect the torch model that it was exported from."
+FOREIGN = "The model goes through transformers: its attention and lengths are not recorded."
 MOST_SHOWN = 4
 """Predictions in the terminal; the page has all."""
 
@@ -91,24 +93,44 @@ def _check_options(ctx: click.Context, given: dict[str, Any]) -> None:
 
 
 def look(name: str, found: Artifact, given: dict[str, Any], device: str) -> Inspection:
-    """The inspection of a text by a model in torch, or from outside by one in ONNX Runtime."""
+    """The inspection of a text by our own model, or from outside by one of ONNX Runtime or transformers."""
     from llmctl.text.tokenizer import Tokenizer
-    from llmctl_train_pretrain.inspection import inspect_generator, inspect_model
+    from llmctl_train_pretrain import outside
 
     text = given["text"] if given["text"] is not None else _piped()
     sampling, tokenizer = sampling_of(given), Tokenizer.load(found.path)
+    target, top = given["target"], given["top"]
     if found.type == "model.onnx":
-        if given["target"] is not None:
-            raise UsageError("--target needs the torch model of an encoder-decoder", hint="name its directory")
         from llmctl.registry import get_registry
 
+        if encodes(found.path):
+            if target is not None:
+                raise UsageError("a target has no meaning for an encoder", hint="leave --target out")
+            return outside.inspect_encoder(name, found.path, tokenizer, text, top, sampling, EXPORTED, device)
         generator = get_registry().open_generator(found, device=device, threads=0)
-        return inspect_generator(name, generator, tokenizer, text, given["top"], sampling)
-    from llmctl.nn.hf import load_model
-    from llmctl.train.generate import pick_device
+        return outside.inspect_generator(name, generator, tokenizer, text, target, top, sampling, EXPORTED)
+    from llmctl.nn.foreign import ForeignModel
+    from llmctl.nn.opening import open_network
+    from llmctl.train.generate import make_generator, pick_device
+    from llmctl_train_pretrain.inspection import inspect_model
 
-    model = load_model(found.path, pick_device(device)).eval()
-    return inspect_model(name, model, tokenizer, text, given["target"], given["top"], sampling)
+    model = open_network(found.path, pick_device(device)).eval()
+    if isinstance(model, ForeignModel):
+        return outside.inspect_generator(name, make_generator(model), tokenizer, text, target, top, sampling, FOREIGN)
+    return inspect_model(name, model, tokenizer, text, target, top, sampling)
+
+
+def encodes(bundle: Path) -> bool:
+    """Whether a bundle holds an encoder alone, by its `config.json`; what is not ours is taken for a decoder."""
+    from llmctl.nn.families import from_hf
+
+    try:
+        values = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+        return from_hf(values).traits.kind == "encoder"
+    except (OSError, ValueError) as error:
+        raise InputError(f"{bundle} has no readable config.json: {error}", hint="export the model again") from error
+    except InputError:
+        return False
 
 
 def _piped() -> str:
@@ -131,8 +153,7 @@ def inspection_text(found: Inspection) -> str:
     parts.append("  " + " ".join(quoted(token.text) for token in found.tokens))
     parts += ["", *predictions_text(found)] if found.predictions else []
     parts += [text for stack in found.stacks for text in ("", stack_text(stack))]
-    if not found.stacks:
-        parts.append("\nAn exported graph does not show its attention: inspect the torch model for that.")
+    parts += ["", found.closed] if found.closed else []
     return "\n".join(parts)
 
 

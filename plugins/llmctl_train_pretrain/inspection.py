@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmctl.errors import InputError, UsageError
-from llmctl.generator import Generator, Sampling
+from llmctl.generator import Sampling
 from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ class Inspection:
     sampling: Sampling | None
     stacks: list[Stack] = field(default_factory=list)
     """Empty where the model does not let one look inside."""
+    closed: str = ""
+    """Then: why."""
 
     def to_dict(self, maps: bool = False) -> dict[str, Any]:
         """Plain JSON; with `maps` the attention weights as well."""
@@ -99,6 +101,7 @@ class Inspection:
             "source": [asdict(token) for token in self.source],
             "sampling": None if self.sampling is None else asdict(self.sampling),
             "predictions": [asdict(prediction) for prediction in self.predictions],
+            "closed": self.closed,
             "stacks": [_stack_dict(stack, maps) for stack in self.stacks],
         }
 
@@ -221,17 +224,6 @@ def encode(tokenizer: Tokenizer, text: str, kind: str) -> list[int]:
     return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
-def inspect_generator(
-    name: str, generator: Generator, tokenizer: Tokenizer, text: str, top: int, sampling: Sampling | None
-) -> Inspection:
-    """What can be seen of a model from outside: its distributions."""
-    ids = encode(tokenizer, text, "decoder")
-    check_text(ids)
-    predictions = next_tokens(Reader(None, tokenizer, top, sampling), generator.logits(ids), ids)
-    tokens = tokens_of(tokenizer, ids)
-    return Inspection(name, generator.backend, "decoder", "lm", tokens, [], predictions, sampling)
-
-
 def check_text(ids: Sequence[int]) -> None:
     """UsageError for a text without tokens."""
     if not ids:
@@ -266,11 +258,10 @@ def inspect_model(
             memory = model.remember(torch.tensor([source], device=device))
         states = model.hidden(torch.tensor([ids], device=device), memory=memory)
         outputs = _outputs(model, states)
-    predictions = _predictions(model, outputs, ids, tokenizer, top, sampling)
     backend = f"torch {device} {str(model.embedding.weight.dtype).removeprefix('torch.')}"
-    tokens = tokens_of(tokenizer, ids)
-    found = Inspection(name, backend, kind, head, tokens, tokens_of(tokenizer, source), predictions, sampling)
-    found.stacks = _stacks(record)
+    tokens, read = tokens_of(tokenizer, ids), tokens_of(tokenizer, source)
+    found = Inspection(name, backend, kind, head, tokens, read, [], sampling, _stacks(record))
+    found.predictions = predictions_of(found, outputs, model.config.labels, tokenizer, top)
     return found
 
 
@@ -282,33 +273,28 @@ def _outputs(model: Transformer, states: Any) -> np.ndarray | None:
     return made[0].float().cpu().numpy()
 
 
-def _predictions(
-    model: Transformer,
-    outputs: np.ndarray | None,
-    ids: Sequence[int],
-    tokenizer: Tokenizer,
-    top: int,
-    sampling: Sampling | None,
+def predictions_of(
+    found: Inspection, outputs: np.ndarray | None, labels: Sequence[str], tokenizer: Tokenizer, top: int
 ) -> list[Prediction]:
-    head, labels = model.config.head, model.config.labels
+    """The distributions in what a head gave: logits per token, per class, or start and end of an answer `(T, 2)`."""
     if outputs is None:
         return []
-    if head == "classification":
+    ids = [token.id for token in found.tokens]
+    if found.head == "classification":
         return [Reader(labels, tokenizer, top).predict(outputs, None, "label")]
-    if head == "token-classification":
+    if found.head == "token-classification":
         reader = Reader(labels, tokenizer, top)
         return [reader.predict(row, at, "label") for at, row in enumerate(outputs)]
-    if head == "question-answering":
-        places = [f"{at} {token.text}" for at, token in enumerate(tokens_of(tokenizer, ids))]
-        reader = Reader(places, tokenizer, top)
+    if found.head == "question-answering":
+        reader = Reader([f"{at} {token.text}" for at, token in enumerate(found.tokens)], tokenizer, top)
         return [reader.predict(outputs[:, column], None, what) for column, what in enumerate(("start", "end"))]
     if len(outputs) and outputs.shape[-1] < tokenizer.vocab_size:
         raise InputError(
             f"the model has {outputs.shape[-1]} tokens, its tokenizer {tokenizer.vocab_size}",
             hint="use the tokenizer that the model was trained with",
         )
-    reader = Reader(None, tokenizer, top, sampling)
-    return (masked_tokens if model.config.traits.kind == "encoder" else next_tokens)(reader, outputs, ids)
+    reader = Reader(None, tokenizer, top, found.sampling)
+    return (masked_tokens if found.kind == "encoder" else next_tokens)(reader, outputs, ids)
 
 
 def _stacks(record: Record) -> list[Stack]:

@@ -31,11 +31,8 @@ def inspection_page(found: Inspection) -> str:
         _tokens_section(found),
         *(section for stack in found.stacks for section in (_maps_section(stack, found), _lengths_section(stack))),
     ]
-    if not found.stacks:
-        body.append(
-            "<section><h2>Attention</h2><p>An exported graph computes attention inside its operators and gives out the "
-            "logits alone. Attention and lengths are shown for the torch model that it was exported from.</p></section>"
-        )
+    if found.closed:
+        body.append(f"<section><h2>Attention</h2><p>{escape(found.closed)}</p></section>")
     texts = {"tokens": _labels(found.tokens), "source": _labels(found.source)}
     values = {"texts": texts, "predictions": [_prediction(p) for p in found.predictions], "first": _first(found)}
     # No `</script>` of a text may end the block.

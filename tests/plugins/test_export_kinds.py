@@ -83,7 +83,6 @@ MORE_DECODERS: dict[str, dict[str, Any]] = {
     "no positions": {"arch": "gpt2", "traits": replace(TRAITS["gpt2"], positions="none")},
 }
 ENCODERS: dict[str, dict[str, Any]] = {
-    "bert masked": {"arch": "bert", "token_types": 2, "head": "mlm", "layers": 1},
     "bert features": {"arch": "bert", "token_types": 2, "head": "features", "layers": 1},
     "T5 bias, window, grouped heads": {
         "arch": "bert",
@@ -96,11 +95,24 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
 }
 MORE_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert masked": {"arch": "bert", "token_types": 2, "head": "mlm"},
     "bert pretraining": {"arch": "bert", "token_types": 2, "head": "pretraining"},
     "bert classes": {"arch": "bert", "token_types": 2, "head": "classification", "labels": LABELS},
     "bert answers": {"arch": "bert", "token_types": 2, "head": "question-answering"},
-    "roberta classes": {"arch": "roberta", "token_types": 1, "head": "classification", "labels": LABELS},
-    "distilbert tokens": {"arch": "distilbert", "head": "token-classification", "labels": LABELS},
+    "roberta classes": {
+        "arch": "roberta",
+        "token_types": 1,
+        "head": "classification",
+        "labels": LABELS,
+        "pad_id": 1,
+        "eos_id": 2,
+    },
+    "distilbert tokens": {
+        "arch": "distilbert",
+        "head": "token-classification",
+        "labels": LABELS,
+        "norm_eps": 1e-12,
+    },
     "rope": {"arch": "bert", "traits": replace(TRAITS["bert"], positions="rope")},
     "ALiBi with softcap": {
         "arch": "bert",
@@ -266,6 +278,7 @@ def test_what_an_encoder_decoder_refuses(exported: Exported) -> None:
         (lambda: generator.stream([]), "the prompt is empty"),
         (lambda: generator.stream([3] * 49), "the prompt has 49 tokens, the model's context is 48"),
         (lambda: generator.generate([[262]]), "token id 262 is outside"),
+        (lambda: generator.answer_logits([3], [5] * 49), "49 tokens of an answer"),
         (lambda: generator.logits([3]), "scores an answer to a text"),
         (lambda: generator.logprobs([3]), "scores an answer to a text"),
     ):
@@ -287,7 +300,7 @@ def test_the_command_generates_with_the_bundle_as_with_the_model(exported: Expor
         said.append(CliRunner().invoke(generate, given, catch_exceptions=False).stdout_bytes)
     assert said[0] == said[1]
     assert len(said[0]) > 1
-    encoder = Path(shutil.copytree(exported("bert masked")[1].outputs["model"].path, tmp_path / "encoder"))
+    encoder = Path(shutil.copytree(exported("bert features")[1].outputs["model"].path, tmp_path / "encoder"))
     write_byte_tokenizer(encoder)
     with pytest.raises(InputError, match="is no decoder that generates text") as caught:
         CliRunner().invoke(generate, [str(encoder), "--prompt", "a"], catch_exceptions=False)
@@ -403,12 +416,12 @@ def test_optimum_reads_an_encoder_decoder_bundle_and_generates_as_transformers(e
 
 
 SABOTAGED = {
-    "bert masked": ("encoder", lambda model: model.blocks[0].ffn.down.weight),
+    "bert features": ("encoder", lambda model: model.blocks[0].ffn.down.weight),
     "t5": ("seq2seq", lambda model: model.blocks[1].cross.v.weight),
 }
 
 
-@pytest.mark.parametrize("name", ["bert masked", pytest.param("t5", marks=SLOW)])
+@pytest.mark.parametrize("name", ["bert features", pytest.param("t5", marks=SLOW)])
 def test_one_weight_a_hundredth_off_is_refused_twice(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -495,14 +508,14 @@ def test_an_embedding_is_part_of_the_graph(exported: Exported, tmp_path: Path, p
 
 
 def test_what_an_encoder_refuses(exported: Exported, tmp_path: Path) -> None:
-    model, result = exported("bert masked")
+    model, result = exported("T5 bias, window, grouped heads")
     encoder = open_encoder(result.outputs["model"].path, "cpu", 1)
     for call, message in (
         (lambda: encoder.run([[5], []]), "a text of 0 tokens"),
         (lambda: encoder.run([[5] * 49]), "the model's context is 48"),
         (lambda: encoder.run([[97]]), "token id 97 is outside"),
         (lambda: encoder.embed([[5]]), "no states to embed with"),
-        (lambda: export(tmp_path / "a", model, pooling="mean"), "the model's head is 'mlm'"),
+        (lambda: export(tmp_path / "a", model, pooling="mean"), "the model's head is 'classification'"),
         (lambda: export(tmp_path / "b", model, opset=21), "operator set 21 has no `Attention`"),
         (lambda: export(tmp_path / "c", save(tmp_path / "hf", arch="llama"), pooling="cls"), "generates text"),
     ):

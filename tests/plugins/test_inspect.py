@@ -183,8 +183,57 @@ def test_an_exported_model_shows_its_distributions_alone(real_models, tmp_path, 
     for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
         assert [c["id"] for c in a["choices"][:3]] == [c["id"] for c in b["choices"][:3]]
         assert a["choices"][0]["logprob"] == pytest.approx(b["choices"][0]["logprob"], abs=1e-4)
-    assert "inspect the torch model for that" in invoke(bundle.path, "--text", "Hello").stdout
+    assert "inspect the torch model that it was exported from" in invoke(bundle.path, "--text", "Hello").stdout
     assert "torch model that it was exported from" in (tmp_path / "inspection.html").read_text()
+
+
+def test_a_model_that_goes_through_transformers_shows_its_distributions_alone(model_dir, tmp_path, monkeypatch):
+    import transformers
+
+    from llmctl.text.tokenizer import copy_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    theirs = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=262, **shape)).eval()
+    theirs.save_pretrained(tmp_path / "neox")
+    copy_tokenizer(model_dir, tmp_path / "neox")
+    found = as_json("neox", "--text", "Hello")
+    assert found["stacks"] == [] and "goes through transformers" in found["closed"]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([[token["id"] for token in found["tokens"]]])).logits[0, -1].log_softmax(-1)
+    best = found["predictions"][-1]["choices"][0]
+    assert (best["id"], best["logprob"]) == (int(expected.argmax()), pytest.approx(float(expected.max()), abs=1e-5))
+    with pytest.raises(UsageError, match="a target has no meaning for a decoder"):
+        invoke("neox", "--text", "a", "--target", "b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "changes", "options"),
+    [
+        ("bert", {}, ("--text", "a<|system|>c")), ("t5", {}, ("--text", "Hello", "--target", "Hi")),
+        ("bert", {"head": "classification", "labels": ("bad", "good")}, ("--text", "ab")),
+        ("bert", {"head": "question-answering"}, ("--text", "ab")),
+    ],
+)  # fmt: skip
+def test_exported_models_of_every_kind_say_what_the_torch_model_says(made, tmp_path, arch, changes, options):
+    from llmctl import Artifact
+    from llmctl.testing import run_stage
+    from llmctl_export_onnx import EXPORT_ONNX
+
+    directory = made(arch, **changes)
+    result = run_stage(
+        EXPORT_ONNX, tmp_path / "export", {"parity_prompts": 2, "threads": 1}, model=Artifact(directory, "model.hf")
+    )
+    ours, theirs = (as_json(path, *options, "--top", 3) for path in (directory, result.outputs["model"].path))
+    for key in ("kind", "head", "tokens", "source"):
+        assert theirs[key] == ours[key]
+    assert theirs["closed"] and len(ours["predictions"]) == len(theirs["predictions"]) > 0
+    for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
+        assert (a["at"], a["what"]) == (b["at"], b["what"])
+        assert [c["text"] for c in a["choices"]] == [c["text"] for c in b["choices"]]
+        assert [c["logprob"] for c in a["choices"]] == pytest.approx([c["logprob"] for c in b["choices"]], abs=1e-4)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
