@@ -273,15 +273,58 @@ def back(pair: Pair) -> float:
         return logits(Pair(read.eval(), pair.ours, Path(directory)))
 
 
+@torch.no_grad()
+def onnx(pair: Pair) -> float | None:
+    """The exported bundle in ONNX Runtime against theirs: a padded batch of an encoder, else the logits of a text.
+
+    The stage itself holds prefill, cached steps, ragged batches and greedy tokens to our model.
+    """
+    from llmctl import Artifact
+    from llmctl.ort import open_encoder, open_generator
+    from llmctl.testing import run_stage
+    from llmctl_export_onnx import EXPORT_ONNX
+
+    kind = pair.ours.config.traits.kind
+    if kind != "encoder" and pair.ours.config.head != "lm":
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        given = {"parity_prompts": 2, "threads": 1}
+        model = Artifact(pair.directory, "model.hf")
+        bundle = run_stage(EXPORT_ONNX, Path(directory), given, model=model, data=None).outputs["model"].path
+        if kind == "encoder":
+            return _encoded(pair, open_encoder(bundle, "cpu", 1))
+        generator, ids = open_generator(bundle, "cpu", 1), tokens()[:1]
+        if kind == "decoder":
+            found, expected = generator.logits(ids[0].tolist()), pair.theirs(ids).logits[0]
+        else:
+            source, answer = ids, tokens(6)[0, :9].tolist()
+            said = torch.tensor([[pair.ours.config.decoder_start_id, *answer[:-1]]])
+            found = generator.answer_logits(source[0].tolist(), answer)
+            expected = pair.theirs(input_ids=source, decoder_input_ids=said).logits[0]
+    return float((torch.from_numpy(found) - expected).abs().max())
+
+
+def _encoded(pair: Pair, encoder: Any) -> float:
+    real = torch.ones(2, LENGTH, dtype=torch.long)
+    real[1, LENGTH - 9 :] = 0
+    ids = tokens().where(real.bool(), torch.tensor(pair.theirs.config.pad_token_id))
+    inputs = {"input_ids": ids, "attention_mask": real, "token_type_ids": torch.zeros_like(ids)}
+    expected = pair.theirs(**{name: inputs[name] for name in encoder.inputs})
+    found = encoder.session.run(None, {name: inputs[name].numpy() for name in encoder.inputs})
+    pairs = [(torch.from_numpy(got), expected[name]) for name, got in zip(encoder.outputs, found, strict=True)]
+    return max(float((_real(a, real) - _real(b, real)).abs().max()) for a, b in pairs)
+
+
 COLUMNS: dict[str, Callable[[Pair], float | None]] = {
     "logits": logits,
     "padded": padded,
     "cached": cached,
     "weights": weights,
-    "back": back,
+    "onnx": onnx,
+    "back": back,  # the last, for it changes our weights
 }
 """Each gives a number that must not exceed TOLERANCE, or None where the model has no such thing."""
-TOLERANCE = {"logits": 1e-5, "padded": 1e-5, "cached": 1e-5, "weights": 0.0, "back": 1e-5}
+TOLERANCE = {"logits": 1e-5, "padded": 1e-5, "cached": 1e-5, "weights": 0.0, "onnx": 1e-5, "back": 1e-5}
 
 
 def main() -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmctl.errors import InputError, UsageError
 from llmctl.store import Store
-from llmctl.store.names import NAME, read_json
+from llmctl.store.names import read_json
 from llmctl.train.throughput import PEAKS
 
 MFU = 0.4
@@ -60,10 +59,7 @@ class Speed:
         return self._of_a_run(store)
 
     def _of_a_run(self, store: Store) -> tuple[float, str]:
-        text = str(self.measured)
-        if NAME.fullmatch(text) and not Path(text).exists() and not text.endswith(".metrics"):
-            text += ".metrics"
-        metrics = read_json(store.resolve(text, ("metrics",)) / "metrics.json")
+        metrics = read_json(store.resolve(str(self.measured), ("metrics",)) / "metrics.json")
         n, rate = metrics.get("parameters"), metrics.get("tokens_per_s")
         if not isinstance(n, int | float) or not isinstance(rate, int | float):
             raise InputError(

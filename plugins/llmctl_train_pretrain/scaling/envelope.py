@@ -31,15 +31,15 @@ class EnvelopeFit:
     """(R, 2): exponent and log N at the budget `top`, of every resample that has a frontier."""
 
 
-def fit_envelope(runs: Runs, *, top: float, resamples: int, seed: int) -> EnvelopeFit | None:
-    """None if fewer than three sizes are best anywhere. Resamples draw the runs anew, with replacement.
+def fit_envelope(runs: Runs, *, top: float, resamples: int, seed: int) -> EnvelopeFit | str:
+    """The fit, or why there is none. Resamples draw the runs anew, with replacement.
 
     Where the smallest or the largest size is best, a size that was not trained might be better: those budgets do not
     count. Curves are read at 6 N D operations, linearly in log C and log loss, never beyond their ends.
     """
     curves = [row for row in runs.rows if len(row.curve) > 1]
     if len({row.parameters for row in curves}) < LEAST_SIZES:
-        return None
+        return f"it needs curves of {LEAST_SIZES} sizes or more: rows along each run of a table, or eval_every"
     first = min(6 * row.parameters * row.curve[0][0] for row in curves)
     last = max(6 * row.parameters * row.curve[-1][0] for row in curves)
     grid = np.geomspace(first, last, POINTS)
@@ -47,7 +47,7 @@ def fit_envelope(runs: Runs, *, top: float, resamples: int, seed: int) -> Envelo
     sizes = np.array([row.parameters for row in curves])
     found = _envelope(grid, sizes, losses)
     if found is None:
-        return None
+        return "it needs two sizes, between the smallest and the largest, that are each lowest at some budget"
     frontier, chosen, best, inner = found
     generator = np.random.default_rng(seed)
     samples = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from llmctl.stage import Artifact
 from llmctl.store import Store
 from llmctl.store.manifest import BadManifest, Manifest
 from llmctl.store.names import every, read_json
+from llmctl_train_pretrain.params import PretrainParams
 from llmctl_train_pretrain.scaling.runs import Run, Runs, checked
 
 METRICS = {
@@ -31,7 +32,8 @@ def read_experiments(store: Store, texts: tuple[str, ...], count: str) -> Runs:
     InputError for one that is no finished training, or was measured without validation.
     """
     found = {artifact.id or str(artifact.path): (name, artifact) for name, artifact in _artifacts(store, texts)}
-    rows, notes = [], []
+    _comparable(found)
+    rows, notes = [], _same_data(found)
     curves = {metric: [_curve(artifact, metric) for _, artifact in found.values()] for metric in (LOSS, "loss")}
     # Of one kind for all: curves of the training loss and of the validation loss are not comparable.
     metric = next((name for name, steps in curves.items() if all(len(one) >= LEAST_POINTS for one in steps)), "")
@@ -43,6 +45,28 @@ def read_experiments(store: Store, texts: tuple[str, ...], count: str) -> Runs:
     if metric == "loss":
         notes.append("curves are of the training loss: set eval_every to have curves of the validation loss")
     return checked(rows, count, notes=tuple(dict.fromkeys(notes)))
+
+
+def _comparable(found: dict[str, tuple[str, Artifact]]) -> None:
+    """InputError for trainings of different objectives: their losses measure different things."""
+    objectives = {str(read_json(one / "metrics.json").get("objective", "")): name for name, one in found.values()}
+    if len(objectives) > 1:
+        shown = ", ".join(f"{objective or 'none named'} ({name})" for objective, name in objectives.items())
+        raise InputError(f"the runs have different objectives: {shown}", hint="fit those of one objective")
+
+
+def _same_data(found: dict[str, tuple[str, Artifact]]) -> list[str]:
+    """A note if the trainings did not all read the same tokens."""
+    read = {json.dumps(_provenance(one).get("inputs", {}).get("tokens")) for _, one in found.values()}
+    return ["the runs were trained on different tokens: their losses may not be comparable"] if len(read) > 1 else []
+
+
+def _provenance(artifact: Artifact) -> Mapping[str, Any]:
+    """How the artifact was made; empty for one from elsewhere."""
+    try:
+        return Manifest.read(artifact.path).provenance
+    except (OSError, BadManifest):
+        return {}
 
 
 def _artifacts(store: Store, texts: tuple[str, ...]) -> Iterator[tuple[str, Artifact]]:
@@ -94,9 +118,6 @@ def _curve(artifact: Artifact, metric: str) -> list[tuple[int, float]]:
 
 
 def _schedule(artifact: Artifact) -> str:
-    """The schedule of the training; that of `train-pretrain` where it was left unset."""
-    try:
-        given = Manifest.read(artifact.path).provenance.get("with") or {}
-    except (OSError, BadManifest):
-        return ""
-    return str(given.get("schedule", "wsd"))
+    """The schedule of the training; the default one is not kept with it."""
+    given = _provenance(artifact).get("with") or {}
+    return str(given.get("schedule", PretrainParams.model_fields["schedule"].default))

@@ -112,8 +112,8 @@ def fit(runs: Runs, settings: Settings) -> Report:
 
 def _first(runs: Runs, settings: Settings) -> Fitted | str:
     found = fit_envelope(runs, top=_top(runs), resamples=settings.resamples, seed=settings.seed)
-    if found is None:
-        return "it needs curves of runs of three sizes or more: rows along each run, or eval_every"
+    if isinstance(found, str):
+        return found
     facts = {"budgets": float(len(found.flops)), "sizes": float(found.sizes)}
     estimates = _frontier_estimates(found.frontier, runs, found.samples, settings)
     return Fitted(approach="1", law=found.frontier, estimates=estimates, facts=facts, detail=found)

@@ -25,8 +25,6 @@ class Profile:
     parameters: float
     """Where the parabola is least."""
     loss: float
-    within: bool
-    """Whether the minimum lies between the smallest and the largest size."""
 
     def to_json(self) -> dict[str, float]:
         """What a table of budgets shows."""
@@ -85,12 +83,11 @@ def _profile(runs: Runs, rows: np.ndarray) -> Profile | str:
     if c2 <= 0:
         return f"{flops:.3g} operations: the losses have no minimum over the sizes"
     least = -c1 / (2 * c2)
-    within = bool(sizes[0] <= least + centre <= sizes[-1])
-    if not within:
+    if not sizes[0] <= least + centre <= sizes[-1]:
         side = "smallest" if least + centre < sizes[0] else "largest"
         return f"{flops:.3g} operations: the minimum lies beyond the {side} size"
     n = float(np.exp(least + centre))
-    return Profile(flops, rows, centre, (c0, c1, c2), n, c0 - c1**2 / (4 * c2), within)
+    return Profile(flops, rows, centre, (c0, c1, c2), n, c0 - c1**2 / (4 * c2))
 
 
 def _frontier(profiles: list[Profile]) -> Frontier:

@@ -194,7 +194,9 @@ def test_runs_that_cannot_tell_a_law_are_refused_with_the_reason(scattered, curv
     report = fit(few, Settings(resamples=0))
     assert report.fits == ()
     assert "at least 6 runs, there are 5" in report.refused["3"]
-    assert "curves" in report.refused["1"]
+    assert "curves of 3 sizes" in report.refused["1"]
+    two = Runs(tuple(row for row in curves().rows[6:9]), "total")
+    assert "between the smallest and the largest" in fit(two, Settings(approaches=("1",), resamples=0)).refused["1"]
     assert "two budgets" in report.refused["2"]
     one_size = tuple(row for row in scattered().rows[:40])
     same = Runs(tuple(type(row)(row.name, 1e8, row.tokens, row.loss, row.flops) for row in one_size), "total")

@@ -46,5 +46,13 @@ def test_the_laws_of_the_grid(llmctl):
     assert done.returncode == 0, done.stderr
     value = json.loads(done.stdout)
     assert value["runs"] == 15 and {"2", "3"} <= set(value["approaches"])
+    budgets = value["approaches"]["2"]["budgets"]
+    assert len(budgets) == 3, "each has a minimum among its sizes"
+    for name, order in (("parameters", 1), ("loss", -1)):
+        found = [row[name] for row in budgets]
+        assert found == sorted(found, key=lambda number, order=order: order * number), name
+    # Fifteen runs place the best size of the largest budget; its exponent they leave open.
     for approach in "23":
-        assert 0.2 < value["approaches"][approach]["estimates"]["exponent"]["value"] < 0.9
+        found = value["approaches"][approach]["estimates"]
+        assert 3e4 < found["parameters"]["value"] < 9e4
+        assert found["exponent"]["low"] < 0.45 and found["exponent"]["high"] > 0.4

@@ -111,7 +111,7 @@ def store(tmp_path):
 def training(store):
     """Leave the metrics of a training in the store under the name `sweep/<instance>`."""
 
-    def put(instance, metrics=None, curve=(), given=None, type="metrics"):
+    def put(instance, metrics=None, curve=(), given=None, type="metrics", tokens="t"):
         values = {
             "parameters": 1000, "parameters.without_embedding": 600, "parameters.with_head": 1000, "tokens": 5000,
             "steps": 50, "loss.validation": 3.0, "loss.train": 2.9, "epochs": 0.5, **(metrics or {}),
@@ -121,7 +121,11 @@ def training(store):
         (directory / "metrics.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
         (directory / "curves.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
         artifact = store.commit(
-            directory, type, plain_files(directory), metadata={}, provenance={"instance": instance, "with": given or {}}
+            directory,
+            type,
+            plain_files(directory),
+            metadata={},
+            provenance={"instance": instance, "with": given or {}, "inputs": {"tokens": [tokens]}},
         )
         names.write(store, "sweep", instance, {type: (artifact.id, type)}, key=artifact.id, run="r")
         return artifact
@@ -167,6 +171,17 @@ def test_curves_and_what_to_know_about_them(store, training):
     constant = training("constant", {}, [{"step": s, "loss": 4.0} for s in (10, 30, 50)], {"schedule": "constant"})
     notes = read_experiments(store, (constant.id,), "total").notes
     assert notes == ("curves are of the training loss: set eval_every to have curves of the validation loss",)
+
+
+def test_losses_that_cannot_be_compared(store, training):
+    training("train[a=1]")
+    training("train[a=2]", {"parameters": 2000}, tokens="u")
+    assert any("different tokens" in note for note in read_experiments(store, ("sweep/train",), "total").notes)
+    training("train[a=2]", {"parameters": 3000})
+    assert read_experiments(store, ("sweep/train",), "total").notes == ()
+    training("train[a=3]", {"objective": "mlm"})
+    with pytest.raises(InputError, match=r"different objectives: none named .*, mlm \(sweep/train\[a=3\]\)"):
+        read_experiments(store, ("sweep/train",), "total")
 
 
 def test_what_is_no_training_is_named(store, training):
