@@ -16,7 +16,7 @@ from llmctl.nn.transformer import Block
 
 aten = torch.ops.aten
 PRODUCTS = frozenset((aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default))
-"""What costs most of the time and leaves a third of the bytes."""
+"""What would cost most of the time to compute again."""
 KERNELS = frozenset(
     (
         aten._scaled_dot_product_flash_attention.default,
@@ -54,8 +54,10 @@ def recomputed(model: nn.Module, mode: str, dropout: float) -> Iterator[None]:
     """The model's blocks keep what `mode` says inside; UsageError if a foreign model cannot do that."""
     if isinstance(model, ForeignModel):
         model.recompute(mode)
-        yield
-        model.recompute("none")
+        try:
+            yield
+        finally:
+            model.recompute("none")
         return
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:

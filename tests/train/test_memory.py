@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import MachineError
+from llmctl.nn.config import TRAITS
 from llmctl.train import memory, recompute
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.cross_entropy import summed_loss, token_losses
@@ -70,6 +72,32 @@ def test_recomputed_gradients_are_bitwise_equal_and_take_less_memory(make_model,
     # The control: a flag that does nothing would keep as much, and other dropout give another gradient.
     assert measured(model, "none", dropout)[2] == pytest.approx(all_of_it, rel=0.01)
     assert all(block.recompute is None for block in model.blocks)
+
+
+KINDS = {
+    "t5": {"arch": "t5", "kv_heads": 4, "encoder_layers": 2},
+    "xl": {"traits": replace(TRAITS["llama"], positions="xl"), "kv_heads": 4},
+    "windows": {"window": 8, "pattern": "LS"},
+    "soft cap": {"attention_softcap": 5.0},
+    "bert": {"arch": "bert", "kv_heads": 4, "head": "mlm"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_attention_can_be_recomputed(make_model, kind: str) -> None:
+    model = make_model(**KINDS[kind]).train()
+    model.set_dropout(0.1)
+    tokens = torch.randint(0, 48, (2, 32), generator=torch.Generator().manual_seed(0))
+    found = []
+    for mode in ("none", "full", "selective"):
+        model.zero_grad()
+        torch.manual_seed(1)
+        with recomputed(model, mode, 0.1):
+            memory_ = {"memory": model.remember(tokens)} if kind == "t5" else {}
+            model(tokens, **memory_).logsumexp(-1).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert found[0].abs().max() > 0
 
 
 def test_selective_keeps_products_and_fused_attention_unless_it_drops(monkeypatch) -> None:
