@@ -146,24 +146,36 @@ def _either_way(array: np.ndarray) -> str:
 
 
 def _tie(model: ir.Model) -> None:
-    """Have a tied head read the embedding as it lies; the tracer stores it a second time, transposed."""
+    """Have a tied head read the embedding as it lies.
+
+    The tracer transposes it for the head: a small one it stores a second time, a large one it leaves to be transposed
+    whenever the graph is loaded.
+    """
     tables = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
     known = {id(value): value for value in tables if _matrix(value) is not None}
     transposed = {_digest(_matrix(value).T): value for value in known.values()}  # type: ignore[union-attr]
     shapes = {_matrix(value).T.shape for value in known.values()}  # type: ignore[union-attr]
     for node in list(model.graph):
-        array = _matrix(node.inputs[1]) if node.op_type == "MatMul" else None
-        if array is None or array.shape not in shapes:
-            continue
-        table = transposed.get(_digest(array))
+        factor = node.inputs[1] if node.op_type == "MatMul" else None
+        table = _turned(factor)
+        if id(table) not in known:
+            array = _matrix(factor)
+            if array is None or array.shape not in shapes:
+                continue
+            table = transposed.get(_digest(array))
         if table is None:
             continue
         node.domain, node.op_type = MICROSOFT, "FusedMatMul"
         node.attributes["transB"] = ir.AttrInt64("transB", 1)
-        copy = node.inputs[1]
         node.replace_input_with(1, table)
-        if copy is not None and copy.name is not None and not copy.uses():
-            del model.graph.initializers[copy.name]
+        if factor is not None and factor.name is not None and factor.is_initializer() and not factor.uses():
+            del model.graph.initializers[factor.name]
+
+
+def _turned(value: ir.Value | None) -> ir.Value | None:
+    """What is transposed to give `value`, if it is a matrix that is."""
+    node = value.producer() if value is not None else None
+    return node.inputs[0] if node is not None and node.op_type == "Transpose" else None
 
 
 def _matrix(value: ir.Value | None) -> np.ndarray | None:

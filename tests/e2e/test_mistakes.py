@@ -237,7 +237,7 @@ DATA = [
     Mistake("module that does not exist", "data --reader python-stdlib --set modules=[no_such_module]", 2, ("no_such_module",)),
     Mistake("dataset.text without a column text", "tokenize --text rows.jsonl", 5, ("rows.jsonl has no column `text`", "body"), {"rows.jsonl": '{"body": "x"}\n'}),
     Mistake("vocabulary larger than the data allows", "tokenize --text LAB/text --vocab-size 60000", 3, ("the text allows a vocabulary of", "60000 were asked for", "set vocab_size to")),
-    Mistake("vocabulary smaller than the bytes", "tokenize --text LAB/text --vocab-size 100", 2, ("--vocab-size", "x>=262")),
+    Mistake("vocabulary smaller than the bytes", "tokenize --text LAB/text --vocab-size 100", 2, ("--vocab-size", "x>=258")),
     Mistake("damaged tokenizer.json", "tokenize --text LAB/text --tokenizer LAB/tokenizer-damaged", 5, ("tokenizer.json",)),
     Mistake("directory that is no dataset", "tokenize --text LAB/model", 5, ("LAB/model",)),
 ]  # fmt: skip
@@ -245,7 +245,7 @@ DATA = [
 TRAIN = "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer"
 MODELS = [
     Mistake("artifact of the wrong kind", "train-pretrain --tokens LAB/text --tokenizer LAB/tokenizer", 5, ("LAB/text", "dataset.tokens")),
-    Mistake("unknown preset", f"{TRAIN} --preset lama", 2, ("--preset", "'lama'", "'llama'")),
+    Mistake("unknown preset", f"{TRAIN} --preset lama", 2, ("--preset", "'lama'", "`llama`")),
     Mistake("heads that do not divide dim", f"{TRAIN} --dim 100 --heads 3", 2, ("dim 100 is not divisible by heads 3", "heads that fit")),
     Mistake("kv_heads that do not divide heads", f"{TRAIN} --dim 96 --heads 6 --kv-heads 4", 2, ("kv_heads 4", "kv_heads that fit"), slow=True),
     Mistake("learning rate of zero", f"{TRAIN} --lr 0", 2, ("--lr", "x>0")),
