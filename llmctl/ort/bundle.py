@@ -52,6 +52,8 @@ class Bundle:
     def labels(self) -> tuple[str, ...]:
         """Names of the classes of a classification head, in the order of its logits."""
         names = self.config.get("id2label") or {}
+        if not isinstance(names, dict) or not all(str(key).isdigit() for key in names):
+            raise InputError(f"`id2label` in {self.directory / 'config.json'} does not number its labels")
         return tuple(names[key] for key in sorted(names, key=int))
 
 
@@ -90,7 +92,8 @@ def _context(directory: Path, config: dict[str, Any]) -> int:
             f"{directory / 'config.json'} does not say how long a context may be",
             hint=f"it should hold one of {', '.join(_CONTEXT_KEYS)}",
         )
-    unused = int(config.get("pad_token_id", 1)) + 1 if config.get("model_type") in _BEHIND_PADDING else 0
+    padding = config.get("pad_token_id")
+    unused = (1 if padding is None else int(padding)) + 1 if config.get("model_type") in _BEHIND_PADDING else 0
     return int(found) - unused
 
 
@@ -109,4 +112,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _ids(value: Any) -> frozenset[int]:
     if value is None:
         return frozenset()
-    return frozenset(value) if isinstance(value, list) else frozenset((int(value),))
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(id, int) for id in ids):
+        raise InputError(f"`eos_token_id` of the bundle is {value!r}, no token id", hint="export the model again")
+    return frozenset(ids)

@@ -50,6 +50,8 @@ class OrtEncoder:
         self.backend = f"onnxruntime {provider(session)}"
         self._pad_id = bundle.pad_id
         self._vocab_size = bundle.config.get("vocab_size")
+        own = bundle.config.get("llmctl") or {}
+        self._token_types = int(bundle.config.get("type_vocab_size") or own.get("token_types") or 2)
 
     def run(
         self, rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
@@ -92,14 +94,12 @@ class OrtEncoder:
                 )
             if self._vocab_size:
                 check_ids(row, self._vocab_size)
-        if segments is not None and "token_type_ids" not in self.inputs:
-            raise UsageError("the model has no token types", hint="leave segments out")
         longest = max(len(row) for row in rows)
         ids = np.full((len(rows), longest), self._pad_id, np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
-            if segments is not None:
+            if segments is not None and self._token_types > 1:  # as in training: others know one kind of text
                 types[i, : len(row)] = segments[i]
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         return {name: value for name, value in feeds.items() if name in self.inputs}

@@ -182,7 +182,7 @@ def _choose(path: Path, accepted: Sequence[str]) -> str:
     """The one accepted type, or that among several which the files look like; a bare guess if any is welcome."""
     if len(accepted) == 1:
         return accepted[0]
-    guessed = types.guess(path)
+    guessed = types.guess(path, accepted)
     if not accepted or guessed in accepted:
         return guessed
     looks = f", it looks like {guessed}" if guessed != "files" else ""

@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,13 @@ def check_commit(type: str, directory: Path, names: list[str]) -> Metadata:
     return metadata
 
 
-def guess(path: Path) -> str:
-    """The most specific type that a file or directory looks like, by its names alone; `files` if like none."""
+def guess(path: Path, accepted: Sequence[str] = ()) -> str:
+    """The most specific type that a file or directory looks like, by its names alone; `files` if like none.
+
+    Rows of data may fit several types, so among them only those that are `accepted`, if any are named, are looked for.
+    """
     if path.is_file():
-        return _guess_rows(path) if path.name.endswith(DATASET_SUFFIXES) else "files"
+        return _guess_rows(path, accepted) if path.name.endswith(DATASET_SUFFIXES) else "files"
     for type, names in SIGNS:
         if all((path / name).exists() for name in names):
             return type
@@ -91,7 +94,7 @@ def guess(path: Path) -> str:
         if format in (*COLUMNS, "dataset.labelled"):
             return str(format)
     first = next((file for file in sorted(path.iterdir()) if DATASET_FILE.match(file.name)), None)
-    return _guess_rows(first) if first else "files"
+    return _guess_rows(first, accepted) if first else "files"
 
 
 SIGNS = (
@@ -109,11 +112,11 @@ SIGNS = (
 """Files that tell a type, most specific first: a model directory holds a tokenizer too."""
 
 
-def _guess_rows(path: Path) -> str:
+def _guess_rows(path: Path, accepted: Sequence[str]) -> str:
     row = first_row(path) or {}
-    known = {**COLUMNS, **{f"dataset.labelled {task}": columns for task, columns in LABELLED.items()}}
-    found = next((type for type, columns in known.items() if all(name in row for name in columns)), "files")
-    return found.partition(" ")[0]
+    known = [*COLUMNS.items(), *(("dataset.labelled", columns) for columns in LABELLED.values())]
+    fitting = [type for type, columns in known if all(name in row for name in columns)]
+    return next((type for type in fitting if not accepted or type in accepted), fitting[0] if fitting else "files")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

@@ -39,7 +39,9 @@ def read_pooling(directory: Path) -> Pooling:
         flags = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is no valid JSON: {error}") from error
-    found = [name for name, flag in _FLAGS.items() if isinstance(flags, dict) and flags.get(flag)]
+    if not isinstance(flags, dict):
+        raise InputError(f"{path} holds no JSON object", hint="it names the ways of pooling that are on")
+    found = [name for name, flag in _FLAGS.items() if flags.get(flag)]
     others = [key for key, on in flags.items() if key.startswith("pooling_mode_") and on and key not in _FLAGS.values()]
     if len(found) != 1 or others:
         raise InputError(f"{path} asks for {', '.join([*found, *others]) or 'no pooling'}", hint="mean or cls is known")

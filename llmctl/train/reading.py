@@ -45,7 +45,8 @@ class TorchReader:
                 )
         device, width = self.model.embedding.weight.device, max(map(len, rows))
         tokens, documents = _padded(rows, width, 0), _padded([[0] * len(row) for row in rows], width, PADDING)
-        types = None if segments is None else _padded(segments, width, 0).to(device)
+        known = segments is not None and self.model.config.token_types > 1  # as in training
+        types = _padded(segments, width, 0).to(device) if segments is not None and known else None
         documents = documents.to(device)
         states = self.model.hidden(tokens.to(device), documents=documents, segments=types)
         return {name: value.float().cpu().numpy() for name, value in self._outputs(states, documents).items()}

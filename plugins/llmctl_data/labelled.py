@@ -87,6 +87,8 @@ def renamed(record: Mapping[str, Any], params: LabelledParams, where: str) -> Ro
                 hint=f"columns here: {', '.join(sorted(map(str, record))) or 'none'}",
             )
     found = {ours: record[params.fields.get(ours, ours)] for ours in wanted if params.fields.get(ours, ours) in record}
+    # A table cannot leave a cell out, and null is a way to say nothing.
+    found = {name: value for name, value in found.items() if name not in FURTHER or value not in (None, "")}
     if params.task == "token-classification":
         # A table has no lists; there the words of a cell are.
         found = {k: v.split() if k in ("tokens", "labels") and isinstance(v, str) else v for k, v in found.items()}
@@ -112,8 +114,16 @@ def read_table(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def shuffled(examples: Sequence[Labelled], seed: int) -> Iterator[Labelled]:
-    """Every row with the answer of another: what is learnt from them must be worth nothing."""
+    """Every row with the answer of another: what is learnt from them must be worth nothing.
+
+    The labels of tokens are dealt anew within their row: another's would be too many or too few.
+    """
     order = sorted(range(len(examples)), key=lambda number: rank(seed, "shuffled", number))
     for example, other in zip(examples, order, strict=True):
-        names = [name for name in ("label", "labels", "target", "positive") if name in example.row]
-        yield Labelled(example.id, example.source, {**example.row, **{n: examples[other].row[n] for n in names}})
+        names = [name for name in ("label", "target", "positive") if name in example.row]
+        dealt: dict[str, Any] = {name: examples[other].row[name] for name in names}
+        if "labels" in example.row:
+            labels = example.row["labels"]
+            places = sorted(range(len(labels)), key=lambda place: rank(seed, example.id, place))
+            dealt["labels"] = [labels[place] for place in places]
+        yield Labelled(example.id, example.source, {**example.row, **dealt})

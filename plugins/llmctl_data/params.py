@@ -140,6 +140,9 @@ class DataParams(Params):
             raise ValueError("emit names labelled; set `labelled`, or a reader that makes labelled rows")
         if self.negative_twin == "shuffled-labels" and not self.has_labels:
             raise ValueError("negative_twin: shuffled-labels needs labelled examples")
+        asks = self.labelled is not None and self.labelled.task == "question-answering"
+        if self.negative_twin == "shuffled-labels" and asks:
+            raise ValueError("negative_twin: shuffled-labels has no meaning for answers that stand in their context")
         return self
 
     @property

@@ -169,7 +169,8 @@ def embed(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> Iterator
         vectors = []
         for values in pair:
             assert values is not None
-            states = values["last_hidden_state"]
-            vector = states[0] if pooling == "cls" else states.mean(axis=0)
+            states, vector = values["last_hidden_state"], values.get("sentence_embedding")
+            if vector is None:
+                vector = states[0] if pooling == "cls" else states.mean(axis=0)
             vectors.append((vector / max(float(np.linalg.norm(vector)), 1e-12)).tolist())
         yield {**sample, "answer": "", "ok": False, "vectors": vectors}

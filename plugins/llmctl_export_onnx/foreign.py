@@ -145,17 +145,20 @@ def _write_genai_config(target: Path, config: dict[str, Any], generator: OrtGene
     layout = generator.layout
     shape = bundle.Shape(
         context=generator.context_length,
-        dim=_first(config, "hidden_size", "n_embd"),
-        heads=_first(config, "num_attention_heads", "n_head"),
+        dim=_first(config, "hidden_size", "n_embd", "d_model"),
+        heads=_first(config, "num_attention_heads", "n_head", "n_heads"),
         head_size=layout.head_dim,
         kv_heads=layout.kv_heads,
-        layers=_first(config, "num_hidden_layers", "n_layer"),
+        layers=_first(config, "num_hidden_layers", "n_layer", "n_layers"),
     )
     bundle.write_genai_config(target, config, shape, in_place=False, positions=layout.position_ids)
 
 
 def _first(config: dict[str, Any], *keys: str) -> Any:
-    return next(config[key] for key in keys if key in config)
+    for key in keys:
+        if key in config:
+            return config[key]
+    raise InputError(f"config.json has none of {', '.join(keys)}", hint="genai_config.json needs the model's shape")
 
 
 def _prove_seq2seq(

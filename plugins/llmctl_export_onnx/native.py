@@ -61,6 +61,11 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
             "ONNX Runtime multiplies no bfloat16 matrices on a CPU, so the export could not be proved here",
             hint="set `dtype` to float16 or float32",
         )
+    if params.task != "auto":
+        raise UsageError(
+            f"task {params.task} is for exports through Optimum; here the model's own head decides",
+            hint="leave `task` out, or set `exporter: optimum`",
+        )
     model = load_model(source).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -10,6 +10,7 @@ import onnx
 
 from llmctl import Artifact, Context, InputError, StageError
 from llmctl.ort import open_bundle
+from llmctl.text.pooling import POOLING_FILES
 from llmctl_quantize import quality, weights
 from llmctl_quantize.params import QuantizeParams
 from llmctl_quantize.tables import METHODS
@@ -54,6 +55,10 @@ def _quantize(ctx: Context, params: QuantizeParams, artifact: Artifact, target: 
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith("model.onnx"):
             shutil.copyfile(path, target / path.name)
+    for name in POOLING_FILES:
+        if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
     try:
         onnx.save_model(model, target / "model.onnx", save_as_external_data=True, location=DATA, size_threshold=1024)
     except OSError as error:
@@ -70,6 +75,11 @@ def _compare(
     try:
         before = open_bundle(source, "cpu", params.threads)
     except InputError as error:
+        if data is not None:
+            raise InputError(
+                f"the loss on `data` cannot be measured: {error.message}",
+                hint="leave `data` out to quantize unmeasured",
+            ) from error
         ctx.warn(f"neither quality nor speed were measured: {error.message}")
         return {}
     after = open_bundle(target, "cpu", params.threads)

@@ -23,16 +23,30 @@ def default_sampling(directory: Path, **given: Any) -> Sampling:
     path = directory / "generation_config.json"
     wanted = _read(path)
     draws = given.get("temperature") or given.get("top_k") or given.get("top_p", 1) < 1
-    if given.get("beams", 1) > 1:
-        wanted = {name: value for name, value in wanted.items() if name not in DRAWING}
-    elif draws or given.get("beams") == 1:
-        wanted = {name: value for name, value in wanted.items() if name not in SEARCHING}
-    elif "beams" in wanted and wanted.get("temperature") and given.get("temperature") != 0:
+    settled = set()
+    if "beams" in given and not draws or ("beams" in wanted and given.get("temperature") == 0):
+        settled |= DRAWING
+    if draws or given.get("beams") == 1:
+        settled |= SEARCHING
+    wanted = {name: value for name, value in wanted.items() if name not in settled}
+    if "beams" in wanted and wanted.get("temperature"):
         raise InputError(
             f"{path} asks for beams that are drawn (do_sample with num_beams), which is not offered",
             hint="set do_sample to false or num_beams to 1 there",
         )
     return Sampling(**{**wanted, **given})
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "num_beams": (int,),
+    "length_penalty": (int, float),
+    "early_stopping": (bool, str),
+    "do_sample": (bool,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+}
+"""What each value may be."""
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -43,7 +57,12 @@ def _read(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object", hint="write {} for no defaults")
     said = {name: value for name, value in config.items() if value is not None}
+    for name, kinds in _KINDS.items():
+        if name in said and (not isinstance(said[name], kinds) or (isinstance(said[name], bool) and bool not in kinds)):
+            raise InputError(f"{path}: {name} is {said[name]!r}", hint="correct it or leave it out")
     found: dict[str, Any] = {}
     if said.get("num_beams", 1) > 1:
         found = {"beams": said["num_beams"]}

@@ -146,7 +146,7 @@ def test_the_models_own_beams_and_draws(tmp_path):
     config.write_text('{"do_sample": true, "num_beams": 4}')
     with pytest.raises(InputError, match=r"generation_config.json asks for beams that are drawn"):
         default_sampling(tmp_path)
-    assert default_sampling(tmp_path, beams=1) == Sampling(temperature=1.0, top_k=50)
+    assert default_sampling(tmp_path, beams=1) == Sampling(), "one beam is greedy"
 
 
 @pytest.mark.parametrize("flags", [["--beams", 4, "-n", 3], ["--temperature", 0]])
@@ -199,3 +199,23 @@ def test_an_encoder_decoder_reads_the_whole_prompt(tmp_path):
         assert [token["token"] for token in found["logprobs"]] == said
     with pytest.raises(UsageError, match="25 tokens, the model's context is 24"):
         invoke(generate, tmp_path, "--prompt", "x" * 23, *flags)
+
+
+@pytest.mark.parametrize(
+    ("file", "given", "wanted"),
+    [
+        ({"do_sample": True}, {"beams": 1}, Sampling()),
+        ({"do_sample": True, "num_beams": 4}, {"temperature": 0.0}, Sampling(beams=4)),
+        ({"do_sample": True}, {}, Sampling(temperature=1.0, top_k=50)),
+    ],
+)
+def test_what_is_asked_for_settles_what_the_file_says(file, given, wanted, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    assert default_sampling(tmp_path, **given) == wanted
+
+
+@pytest.mark.parametrize("text", ['{"num_beams": "x"}', '{"temperature": "hot"}', "[1]", '{"top_k": true}'])
+def test_a_damaged_generation_config_is_named(text, tmp_path):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"generation_config\.json"):
+        default_sampling(tmp_path)

@@ -195,3 +195,12 @@ def test_shuffled_labels_keep_their_shares_and_lose_their_texts(tmp_path):
     assert Counter(row["label"] for row in right) == Counter(row["label"] for row in wrong)
     assert 0.4 < sum(a["label"] == b["label"] for a, b in zip(right, wrong, strict=True)) / len(right) < 0.6
     assert rows(made, "validation") == rows(twin, "validation")
+
+
+def test_labels_of_tokens_are_dealt_within_their_row():
+    from llmctl_data.labelled import Labelled, shuffled
+
+    rows = [{"tokens": list("abcd")[:n], "labels": [f"{n}{i}" for i in range(n)]} for n in (2, 3, 4)]
+    found = list(shuffled([Labelled(str(n), "f", row) for n, row in enumerate(rows)], 0))
+    assert [sorted(one.row["labels"]) for one in found] == [row["labels"] for row in rows]
+    assert [one.row["labels"] for one in found] != [row["labels"] for row in rows]

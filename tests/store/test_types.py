@@ -200,3 +200,12 @@ def test_a_directory_type_given_a_file(tmp_path):
 
 def test_types_of_plugins_pass():
     assert types.check("acme.thing", types.Path("/nowhere")) == {}
+
+
+def test_rows_that_fit_two_types_are_of_the_one_that_is_welcome(tmp_path):
+    """A labelled text is a text as well; only where both are welcome does the plainer one win."""
+    path = tmp_path / "cls.jsonl"
+    path.write_text('{"text": "a", "label": "x"}\n')
+    assert types.guess(path) == "dataset.text"
+    assert types.guess(path, ("dataset.chat", "dataset.labelled")) == "dataset.labelled"
+    assert types.guess(path, ("dataset.chat",)) == "dataset.text", "what it looks like is said in the refusal"
