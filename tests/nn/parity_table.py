@@ -324,7 +324,8 @@ COLUMNS: dict[str, Callable[[Pair], float | None]] = {
     "back": back,  # the last, for it changes our weights
 }
 """Each gives a number that must not exceed TOLERANCE, or None where the model has no such thing."""
-TOLERANCE = {"logits": 1e-5, "padded": 1e-5, "cached": 1e-5, "weights": 0.0, "onnx": 1e-5, "back": 1e-5}
+TOLERANCE = {"logits": 1e-5, "padded": 1e-5, "cached": 1e-5, "weights": 0.0, "onnx": 1e-4, "back": 1e-5}
+"""Of `onnx` it is the export's own gate: on logits of 6, torch and ONNX Runtime are each 0.5 to 1.5e-5 off float64."""
 
 
 def main() -> None:
