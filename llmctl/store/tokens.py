@@ -15,6 +15,8 @@ BLOCK = 1 << 20
 def check_ids(directory: Path) -> None:
     """Raise Unfit at the first id outside the vocabulary and at offsets that fall. About 25 ms per million tokens."""
     meta = read_json(directory / "meta.json")
+    if meta.get("url"):  # what lies elsewhere is taken on trust
+        return
     code = "H" if meta["dtype"] == "uint16" else "I"
     for split in meta["splits"]:
         name = f"{split}-00000.bin"

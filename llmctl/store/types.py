@@ -243,7 +243,7 @@ def _tokens(path: Path) -> Metadata:
     if missing or not isinstance(meta["splits"], dict) or not meta["splits"]:
         raise Unfit(f"meta.json lacks {', '.join(missing) or 'splits'}")
     width = 2 if meta["dtype"] == "uint16" else 4
-    for name, split in meta["splits"].items():
+    for name, split in () if meta.get("url") else meta["splits"].items():
         _sized(path / f"{name}-00000.bin", int(split["tokens"]) * width)
         _sized(path / f"{name}-00000.idx", (int(split["documents"]) + 1) * 8)
     counts = {f"tokens.{name}": int(split["tokens"]) for name, split in meta["splits"].items()}

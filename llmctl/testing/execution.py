@@ -39,8 +39,13 @@ def run_stage(
     directory resumes. `stop_after=n` makes `should_stop` true from the n-th time it is asked, as a signal would.
     """
     values = stage.load_params().model_validate(dict(params or {}))
-    bound = {port: inputs.get(port) for port in stage.inputs}
+    bound = {port: _as_declared(stage, port, inputs.get(port)) for port in stage.inputs}
     return execute(stage, values, bound, directory, directory / ".resume", stop_after)
+
+
+def _as_declared(stage: Stage, port: str, given: Artifact | list[Artifact] | None) -> Artifact | list[Artifact] | None:
+    """A port that takes several gets a list, also of one."""
+    return [given] if stage.inputs[port].many and isinstance(given, Artifact) else given
 
 
 def execute(

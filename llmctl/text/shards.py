@@ -12,9 +12,12 @@ import numpy as np
 
 from llmctl.errors import InputError
 from llmctl.stage import Artifact
+from llmctl.text.remote_files import Remote, RemoteValues
 
 FORMAT = "dataset.tokens"
 OFFSET = np.dtype("<u8")
+OFFSETS = 1 << 20
+"""Offsets that are looked at together."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -24,11 +27,11 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class SplitTokens:
-    """The documents of one split. `tokens` is a read-only memory map, shape `(n_tokens,)`; `offsets` is
-    uint64, shape `(n_documents + 1,)`: document `i` is `tokens[offsets[i]:offsets[i + 1]]`."""
+    """The documents of one split. `tokens` is a read-only memory map, shape `(n_tokens,)`, or reads slices from afar;
+    `offsets` is uint64, shape `(n_documents + 1,)`: document `i` is `tokens[offsets[i]:offsets[i + 1]]`."""
 
     name: str
-    tokens: np.ndarray
+    tokens: np.ndarray | RemoteValues
     offsets: np.ndarray
     bytes: int
     """UTF-8 bytes of the source text of all documents."""
@@ -42,7 +45,10 @@ class SplitTokens:
 
 
 class TokenShards:
-    """An opened `dataset.tokens` directory."""
+    """An opened `dataset.tokens` directory.
+
+    If its `meta.json` has a `url`, the other files are read from there; what they hold is taken on trust.
+    """
 
     def __init__(self, directory: Path, meta: dict[str, Any]) -> None:
         self.directory = directory
@@ -78,11 +84,28 @@ class TokenShards:
         entry = self.meta["splits"][name]
         stem = self.directory / f"{name}-00000"
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        if url := self.meta.get("url"):
+            return _remote_split(f"{url}/{name}-00000", name, dtype, entry)
         tokens = _map(stem.with_suffix(".bin"), dtype, entry["tokens"])
         offsets = _map(stem.with_suffix(".idx"), OFFSET, entry["documents"] + 1)
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or np.any(offsets[1:] < offsets[:-1]):
+        if not _rise(offsets, len(tokens)):
             raise InputError(f"{stem.with_suffix('.idx')} is damaged: offsets do not rise from 0 to {len(tokens)}")
         return SplitTokens(name, tokens, offsets, entry["bytes"])
+
+
+def _remote_split(stem: str, name: str, dtype: np.dtype[Any], entry: dict[str, Any]) -> SplitTokens:
+    """A split at a URL: its offsets are fetched, its tokens when they are read."""
+    offsets = np.frombuffer(Remote(f"{stem}.idx").read(0, OFFSET.itemsize * (entry["documents"] + 1)), OFFSET)
+    if not _rise(offsets, entry["tokens"]):
+        raise InputError(f"{stem}.idx is damaged: offsets do not rise from 0 to {entry['tokens']}")
+    tokens = RemoteValues(f"{stem}.bin", dtype, entry["tokens"]) if entry["tokens"] else np.empty(0, dtype)
+    return SplitTokens(name, tokens, offsets, entry["bytes"])
+
+
+def _rise(offsets: np.ndarray, last: int) -> bool:
+    """Whether offsets go from 0 to `last` and never fall; a part of them at a time."""
+    parts = (offsets[start : start + OFFSETS + 1] for start in range(0, len(offsets), OFFSETS))
+    return offsets[0] == 0 and offsets[-1] == last and not any(np.any(part[1:] < part[:-1]) for part in parts)
 
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:

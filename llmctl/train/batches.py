@@ -100,6 +100,15 @@ class Batch:
     size: int = 0
     """Real tokens, padding left out."""
 
+    def pinned(self) -> Self:
+        """The same batch in memory that a GPU can copy from by itself."""
+        found: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                found[field.name] = value.pin_memory()
+        return replace(self, **found)
+
     def to(self, device: torch.device) -> Self:
         """The same batch on `device`; copies to a GPU overlap with computation."""
         if device.type == "cpu":

@@ -8,19 +8,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 
 from llmctl.errors import InputError
 from llmctl.nn.attention import PADDING
+from llmctl.text.remote_files import RemoteValues
 from llmctl.text.shards import SplitTokens
 from llmctl.train.batches import Batch, Example, Ints, pack
+from llmctl.train.layout import IN_ORDER, Rows
 from llmctl.train.params import TrainParams
 
 Pick = tuple[int, int]
 """(epoch, place in that epoch's order); epoch -1 is the unshuffled order."""
-IN_ORDER = -1
 SWEPT = 16
 """Sequences of a batch that is only measured, where `micro_batch` is found by trying: numbers must not depend on it."""
 
@@ -31,7 +33,7 @@ class Source(ABC):
     def __init__(self, size: int, params: TrainParams) -> None:
         if size < 1:
             raise InputError("there is nothing to train on", hint="give more data")
-        self.size, self.seed, self.packed = size, params.seed, params.packing == "documents"
+        self.size, self.seed, self.packed = size, params.seed, params.packing != "none"
         self.batch_size, self.at_once = params.batch_size, params.sequences_at_once
         self.swept = min(self.at_once, SWEPT) if params.micro_batch == "auto" else self.at_once
         self._order = lru_cache(maxsize=2)(self._shuffled)
@@ -41,10 +43,15 @@ class Source(ABC):
         """Steps of one pass over the data; a step may span two epochs."""
         return self.size / self.batch_size
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """The batch of `step` in parts of at most `at_once` sequences."""
+    def micro_batches(self, step: int, rank: int = 0, ranks: int = 1) -> list[Batch]:
+        """The batch of `step` in parts of at most `at_once` sequences, or the share of one of several ranks.
+
+        Shares are neighbouring, as equal as can be (empty where there are more ranks than sequences), and together
+        the batch that one rank has. The `balance` of labels is that of the share.
+        """
         first = step * self.batch_size
-        picks = [divmod(index, self.size) for index in range(first, first + self.batch_size)]
+        start, end = (first + self.batch_size * part // ranks for part in (rank, rank + 1))
+        picks = [divmod(index, self.size) for index in range(start, end)]
         return balanced([self.batch(picks[i : i + self.at_once]) for i in range(0, len(picks), self.at_once)])
 
     def sweep(self, limit: int | None = None) -> Iterator[Batch]:
@@ -63,6 +70,10 @@ class Source(ABC):
     def lengths(self) -> Ints:
         """How long each sequence is, in the unshuffled order; all alike unless a source says otherwise."""
         return np.ones(self.size, np.int64)
+
+    def volume(self) -> int:
+        """Tokens of one epoch that are learned from; what shares of a mixture are measured in."""
+        return int(self.lengths().sum())
 
     @abstractmethod
     def batch(self, picks: Sequence[Pick]) -> Batch:
@@ -86,17 +97,36 @@ def balanced(batches: list[Batch]) -> list[Batch]:
     return [replace(batch, balance=sum(len(batch.targets) for batch in batches) / labels) for batch in batches]
 
 
-class ExampleSource(Source):
+class JoinedSource(Source):
+    """A source whose sequences are made one by one and then joined, so that several can be mixed."""
+
+    def batch(self, picks: Sequence[Pick]) -> Batch:
+        """The sequences at `picks`, joined in that order."""
+        return self.join([self.item(epoch, place) for epoch, place in picks])
+
+    @abstractmethod
+    def item(self, epoch: int, place: int) -> Any:
+        """One sequence, in the form that `join` takes."""
+
+    @abstractmethod
+    def join(self, items: Sequence[Any]) -> Batch:
+        """A batch of sequences, which may come from several sources of one kind."""
+
+
+class ExampleSource(JoinedSource):
     """Examples of any length, packed afresh for every forward pass; a sequence is one example."""
 
     def __init__(self, examples: Sequence[Example], length: int, params: TrainParams) -> None:
         super().__init__(len(examples), params)
         self.examples, self.length = examples, length
 
-    def batch(self, picks: Sequence[Pick]) -> Batch:
-        """The examples at `picks`, in that order in `Batch.owners`."""
-        chosen = [self.examples[self.order(epoch)[place]] for epoch, place in picks]
-        return pack(chosen, self.length, self.packed)
+    def item(self, epoch: int, place: int) -> Example:
+        """An example."""
+        return self.examples[int(self.order(epoch)[place])]
+
+    def join(self, items: Sequence[Example]) -> Batch:
+        """Examples, packed; in that order in `Batch.owners`."""
+        return pack(items, self.length, self.packed)
 
     def lengths(self) -> Ints:
         """Tokens of each example."""
@@ -104,80 +134,85 @@ class ExampleSource(Source):
 
 
 @dataclass(frozen=True)
-class _Stream:
-    """One epoch's documents laid end to end: their order, where each starts, and the order of the rows."""
+class Row:
+    """Pieces of documents that make a row, as in `layout.Layout`, and the tokens that they are of."""
 
-    documents: Ints
-    starts: Ints
-    rows: Ints
+    tokens: np.ndarray | RemoteValues
+    column: Ints
+    at: Ints
+    length: Ints
+    targets: Ints
+
+    def pieces(self) -> Iterator[tuple[int, ...]]:
+        """(column, place in the split, tokens, targets) of each piece."""
+        return zip(*(part.tolist() for part in (self.column, self.at, self.length, self.targets)), strict=True)
 
 
-class TokenSource(Source):
-    """Rows of `context` tokens cut from the documents of a split laid end to end in a new order every epoch.
+class TokenSource(JoinedSource):
+    """Rows of `context` tokens made of the documents of a split, others every epoch; see `layout.lay_out` for how.
 
-    Each row is attended document by document with positions restarting, so nothing leaks between documents; every token
-    but a document's first is a target exactly once per epoch. With `packing: none` a row is (a piece of) one document.
+    With `document_mask` a row is attended document by document with positions restarting, so nothing leaks between
+    documents; without it a row is one sequence. The targets are the same.
     """
 
-    def __init__(self, split: SplitTokens, context: int, params: TrainParams) -> None:
-        self.split, self.context = split, context
-        self._lengths = np.diff(split.offsets.astype(np.int64))
-        # Unpacked: pieces of each document, cut so that every target has its row.
-        self._pieces = np.maximum(0, -(-(self._lengths - 1) // context))
-        rows = -(-len(split.tokens) // context)
-        if not np.any(self._lengths > 1):
-            raise InputError(f"the split `{split.name}` has no document of two tokens", hint="give more text")
-        super().__init__(rows if params.packing == "documents" else int(self._pieces.sum()), params)
-        self._stream = lru_cache(maxsize=2)(self._lay_out)
+    def __init__(self, split: SplitTokens, context: int, params: TrainParams, document_mask: bool = True) -> None:
+        self.split, self.context, self.document_mask = split, context, document_mask
+        self.rows = Rows(split, context, params.packing, params.seed, closing=not document_mask)
+        self._tokens = np.asarray(split.tokens) if isinstance(split.tokens, np.ndarray) else split.tokens
+        super().__init__(len(self.rows), params)
 
-    def batch(self, picks: Sequence[Pick]) -> Batch:
-        """The rows at `picks`; documents and positions are left out where every row is a single document."""
+    def item(self, epoch: int, place: int) -> Row:
+        """A row."""
+        layout, row = self.rows.at(epoch, place)
+        pieces = slice(int(layout.first[row]), int(layout.first[row + 1]))
+        parts = (layout.column[pieces], layout.at[pieces], layout.length[pieces], layout.targets[pieces])
+        return Row(self._tokens, *parts)
+
+    def heaviest(self) -> Batch:
+        """Rows are alike: the first ones."""
+        return self.batch([(IN_ORDER, i % self.size) for i in range(self.at_once)])
+
+    def volume(self) -> int:
+        """All targets."""
+        return self.rows.count.targets
+
+    def order(self, epoch: int) -> Ints:
+        """The numbers of the rows in the order of an epoch."""
+        return self.rows.order(epoch)
+
+    def join(self, items: Sequence[Row]) -> Batch:
+        """Documents and positions are left out where every row is a single document, or without `document_mask`."""
         if not self.packed:
-            return pack([self._piece(epoch, place) for epoch, place in picks], self.context, packed=False)
-        shape = (len(picks), self.context)
-        tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        targets, documents = np.full(shape, PADDING, np.int64), np.full(shape, PADDING, np.int64)
-        for row, (epoch, place) in enumerate(picks):
-            self._fill(epoch, place, tokens[row], targets[row], positions[row], documents[row])
+            alone = [row.tokens[int(row.at[0]) : int(row.at[0] + row.targets[0]) + 1] for row in items]
+            examples = [Example(ids.astype(np.int64), np.ones(len(ids), bool)) for ids in alone]
+            return pack(examples, self.context, packed=False)
+        shape = (len(items), self.context)
+        tokens, targets = np.zeros(shape, np.int64), np.full(shape, PADDING, np.int64)
+        for row, read, aims in zip(items, tokens, targets, strict=True):
+            for column, at, length, count in row.pieces():
+                ids = row.tokens[at : at + max(length, count + 1)]
+                read[column : column + length] = ids[:length]
+                aims[column : column + count] = ids[1 : count + 1]
         chosen = np.flatnonzero(targets.reshape(-1) != PADDING)
-        alone = not documents[:, -1].any()
+        lengths = np.concatenate([row.length for row in items])
+        single = len(lengths) == len(items) and bool((lengths == self.context).all())
+        positions, documents = (None, None) if single or not self.document_mask else self._borders(items, lengths)
         return Batch(
             tokens=torch.from_numpy(tokens),
             picks=torch.from_numpy(chosen),
             targets=torch.from_numpy(targets.reshape(-1)[chosen]),
-            positions=None if alone else torch.from_numpy(positions),
-            documents=None if alone else torch.from_numpy(documents),
-            size=int((documents != PADDING).sum()),
+            positions=positions,
+            documents=documents,
+            size=int(lengths.sum()),
         )
 
-    def _lay_out(self, epoch: int) -> _Stream:
-        documents = np.arange(len(self._lengths))
-        if epoch != IN_ORDER:
-            documents = np.random.default_rng([self.seed, epoch, 1]).permutation(documents)
-        starts = np.concatenate([[0], np.cumsum(self._lengths[documents])])
-        return _Stream(documents, starts, self.order(epoch))
-
-    def _fill(self, epoch: int, place: int, tokens: Ints, targets: Ints, positions: Ints, documents: Ints) -> None:
-        """Write one row; what no document reaches stays padding."""
-        stream = self._stream(epoch)
-        at = int(stream.rows[place]) * self.context
-        end = at + self.context
-        index = int(np.searchsorted(stream.starts, at, side="right")) - 1
-        column = number = 0
-        while column < self.context and index < len(stream.documents):
-            start, stop = int(stream.starts[index]), int(stream.starts[index + 1])
-            ids = self.split.document(int(stream.documents[index]))[at - start : min(stop, end + 1) - start]
-            here = slice(column, column + min(stop, end) - at)
-            tokens[here] = ids[: here.stop - column]
-            targets[column : column + len(ids) - 1] = ids[1:]
-            positions[here] = np.arange(here.stop - column)
-            documents[here] = number
-            at, column, index, number = stop, here.stop, index + 1, number + (stop > at)
-
-    def _piece(self, epoch: int, place: int) -> Example:
-        number = int(self.order(epoch)[place])
-        ends = np.cumsum(self._pieces)
-        document = int(np.searchsorted(ends, number, side="right"))
-        start = (number - int(ends[document] - self._pieces[document])) * self.context
-        ids = self.split.document(document)[start : start + self.context + 1].astype(np.int64)
-        return Example(ids, np.ones(len(ids), bool))
+    def _borders(self, items: Sequence[Row], lengths: Ints) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions and documents `(rows, context)` of pieces of `lengths`; what no document reaches is padding."""
+        first = np.concatenate([row.column + index * self.context for index, row in enumerate(items)])
+        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        places = np.repeat(first, lengths) + within
+        shape = (len(items), self.context)
+        positions, documents = np.zeros(shape, np.int64), np.full(shape, PADDING, np.int64)
+        positions.reshape(-1)[places] = within
+        documents.reshape(-1)[places] = np.repeat(np.concatenate([np.arange(len(r.length)) for r in items]), lengths)
+        return torch.from_numpy(positions), torch.from_numpy(documents)

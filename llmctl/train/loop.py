@@ -33,6 +33,7 @@ from llmctl.train.memory import HINT
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
+from llmctl.train.prefetch import Prefetch
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import lr_factor
@@ -67,6 +68,8 @@ def fit(
             run.train()
         except torch.OutOfMemoryError as error:
             raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
+        finally:
+            run.prefetch.close()
         values = run.finish()
     model.to("cpu").eval()
     return values
@@ -115,6 +118,7 @@ class _Run:
         self.loss_scale = LossScale() if compute.precision == "fp16" else None
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
+        self.prefetch = Prefetch(source, params.prefetch, compute.device)
         self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
         self.throughput = Throughput()
         self.step = 0
@@ -156,7 +160,7 @@ class _Run:
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
-        batches = self.source.micro_batches(self.step)
+        batches = self.prefetch.take(self.step)
         weight = sum(self.objective.weight(batch) for batch in batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")

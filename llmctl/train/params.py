@@ -30,9 +30,14 @@ class TrainParams(Params):
         description="Sequences computed at a time; gradients add up to those of the whole batch. 0: all. "
         "`auto`: the most that fit the memory, found before the first step.",
     )
-    packing: Literal["documents", "none"] = Field(
+    packing: Literal["documents", "best-fit", "crop", "none"] = Field(
         "documents",
-        description="`documents`: several per row, none sees another; `none`: one per row, padded. Equal losses.",
+        description="`documents`: laid end to end and cut into rows; `best-fit`: cut only if longer than a row; "
+        "`crop`: each row starts with a document, what fits nowhere is dropped; `none`: one per row, padded.",
+    )
+
+    prefetch: int = Field(
+        2, ge=0, affects="nothing", description="Steps whose batches a thread makes ahead; 0: none, and no thread."
     )
 
     optimizer: Optimizer = Field(
@@ -182,6 +187,10 @@ class TrainParams(Params):
 class AnswerParams(TrainParams):
     """Training on conversations: `batch_size` counts conversations (or pairs), however they are packed."""
 
+    packing: Literal["documents", "none"] = Field(
+        "documents",
+        description="`documents`: several per row, none sees another; `none`: one per row, padded. Equal losses.",
+    )
     too_long: Literal["drop", "error"] = Field(
         "drop", description="What to do with a conversation longer than the model's context."
     )

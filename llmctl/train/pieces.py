@@ -17,7 +17,7 @@ from llmctl.text.shards import SplitTokens
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.train import corruption, masking
 from llmctl.train.batches import Batch, Ints, Piece, lay_out
-from llmctl.train.data import Pick, Source
+from llmctl.train.data import JoinedSource
 from llmctl.train.params import TrainParams
 
 DISTURB = 2
@@ -49,7 +49,7 @@ class Frame:
 BARE = Frame((), ())
 
 
-class PieceSource(Source):
+class PieceSource(JoinedSource):
     """The documents of a split without their `frame`, each cut into equal pieces of at most `room` tokens.
 
     Documents of fewer than `shortest` tokens are left out. Rows hold up to `row` tokens, several pieces where they fit.
@@ -79,11 +79,18 @@ class PieceSource(Source):
             )
         super().__init__(int(self._ends[-1]), params)
 
-    def batch(self, picks: Sequence[Pick]) -> Batch:
-        """The pieces at `picks`, disturbed."""
-        numbers = [(epoch, int(self.order(epoch)[place])) for epoch, place in picks]
-        pieces = [self.piece(number, self.random(epoch, number)) for epoch, number in numbers]
-        return lay_out(pieces, self.row, self.packed, self.causal)
+    def volume(self) -> int:
+        """Tokens of all documents that are not left out."""
+        return int(self.sizes[self._counts > 0].sum())
+
+    def item(self, epoch: int, place: int) -> Piece:
+        """A piece, disturbed."""
+        number = int(self.order(epoch)[place])
+        return self.piece(number, self.random(epoch, number))
+
+    def join(self, items: Sequence[Piece]) -> Batch:
+        """Pieces, several to a row where they fit."""
+        return lay_out(items, self.row, self.packed, self.causal)
 
     def random(self, epoch: int, number: int) -> np.random.Generator:
         """What disturbs piece `number` in `epoch`."""

@@ -46,11 +46,12 @@ class Unigram:
     """`(V,)`, in nats, by the counts of the training text plus one."""
 
     @classmethod
-    def of(cls, split: SplitTokens, vocab_size: int, special: Collection[int]) -> Unigram:
-        """Counts all tokens of `split` but the `special` ones."""
+    def of(cls, splits: Sequence[SplitTokens], vocab_size: int, special: Collection[int]) -> Unigram:
+        """Counts all tokens of `splits` but the `special` ones."""
         counts = np.ones(vocab_size)
-        for start in range(0, len(split.tokens), CHUNK):
-            counts += np.bincount(split.tokens[start : start + CHUNK], minlength=vocab_size)
+        for tokens in (split.tokens for split in splits):
+            for start in range(0, len(tokens), CHUNK):
+                counts += np.bincount(tokens[start : start + CHUNK], minlength=vocab_size)
         counts[list(special)] = 1
         return cls(np.log(counts / counts.sum()))
 

@@ -16,6 +16,7 @@ DISTILL = Stage(
     params="llmctl_distill.params:DistillParams",
     run="llmctl_distill.run:run",
     extra="train",
+    rev=2,  # rows of more than 2^24 tokens come in another order
     headline=("kl.validation", "kl.train"),
 )
 

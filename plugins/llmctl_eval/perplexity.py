@@ -103,7 +103,7 @@ def bigram_metrics(
 ) -> dict[str, Any]:
     """Nats per token of the bigram model of the training tokens, on the tokens that the model was measured on."""
     train = shards.split("train")
-    model = KneserNeyBigram(train.tokens, train.offsets, shards.vocab_size)
+    model = KneserNeyBigram(train.tokens[:], train.offsets, shards.vocab_size)
     offsets = part.offsets[: documents + 1]
     previous, following = pairs(part.tokens[: int(offsets[-1])], offsets)
     counted = sizes[following] > 0

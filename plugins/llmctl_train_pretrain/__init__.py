@@ -14,7 +14,7 @@ TRAIN_PRETRAIN = Stage(
     name="train-pretrain",
     help="Pre-train a language model on token shards.",
     inputs={
-        "tokens": In("dataset.tokens"),
+        "tokens": In("dataset.tokens", many=True, help="token shards; several are mixed"),
         "tokenizer": In("tokenizer"),
         "model": In("model.hf", optional=True, help="continue from this model instead of a fresh one"),
     },
@@ -22,6 +22,7 @@ TRAIN_PRETRAIN = Stage(
     params="llmctl_train_pretrain.params:PretrainParams",
     run="llmctl_train_pretrain.run:run",
     extra="train",
+    rev=2,  # rows of more than 2^24 tokens come in another order
     headline=("loss.validation", "loss.train"),
 )
 

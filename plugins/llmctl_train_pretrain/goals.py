@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llmctl.errors import InputError, UsageError
 from llmctl.nn.config import ModelConfig
 from llmctl.text.shards import SplitTokens
 from llmctl.text.tokenizer import Tokenizer
-from llmctl.train.data import TokenSource
+from llmctl.train.data import JoinedSource, TokenSource
 from llmctl.train.masking import span_lengths
+from llmctl.train.mixing import MixedSource
 from llmctl.train.objectives import CausalLM, MaskedLM, Objective
 from llmctl.train.pieces import (
     CorruptionSource,
@@ -66,6 +69,11 @@ def choose_goal(params: PretrainParams, config: ModelConfig, fresh: bool = False
                 f"{name} has no effect on objective {goal}",
                 hint=f"it belongs to {' and '.join(goals)}; leave it out or set objective",
             )
+    if goal != "causal" and params.packing in ("best-fit", "crop"):
+        raise UsageError(
+            f"packing {params.packing} is of objective causal, {goal} cuts documents into pieces of its own",
+            hint="use packing: documents or none",
+        )
     return goal
 
 
@@ -74,13 +82,32 @@ def make_objective(goal: Goal) -> Objective:
     return MaskedLM() if goal in MASKED else CausalLM()
 
 
+def make_mixture(
+    goal: Goal, splits: Sequence[SplitTokens], tokenizer: Tokenizer, config: ModelConfig, params: PretrainParams
+) -> JoinedSource:
+    """The batches of the training splits, mixed where there are several; UsageError if the lists do not fit them."""
+    given = params.mixture
+    for name in ("weights", "epochs", "names"):
+        if (values := getattr(given, name)) and len(values) != len(splits):
+            raise UsageError(
+                f"mixture.{name} has {len(values)} entries for {len(splits)} inputs `tokens`",
+                hint="give one for each, in the order of the inputs",
+            )
+    sources = [make_source(goal, split, tokenizer, config, params) for split in splits]
+    if len(sources) == 1:
+        if given.weights or given.epochs or given.names or given.alpha != 1:
+            raise UsageError("mixture has no effect with one input `tokens`", hint="leave it out, or give several")
+        return sources[0]
+    return MixedSource(sources, params, given.weights, given.epochs, given.alpha)
+
+
 def make_source(
     goal: Goal, split: SplitTokens, tokenizer: Tokenizer, config: ModelConfig, params: PretrainParams
 ) -> TokenSource | PieceSource:
     """The batches of a split. InputError for a tokenizer without the tokens that are needed says which are missing."""
     context = params.context or config.context
     if goal == "causal":
-        return TokenSource(split, context, params)
+        return TokenSource(split, context, params, params.document_mask)
     frame = Frame.of(tokenizer)
     if goal in MASKED:
         lengths = span_lengths(params.span_p, params.span_max) if goal == "span" else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import PositiveFloat, field_validator, model_validator
 
 from llmctl.nn.config import RopeScaling
 from llmctl.nn.presets import near_presets, preset_names
@@ -27,6 +27,7 @@ OWN: dict[str, tuple[Goal, ...]] = {
     "boundary": ("span",),
     "noise_density": ("corruption",),
     "mean_noise_span": ("corruption",),
+    "document_mask": ("causal",),
 }
 """The objectives that read a parameter."""
 
@@ -71,6 +72,29 @@ class RopeScalingParams(Params):
         return RopeScaling(original_context=self.original_context or context, **values)
 
 
+class MixtureParams(Params):
+    """How much of several datasets of tokens is learned from; the lists are in the order of the inputs."""
+
+    weights: list[PositiveFloat] = Field(
+        [], description="Share of the tokens that each gives, in any unit. None: by size, to the power of alpha."
+    )
+    alpha: float = Field(
+        1.0, ge=0, le=1, description="Sizes to this power are the shares: 1 natural proportions, 0 all alike."
+    )
+    epochs: list[PositiveFloat | None] = Field(
+        [], description="Most passes over each; the others then give its part. null, or no list: no limit."
+    )
+    names: list[str] = Field([], affects="nothing", description="What metrics call them. None: 1, 2, …")
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureParams:
+        if self.weights and self.alpha != 1:
+            raise ValueError("alpha has no effect with weights")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("two datasets have the same name")
+        return self
+
+
 class PretrainParams(TrainParams):
     """A shape left unset is the preset's, or that of the model given as input."""
 
@@ -93,6 +117,10 @@ class PretrainParams(TrainParams):
     boundary: bool = Field(True, description="span: predict each token from the boundaries of its span as well.")
     noise_density: float = Field(0.15, gt=0, le=0.5, description="corruption: share of the tokens in noise spans.")
     mean_noise_span: float = Field(3.0, ge=1, description="corruption: mean tokens of a noise span.")
+    mixture: MixtureParams = Field(MixtureParams(), description="Shares of several datasets of tokens.")
+    document_mask: bool = Field(
+        True, description="causal: no document in a row sees another; false: a row is read as one text."
+    )
     dim: int | None = Field(None, ge=1, description="Width of the hidden states.")
     layers: int | None = Field(None, ge=1, description="Transformer blocks; of an encoder-decoder, its decoder's.")
     encoder_layers: int | None = Field(
@@ -128,6 +156,12 @@ class PretrainParams(TrainParams):
         if name in PUBLISHED and PUBLISHED[name].elsewhere:
             raise ValueError(f"{name} goes through transformers, it cannot be made afresh: {PUBLISHED[name].elsewhere}")
         return name
+
+    @model_validator(mode="after")
+    def _masks(self) -> PretrainParams:
+        if self.packing == "none" and not self.document_mask:
+            raise ValueError("document_mask has no effect with packing: none")
+        return self
 
     def shape(self) -> dict[str, Any]:
         """The shape parameters that were set."""

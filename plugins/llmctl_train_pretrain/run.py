@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,36 +20,77 @@ from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.text.shards import TokenShards
 from llmctl.text.tokenizer import Tokenizer
+from llmctl.train.data import JoinedSource, TokenSource
 from llmctl.train.device import Compute
 from llmctl.train.lengths import reshaped
 from llmctl.train.loop import fit
+from llmctl.train.mixing import MixedSource
 from llmctl.train.models import write_model
 from llmctl.train.objectives import CausalLM, MaskedLM
 from llmctl.train.validation import Unigram, Validate, language_loss, mean_loss
-from llmctl_train_pretrain.goals import MASKED, choose_goal, make_objective, make_source
+from llmctl_train_pretrain.goals import MASKED, choose_goal, make_mixture, make_objective, make_source
 from llmctl_train_pretrain.params import Goal, PretrainParams
 
 
 def run(
-    ctx: Context, params: PretrainParams, tokens: Artifact, tokenizer: Artifact, model: Artifact | None = None
+    ctx: Context,
+    params: PretrainParams,
+    tokens: Sequence[Artifact],
+    tokenizer: Artifact,
+    model: Artifact | None = None,
 ) -> None:
-    """Train a fresh model, or go on with `model`, on the split `train`; measure on `validation` where there is one."""
-    shards, encoder = TokenShards.open(tokens), Tokenizer.load(tokenizer.path)
-    check_tokenizer(shards, encoder)
+    """Train a fresh model, or go on with `model`, on the splits `train`; measure on `validation`, if there."""
+    shards, encoder = [TokenShards.open(one) for one in tokens], Tokenizer.load(tokenizer.path)
+    for one in shards:
+        check_tokenizer(one, encoder)
     if model is None:
         goal, net = make_model(params, encoder)
     else:
         goal, net = continue_model(ctx, params, encoder, model)
     if goal == "span" and params.boundary:
         add_boundary(net, params.span_max, None if model is None else model.path)
-    source = make_source(goal, shards.split("train"), encoder, net.config, params)
+    splits = [one.split("train") for one in shards]
+    source = make_mixture(goal, splits, encoder, net.config, params)
     ctx.log(
-        f"{net.config.arch}, {net.config.parameters()} parameters, objective {goal}; {len(source.split.tokens)} tokens "
-        f"in {len(source.split)} documents, {source.steps_per_epoch:.1f} steps per epoch"
+        f"{net.config.arch}, {net.config.parameters()} parameters, objective {goal}; "
+        f"{sum(len(split.tokens) for split in splits)} tokens in {sum(map(len, splits))} documents, "
+        f"{source.steps_per_epoch:.1f} steps per epoch"
     )
+    rows = packed_values(source)
+    if rows:
+        ctx.log(
+            f"packing {params.packing}: rows are {rows['rows.filled']:.1%} full, {rows['documents.cut']:.1%} of the "
+            f"documents are cut, {rows['targets.dropped']:.1%} of the targets dropped"
+        )
     values = fit(ctx, net, make_objective(goal), source, params, validator(goal, shards, encoder, net.config, params))
+    values |= {**sizes(net.config), **rows, **mixture_values(source, params, int(values["steps"]))}
     epochs = values["steps"] / source.steps_per_epoch
-    write_model(ctx, net, tokenizer.path, {"objective": goal, **values, **sizes(net.config), "epochs": epochs})
+    write_model(ctx, net, tokenizer.path, {"objective": goal, **values, "epochs": epochs})
+
+
+def packed_values(source: JoinedSource) -> dict[str, float]:
+    """How full rows are and what packing costs, over all datasets; nothing of objectives that cut their own pieces."""
+    parts = source.sources if isinstance(source, MixedSource) else [source]
+    counts = [part.rows.count for part in parts if isinstance(part, TokenSource)]
+    if not counts:
+        return {}
+    room = sum(part.rows.count.rows * part.context for part in parts if isinstance(part, TokenSource))
+    targets, dropped = sum(count.targets for count in counts), sum(count.dropped for count in counts)
+    return {
+        "rows.filled": sum(count.tokens for count in counts) / room,
+        "documents.cut": sum(count.cut for count in counts) / sum(count.documents for count in counts),
+        "targets.dropped": dropped / (targets + dropped),
+    }
+
+
+def mixture_values(source: JoinedSource, params: PretrainParams, steps: int) -> dict[str, float]:
+    """Passes over each dataset of a mixture, and its share of the tokens so far."""
+    if not isinstance(source, MixedSource):
+        return {}
+    names = params.mixture.names or [str(number + 1) for number in range(len(source.sources))]
+    passes, shares = source.passes(steps), source.token_shares(steps)
+    found = {f"epochs.{name}": value for name, value in zip(names, passes, strict=True)}
+    return found | {f"tokens.share.{name}": value for name, value in zip(names, shares, strict=True)}
 
 
 def sizes(config: ModelConfig | ForeignConfig) -> dict[str, int]:
@@ -131,25 +173,36 @@ def continue_model(
 
 
 def validator(
-    goal: Goal, shards: TokenShards, tokenizer: Tokenizer, config: ModelConfig, params: PretrainParams
+    goal: Goal, shards: Sequence[TokenShards], tokenizer: Tokenizer, config: ModelConfig, params: PretrainParams
 ) -> Validate | None:
-    """Measures on evenly spread rows of `validation`; None without that split.
+    """Measures on evenly spread rows of all splits `validation`, one after the other; None without any.
 
-    Loss per token and bits per byte where the next token is predicted; else loss and accuracy, beside the accuracy of
-    guessing by frequency where single tokens are guessed.
+    Loss per token and bits per byte where the next token is predicted, of several datasets for each as well; else
+    loss and accuracy, beside the accuracy of guessing by frequency where single tokens are guessed.
     """
-    if "validation" not in shards.splits or not len(shards.split("validation").tokens):
+    found = {
+        name: make_source(goal, one.split("validation"), tokenizer, config, params)
+        for name, one in zip(params.mixture.names or map(str, range(1, len(shards) + 1)), shards, strict=True)
+        if "validation" in one.splits and len(one.split("validation").tokens)
+    }
+    if not found:
         return None
-    source = make_source(goal, shards.split("validation"), tokenizer, config, params)
+    parts: list[JoinedSource] = list(found.values())
+    source = parts[0] if len(parts) == 1 else MixedSource(parts, params)
     if goal in ("causal", "prefix"):
         token_bytes = tokenizer.token_bytes()
 
         def in_bytes(model: Transformer, compute: Compute) -> dict[str, float]:
-            return language_loss(model, source.sweep(params.eval_batches), compute, token_bytes)
+            values = language_loss(model, source.sweep(params.eval_batches), compute, token_bytes)
+            for name, part in found.items() if len(found) > 1 else ():
+                each = language_loss(model, part.sweep(params.eval_batches), compute, token_bytes)
+                values |= {f"{key}.{name}": value for key, value in each.items()}
+            return values
 
         return in_bytes
     objective = MaskedLM() if goal in MASKED else CausalLM(accuracy=True)
-    unigram = Unigram.of(shards.split("train"), shards.vocab_size, tokenizer.special_ids) if goal in MASKED else None
+    splits = [one.split("train") for one in shards]
+    unigram = Unigram.of(splits, tokenizer.vocab_size, tokenizer.special_ids) if goal in MASKED else None
 
     def in_hits(model: Transformer, compute: Compute) -> dict[str, float]:
         values = mean_loss(model, objective, source.sweep(params.eval_batches), compute)

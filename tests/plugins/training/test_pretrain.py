@@ -101,7 +101,7 @@ def test_without_a_validation_split_there_is_no_validation(world) -> None:
     shards = TokenShards.open(world.tokens)
     del shards.meta["splits"]["validation"]
     config, tokenizer = load_model(world.model.path).config, Tokenizer.load(world.tokenizer.path)
-    assert validator("causal", shards, tokenizer, config, PretrainParams()) is None
+    assert validator("causal", [shards], tokenizer, config, PretrainParams()) is None
 
 
 def test_packing_none_trains_too(train) -> None:
@@ -153,3 +153,44 @@ def test_targets_from_another_document_stay_at_unigram_entropy(tmp_path: Path) -
     entropy = float(-(counts * np.log(counts)).sum())
     assert found[CausalLM] < 0.4 * entropy
     assert found[Strangers] > 0.97 * entropy
+
+
+def test_datasets_are_mixed_and_reported(train, world, tmp_path: Path) -> None:
+    other = Artifact(shutil.copytree(world.tokens.path, tmp_path / "other"), "dataset.tokens")
+    mixed = {"weights": [3, 1], "names": ["own", "copied"]}
+    result = train("train-pretrain", params={"mixture": mixed, "max_steps": 40}, tokens=[world.tokens, other])
+    assert result.metrics["tokens.share.own"] == pytest.approx(0.75, abs=0.01)
+    assert result.metrics["epochs.own"] == pytest.approx(3 * result.metrics["epochs.copied"], rel=0.05)
+    assert result.metrics["loss.validation.own"] == pytest.approx(result.metrics["loss.validation.copied"])
+    with pytest.raises(UsageError, match="mixture.weights has 2 entries for 1 inputs `tokens`"):
+        train("train-pretrain", "one", {"mixture": mixed})
+    with pytest.raises(UsageError, match="mixture has no effect with one input"):
+        train("train-pretrain", "few", {"mixture": {"alpha": 0.5}})
+
+
+def test_of_several_datasets_the_odd_one_out_is_named(train, world, tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(world.tokens.path, odd)
+    (odd / "meta.json").write_text((odd / "meta.json").read_text().replace('"sha256:', '"sha256:0'))
+    with pytest.raises(InputError, match=f"{odd} was made with the tokenizer"):
+        train("train-pretrain", tokens=[world.tokens, Artifact(odd, "dataset.tokens")])
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "crop"])
+def test_packing_reports_what_it_costs(train, packing: str) -> None:
+    result = train("train-pretrain", params={"packing": packing, "document_mask": False})
+    plain = train("train-pretrain", "plain")
+    assert plain.metrics["targets.dropped"] == 0 and plain.metrics["documents.cut"] > 0.5
+    assert (result.metrics["targets.dropped"] > 0) == (packing == "crop")
+    assert result.metrics["rows.filled"] > 0.8
+
+
+def test_packing_that_has_no_effect_is_refused(train) -> None:
+    for params, message in (
+        ({"preset": "bert", "packing": "crop"}, "packing crop is of objective causal"),
+        ({"objective": "prefix", "document_mask": False}, "document_mask has no effect"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            train("train-pretrain", params=params)
+    with pytest.raises(ValueError, match="no effect with packing: none"):
+        PretrainParams(packing="none", document_mask=False)
