@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.errors import InputError, MachineError
+from llmctl.errors import InputError, MachineError, UsageError
 
 PART = 1 << 24
 """Bytes that are fetched at once."""
@@ -39,7 +39,10 @@ class Remote:
         try:
             self._fs, self._path = fsspec.core.url_to_fs(url)
         except ImportError as error:
-            raise MachineError(f"{url} needs a driver that is not installed: {error}", hint="pip install it") from error
+            hint = (
+                "pip install 'llmctl[s3]'" if url.startswith(("s3:", "s3a:")) else "install the package that it names"
+            )
+            raise MachineError(f"{url} needs a driver that is not installed: {error}", hint=hint) from error
         except ValueError as error:
             raise InputError(f"{url} is no address: {error}", hint="s3://BUCKET/DIRECTORY, https://…") from error
 
@@ -168,8 +171,10 @@ def point(url: str, directory: Path) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m llmctl.text.remote_files URL DIRECTORY")
+        sys.stderr.write("usage: python -m llmctl.text.remote_files URL DIRECTORY\n")
+        sys.exit(UsageError.exit_code)
     try:
         sys.stdout.write(f"{point(sys.argv[1], Path(sys.argv[2]))}\n")
     except (InputError, MachineError) as wrong:
-        sys.exit(f"error: {wrong.message}\nhint: {wrong.hint}")
+        sys.stderr.write(f"error: {wrong.message}\n  hint: {wrong.hint}\n")
+        sys.exit(wrong.exit_code)

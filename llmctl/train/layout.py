@@ -61,10 +61,9 @@ def lay_out(starts: Ints, lengths: Ints, context: int, packing: Packing, closing
     """Rows of `context` tokens of the documents at `starts (D,)` of a split, `lengths (D,)` long.
 
     `documents` lays them end to end and cuts. `best-fit` cuts only documents longer than a row and puts every piece
-    into the
-    fullest row that has room for it, the longest first (2404.10830); every row begins with a piece. `crop` begins
-    every row with the start of a document and fills it: with the longest document that fits, or, when none does, with
-    the beginning of the shortest that is left, whose rest is dropped. `none` gives each piece its row.
+    into the fullest row that has room for it, the longest first (2404.10830). `crop` begins every row with the start of
+    a document and fills it: with the longest document that fits, or, when none does, with the beginning of the
+    shortest that is left, whose rest is dropped. `none` gives each piece its row.
 
     Every token but a document's first is a target once, of what is kept. The last token of a document predicts
     nothing; it is read where documents are laid end to end and with `closing`, and takes no room otherwise.

@@ -123,13 +123,25 @@ def _longest(phase: _Phase, left: Sequence[int | None]) -> int | None:
     return low
 
 
+def _pass(whole: int, total: int | None, batch_size: int) -> int:
+    """Sequences of one pass; UsageError if the limits do not allow a single step."""
+    if total is None:
+        return whole
+    if total < batch_size:
+        raise UsageError(
+            f"the limits of the mixture allow {total} sequences, a step takes {batch_size}",
+            hint="raise mixture.epochs, or set batch_size lower",
+        )
+    return min(whole, total // batch_size * batch_size)
+
+
 class MixedSource(JoinedSource):
     """Sources of one kind, each with its share of the tokens that are learned from.
 
-    One pass is as many sequences as all of them have: in natural proportions (no `weights`, `alpha` 1) each once.
-    `weights` are
-    shares of tokens; without them these are the natural ones to the power of `alpha`. `epochs` limit how often each
-    source is passed through; what a source no longer gives, the others give in their proportions.
+    One pass is as many sequences as all of them have: in natural proportions (no `weights`, `alpha` 1) each once; or
+    as many whole steps as the limits allow, if those are fewer. `weights` are shares of tokens; without them these are
+    the natural ones to the power of `alpha`. `epochs` limit how often each source is passed through; what a source no
+    longer gives, the others give in their proportions.
     """
 
     def __init__(
@@ -154,13 +166,13 @@ class MixedSource(JoinedSource):
         self._ends = np.cumsum([source.size for source in sources])
         whole = int(self._ends[-1])
         self.plan = Plan(shares, limits, params.seed, cycle=whole)
-        super().__init__(whole if self.plan.total is None else min(whole, self.plan.total), params)
+        super().__init__(_pass(whole, self.plan.total, params.batch_size), params)
         steps = params.max_steps or max(1, ceil(params.epochs * self.steps_per_epoch))
         if self.plan.total is not None and steps * self.batch_size > self.plan.total:
             raise UsageError(
                 f"{steps} steps need {steps * self.batch_size} sequences, "
                 f"the limits of the mixture allow {self.plan.total}",
-                hint="raise mixture.epochs, or set max_steps lower",
+                hint="raise mixture.epochs, or train for fewer steps (max_steps, epochs)",
             )
 
     def item(self, epoch: int, place: int) -> Any:

@@ -67,7 +67,7 @@ class Prefetch:
             found: list[Batch] | BaseException
             try:
                 found = self._make(step)
-            except BaseException as error:  # whatever it is, it belongs to whoever asks for this step
+            except BaseException as error:  # any that is not handed on would leave `take` waiting for ever
                 found, failed = error, True
             with self._changed:
                 self._ready.append(found)

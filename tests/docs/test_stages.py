@@ -61,6 +61,8 @@ def type_text(annotation: Any, metadata: typing.Sequence[Any] = ()) -> str:
         return ", ".join(f"`{plain(choice)}`" for choice in arguments)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_text(kind, metadata) for kind in arguments if kind is not type(None))
+    if origin is typing.Annotated:
+        return type_text(arguments[0], annotation.__metadata__)
     if origin is list:
         return f"list of {type_text(arguments[0])}"
     if origin is dict:

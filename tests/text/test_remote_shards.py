@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from llmctl.errors import InputError
+from llmctl.errors import InputError, MachineError
 from llmctl.store.types import check
 from llmctl.text import remote_files
-from llmctl.text.remote_files import RemoteValues, point
+from llmctl.text.remote_files import Remote, RemoteValues, point
 from llmctl.text.shards import ShardWriter, TokenShards
 from llmctl.train import layout
 from llmctl.train.data import TokenSource
@@ -172,3 +174,30 @@ def test_what_is_not_there_or_not_served_in_ranges_is_said(server, tmp_path: Pat
     with pytest.raises(InputError, match="it may not serve byte ranges"):
         values[:10]
     values.close()
+
+
+def test_the_command_makes_a_pointer_or_says_in_one_line_why_not(local: Path, tmp_path: Path) -> None:
+    def command(*given: str) -> subprocess.CompletedProcess[str]:
+        call = [sys.executable, "-m", "llmctl.text.remote_files", *given]
+        return subprocess.run(call, capture_output=True, text=True, check=False)
+
+    made = command(f"file://{local}", str(tmp_path / "pointer"))
+    assert (made.returncode, made.stderr) == (0, "")
+    assert TokenShards.open(tmp_path / "pointer").meta["url"] == f"file://{local}"
+    missing = command(f"file://{local}/none", str(tmp_path / "other"))
+    assert missing.returncode == 5 and missing.stderr.startswith("error: cannot read file://")
+    assert not (tmp_path / "other").exists()
+    assert command("file:///x").returncode == 2
+
+
+def test_a_missing_driver_is_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    def none(url: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", none)
+    for url, hint in (("s3://a/b", "llmctl[s3]"), ("gs://a/b", "the package that it names")):
+        with pytest.raises(MachineError, match="Install s3fs") as error:
+            Remote(url)
+        assert hint in str(error.value.hint)

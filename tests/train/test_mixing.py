@@ -27,8 +27,11 @@ def source_of(first: int, documents: int, params: TrainParams, longest: int = 40
     return TokenSource(SplitTokens("train", tokens, np.cumsum([0, *lengths]).astype(np.uint64), 1), context, params)
 
 
-def mixture(weights=(), epochs=(), alpha=1.0, sizes=(60, 400), longest=(40, 40), **changes) -> MixedSource:
-    params = TrainParams(**{"batch_size": 8, "max_steps": 1, "packing": "best-fit", **changes})
+def mixture(
+    weights=(), epochs=(), alpha=1.0, sizes=(60, 400), longest=(40, 40), epochs_of_all=1, **changes
+) -> MixedSource:
+    values = {"batch_size": 8, "max_steps": 1, "packing": "best-fit", "epochs": epochs_of_all, **changes}
+    params = TrainParams(**values)
     sources = [
         source_of(1_000_000 * number, size, params, long)
         for number, (size, long) in enumerate(zip(sizes, longest, strict=True))
@@ -121,8 +124,13 @@ def test_the_order_is_a_function_of_seed_and_step_alone() -> None:
 def test_limits_of_passes() -> None:
     source = mixture(weights=(1, 1), epochs=(2, None), max_steps=100)
     assert source.passes(100)[0] == pytest.approx(2) and source.passes(20)[0] < 2
-    short = mixture(weights=(1, 1), epochs=(1, 1))
-    assert short.plan.total == sum(part.size for part in short.sources)
+    short = mixture(weights=(1, 1), epochs=(1, 1), max_steps=None)  # one pass, in whole steps
+    assert short.plan.total == sum(part.size for part in short.sources) and short.plan.total % 8
+    assert short.size == short.plan.total // 8 * 8
+    with pytest.raises(UsageError, match="the limits of the mixture allow 2 sequences, a step takes 8"):
+        mixture(weights=(1, 1), epochs=(1e-9, 1e-9))
+    with pytest.raises(UsageError, match=r"steps need .* sequences, the limits"):
+        mixture(weights=(1, 1), epochs=(1, 1), max_steps=None, epochs_of_all=2)
     with pytest.raises(UsageError, match="1000 steps need 8000 sequences, the limits of the mixture allow"):
         mixture(weights=(1, 1), epochs=(1, 1), max_steps=1000)
 
