@@ -274,7 +274,8 @@ def load_foreign(
             net, info = transformers.AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype or "auto", output_loading_info=True, **options
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
+            # The last two: a config.json with a field of another family, which this one computes from others.
             line = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"transformers cannot open {directory} ({names}): {line}",

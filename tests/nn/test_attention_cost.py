@@ -13,7 +13,7 @@ from llmctl.nn.attention import AttentionContext, backend
 from llmctl.nn.config import ModelConfig
 
 PEAK = """
-import resource, sys, torch
+import sys, torch
 from llmctl.nn.attention import AttentionContext, backend
 from llmctl.nn.config import ModelConfig
 length, kind = int(sys.argv[1]), sys.argv[2]
@@ -28,7 +28,8 @@ if kind == "naive":
 else:
     out = backend(context).attend(q, k, v, 0, context, None)
 out.sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss: a process inherits that of the one that started it, which may be larger.
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
