@@ -291,9 +291,9 @@ class ModelConfig:
         if set(self.value_pattern) - set("V-"):
             raise UsageError(f"value_pattern {self.value_pattern!r} has other letters than V and -")
         own = {"value_pattern": self.value_pattern, "stream_weights": self.traits.stream_weights}
-        if odd := [name for name, value in {**own, "backout": self.traits.backout}.items() if value]:
-            if self.traits.kind != "decoder":
-                raise UsageError(f"{odd[0]} is for decoders, {self.arch} is an {self.traits.kind}")
+        odd = [name for name, value in {**own, "backout": self.traits.backout}.items() if value]
+        if odd and self.traits.kind != "decoder":
+            raise UsageError(f"{odd[0]} is for decoders, {self.arch} is an {self.traits.kind}")
         if self.qk_gain <= 0 or (self.qk_gain != 1 and not self.traits.qk_norm):
             raise UsageError(
                 f"qk_gain {self.qk_gain:g} must be positive, and 1 where queries and keys are not normed",

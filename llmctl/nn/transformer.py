@@ -561,20 +561,20 @@ def make_norm(config: ModelConfig, dim: int = 0) -> nn.Module:
 def initialise(model: Transformer) -> None:
     """Fresh weights.
 
-    | Parameter                       | `initial: small`, the usual                  | `initial: zero`   | Why                    |
-    |---------------------------------|----------------------------------------------|-------------------|------------------------|
-    | embedding                       | normal, std 1 / (2 sqrt(D))                  | std 0.8           | logits of order 1      |
-    | untied head                     | the same                                     | std 0.001         | all tokens alike       |
-    | learned positions, segments     | normal, std 0.02                             |                   | GPT-2, BERT            |
-    | relative table, XL's two biases | normal, std 0.02                             |                   | as positions           |
-    | out, down                       | normal, std 1 / (10 sqrt(fan-in * 2 layers)) | 0                 | blocks are near the    |
-    |                                 |                                              |                   | identity, or are it    |
-    | other matrices                  | normal, std 1 / sqrt(fan-in)                 | `up` 0.4 of it    | the scale at any width |
-    | gates of values                 | normal, std 0.02                             |                   | a half open            |
-    | weights of x and x0             | 1.15 to 1.05 and .2 to .05 over the depth    |                   | nanochat               |
-    | backout                         | 0.2                                          |                   | nanochat               |
-    | norms                           | a gain of 1 (bias 0)                         |                   |                        |
-    | biases                          | 0                                            |                   |                        |
+    | Parameter                       | Value                                        | with `initial: zero`            |
+    |---------------------------------|----------------------------------------------|---------------------------------|
+    | embedding                       | normal, std 1 / (2 sqrt(D)): logits of       | std 0.8, a norm follows         |
+    |                                 | order 1 at any width                         |                                 |
+    | untied head                     | the same                                     | std 0.001: all tokens alike     |
+    | learned positions, segments     | normal, std 0.02 (GPT-2, BERT)               |                                 |
+    | relative table, XL's two biases | normal, std 0.02                             |                                 |
+    | out, down                       | normal, std 1 / (10 sqrt(fan-in * 2 layers)) | 0: blocks are the identity      |
+    |                                 | blocks start near the identity               |                                 |
+    | other matrices                  | normal, std 1 / sqrt(fan-in): keeps the      | up: .4 of it                    |
+    |                                 | scale at any width                           |                                 |
+    | gates of values                 | normal, std 0.02: half open                  |                                 |
+    | weights of x, of x0, of backout | 1.15 to 1.05 and .2 to .05 by depth, .2      |                                 |
+    | norms, biases                   | a gain of 1, 0                               |                                 |
 
     Where scores are not scaled, queries are smaller by the root of the head width instead, as in T5's own recipe.
 

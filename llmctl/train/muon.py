@@ -135,13 +135,15 @@ def equalised(matrices: Tensor, axis: int) -> Tensor:
     """`matrices (N, R, C)` with every row (`axis` 2: sums run along it) or column (1) of its matrix's mean norm."""
     norms = torch.linalg.vector_norm(matrices, dim=axis, keepdim=True)
     level = norms.square().mean(dim=3 - axis, keepdim=True).sqrt()
-    return matrices * (level / norms.clamp(min=1e-7))
+    found: Tensor = matrices * (level / norms.clamp(min=1e-7))
+    return found
 
 
 def renormalised(matrices: Tensor) -> Tensor:
     """`matrices (N, R, C)`, each with the Frobenius norm sqrt(min(R, C))."""
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
-    return matrices * (min(matrices.shape[1:]) ** 0.5 / norms.clamp(min=1e-7))
+    found: Tensor = matrices * (min(matrices.shape[1:]) ** 0.5 / norms.clamp(min=1e-7))
+    return found
 
 
 def rate_factor(rows: int, columns: int, scale: str) -> float:

@@ -23,6 +23,7 @@ HEADS = ("unembedding", "next", "classifier")
 """Parts of the names of matrices that score classes."""
 OUTER = (*TABLES, *HEADS)
 KINDS = ("matrix", "embedding", "head", "vector")
+BETAS: tuple[str, ...] = ("beta1", "beta2")
 
 Group = dict[str, Any]
 
@@ -126,9 +127,9 @@ class Optimizers:
                 own |= params.groups[key].model_dump(exclude_none=True)
             if "lr" in own:
                 own["lr"] *= self.rates.factors[kind]
-            betas = {name: own.pop(name) for name in ("beta1", "beta2") if name in own}
-            betas = _betas(betas, kind, keys, params)
-            groups.append({"params": members[kind, *keys], "kind": kind, **values, **own, **betas})
+            betas = {name: own.pop(name) for name in BETAS if name in own}
+            group = {"params": members[kind, *keys], "kind": kind, **values, **own}
+            groups.append({**group, **_betas(betas, kind, keys, params)})
         return groups
 
     def step(self, factor: float, momentum: float | None = None, decay: float = 1.0) -> None:

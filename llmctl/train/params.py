@@ -96,7 +96,7 @@ class TrainParams(Params):
     momentum_warmup: int = Field(
         0,
         ge=0,
-        description="Muon and SGD: steps over which momentum rises from momentum_start. 0: it is there at once.",
+        description="Muon and SGD: steps over which momentum rises from momentum_start. 0: none.",
     )
     momentum_start: float = Field(0.85, ge=0, lt=1, description="Momentum of the first step, with momentum_warmup.")
     momentum_end: float | None = Field(
