@@ -101,6 +101,20 @@ class PretrainParams(TrainParams):
 
     # Over 200 steps of the standard library 0.2 nats below cosine: short runs gain from a long high rate.
     schedule: Schedule = Field("wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly.")
+    # Together .04 nats below plain Muon on the anchor (benchmarks/RESULTS.md).
+    muon_iteration: Literal["newton-schulz", "polar-express"] = Field(
+        "polar-express",
+        description="Muon: the polynomials that orthogonalise; `polar-express` comes closer (2505.16932).",
+    )
+    muon_equalise: Literal["none", "rows", "columns", "both"] = Field(
+        "rows", description="Muon: bring rows or columns to one norm before orthogonalising (MuonEq, 2603.28254)."
+    )
+    muon_renormalise: bool = Field(
+        True, description="Muon: give each update the norm of an exactly orthogonal matrix (Muon+, 2602.21545)."
+    )
+    muon_variance: bool = Field(
+        True, description="Muon: level the size of a matrix's rows, or of its columns if those are more (NorMuon)."
+    )
     preset: str = Field("llama", description="Model family and its default shape: a name that `llmctl models` lists.")
     objective: Literal["auto", "causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"] = Field(
         "auto",
