@@ -8,8 +8,8 @@ own, as they need other versions of what we need, too:
     peers/bin/pip install torch==2.13.0 litgpt==0.5.13 transformers==4.57.6 accelerate==1.15.0
     python benchmarks/train.py --peers peers/bin/python [--shapes 4x128 12x768] [--threads 2] [--rounds 7]
 
-Prints per shape the median tokens per second of each side, and the median over the rounds of the ratios to it. `compiled`
-rows are those with torch.compile on both sides, litgpt's default.
+Prints per shape the median tokens per second of each side, and the median over the rounds of the ratios to it, once as
+Python runs it and once with torch.compile on all sides, which is litgpt's default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,9 @@ def compare(name: str, sides: Sides, tokens: int, rounds: int) -> None:
     for side, rows in found.items():
         speed = tokens / statistics.median(row["seconds"] for row in rows)
         ratios = {
-            what: statistics.median(theirs[what] / mine[what] for mine, theirs in zip(found["llmctl"], rows, strict=True))
+            what: statistics.median(
+                theirs[what] / mine[what] for mine, theirs in zip(found["llmctl"], rows, strict=True)
+            )
             for what in ("seconds", "cpu_seconds")
         }
         print(
@@ -173,7 +174,13 @@ def main() -> None:
             directory.mkdir()
             prepare(directory, SHAPES[name]["vocabulary"])
             for compiled in options.compile:
-                shape = {**SHAPES[name], "steps": STEPS[name], "warmup": WARMUP[name], "compile": bool(compiled), "lr": 1e-3}
+                shape = {
+                    **SHAPES[name],
+                    "steps": STEPS[name],
+                    "warmup": WARMUP[name],
+                    "compile": bool(compiled),
+                    "lr": 1e-3,
+                }
                 shape |= {key: getattr(options, key) for key in ("threads", "packing", "precision", "device")}
                 wanted = ["llmctl", *(options.sides if options.peers else [])]
                 sides = {side: start(side, directory, shape, options.peers) for side in wanted}

@@ -1,6 +1,6 @@
 """The peers of train.py, run with the interpreter of an environment that has them; see there.
 
-    python benchmarks/train_peers.py SIDE DIRECTORY '{"dim": ..., ...}'
+python benchmarks/train_peers.py SIDE DIRECTORY '{"dim": ..., ...}'
 """
 
 from __future__ import annotations
