@@ -116,6 +116,7 @@ KINDS = {"tokens": "dataset.tokens", "tokenizer": "tokenizer"}
 
 def work(arguments: list[str]) -> None:
     """Be our side in a process of its own."""
+    sys.path.insert(0, str(HERE / "peers"))
     from pacing import Pace
 
     directory, shape = Path(arguments[0]), json.loads(arguments[1])
@@ -129,7 +130,7 @@ def start(side: str, directory: Path, shape: dict[str, Any], peers: str | None) 
         command = [sys.executable, str(HERE / "train.py"), "--work"]
     else:
         assert peers is not None
-        command = [peers, str(HERE / "train_peers.py"), side]
+        command = [peers, str(HERE / "peers" / "train.py"), side]
     return Trainer([*command, str(directory), json.dumps(shape)], directory / f"{side}.log")
 
 
