@@ -20,6 +20,7 @@ from llmctl.nn.families import in_transformers
 from llmctl.nn.hf import load_model, save_model
 from llmctl.nn.presets import preset
 from llmctl.nn.transformer import Transformer
+from llmctl.train.batches import Batch
 
 SHAPE = {
     "vocab_size": 40, "dim": 32, "layers": 3, "heads": 4, "kv_heads": 2, "context": 16, "rope_theta": 500.0,
@@ -165,3 +166,19 @@ def test_fresh_blocks_are_the_identity_and_all_tokens_alike() -> None:
 def test_what_does_not_fit_is_refused(changes: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ModelConfig(**{"vocab_size": 40, "dim": 32, "layers": 2, "heads": 4, **changes})
+
+
+def test_a_layer_taken_out_leaves_the_others_their_values(tmp_path) -> None:
+    from llmctl_prune.importance import block_influence
+    from llmctl_prune.surgery import remove_layer
+
+    model = build(layers=4, value_pattern="-V").float()
+    tokens = torch.tensor([[3, 17, 0, 39]])
+    batch = Batch(tokens=tokens, picks=torch.arange(4), targets=tokens[0], size=4)
+    assert all(0 < share < 2 for share in block_influence(model, [batch]))
+    kept = [block for number, block in enumerate(model.blocks) if number != 1]
+    remove_layer(model, 1)
+    assert model.config.value_pattern == "--V"
+    assert list(model.blocks) == kept
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path).eval()(tokens), model(tokens))
