@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from llmctl.errors import UsageError
+from llmctl.errors import TempFail, UsageError
+from llmctl.train.data import ExampleSource
+from llmctl.train.loop import fit
 from llmctl.train.muon import ITERATIONS, Muon, equalised
+from llmctl.train.objectives import CausalLM
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
 from llmctl.train.schedule import decay_factor, momentum_at
@@ -192,3 +195,46 @@ def test_equalised_rows_have_one_norm_and_keep_their_directions() -> None:
     torch.testing.assert_close(found.norm(dim=(1, 2)), matrices.norm(dim=(1, 2)))
     torch.testing.assert_close(torch.cosine_similarity(found, matrices, dim=2), torch.ones(3, 8).double())
     assert equalised(torch.zeros(1, 2, 2), 1).abs().max() == 0
+
+
+def test_a_run_follows_momentum_and_decay(make_context, make_model, make_examples, monkeypatch) -> None:
+    taken: list[tuple[float, float, float]] = []
+    step = Optimizers.step
+
+    def spied(self: Optimizers, *given: float) -> None:
+        step(self, *given)
+        group = self.all[0].param_groups[0]
+        taken.append((group["lr"], group["momentum"], group["weight_decay"]))
+
+    monkeypatch.setattr(Optimizers, "step", spied)
+    params = TrainParams(
+        max_steps=8, batch_size=2, schedule="constant", warmup_steps=0, momentum_warmup=4, momentum_end=0.75,
+        decay_share=0.5, weight_decay=0.1, decay_schedule="linear", threads=1, save_every=0,
+    )  # fmt: skip
+    fit(make_context(), make_model(), CausalLM(), ExampleSource(make_examples(8), 32, params), params)
+    rates, momenta, decays = zip(*taken, strict=True)
+    assert set(rates) == {0.02}
+    assert momenta == pytest.approx((0.85, 0.875, 0.9, 0.925, 0.95, 0.9, 0.85, 0.8))
+    assert decays == pytest.approx([0.1 * (1 - step / 8) for step in range(8)])
+
+
+def test_a_resumed_run_of_speedrun_is_bit_identical(make_context, make_model, make_examples) -> None:
+    shape = {"arch": "speedrun", "value_pattern": "-V", "qk_gain": 1.2, "tie_embeddings": False}
+    params = TrainParams(
+        max_steps=6, batch_size=2, momentum_warmup=4, momentum_end=0.8, muon_equalise="rows", muon_renormalise=True,
+        muon_variance=True, muon_iteration="polar-express", decay_schedule="cosine", weight_decay=0.1, threads=1,
+        groups={"value_embedding": {"lr": 0.1, "beta2": 0.99}, "again": {"beta1": 0.5}}, recompute="full",
+    )  # fmt: skip
+    found = []
+    for name, stops in (("whole", [None]), ("stopped", [2, None])):
+        for stop in stops:
+            model = make_model(**shape)
+            source = ExampleSource(make_examples(8), 32, params)
+            try:
+                fit(make_context(name, stop), model, CausalLM(), source, params)
+            except TempFail:
+                continue
+        found.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*found)
+    fresh = torch.cat([parameter.flatten() for parameter in make_model(**shape).parameters()])
+    assert all((a != b).any() for a, b in zip(found, [fresh, fresh], strict=True))
