@@ -57,7 +57,12 @@ def export(
 
 def _refuse(params: ExportParams) -> None:
     """What only our own tracer does."""
-    for name, wanted in (("dtype", params.dtype != "float32"), ("pooling", params.pooling != "none")):
+    asked = {
+        "dtype": params.dtype != "float32",
+        "pooling": params.pooling in ("mean", "cls"),
+        "normalise": params.normalise is not None,
+    }
+    for name, wanted in asked.items():
         if wanted:
             raise UsageError(
                 f"`{name}: {getattr(params, name)}` is not available through Optimum",

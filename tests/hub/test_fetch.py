@@ -106,6 +106,31 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(hub, store, shards):
         fetch(store)
 
 
+def test_a_sentence_encoder_brings_along_how_it_pools(hub, store, model, monkeypatch):
+    from llmctl.store.hub import POOLING
+    from llmctl.text.pooling import POOLING_FILES, normalises, read_pooling
+
+    assert POOLING == POOLING_FILES
+    kinds = ["Transformer", "Pooling"]
+    modules = [{"idx": n, "path": "", "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)]
+    files = {
+        **model,
+        "modules.json": json.dumps(modules),
+        "1_Pooling/config.json": '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}',
+        "2_Other/config.json": "{}",
+    }
+    hub.add(NAME, files)
+    path = fetch(store).external.artifact.path
+    assert names(path) == sorted([*KEPT, "1_Pooling", "modules.json"])
+    assert read_pooling(path) == "cls" and not normalises(path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import shutil
+
+    shutil.rmtree(path)
+    again = fetch(store).external.artifact.path
+    assert names(again) == sorted([*KEPT, "1_Pooling", "modules.json"]) and read_pooling(again) == "cls"
+
+
 def test_a_tokenizer_alone(hub, store, model):
     hub.add(NAME, {**model, "vocab.json": "{}"})
     found = fetch(store, types=("tokenizer",)).external.artifact

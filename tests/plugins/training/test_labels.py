@@ -166,6 +166,11 @@ def test_pooling_is_written_for_those_who_embed(tune, data_of, tmp_path: Path) -
     path.write_text(path.read_text().replace("mean_tokens", "max_tokens"))
     with pytest.raises(InputError, match="pooling_mode_max_tokens"):
         read_pooling(tmp_path)
+    write_pooling(tmp_path, "cls", 8, 16)
+    listed = (tmp_path / "modules.json").read_text()
+    (tmp_path / "modules.json").write_text(listed.replace("Normalize", "Dense"))
+    with pytest.raises(InputError, match="asks for a module Dense"):
+        read_pooling(tmp_path)
     hot, cold = (tune("roberta", data, f"t{t}", temperature=t).metrics["loss.train"] for t in (1.0, 0.05))
     assert hot != cold
 
