@@ -211,7 +211,7 @@ def _make_view(view: Path, address: HubAddress, files: Mapping[str, Path], diges
         kept = {name: digest for name, digest in digests.items() if name not in pickled}
         if pickled:
             _convert(next(iter(pickled.values())).parent, staging, address)
-            made = [path for path in staging.iterdir() if not path.is_symlink()]
+            made = [path for path in staging.iterdir() if path.is_file() and not path.is_symlink()]
             kept |= {path.name: Digest(f"sha256:{hash_file(path)}") for path in made}
         facts = {"address": str(address), "digests": kept}
         (staging / FACTS).write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")

@@ -86,7 +86,7 @@ class Client:
         self._hub = _library()
 
     def list_files(self, address: HubAddress) -> tuple[str, dict[str, Listed]]:
-        """The commit that `address` means now, and the files at the top of its repository, with those of BELOW, by name."""
+        """The commit that `address` means now, and its files by name: those at the top of the repository, and BELOW."""
         if self.offline:
             return self._list_cached(address)
         with self._told(address):

@@ -11,44 +11,57 @@ from llmctl.errors import InputError
 Pooling = Literal["mean", "cls"]
 FILE = Path("1_Pooling", "config.json")
 MODULES = "modules.json"
-POOLING_FILES = (MODULES, "sentence_bert_config.json", str(FILE))
+LENGTHS = "sentence_bert_config.json"
+POOLING_FILES = (MODULES, LENGTHS, str(FILE))
 _FLAGS: dict[Pooling, str] = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-_MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+_MODULES = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+"""Kinds of module that are computed here, and the directory of each."""
 
 
 def write_pooling(directory: Path, pooling: Pooling, dim: int, context: int, *, normalise: bool = True) -> None:
-    """Say that the states are pooled like this and, with `normalise`, brought to length 1."""
-    modules = _MODULES if normalise else _MODULES[:-1]
-    kinds = {
-        MODULES: [
-            {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for number, (path, kind) in enumerate(modules)
-        ],
-        "sentence_bert_config.json": {"do_lower_case": False, "max_seq_length": context},
-        str(FILE): {"word_embedding_dimension": dim, **{flag: name == pooling for name, flag in _FLAGS.items()}},
-    }
+    """Say that the states are pooled like this and, with `normalise`, brought to length 1.
+
+    How long a text may be is left as it stands where the directory says that already.
+    """
+    kinds = [kind for kind in _MODULES if normalise or kind != "Normalize"]
+    modules = [
+        {"idx": number, "name": str(number), "path": _MODULES[kind], "type": f"sentence_transformers.models.{kind}"}
+        for number, kind in enumerate(kinds)
+    ]
+    flags = {flag: name == pooling for name, flag in _FLAGS.items()}
     (directory / FILE.parent).mkdir(exist_ok=True)
-    for name, content in kinds.items():
-        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_json(directory / MODULES, modules)
+    _write_json(directory / FILE, {"word_embedding_dimension": dim, **flags})
+    if not (directory / LENGTHS).exists():
+        _write_json(directory / LENGTHS, {"do_lower_case": False, "max_seq_length": context})
 
 
 def read_pooling(directory: Path) -> Pooling:
     """What the directory says, `mean` where it says nothing.
 
-    InputError for a pooling that is neither mean nor cls, and for further layers behind it.
+    InputError for a pooling that is neither mean nor cls, and for layers before or behind it that are not known here.
     """
-    path = directory / FILE
-    _modules(directory)
+    path, kinds = directory / FILE, _modules(directory)
     if not path.is_file():
+        if "Pooling" in kinds:
+            raise InputError(f"{path} is missing, though {MODULES} names it", hint="take the whole directory")
         return "mean"
-    flags = _read_json(path)
-    if not isinstance(flags, dict):
+    config = _read_json(path)
+    if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object", hint="it names the ways of pooling that are on")
-    found = [name for name, flag in _FLAGS.items() if flags.get(flag)]
-    others = [key for key, on in flags.items() if key.startswith("pooling_mode_") and on and key not in _FLAGS.values()]
-    if len(found) != 1 or others:
-        raise InputError(f"{path} asks for {', '.join([*found, *others]) or 'no pooling'}", hint="mean or cls is known")
-    return found[0]
+    asked = _asked(config)
+    found = next((name for name in _FLAGS if asked == [name]), None)
+    if found is None:
+        raise InputError(f"{path} asks for {', '.join(asked) or 'no pooling'}", hint="mean or cls is known")
+    return found
+
+
+def _asked(config: dict[str, Any]) -> list[str]:
+    """The ways of pooling that are on: a flag for each, or their names under `pooling_mode`."""
+    names = {flag: name for name, flag in _FLAGS.items()}
+    on = [str(names.get(key, key)) for key, value in config.items() if key.startswith("pooling_mode_") and value]
+    named = config.get("pooling_mode")
+    return [*on, *(str(name) for name in ([named] if isinstance(named, str) else named or []))]
 
 
 def says_pooling(directory: Path) -> bool:
@@ -57,7 +70,10 @@ def says_pooling(directory: Path) -> bool:
 
 
 def normalises(directory: Path) -> bool:
-    """Whether the directory's embeddings have length 1; so they have where it does not list its modules."""
+    """Whether the directory's embeddings have length 1; so they have where it does not list its modules.
+
+    InputError for modules that are not known here.
+    """
     return not (directory / MODULES).is_file() or "Normalize" in _modules(directory)
 
 
@@ -66,15 +82,17 @@ def _modules(directory: Path) -> list[str]:
     path = directory / MODULES
     if not path.is_file():
         return []
-    listed = _read_json(path)
     try:
-        kinds = [str(module["type"]).rpartition(".")[2] for module in listed]
+        places = {str(module["type"]).rpartition(".")[2]: str(module["path"]) for module in _read_json(path)}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} lists no modules", hint="sentence-transformers writes it") from error
-    known = [kind for _, kind in _MODULES]
-    if other := next((kind for kind in kinds if kind not in known), None):
-        raise InputError(f"{path} asks for a module {other}", hint=f"{', '.join(known)} are known")
-    return kinds
+    for kind, place in places.items():
+        if kind not in _MODULES:
+            raise InputError(f"{path} asks for a module {kind}", hint=f"{', '.join(_MODULES)} are known")
+        if kind != "Normalize" and place != _MODULES[kind]:  # that one has no files
+            there = _MODULES[kind] or "the directory itself"
+            raise InputError(f"{path} has its {kind} in {place!r}", hint=f"it is read from {there}")
+    return list(places)
 
 
 def _read_json(path: Path) -> Any:
@@ -82,3 +100,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is no valid JSON: {error}") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

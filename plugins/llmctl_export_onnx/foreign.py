@@ -96,6 +96,7 @@ def _export(source: Path, target: Path, task: str, opset: int) -> None:
                 opset=opset,
                 do_validation=False,
                 local_files_only=True,
+                library_name="transformers",  # what a sentence encoder holds besides needs another library
                 # It would merge both decoders into a third graph.
                 no_post_process=pair,
             )
@@ -117,7 +118,12 @@ def _reference(source: Path, task: str) -> Any:
     from optimum.exporters.tasks import TasksManager
 
     model: Any = TasksManager.get_model_from_task(
-        task.removesuffix("-with-past"), str(source), framework="pt", local_files_only=True, dtype=torch.float32
+        task.removesuffix("-with-past"),
+        str(source),
+        framework="pt",
+        library_name="transformers",
+        local_files_only=True,
+        dtype=torch.float32,
     )
     return model.eval()
 

@@ -62,8 +62,8 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
     """Write the bundle and prove it; the metrics to report."""
     if params.dtype not in DTYPES:
         raise MachineError(
-            "ONNX Runtime multiplies no bfloat16 matrices on a CPU, so the export could not be proved here",
-            hint="set `dtype` to float16 or float32",
+            "an export is proved on the CPU, and ONNX Runtime multiplies bfloat16 matrices on CUDA only",
+            hint="set `dtype: float16`, as small and proved here, or serve the model.hf directory, on CUDA in bfloat16",
         )
     if params.task != "auto":
         raise UsageError(
@@ -111,8 +111,10 @@ def choose_pooling(params: ExportParams, source: Path, config: ModelConfig) -> t
         pooling = said[0] if said else "none"
     elif pooling != "none" and (config.traits.kind == "encoder-decoder" or config.head == "lm"):
         raise UsageError("`pooling` makes embeddings of an encoder's states, and this model generates text")
-    if pooling == "none" and params.normalise is not None:
-        raise UsageError("`normalise` is about embeddings, and there is no `pooling`", hint="leave normalise out")
+    if pooling == "none":
+        if params.normalise is not None:
+            raise UsageError("`normalise` is about embeddings, and there is no `pooling`", hint="leave normalise out")
+        return "none", False
     return pooling, normalises(source) if params.normalise is None else params.normalise
 
 

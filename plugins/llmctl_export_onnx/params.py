@@ -26,7 +26,9 @@ class ExportParams(Params):
     )
     task: Task = Field("auto", description="what an Optimum export computes; auto: by the architecture's name")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="of weights and computation; ONNX Runtime has no bfloat16 on a CPU"
+        "float32",
+        description="of weights and computation. bfloat16 is refused: ONNX Runtime has it on CUDA only, "
+        "and exports are proved on the CPU",
     )
     pooling: Literal["auto", "none", "mean", "cls"] = Field(
         "auto",

@@ -22,6 +22,7 @@ from llmctl.nn.config import TRAITS, RopeScaling
 from llmctl.ort import OrtSeq2Seq, open_bundle, open_encoder, open_generator
 from llmctl.ort.encoder import pool
 from llmctl.testing import StageResult, run_stage
+from llmctl.text.pooling import normalises, read_pooling, says_pooling, write_pooling
 from llmctl_export_onnx import EXPORT_ONNX
 
 from .conftest import write_byte_tokenizer
@@ -466,7 +467,7 @@ def test_float16(exported: Exported, tmp_path: Path, name: str) -> None:
 
 def test_a_dtype_that_cannot_be_proved_here_is_refused_before_the_work(tmp_path: Path) -> None:
     model = save(tmp_path / "hf", arch="llama")
-    with pytest.raises(MachineError, match="no bfloat16 matrices on a CPU") as caught:
+    with pytest.raises(MachineError, match="bfloat16 matrices on CUDA only") as caught:
         export(tmp_path / "out", model, dtype="bfloat16")
     assert "float16" in str(caught.value.hint)
 
@@ -508,8 +509,6 @@ def test_an_embedding_is_part_of_the_graph(exported: Exported, tmp_path: Path, p
 
 
 def test_a_bundle_says_how_it_embeds_as_its_model_does(tmp_path: Path) -> None:
-    from llmctl.text.pooling import normalises, read_pooling, says_pooling, write_pooling
-
     texts = [[5, 6, 7, 90], [8]]
     model = save(tmp_path / "hf", arch="bert", head="features", token_types=2)
 
@@ -534,6 +533,15 @@ def test_a_bundle_says_how_it_embeds_as_its_model_does(tmp_path: Path) -> None:
     assert np.abs(states_only.embed(texts) - expected).max() < 1e-6
     assert np.abs(states_only.embed(texts, "mean") - expected).max() > 1e-2  # the control
     assert read_pooling(other.directory) == "mean" and np.abs(other.embed(texts) - expected).max() > 1e-2
+    assert np.abs(other.embed(texts, "cls") - expected).max() < 1e-6
+    write_pooling(states_only.directory, "cls", 32, 48, normalise=False)
+    assert np.array_equal(states_only.embed(texts), states_only.run(texts)["last_hidden_state"][:, 0])
+    # Layers that are not computed here are refused where they matter, and nowhere else.
+    path = model.path / "modules.json"
+    path.write_text(path.read_text().replace("Normalize", "Dense"))
+    with pytest.raises(InputError, match="asks for a module Dense"):
+        made("dense")
+    assert made("states", pooling="none").run(texts).keys() == plain.run(texts).keys()
 
 
 def test_what_an_encoder_refuses(exported: Exported, tmp_path: Path) -> None:
