@@ -79,7 +79,7 @@ def quantize(
 
 def _refuse_halves(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto]) -> None:
     """Half of the digits are gone there: quantized from it, a matrix would be worse than it need be."""
-    halves = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+    halves: dict[int, str] = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
     for node in graph.node:
         tensor = constants.get(node.input[1]) if node.op_type in ("MatMul", "FusedMatMul") else None
         if tensor is not None and tensor.data_type in halves:
