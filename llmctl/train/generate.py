@@ -85,12 +85,7 @@ class TorchGenerator:
 
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow; see `Generator.room`."""
-        config = self.model.config
-        if config.traits.kind == "encoder" or config.head != "lm":
-            raise UsageError(
-                f"this {config.arch} model has the head {config.head}: it generates no text",
-                hint="choose a decoder or an encoder-decoder with a language-model head",
-            )
+        self._check_head()
         room = prompt_room(prompt, self.context_length, self.encoder_decoder)
         self._check_ids(prompt)
         return room
@@ -168,6 +163,7 @@ class TorchGenerator:
         """Logits at every position, `(len(tokens), vocab_size)` float32."""
         if not len(tokens):
             raise UsageError("no tokens to score", hint="give at least one token")
+        self._check_head()
         if self.encoder_decoder:
             raise UsageError(
                 "an encoder-decoder scores an answer to a text, not a text alone",
@@ -192,6 +188,15 @@ class TorchGenerator:
         element = self.model.embedding.weight.element_size()
         per_row = 2 * config.layers * config.kv_heads * config.head_dim * capacity * element
         return max(1, min(MAX_ROWS, CACHE_BYTES // per_row))
+
+    def _check_head(self) -> None:
+        """UsageError for a model whose logits are not of the token that comes next."""
+        config = self.model.config
+        if config.traits.kind == "encoder" or config.head != "lm":
+            raise UsageError(
+                f"this {config.arch} model has the head {config.head}: it generates no text",
+                hint="choose a decoder or an encoder-decoder with a language-model head",
+            )
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:
