@@ -103,10 +103,10 @@ def look(name: str, found: Artifact, given: dict[str, Any], device: str) -> Insp
         from llmctl.registry import get_registry
         from llmctl_train_pretrain.exported_attention import add_attention
 
-        if encodes(found.path):
+        if kind := reads_as(found.path):
             if target is not None:
-                raise UsageError("a target has no meaning for an encoder", hint="leave --target out")
-            seen = outside.inspect_encoder(name, found.path, tokenizer, text, top, sampling, device)
+                raise UsageError("a target has no meaning for a model that only reads", hint="leave --target out")
+            seen = outside.inspect_encoder(name, found.path, kind, tokenizer, text, top, sampling, device)
         else:
             generator = get_registry().open_generator(found, device=device, threads=0)
             seen = outside.inspect_generator(name, generator, tokenizer, text, target, top, sampling)
@@ -123,17 +123,23 @@ def look(name: str, found: Artifact, given: dict[str, Any], device: str) -> Insp
     return inspect_model(name, model, tokenizer, text, target, top, sampling)
 
 
-def encodes(bundle: Path) -> bool:
-    """Whether a bundle holds an encoder alone, by its `config.json`; what is not ours is taken for a decoder."""
+def reads_as(bundle: Path) -> str:
+    """The kind of model in a bundle that reads, empty for one that generates: by `config.json`, or where that is not
+    ours by the graph."""
     from llmctl.nn.families import from_hf
+    from llmctl.ort import open_encoder
 
     try:
-        values = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
-        return from_hf(values).traits.kind == "encoder"
+        config = from_hf(json.loads((bundle / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{bundle} has no readable config.json: {error}", hint="export the model again") from error
-    except InputError:
-        return False
+    except InputError:  # of another architecture
+        try:
+            open_encoder(bundle, "cpu")
+        except InputError:
+            return ""
+        return "encoder"
+    return "" if config.head == "lm" else config.traits.kind
 
 
 def _piped() -> str:

@@ -45,15 +45,16 @@ def inspect_generator(
 def inspect_encoder(
     name: str,
     directory: Path,
+    kind: str,
     tokenizer: Tokenizer,
     text: str,
     top: int,
     sampling: Sampling | None,
     device: str,
 ) -> Inspection:
-    """What the head of an exported encoder says."""
+    """What the head of an exported encoder says, or that of a decoder that classifies."""
     encoder = open_encoder(directory, device)
-    ids = encode(tokenizer, text, "encoder")
+    ids = encode(tokenizer, text, kind)
     check_text(ids)
     made = encoder.run([ids])
     head, outputs = "features", None
@@ -63,6 +64,6 @@ def inspect_encoder(
         outputs = made["logits"][0]
         head = "mlm" if not encoder.labels else "classification" if outputs.ndim == 1 else "token-classification"
     tokens = tokens_of(tokenizer, ids)
-    found = Inspection(name, encoder.backend, "encoder", head, tokens, [], [], sampling)
+    found = Inspection(name, encoder.backend, kind, head, tokens, [], [], sampling)
     found.predictions = predictions_of(found, outputs, encoder.labels, tokenizer, top)
     return found

@@ -254,6 +254,7 @@ def test_a_model_that_goes_through_transformers_shows_its_distributions_alone(mo
         ("t5", {}, ("--text", "Hello", "--target", "Hi"), "optimum"),
         ("bert", {"head": "classification", "labels": ("bad", "good")}, ("--text", "ab"), "native"),
         ("bert", {"head": "question-answering"}, ("--text", "ab"), "native"),
+        ("llama", {"head": "classification", "labels": ("bad", "good")}, ("--text", "ab"), "native"),
     ],
 )
 def test_exported_models_of_every_kind_say_what_the_torch_model_says(made, tmp_path, arch, changes, options, exporter):
