@@ -30,8 +30,8 @@ def open_model(directory: Path, device: str = "auto", threads: int = 0, dtype: s
     """Open a `model.hf` directory.
 
     `auto` is CUDA where there is one, and float32 on a CPU, bfloat16 on CUDA. `threads > 0` sets torch's number of
-    threads for the whole process. Raises MachineError without the device, InputError for a damaged model, UsageError for
-    one that does not generate.
+    threads for the whole process. Raises MachineError without the device, InputError for a damaged model,
+    UsageError for one that does not generate.
     """
     where = pick_device(device)
     if dtype == "auto":
