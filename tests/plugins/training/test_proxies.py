@@ -80,7 +80,7 @@ def test_toy_summaries_beat_the_first_sentence_and_not_from_shuffled_pairs(tmp_p
     lead = right["seq2seq.rouge_l_lead"]
     print("ROUGE-L", right["seq2seq.rouge_l"], "first sentence", lead, "from shuffled", wrong["seq2seq.rouge_l"])
     assert right["seq2seq.rouge_l_low"] > 0.9 > lead + 0.3
-    assert wrong["seq2seq.rouge_l"] < 0.3
+    assert wrong["seq2seq.rouge_l"] < lead
 
 
 def sentiment(tmp_path: Path, twin: str) -> float:
