@@ -31,9 +31,8 @@ def check_decoder(model: Transformer, what: str) -> None:
     """UsageError unless `model` is a decoder that says which token comes next; `what` needs one ("conversations")."""
     config = model.config
     if config.traits.kind != "decoder":
-        article = "an" if config.traits.kind[0] == "e" else "a"
         raise UsageError(
-            f"{what} need a decoder, {config.arch} is {article} {config.traits.kind}",
+            f"{what} need a decoder, {config.arch} is an {config.traits.kind}",
             hint="`sft` has labelled rows for it: seq2seq for an encoder-decoder, classification and others for an "
             "encoder",
         )

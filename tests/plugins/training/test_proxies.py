@@ -74,6 +74,7 @@ def summed_up(tmp_path: Path, twin: str, measured: Artifact | None = None) -> tu
     return stage("eval", base / "eval", values, model=tuned, data=[measured or data]).metrics, data
 
 
+@pytest.mark.timeout(900)  # two trainings of 75 s on two free cores
 def test_toy_summaries_beat_the_first_sentence_and_not_from_shuffled_pairs(tmp_path: Path) -> None:
     right, data = summed_up(tmp_path, "none")
     wrong, _ = summed_up(tmp_path, "shuffled-labels", data)
