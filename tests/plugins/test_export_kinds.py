@@ -48,6 +48,15 @@ DECODERS: dict[str, dict[str, Any]] = {
         "rope_scaling": LINEAR,
         "head_dim": 16,
     },
+    "speedrun: embeddings of values": {
+        "arch": "speedrun",
+        "value_pattern": "-V",
+        "qk_gain": 1.2,
+        "logit_softcap": 15.0,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "tie_embeddings": False,
+    },
 }
 MORE_DECODERS: dict[str, dict[str, Any]] = {
     "lamda: T5 bias": {"arch": "lamda"},
