@@ -59,7 +59,7 @@ class Spread:
             self._root = DistributedDataParallel(
                 self._root,
                 process_group=ranks.group("dp_replicate"),
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 find_unused_parameters=not known,  # of the other heads some may have nothing to learn from a batch
                 gradient_as_bucket_view=True,
             )
