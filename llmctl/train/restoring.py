@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmctl.errors import StageError
 from llmctl.train.checkpoint import Checkpoint, require_space, same_tensors
+from llmctl.train.parts import gathered, placed
 
 if TYPE_CHECKING:
     from llmctl.train.loop import _Run
@@ -36,9 +37,9 @@ def anchors(run: _Run) -> list[int]:
 
 def tensors(run: _Run) -> dict[str, Tensor]:
     """All tensors of a checkpoint: weights, optimizer state, random states."""
-    found = {f"model/{name}": tensor for name, tensor in run.model.state_dict().items()}
-    found |= {f"optimizer/{name}": tensor for name, tensor in run.optimizers.state().items()}
-    found |= {f"mean/{name}": tensor for name, tensor in run.averages.state().items()}
+    found = {f"model/{name}": gathered(tensor) for name, tensor in run.model.state_dict().items()}
+    found |= {f"optimizer/{name}": tensor for name, tensor in run.optimizers.whole_state().items()}
+    found |= {f"mean/{name}": gathered(tensor) for name, tensor in run.averages.state().items()}
     found["random/cpu"] = torch.get_rng_state()
     if run.compute.device.type == "cuda":
         found["random/cuda"] = torch.cuda.get_rng_state(run.compute.device)
@@ -61,7 +62,10 @@ def save(run: _Run) -> None:
         "micro_batch": run.source.at_once,
     }
     pinned = anchors(run)[:1] if run.guard.rewinds else []
-    run.checkpoints.save(run.step, tensors(run), values, pinned)
+    found = tensors(run)
+    if run.ranks.main:
+        run.checkpoints.save(run.step, found, values, pinned)
+    run.ranks.wait()
     run.ctx.checkpointed(run.step)
     run.throughput.skip()
 
@@ -74,7 +78,8 @@ def first_checkpoint(run: _Run) -> None:
     copies = (4 if run.params.ema else 3) * (run.checkpoints.keep + 1 + run.guard.rewinds)
     require_space(run.ctx.resume_dir, copies * size, "training")
     save(run)
-    if not same_tensors(tensors(run), run.checkpoints.load(run.step).tensors):
+    found = tensors(run)
+    if run.ranks.main and not same_tensors(found, run.checkpoints.load(run.step).tensors):
         raise StageError(f"a checkpoint in {run.checkpoints.directory} reads back differently from what was saved")
 
 
@@ -115,6 +120,8 @@ def restore_tensors(run: _Run, found: Checkpoint) -> None:
         kind, _, name = full.partition("/")
         parts[kind][name] = tensor
     run.optimizers.drop_gradients()
+    kept = run.model.state_dict()
+    parts["model"] = {name: placed(tensor, kept[name]) for name, tensor in parts["model"].items()}
     run.model.load_state_dict(parts["model"], strict=True)
     run.optimizers.load(parts["optimizer"])
     run.averages.load(parts["mean"])
