@@ -22,7 +22,7 @@ from llmctl.errors import MachineError, StageError
 from llmctl.nn.counts import training_flops
 from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
-from llmctl.stage import Context, Helped
+from llmctl.stage import Context, Helped, muted
 from llmctl.train import restoring
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
@@ -74,7 +74,7 @@ def fit(
         # Sharding cannot be undone in place: the model that was given stays as it is until the end.
         trained = copy.deepcopy(model) if params.parallel.shards else model
         with _prepared(trained, params, compute):
-            heard = ctx if ranks.main else ctx.muted()
+            heard = ctx if ranks.main else muted(ctx)
             run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
             try:
                 run.train()
@@ -335,6 +335,6 @@ class _Run:
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
         config: Any = self.model.config
         count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
-        flops = count(config.context) * self.throughput.overall()
+        flops = count(config.context) * self.throughput.overall() / self.ranks.parallel.world
         share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
         return values if share is None else {**values, "utilisation": share}
