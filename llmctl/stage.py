@@ -151,6 +151,10 @@ class Artifact:
         return self.path / name
 
 
+class Helped(Exception):  # noqa: N818  # no error
+    """Raised to leave a stage on a rank above 0 when all that is left is for rank 0 alone: saving, reporting."""
+
+
 class Context:
     """One execution of a stage: where to write, how to report, when to stop.
 
@@ -235,3 +239,10 @@ class Context:
         kept = {path.name for path in self.resume_dir.glob("*")} - {STOP_FILE}
         how = "with a checkpoint" if kept else "without a checkpoint, as it keeps none"
         return TempFail(f"`{self.stage}` stopped at step {step} {how}", hint="run the same command again")
+
+
+def muted(context: Context) -> Context:
+    """The same execution for a process beside the first: it writes no output, says nothing and is never stopped."""
+    mute = Context(context.stage, {}, context.resume_dir, lambda kind, fields: None, title=context.title)
+    mute.metadata = {port: {} for port in context.metadata}
+    return mute

@@ -23,7 +23,7 @@ from llmctl.launch.request import Request
 from llmctl.launch.stopping import StopFlag
 from llmctl.registry import Registry, get_registry
 from llmctl.spec.extent import has_extent
-from llmctl.stage import STOP_FILE, Artifact, Context, Stage
+from llmctl.stage import STOP_FILE, Artifact, Context, Stage, muted
 from llmctl.store import Store, types
 from llmctl.store.hashing import NotPlain, plain_files
 from llmctl.store.names import timestamp
@@ -48,9 +48,16 @@ class Channel:
         if kind == "progress" and not self._due(fields):
             return
         with contextlib.suppress(BrokenPipeError):
-            data = encode({"type": kind, **fields})
-            while data:
-                data = data[os.write(self.descriptor, data) :]
+            self._write(encode({"type": kind, **fields}))
+
+    def forward(self, line: bytes) -> None:
+        """Write an event that another process has encoded."""
+        with contextlib.suppress(BrokenPipeError):
+            self._write(line + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.descriptor, data) :]
 
     def _due(self, fields: Mapping[str, Any]) -> bool:
         now = time.monotonic()
@@ -93,17 +100,18 @@ class Launch:
 
 @dataclass
 class Execution:
-    """One run of one request in this process."""
+    """One run of one request in this process, or a rank's part in it: rank 0 is heard and commits, the others help."""
 
     store: Store
     request: Request
     channel: Channel
     launch: Launch
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         self.registry: Registry = get_registry()
         self.resume = self.store.work(self.request.resume, self.launch.work)
-        self.stop = StopFlag(self.resume)
+        self.stop = StopFlag(self.resume, signals=self.rank is None)
         self.masker = Masker({name: os.environ.get(name, "") for name in self.request.secrets})
         self.begun = time.monotonic()
         self.started = timestamp()
@@ -115,7 +123,14 @@ class Execution:
         if self.request.memory is not None:
             import resource
 
-            resource.setrlimit(resource.RLIMIT_DATA, (self.request.memory, self.request.memory))
+            share = self.request.memory // (1 if self.rank is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            resource.setrlimit(resource.RLIMIT_DATA, (share, share))
+        if self.rank:
+            context = Context(
+                self.request.instance, dict.fromkeys(self.request.outputs, self.resume), self.resume, self.emit
+            )
+            self._run(stage, muted(context))
+            return
         staging = self.store.staging()
         self.resume.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -126,14 +141,8 @@ class Execution:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         self._publish(outputs, context.reported)
-        self._tidy(stage)
-
-    def _tidy(self, stage: Stage) -> None:
-        """Remove unfinished state, but for that of a stage that can be asked to go further: it continues there."""
-        if has_extent(stage.load_params()):
-            (self.resume / STOP_FILE).unlink(missing_ok=True)
-        else:
-            shutil.rmtree(self.resume, ignore_errors=True)
+        if self.rank is None:
+            tidy(stage, self.resume)
 
     def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
         """What the stage's Context calls: pass the event on, copy lines to the log, feed the metric sinks."""
@@ -222,6 +231,14 @@ class Execution:
         self.channel.send("result", {"outputs": dict(pointer.outputs), "metrics": dict(pointer.metrics)})
 
 
+def tidy(stage: Stage, work: Path) -> None:
+    """Remove unfinished state, but for that of a stage that can be asked to go further: it continues there."""
+    if has_extent(stage.load_params()):
+        (work / STOP_FILE).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def checked_stage(registry: Registry, request: Request) -> Stage:
     """The stage that the request names; MachineError if another plugin or revision of it is installed here."""
     stage = registry.stage(request.stage)
@@ -253,19 +270,26 @@ def execute(store: Store, key: str, launch: Launch, channel: Channel) -> int:
     try:
         request = Request.read(store, key)
         owner = str(request.plugin["dist"])
+        stage = checked_stage(get_registry(), request)
+        params = stage.load_params().model_validate_json(request.params)
+        if params.processes() > 1:
+            from llmctl.launch.ranks import Gang
+
+            return Gang(store, request, channel, launch, stage, params)()
         Execution(store, request, channel, launch)()
     except BaseException as error:  # the edge of the process: plugin code raises anything
         failure = explain(error, owner, store.root)
         with contextlib.suppress(OSError):
-            _write_log(error, failure)
+            write_log(error, failure)
         fields = {"code": failure.code, "message": failure.message, "hint": failure.hint, "bug": failure.bug}
         channel.send("failure", fields)
         return failure.code
     return 0
 
 
-def _write_log(error: BaseException, failure: Failure) -> None:
+def write_log(error: BaseException, failure: Failure, who: str = "") -> None:
+    """What a person needs who reads the log: the traceback of what nobody expected, and the failure."""
     if not isinstance(error, LlmctlError) or error.__cause__ is not None:
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {failure.message}\n" + (f"  hint: {failure.hint}\n" if failure.hint else ""))
+    sys.stderr.write(f"{who}error: {failure.message}\n" + (f"  hint: {failure.hint}\n" if failure.hint else ""))
     sys.stderr.flush()

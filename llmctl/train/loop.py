@@ -6,10 +6,12 @@ The host never waits for the device between two points of the curves, unless a g
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +22,11 @@ from llmctl.errors import MachineError, StageError
 from llmctl.nn.counts import training_flops
 from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
-from llmctl.stage import Context
+from llmctl.stage import Context, Helped, muted
+from llmctl.train import restoring
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
-from llmctl.train.checkpoint import Checkpoint, Checkpoints, require_space, same_tensors
+from llmctl.train.checkpoint import Checkpoints
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
@@ -34,9 +37,11 @@ from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
 from llmctl.train.prefetch import Prefetch
+from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
+from llmctl.train.spread import Spread, collect
 from llmctl.train.throughput import Throughput, utilisation
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
@@ -55,6 +60,9 @@ def fit(
     Continues from the newest checkpoint in `ctx.resume_dir` that was made with the same parameters; on CPU the weights
     are then bit-identical to those of an uninterrupted run. The model comes back on the CPU in evaluation mode.
 
+    With `params.parallel` every rank calls this with the same arguments, but for `ctx`, of which ranks above 0 use
+    nothing that writes or speaks. Rank 0 returns; the others raise `Helped` when their part is done.
+
     Raises StageError for a loss that is not finite, a step without anything to learn, or a full disk; TempFail after a
     checkpoint when the run was asked to stop.
     """
@@ -62,15 +70,23 @@ def fit(
     total = params.max_steps or max(1, math.ceil(params.epochs * source.steps_per_epoch))
     if any(parameter.dtype in HALVES for parameter in model.parameters()):
         model.float()  # such weights stall: an update below their last digit is lost
-    with _prepared(model, params, compute):
-        run = _Run(ctx, model, objective, source, params, validate, compute, total)
-        try:
-            run.train()
-        except torch.OutOfMemoryError as error:
-            raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
-        finally:
-            run.prefetch.close()
-        values = run.finish()
+    with joined(params.parallel, compute.device) as ranks:
+        # Sharding cannot be undone in place: the model that was given stays as it is until the end.
+        trained = copy.deepcopy(model) if params.parallel.shards else model
+        with _prepared(trained, params, compute):
+            heard = ctx if ranks.main else muted(ctx)
+            run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
+            try:
+                run.train()
+            except torch.OutOfMemoryError as error:
+                raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
+            finally:
+                run.prefetch.close()
+            values = run.finish()
+        if trained is not model:
+            collect(trained, model, ranks.main)
+    if not ranks.main:
+        raise Helped
     model.to("cpu").eval()
     return values
 
@@ -109,16 +125,19 @@ class _Run:
         validate: Validate | None,
         compute: Compute,
         total: int,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.ctx, self.objective, self.source, self.params = ctx, objective, source, params
         self.validate, self.compute, self.total = validate, compute, total
         self.model = model.to(compute.device).train()
-        self.optimizers = Optimizers(model, params)
+        self.spread = Spread(self.model, ranks)
+        self.optimizers = Optimizers(model, params, ranks)
         self.averages = Averages(model, self.optimizers, params.ema)
         self.loss_scale = LossScale() if compute.precision == "fp16" else None
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
-        self.prefetch = Prefetch(source, params.prefetch, compute.device)
+        self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
         self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
         self.throughput = Throughput()
         self.step = 0
@@ -131,23 +150,25 @@ class _Run:
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
         """The same of each of the last steps: the final numbers must not depend on how often points are logged."""
-        torch.manual_seed(params.seed)
+        torch.manual_seed(params.seed + ranks.data_rank)  # dropout differs where the data do
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
         for note in self.optimizers.rates.notes:
             self.ctx.log(note)
-        resumed = self.resume()
-        self.checkpoints.forget_after(self.step, self.total)
+        resumed = restoring.resume(self)
+        self.ranks.wait()  # all have read what is removed now
+        if self.ranks.main:
+            self.checkpoints.forget_after(self.step, self.total)
         if not resumed:
-            self.first_checkpoint()
+            restoring.first_checkpoint(self)
         if self.step < self.total and (self.params.micro_batch == "auto" or self.compute.device.type == "cuda"):
             settle(self)
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
-            if self.ctx.should_stop():
-                self.save()
+            if self.ranks.any(self.ctx.should_stop()):
+                restoring.save(self)
                 raise self.ctx.stopped(self.step)
             self.update()
             last = self.step == self.total
@@ -156,15 +177,15 @@ class _Run:
             if last or (self.params.eval_every and self.step % self.params.eval_every == 0):
                 self.measure()
             if last or (every and self.step % every == 0):
-                self.save()
+                restoring.save(self)
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
         batches = self.prefetch.take(self.step)
-        weight = sum(self.objective.weight(batch) for batch in batches)
+        weight, size, targets = self.counted(batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
-        sums = self.accumulate(batches, weight)
+        sums = self.ranks.summed(self.accumulate(batches, weight))
         reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
@@ -173,27 +194,42 @@ class _Run:
             self.averages.update(self.step)
         self.optimizers.drop_gradients()
         self.step += 1
-        self.throughput.add(sum(batch.size for batch in batches))
-        self.tokens += sum(batch.size for batch in batches)
-        self.targets += sum(len(batch.targets) for batch in batches)
+        self.throughput.add(size)
+        self.tokens += size
+        self.targets += targets
         if verdict == "take":
             self.readings.add(reading)
         elif verdict == "rewind":
-            self.rewind()
+            restoring.rewind(self)
         known = {} if math.isnan(self.loss) else {"loss": self.loss}
         self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
 
+    def counted(self, batches: list[Batch]) -> tuple[int, int, int]:
+        """Weight, tokens and targets of a step on all ranks; labels are balanced by all of them together."""
+        weight, size, targets, labels = self.ranks.counted(
+            sum(self.objective.weight(batch) for batch in batches),
+            sum(batch.size for batch in batches),
+            sum(len(batch.targets) for batch in batches),
+            sum(len(batch.labels) for batch in batches if batch.labels is not None),
+        )
+        if labels and self.ranks.data_ranks > 1:
+            batches[:] = [replace(batch, balance=targets / labels) for batch in batches]
+        return weight, size, targets
+
     def accumulate(self, batches: list[Batch], weight: int) -> dict[str, Tensor]:
         """Add up the gradients of all micro-batches over the weight of all of them together, so that they are those of
-        one big batch however it was split. Returns the summed loss and metrics, on the device."""
+        one big batch however it was split. Returns the summed loss and metrics of this rank's share, on the device."""
         sums: dict[str, Tensor] = {}
-        factor = (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
-        for batch in (batch.to(self.compute.device) for batch in batches):
-            with self.compute.autocast():
-                loss, further = self.objective.loss(self.model, batch)
-            (loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
+        # The ranks' gradients are averaged: those of a sum are wanted.
+        factor = self.ranks.data_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        for number, batch in enumerate((batch.to(self.compute.device) for batch in batches), 1):
+            with self.spread.accumulating(last=number == len(batches)):
+                with self.compute.autocast():
+                    loss, further = self.spread(partial(self.objective.loss, batch=batch))
+                (loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
             for name, value in {"loss": loss, **further}.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        self.spread.reduce()
         return sums
 
     def clip(self) -> Tensor:
@@ -202,7 +238,7 @@ class _Run:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self.loss_scale.scale)
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip or math.inf)
+        return self.spread.clip(self.params.clip)
 
     def judge(self, reading: Reading) -> str:
         """What the guard says of a step, whose numbers are waited for."""
@@ -223,23 +259,6 @@ class _Run:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def rewind(self) -> None:
-        """Weights and optimizer of the last checkpoint that `save_every` planned; the data goes on."""
-        for step in self.anchors():
-            try:
-                self.restore_tensors(self.checkpoints.load(step))
-            except ValueError as error:
-                self.ctx.warn(f"{error}; trying the one before")
-                continue
-            self.ctx.warn(f"step {self.step} took the weights back to those of step {step}")
-            return
-        raise StageError(f"step {self.step} is not finite or a spike, and no checkpoint is left to go back to")
-
-    def anchors(self) -> list[int]:
-        """Where a rewind leads, the newest first: not to what an interruption left, on which no result may depend."""
-        every = self.params.save_every
-        return [step for step in self.checkpoints.newest(self.step) if (step % every if every else step) == 0]
-
     def factor(self, step: int, total: int | None = None) -> float:
         """The schedule's share of the peak rates at `step`, counted from 0, in a run of `total` steps."""
         params = self.params
@@ -252,19 +271,19 @@ class _Run:
             decay_share=params.decay_share,
         )
 
-    def pace(self, step: int) -> tuple[float, float]:
-        """Momentum, and the share of the weight decay, at `step`."""
-        params = self.params
+    def pace(self, step: int, total: int | None = None) -> tuple[float, float]:
+        """Momentum, and the share of the weight decay, at `step` of a run of `total` steps."""
+        params, total = self.params, total or self.total
         momentum = momentum_at(
             step,
-            total=self.total,
+            total=total,
             peak=params.momentum,
             start=params.momentum_start,
             warmup=params.momentum_warmup,
             end=params.momentum_end,
             decay_share=params.decay_share,
         )
-        return momentum, decay_factor(step, total=self.total, schedule=params.decay_schedule)
+        return momentum, decay_factor(step, total=total, schedule=params.decay_schedule)
 
     def log(self) -> None:
         """A point of the curves: means since the last one."""
@@ -289,7 +308,7 @@ class _Run:
         """What `validate` says of the model as it would be saved now."""
         self.model.eval()
         with self.averages.swapped():
-            found = validate(self.model, self.compute)
+            found = self.spread.look(lambda model: validate(model, self.compute))
         self.model.train()
         return found
 
@@ -301,7 +320,8 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
-        self.checkpoints.finish(self.step)
+        if self.ranks.main:
+            self.checkpoints.finish(self.step)
         self.averages.finish()
         if self.ctx.wants("metrics"):
             lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve)
@@ -329,99 +349,6 @@ class _Run:
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
         config: Any = self.model.config
         count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
-        flops = count(config.context) * self.throughput.overall()
+        flops = count(config.context) * self.throughput.overall() / self.ranks.parallel.world
         share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
         return values if share is None else {**values, "utilisation": share}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint: weights, optimizer state, random states."""
-        found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state().items()}
-        found |= {f"mean/{name}": tensor for name, tensor in self.averages.state().items()}
-        found["random/cpu"] = torch.get_rng_state()
-        if self.compute.device.type == "cuda":
-            found["random/cuda"] = torch.cuda.get_rng_state(self.compute.device)
-        return found
-
-    def save(self) -> None:
-        """Write a checkpoint of the finished steps; StageError if one of them was not finite."""
-        self.readings.look(wait=True)
-        values = {
-            "facts": self.params.resume_facts(),
-            "total": self.total,
-            "tokens": self.tokens,
-            "targets": self.targets,
-            "curve": self.curve,
-            "sums": self.sums,
-            "recent": self.recent,
-            "guard": self.guard.state(),
-            "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
-            "micro_batch": self.source.at_once,
-        }
-        pinned = self.anchors()[:1] if self.guard.rewinds else []
-        self.checkpoints.save(self.step, self.tensors(), values, pinned)
-        self.ctx.checkpointed(self.step)
-        self.throughput.skip()
-
-    def first_checkpoint(self) -> None:
-        """Save and read back before the first step: a run must not find out at its end that it cannot save."""
-        size = sum(parameter.nbytes for parameter in self.model.parameters())
-        self.ctx.resume_dir.mkdir(parents=True, exist_ok=True)
-        # Weights, two moments and a mean, in as many checkpoints as exist at once.
-        copies = (4 if self.params.ema else 3) * (self.checkpoints.keep + 1 + self.guard.rewinds)
-        require_space(self.ctx.resume_dir, copies * size, "training")
-        self.save()
-        if not same_tensors(self.tensors(), self.checkpoints.load(self.step).tensors):
-            raise StageError(f"a checkpoint in {self.checkpoints.directory} reads back differently from what was saved")
-
-    def resume(self) -> bool:
-        """Continue from the newest checkpoint that is whole and fits; False if there is none."""
-        for step in self.checkpoints.newest(self.total):
-            try:
-                found = self.checkpoints.load(step)
-            except ValueError as error:
-                self.ctx.warn(f"{error}; trying the one before")
-                continue
-            if found.values.get("facts") != json.loads(json.dumps(self.params.resume_facts())):
-                self.ctx.warn(f"the checkpoint of step {step} was made with other parameters; starting anew")
-                return False
-            self.restore(found)
-            return True
-        return False
-
-    def restore(self, found: Checkpoint) -> None:
-        """Take over everything `save` wrote."""
-        self.restore_tensors(found)
-        values: dict[str, Any] = found.values
-        self.step, self.tokens, self.targets = found.step, values["tokens"], values["targets"]
-        self.curve, self.sums, self.recent = values["curve"], values["sums"], values["recent"]
-        self.guard.load(values["guard"])
-        if self.loss_scale is not None:
-            self.loss_scale.load(values["loss_scale"])
-        if self.step:
-            self.ctx.log(f"continuing from step {self.step} of {self.total}")
-        self.compare_schedule(values["total"])
-
-    def restore_tensors(self, found: Checkpoint) -> None:
-        """Weights, optimizer state, means and random states of a checkpoint; pending gradients are dropped."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "mean": {}, "random": {}}
-        for full, tensor in found.tensors.items():
-            kind, _, name = full.partition("/")
-            parts[kind][name] = tensor
-        self.optimizers.drop_gradients()
-        self.model.load_state_dict(parts["model"], strict=True)
-        self.optimizers.load(parts["optimizer"])
-        self.averages.load(parts["mean"])
-        torch.set_rng_state(parts["random"]["cpu"])
-        if "cuda" in parts["random"] and self.compute.device.type == "cuda":
-            torch.cuda.set_rng_state(parts["random"]["cuda"], self.compute.device)
-
-    def compare_schedule(self, planned: int) -> None:
-        """Warn if the rates so far, of a run of `planned` steps, are not those that one of this length has."""
-        past = (0, self.step - 1) if self.step else ()
-        if any(self.factor(step, planned) != self.factor(step, self.total) for step in past):
-            share = self.factor(self.step - 1, planned)
-            self.ctx.warn(
-                f"its run was planned for {planned} steps, the rate was {share:.0%} of its peak at step {self.step}; "
-                f"from here on the schedule is that of {self.total}, the result not that of an uninterrupted run"
-            )

@@ -142,6 +142,7 @@ def continue_model(
     positions become the model's own; what else the weights were made for cannot change.
     """
     model = open_network(artifact.path, log=ctx.log)
+    torch.manual_seed(params.seed)  # what an objective adds to it is a function of the seed
     config, changes = model.config, {}
     for name, value in params.shape().items():
         has = getattr(config.traits if name in TRAIT_NAMES else config, name, None)
