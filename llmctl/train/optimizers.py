@@ -119,10 +119,12 @@ class Optimizers:
         outer = params.weight_decay if params.decay_embeddings else 0.0
         groups = []
         for kind in KINDS:
-            members = [parameter for parameter, its in self._kinds.items() if its == kind]
-            if members:
-                values = {"lr": self.rates.of[kind], "weight_decay": decays.get(kind, outer)}
-                groups.append({"params": members, "kind": kind, **values})
+            values = {"lr": self.rates.of[kind], "weight_decay": decays.get(kind, outer)}
+            members: dict[object, list[Tensor]] = {}
+            for parameter in (parameter for parameter, its in self._kinds.items() if its == kind):
+                # Kernels for many tensors take those that are parted over the same ranks.
+                members.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+            groups += [{"params": alike, "kind": kind, **values} for alike in members.values()]
         return groups
 
     def step(self, factor: float) -> None:
