@@ -40,7 +40,7 @@ from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
-from llmctl.train.schedule import lr_factor
+from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
 from llmctl.train.spread import Spread, collect
 from llmctl.train.throughput import Throughput, utilisation
 from llmctl.train.trial import settle
@@ -190,7 +190,7 @@ class _Run:
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
         if verdict == "take":
-            self.optimizers.step(self.factor(self.step))
+            self.optimizers.step(self.factor(self.step), *self.pace(self.step))
             self.averages.update(self.step)
         self.optimizers.drop_gradients()
         self.step += 1
@@ -270,6 +270,20 @@ class _Run:
             min_ratio=params.min_lr_ratio,
             decay_share=params.decay_share,
         )
+
+    def pace(self, step: int) -> tuple[float, float]:
+        """Momentum, and the share of the weight decay, at `step`."""
+        params = self.params
+        momentum = momentum_at(
+            step,
+            total=self.total,
+            peak=params.momentum,
+            start=params.momentum_start,
+            warmup=params.momentum_warmup,
+            end=params.momentum_end,
+            decay_share=params.decay_share,
+        )
+        return momentum, decay_factor(step, total=self.total, schedule=params.decay_schedule)
 
     def log(self) -> None:
         """A point of the curves: means since the last one."""

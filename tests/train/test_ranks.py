@@ -78,7 +78,11 @@ FINE: Case = {"max_steps": 20, "double": True}
 GPT2 = {"arch": "gpt2", "kv_heads": 4}
 BERT = {"arch": "bert", "kv_heads": 4, "token_types": 2, "head": "pretraining"}
 
-ALONE = [case("gpt2", shape=GPT2, double=True, optimizer="schedule-free"), case("bert", shape=BERT, double=True)]
+SPEEDRUN = {"arch": "speedrun", "layers": 3, "logit_softcap": 15.0, "value_pattern": "-V", "tie_embeddings": False}
+FURTHER = {"optimizer": "muon", "muon_equalise": "both", "muon_renormalise": True, "double": True}
+
+ALONE = [case("speedrun", shape=SPEEDRUN, **FURTHER)]
+ALONE += [case("gpt2", shape=GPT2, double=True, optimizer="schedule-free"), case("bert", shape=BERT, double=True)]
 ALONE += [case("plain"), case("qwen", shape=QWEN), case("muon", **MUON), case("fine", **FINE)]
 ALONE += [case(name, optimizer=name) for name in ("adafactor", "lion")]
 TWO = [
@@ -90,6 +94,7 @@ TWO = [
     case("fine micro zero-3", ZERO3, micro_batch=2, **FINE),
     # In float64: the gradients of key biases are 0 but for rounding, which AdamW makes as large as any other.
     case("gpt2 tp", TP, GPT2, double=True, optimizer="schedule-free", loss_chunk=8, recompute="selective"),
+    *(case(f"speedrun {name}", SCHEMES[name], SPEEDRUN, **FURTHER) for name in ("zero-3", "tp")),
     case("bert ddp", DDP, BERT, double=True),
     case("bert tp", TP, BERT, double=True),
     case("local clip", ZERO3, fault="clip by the local norm"),
@@ -128,7 +133,7 @@ def test_other_optimizers_see_whole_matrices(alone: Path, two: Path, name: str) 
     assert apart(reference, weights(alone, "plain")) > 1e-3  # the optimizer does something else
 
 
-@pytest.mark.parametrize("name", ["gpt2 tp", "bert ddp", "bert tp"])
+@pytest.mark.parametrize("name", ["gpt2 tp", "bert ddp", "bert tp", "speedrun zero-3", "speedrun tp"])
 def test_biases_other_heads_and_labels_are_spread_too(alone: Path, two: Path, name: str) -> None:
     assert apart(weights(two, name), weights(alone, name.split()[0])) <= 1e-9
 
