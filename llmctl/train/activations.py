@@ -91,10 +91,11 @@ def widest(config: ModelConfig, step: Pass) -> float:
 
 
 def _norm(config: ModelConfig, step: Pass, width: int) -> float:
-    """RMSNorm on the CPU is made of parts, the normed states are kept beside what came in."""
+    """Where neither CUDA's kernel nor `llmctl.nn.kernels` does it, an RMSNorm keeps what came in and the normed states."""
     if config.traits.norm == "layer":
         return width * FLOAT + 2 * FLOAT
-    return width * FLOAT * (1 if step.fused else 2) + FLOAT
+    whole = step.fused or (config.traits.norm == "rms" and step.product == FLOAT)
+    return width * FLOAT * (1 if whole else 2) + FLOAT
 
 
 def _per_token(config: ModelConfig, step: Pass, layer: int) -> Iterator[tuple[float, str]]:

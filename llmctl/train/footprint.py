@@ -7,7 +7,7 @@ that are not here. `benchmarks/memory.py` compares it with what trainings take.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.counts import count, matrices
@@ -36,31 +36,6 @@ ADVICE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """How many processes share what: copies of the model, shards of it, of each matrix, of a sequence, of the depth."""
-
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    sharded_optimizer: bool = False
-    """ZeRO-1: each copy of the model keeps a part of the optimizer's state."""
-    whole_weights: bool = False
-    """ZeRO-2: between forward and backward pass the gathered weights stay."""
-
-    @property
-    def world(self) -> int:
-        """Processes in all."""
-        return self.dp_replicate * self.dp_shard * self.tp * self.cp * self.pp
-
-    @property
-    def data(self) -> int:
-        """Parts into which the sequences of a step are split."""
-        return self.dp_replicate * self.dp_shard
-
-
-@dataclass(frozen=True, kw_only=True)
 class Load:
     """What a step computes, apart from the model: `rows` at once of `length` tokens, `micro_batches` of them."""
 
@@ -71,17 +46,16 @@ class Load:
     masked: bool = False
     cuda: bool = False
     product: int = FLOAT
-    ranks: Ranks = field(default_factory=Ranks)
     frozen: int = 0
     """Parameters of a further model that is only asked (a teacher)."""
 
     @classmethod
-    def of(cls, params: TrainParams, length: int, *, cuda: bool, ranks: Ranks | None = None, **further: object) -> Load:
+    def of(cls, params: TrainParams, length: int, *, cuda: bool, **further: object) -> Load:
         """The load of a training whose rows are full; every token is a target unless `targets` says otherwise.
 
         `micro_batch: auto` counts as one sequence at a time: what it must at least be.
         """
-        ranks = ranks or Ranks()
+        ranks = params.parallel
         share = max(1, -(-params.batch_size // ranks.data))
         at_once = 1 if params.micro_batch == "auto" else min(params.micro_batch or share, share)
         smaller = params.precision in ("bf16", "fp16", "fp8") or (params.precision == "auto" and cuda)
@@ -94,7 +68,6 @@ class Load:
                 "masked": params.packing != "none",
                 "cuda": cuda,
                 "product": 2 if smaller else FLOAT,
-                "ranks": ranks,
                 **further,
             }
         )
@@ -120,7 +93,7 @@ class Footprint:
 
 def footprint(config: ModelConfig, params: TrainParams, load: Load) -> Footprint:
     """The worst moment of the worst rank: of a pipeline, whichever stage needs most."""
-    stages = [_Stage(config, params, load, number) for number in range(load.ranks.pp)]
+    stages = [_Stage(config, params, load, number) for number in range(params.parallel.pp)]
     return max((moment for stage in stages for moment in stage.moments()), key=lambda found: found.total)
 
 
@@ -129,7 +102,7 @@ class _Stage:
 
     def __init__(self, config: ModelConfig, params: TrainParams, load: Load, number: int) -> None:
         self.config, self.params, self.load = config, params, load
-        ranks, depth = load.ranks, config.layers
+        ranks, depth = params.parallel, config.layers
         first, last = number == 0, number == ranks.pp - 1
         self.layers = range(depth * number // ranks.pp, depth * (number + 1) // ranks.pp)
         counts, self.matrices = count(config), matrices(config)
@@ -167,10 +140,11 @@ class _Stage:
     def moments(self) -> Iterator[Footprint]:
         """The end of the forward pass, the head's gradient, the end of the backward pass, the optimizer's step."""
         kept, logits = self.in_flight * self._kept(), self._logits()
-        gradients = FLOAT * self.parameters / self.load.ranks.dp_shard
+        gradients = FLOAT * self.parameters / self.params.parallel.dp_shard
+        by_hand = not self.load.cuda and self.load.product == FLOAT  # llmctl.nn.kernels
         before = gradients if self.load.micro_batches > 1 else 0.0
         head = FLOAT * self.head
-        yield self._at("loss", gradients=before, activations=kept, logits=3 * logits)
+        yield self._at("loss", gradients=before, activations=kept, logits=(2 if by_hand else 3) * logits)
         yield self._at("gradient of the head", gradients=before + head, activations=kept, logits=2 * logits)
         late = FLOAT * (self.head if self.tied else 0.0) + (gradients - before if before else 0.0)
         last = self._kept() / max(1, len(self.layers)) + widest(self.config, self.step)
@@ -178,8 +152,8 @@ class _Stage:
         yield self._at("step of the optimizer", gradients=gradients, work=self._work())
 
     def _at(self, moment: str, **parts: float) -> Footprint:
-        ranks, load, params = self.load.ranks, self.load, self.params
-        shared = ranks.dp_shard * (ranks.dp_replicate if ranks.sharded_optimizer else 1)
+        ranks, load, params = self.params.parallel, self.load, self.params
+        shared = ranks.dp_shard * (ranks.dp_replicate if ranks.shard_optimizer else 1)
         state = 0.0 if params.offload_optimizer else self._state() / shared
         weights = FLOAT * self.parameters / ranks.dp_shard + self._gathered()
         # In a smaller type every matrix has a copy for as long as its product may be differentiated.
@@ -208,9 +182,9 @@ class _Stage:
 
     def _gathered(self) -> float:
         """Whole weights that sharded ones are gathered into: the block at work and the next, or all (ZeRO-2)."""
-        if self.load.ranks.dp_shard == 1:
+        if self.params.parallel.dp_shard == 1:
             return 0.0
-        if self.load.ranks.whole_weights:
+        if not self.params.parallel.reshard_after_forward:
             return self.load.product * self.parameters
         return self.load.product * max(2 * self.inner / max(1, len(self.layers)), self.outer)
 
@@ -229,7 +203,7 @@ class _Stage:
             return 0.0
         chunk = self.params.loss_chunk
         targets = min(chunk, self.load.targets) if chunk else self.load.targets
-        return targets * self.config.vocab_size * FLOAT / self.load.ranks.tp
+        return targets * self.config.vocab_size * FLOAT / self.params.parallel.tp
 
     def _state(self) -> float:
         """Bytes of the optimizer's state, unsharded."""
@@ -247,10 +221,10 @@ class _Stage:
     def _work(self) -> float:
         """What a step of the optimizer takes for itself: Muon iterates all matrices of one shape together."""
         largest = max((rows * columns for rows, columns in self.matrices), default=0)
-        largest = max(largest, self.config.vocab_size * self.config.dim * bool(self.outer)) / self.load.ranks.tp
+        largest = max(largest, self.config.vocab_size * self.config.dim * bool(self.outer)) / self.params.parallel.tp
         if self.params.optimizer == "muon":
             size = 2 if self.load.cuda else FLOAT
-            share = len(self.layers) / self.config.layers / self.load.ranks.tp
+            share = len(self.layers) / self.config.layers / self.params.parallel.tp
             groups = (n * share * _muon(rows, columns, size) for (rows, columns), n in self.matrices.items())
             return max(groups, default=0.0)
         if self.params.optimizer in ("adamw", "schedule-free") and not self.params.cautious_decay:
