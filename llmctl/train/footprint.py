@@ -14,9 +14,11 @@ from llmctl.nn.counts import count, matrices
 from llmctl.train.activations import FLOAT, Pass, around, block, widest
 from llmctl.train.params import TrainParams
 
-ALLOCATOR = (0.5, 1.1)
-"""What glibc keeps of freed memory, as a share of what lives: measured .3 to .6, where blocks are freed and taken again
-within a pass (`recompute`, `loss_chunk`) .9 to 1.3. Blocks of 32 MiB and more are given back at once."""
+ALLOCATOR = {"none": 0.45, "selective": 1.5, "full": 1.5}
+"""What glibc keeps of freed memory, as a share of what lives, by `recompute`. Measured: .2 to .6, and 1.1 and more where
+blocks are freed and taken again within a pass."""
+CHUNKED = 1.1
+"""The same with `loss_chunk`. Blocks of 32 MiB and more are given back at once."""
 RETURNED = 32 << 20
 INTEGERS = 8 * 5
 """Bytes per token of a batch: ids, targets, picks, positions and documents, int64 each."""
@@ -46,8 +48,6 @@ class Load:
     masked: bool = False
     cuda: bool = False
     product: int = FLOAT
-    frozen: int = 0
-    """Parameters of a further model that is only asked (a teacher)."""
 
     @classmethod
     def of(cls, params: TrainParams, length: int, *, cuda: bool, **further: object) -> Load:
@@ -165,7 +165,6 @@ class _Stage:
             "weights": weights,
             "optimizer": state,
             "mean": FLOAT * self.parameters / ranks.dp_shard if params.ema else 0.0,
-            "teacher": float(FLOAT * load.frozen),
             "data": float(rows * load.length * INTEGERS * (1 if load.cuda else steps)),
             **parts,
         }
@@ -177,8 +176,7 @@ class _Stage:
         if self.load.cuda:
             return 0.0
         blocks = sum(parts.values()) - (parts.get("logits", 0.0) if self._logits() >= RETURNED else 0.0)
-        again = self.step.recompute != "none" or self.params.loss_chunk
-        return blocks * ALLOCATOR[bool(again)]
+        return blocks * max(ALLOCATOR[self.step.recompute], CHUNKED if self.params.loss_chunk else 0.0)
 
     def _gathered(self) -> float:
         """Whole weights that sharded ones are gathered into: the block at work and the next, or all (ZeRO-2)."""

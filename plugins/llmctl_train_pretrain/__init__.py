@@ -21,6 +21,7 @@ TRAIN_PRETRAIN = Stage(
     outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
     params="llmctl_train_pretrain.params:PretrainParams",
     run="llmctl_train_pretrain.run:run",
+    forecast="llmctl_train_pretrain.forecast:forecast",
     extra="train",
     rev=2,  # rows of more than 2^24 tokens come in another order
     headline=("loss.validation", "loss.train"),
