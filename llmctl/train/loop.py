@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import MachineError, StageError
+from llmctl.launch.heartbeats import Heartbeat
 from llmctl.nn.counts import training_flops
 from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
@@ -82,6 +83,7 @@ def fit(
                 raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
             finally:
                 run.prefetch.close()
+                run.heartbeat.close()
                 run.checkpoints.close()
             values = run.finish()
         if trained is not model:
@@ -141,6 +143,7 @@ class _Run:
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
         self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt", written=ctx.checkpointed)
         self.throughput = Throughput()
+        self.heartbeat = Heartbeat(ctx.resume_dir, ranks.rank, stage=ctx.stage)
         self.step = 0
         self.tokens = 0
         self.targets = 0
@@ -180,11 +183,14 @@ class _Run:
             if last or (self.params.eval_every and self.step % self.params.eval_every == 0):
                 self.measure()
             if last or (every and self.step % every == 0):
+                self.heartbeat.enter("checkpoint", self.step)
                 restoring.save(self)
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
+        self.heartbeat.enter("data", self.step + 1)
         batches = self.prefetch.take(self.step)
+        self.heartbeat.enter("gradients", self.step + 1)
         weight, size, targets = self.counted(batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
@@ -192,6 +198,7 @@ class _Run:
         reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
+        self.heartbeat.enter("optimizer", self.step + 1)
         if verdict == "take":
             self.optimizers.step(self.factor(self.step))
             self.averages.update(self.step)
@@ -289,6 +296,7 @@ class _Run:
         """A validation point of the curves."""
         if self.validate is None:
             return
+        self.heartbeat.enter("validation", self.step)
         self.readings.look(wait=True)
         self.record(self.validated(self.validate))
         self.throughput.skip()
