@@ -54,7 +54,7 @@ def main() -> None:
     for name in given.shapes or shapes:
         arch, shape, settings = shapes[name]
         config = preset(arch, vocab_size=shape["vocab_size"], overrides=shape)
-        params = TrainParams(**{"device": given.device, "prefetch": 0, "threads": 1, **settings})
+        params = TrainParams(**{"device": given.device, "prefetch": 0, "threads": 1, "save_every": 0, **settings})
         found = footprint(config, params, Load.of(params, config.context, cuda=given.device == "cuda"))
         measured = rehearsed(config, params)
         ratios.append(found.total / measured)

@@ -1,4 +1,4 @@
-"""What a training will take before it is begun: sizes, operations, memory of each process. A stage's `forecast` makes one.
+"""What a training will take before it is begun: sizes, operations, memory. A stage's `forecast` makes one.
 
 Free of everything heavy: `llmctl plan` asks every stage that would run.
 """

@@ -34,9 +34,7 @@ PAUSE = 2.0
 class Heartbeat:
     """The file of one rank. `enter` costs some ten microseconds: call it at every phase of every step."""
 
-    def __init__(
-        self, work: Path, rank: int = 0, clock: Callable[[], float] = time.time, *, stage: str = ""
-    ) -> None:
+    def __init__(self, work: Path, rank: int = 0, clock: Callable[[], float] = time.time, *, stage: str = "") -> None:
         self._clock, self._stage = clock, stage
         self._count = 0
         self._longest = 0.0
@@ -96,7 +94,8 @@ class Beat:
     @property
     def alive(self) -> bool:
         """Whether the process is there, as far as this machine can tell."""
-        return self.host != socket.gethostname()[:64] or Path(f"/proc/{self.pid}").exists() or not Path("/proc").exists()
+        here = self.host == socket.gethostname()[:64] and Path("/proc").exists()
+        return not here or Path(f"/proc/{self.pid}").exists()
 
 
 def beats(work: Path) -> list[Beat]:
@@ -114,8 +113,8 @@ def _read(work: Path) -> Iterator[Beat]:
 
 def running(works: Path) -> list[Beat]:
     """Of all ranks that run now, by stage and number; `works` is the directory of all work directories."""
-    folders = {path.parent for path in works.glob(f"*/{FOLDER}")} | {path.parent for path in works.glob(f"*/*/{FOLDER}")}
-    return sorted((beat for work in folders for beat in _read(work) if beat.alive), key=lambda b: (b.stage, b.rank))
+    found = (beat for folder in works.glob(f"*/{FOLDER}") for beat in _read(folder.parent))
+    return sorted((beat for beat in found if beat.alive), key=lambda beat: (beat.stage, beat.rank))
 
 
 class Watch:

@@ -1,4 +1,4 @@
-"""What the trainings of a run will take, compared with this machine: memory, time and cost, before anything is spent."""
+"""What the trainings of a run will take, compared with this machine, before anything is spent."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _recorded(spec: StageSpec, planner: Planner, given: Mapping[str, Given], now
 
 
 def measured(found: Sequence[Outlook]) -> list[Outlook]:
-    """The outlooks with the speed of a rehearsal, in a process of its own, where there is no other and it is possible."""
+    """The outlooks with the speed of a rehearsal where there is no other, in a process of its own."""
     return [
         replace(one, speed=_rehearsed(one.forecast))
         if one.forecast is not None and one.speed is None and one.forecast.rehearsal and one.fits
@@ -196,7 +196,7 @@ def _lines(outlook: Outlook, forecast: Forecast, price: float | None) -> Iterato
     yield f"{outlook.stage}: {forecast.model}"
     yield f"  parameters  {forecast.parameters:,}"
     if forecast.tokens is None:
-        yield f"  tokens      {forecast.tokens_per_step:,} per step; how many steps depends on data that is not there yet"
+        yield f"  tokens      {forecast.tokens_per_step:,} per step; how many steps depends on data yet to be made"
     else:
         yield f"  tokens      {forecast.tokens:,} in {forecast.steps:,} steps"
         yield f"  operations  {forecast.operations:.3g}, {forecast.operations_per_token:.3g} per token"

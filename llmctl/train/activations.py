@@ -91,7 +91,7 @@ def widest(config: ModelConfig, step: Pass) -> float:
 
 
 def _norm(config: ModelConfig, step: Pass, width: int) -> float:
-    """Where neither CUDA's kernel nor `llmctl.nn.kernels` does it, an RMSNorm keeps what came in and the normed states."""
+    """Where neither CUDA's kernel nor `llmctl.nn.kernels` does it, an RMSNorm keeps the normed states as well."""
     if config.traits.norm == "layer":
         return width * FLOAT + 2 * FLOAT
     whole = step.fused or (config.traits.norm == "rms" and step.product == FLOAT)
@@ -123,7 +123,8 @@ def _inputs(config: ModelConfig, step: Pass, readers: int) -> Iterator[tuple[flo
 
 def _attention(config: ModelConfig, step: Pass, window: int) -> Iterator[tuple[float, str]]:
     traits, split = config.traits, step.split
-    heads, q, kv = config.heads / split, config.heads * config.head_dim / split, config.kv_heads * config.head_dim / split
+    heads, keys = config.heads / split, config.kv_heads / split
+    q, kv = heads * config.head_dim, keys * config.head_dim
     yield from _inputs(config, step, 3)
     yield from ((q, "product"), (kv, "product"), (kv, "product"), (q, "product"), (heads, "float"))
     if traits.qk_norm:

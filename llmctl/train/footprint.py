@@ -15,8 +15,8 @@ from llmctl.train.activations import FLOAT, Pass, around, block, widest
 from llmctl.train.params import TrainParams
 
 ALLOCATOR = {"none": 0.45, "selective": 1.5, "full": 1.5}
-"""What glibc keeps of freed memory, as a share of what lives, by `recompute`. Measured: .2 to .6, and 1.1 and more where
-blocks are freed and taken again within a pass."""
+"""What glibc keeps of freed memory, as a share of what lives, by `recompute`. Measured: .2 to .6, and 1.1 and more
+where blocks are freed and taken again within a pass."""
 CHUNKED = 1.1
 """The same with `loss_chunk`. Blocks of 32 MiB and more are given back at once."""
 RETURNED = 32 << 20
@@ -29,6 +29,7 @@ ADVICE = {
     "activations": "a smaller micro_batch, recompute: full, or a shorter context",
     "logits": "loss_chunk: 4096, or a smaller micro_batch",
     "work": "another optimizer than muon, or more ranks: parallel.dp_shard, tp or pp",
+    "checkpoint": "save_every: 0, which saves at the end alone, or more ranks: parallel.dp_shard",
     "data": "a smaller batch_size, or a lower prefetch",
     "teacher": "a smaller teacher",
     "mean": "ema: 0",
@@ -158,7 +159,8 @@ class _Stage:
         weights = FLOAT * self.parameters / ranks.dp_shard + self._gathered()
         # In a smaller type every matrix has a copy for as long as its product may be differentiated.
         if load.product < FLOAT and "activations" in parts:
-            parts["activations"] += load.product * (self.inner + self.head) / (1 if ranks.dp_shard == 1 else len(self.layers))
+            at_once = 1 if ranks.dp_shard == 1 else max(1, len(self.layers))
+            parts["activations"] += load.product * (self.inner + self.head) / at_once
         steps = params.prefetch + 2
         rows = load.rows * load.micro_batches
         found = {
@@ -168,8 +170,14 @@ class _Stage:
             "data": float(rows * load.length * INTEGERS * (1 if load.cuda else steps)),
             **parts,
         }
+        found["checkpoint"] = 0.0 if load.cuda else self._copy(found)
         found["allocator"] = self._allocator(found)
         return Footprint(moment, {name: round(size) for name, size in found.items() if size >= 1})
+
+    def _copy(self, parts: dict[str, float]) -> float:
+        """What is written while training goes on: all that a checkpoint holds, or the first one's weights alone."""
+        names = ("weights", "optimizer", "mean") if self.params.save_every else ("weights",)
+        return sum(parts.get(name, 0.0) for name in names)
 
     def _allocator(self, parts: dict[str, float]) -> float:
         """What the CPU's allocator holds beyond what lives; CUDA's is torch's own and part of no peak."""
@@ -196,7 +204,7 @@ class _Stage:
         return total + (around(self.config, self.step) if self.first or self.last else 0.0)
 
     def _logits(self) -> float:
-        """Bytes of the logits that are held at once; where they come in chunks, the head's gradient is there with them."""
+        """Bytes of the logits that are held at once."""
         if not self.last or not self.head:
             return 0.0
         chunk = self.params.loss_chunk

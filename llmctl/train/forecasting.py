@@ -1,4 +1,4 @@
-"""Forecasts of trainings: from parameters and what is known of the inputs to `llmctl.forecast.Forecast`. Free of torch."""
+"""Forecasts of trainings: from parameters and what is known of the inputs to a `Forecast`. Free of torch."""
 
 from __future__ import annotations
 
@@ -110,4 +110,3 @@ def answers(params: TrainParams, inputs: Mapping[str, Given], port: str = "model
     load = {"rows": rows, "targets": rows * length, "masked": params.packing != "none"}
     found = forecast(config, params, length, rows=None, upper_bound=True, load=load)
     return replace(found, tokens_per_step=per_row * found.tokens_per_step)
-

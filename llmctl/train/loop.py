@@ -13,15 +13,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmctl.errors import MachineError, StageError
 from llmctl.launch.heartbeats import Heartbeat
-from llmctl.nn.counts import training_flops
-from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context, Helped
 from llmctl.train import restoring
@@ -31,6 +28,7 @@ from llmctl.train.checkpoint import Checkpoints
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
+from llmctl.train.display import Display, used
 from llmctl.train.fp8 import fp8_blocks
 from llmctl.train.guards import Guard
 from llmctl.train.memory import HINT
@@ -43,7 +41,7 @@ from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import lr_factor
 from llmctl.train.spread import Spread, collect
-from llmctl.train.throughput import Throughput, utilisation
+from llmctl.train.throughput import Throughput
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
 
@@ -148,8 +146,9 @@ class _Run:
         self.tokens = 0
         self.targets = 0
         self.curve: list[dict[str, float]] = []
-        self.loss = math.nan
-        """That of the last step whose numbers are known."""
+        self.loss = self.norm = math.nan
+        """Loss and gradient norm of the last step whose numbers are known."""
+        self.display = Display()
         self.sums: dict[str, float] = {}
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
@@ -211,8 +210,7 @@ class _Run:
             self.readings.add(reading)
         elif verdict == "rewind":
             restoring.rewind(self)
-        known = {} if math.isnan(self.loss) else {"loss": self.loss}
-        self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
+        self.ctx.progress(self.step, self.total, **self.display.fields(self))
 
     def counted(self, batches: list[Batch]) -> tuple[int, int, int]:
         """Weight, tokens and targets of a step on all ranks; labels are balanced by all of them together."""
@@ -261,9 +259,9 @@ class _Run:
 
     def take(self, reading: Reading, sums: dict[str, float]) -> None:
         """Add the numbers of a step that was taken to those of the curves; StageError if they are not finite."""
-        self.loss, norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
+        self.loss, self.norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
         if not self.guard.before and not reading.at_hand:
-            self.guard.judge(reading.step, self.loss, norm)
+            self.guard.judge(reading.step, self.loss, self.norm)
         values = {**sums, "weight": float(reading.weight)}
         self.recent = [*self.recent[1 - RECENT :], {name: values[name] for name in values if name != "grad_norm"}]
         for name, value in values.items():
@@ -345,8 +343,5 @@ class _Run:
         if self.compute.device.type != "cuda":
             return {}
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
-        config: Any = self.model.config
-        count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
-        flops = count(config.context) * self.throughput.overall()
-        share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
+        share = used(self)
         return values if share is None else {**values, "utilisation": share}

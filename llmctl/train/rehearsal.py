@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from llmctl.stage import Context
 from llmctl.text.shards import SplitTokens
 from llmctl.train.data import TokenSource
 from llmctl.train.loop import fit
+from llmctl.train.memory import resident
 from llmctl.train.objectives import CausalLM
 from llmctl.train.params import TrainParams
 
@@ -35,8 +35,8 @@ WARM_UP = 2
 def rehearse(config: ModelConfig, params: TrainParams, steps: int) -> dict[str, float]:
     """Train a fresh model for `steps` steps through the loop itself.
 
-    `tokens_per_s` without the first steps; `peak_bytes` over what the process had before the model, a training of a tiny
-    one behind it, so that libraries are loaded: on the CPU resident memory, on CUDA what torch allocated.
+    `tokens_per_s` without the first steps; `peak_bytes` over what the process had before the model, when a tiny one had
+    been trained and libraries were loaded: on the CPU resident memory, on CUDA what torch allocated.
     """
     small = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "vocab_size": 64, "context": min(config.context, 32)}
     _train(ModelConfig(arch="llama", **small), params, 2)
@@ -70,13 +70,6 @@ def invented(config: ModelConfig, params: TrainParams, steps: int) -> SplitToken
 def mark_can_be_set() -> bool:
     """Whether the kernel's note of the most memory that this process had can be set back (Linux)."""
     return MARK.exists()
-
-
-def resident(name: str) -> int:
-    """Bytes of `VmRSS` (now) or `VmHWM` (the most so far) of this process; 0 where the system does not say."""
-    path = Path("/proc/self/status")
-    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(encoding="utf-8") if path.exists() else "", re.M)
-    return int(found[1]) << 10 if found else 0
 
 
 class _Clock:

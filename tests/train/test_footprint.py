@@ -29,7 +29,8 @@ def saved_and_said(name, *, bf16=False, mode="none", packed=False, dropout=0.0):
     tokens, targets = torch.randint(0, VOCAB, (ROWS, LENGTH)), torch.randint(0, VOCAB, (count_of,))
     documents = positions = None
     if packed:
-        documents, positions = ((torch.arange(LENGTH) // 10)[None].repeat(ROWS, 1), (torch.arange(LENGTH) % 10)[None].repeat(ROWS, 1))
+        places = torch.arange(LENGTH)[None].repeat(ROWS, 1)
+        documents, positions = places // 10, places % 10
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -45,7 +46,13 @@ def saved_and_said(name, *, bf16=False, mode="none", packed=False, dropout=0.0):
         inner = sum(p.numel() for n, p in model.named_parameters() if is_hidden_matrix(n, p))
         saved -= 2 * (inner + VOCAB * config.dim)  # copies of weights, counted once and not per token
     step = Pass(
-        rows=ROWS, length=LENGTH, targets=count_of, product=2 if bf16 else 4, recompute=mode, dropout=dropout, masked=packed
+        rows=ROWS,
+        length=LENGTH,
+        targets=count_of,
+        product=2 if bf16 else 4,
+        recompute=mode,
+        dropout=dropout,
+        masked=packed,
     )
     return saved, kept(config, step)
 
