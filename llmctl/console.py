@@ -14,6 +14,8 @@ from llmctl.sparkline import Course
 HEARTBEAT = 10.0
 """Seconds between two plain progress lines of one stage."""
 
+FEW = 2
+"""So many numbers stand in the line of the bar; more get a line of their own."""
 SHOWN = ("loss", "bpb", "accuracy", "lr", "grad_norm", "tokens_per_s", "rows_per_s", "utilisation", "memory_bytes")
 """Progress fields in the order they are shown; others follow as they come."""
 
@@ -305,14 +307,16 @@ class LiveReporter(Reporter):
 
     def _note(self, stage: str, event: Mapping[str, Any]) -> str:
         """What stands beside the bar: how far it is, and below it the numbers, the loss with its course so far."""
-        step, total = event.get("step", 0), event.get("total")
-        first = "  ".join([self._place(step, total), *self._left_of(stage, step, total)])
         figures = [f"{name} {value}" for name, value in shown_fields(event).items()]
+        if len(figures) <= FEW:
+            return self._progress_text(stage, event)
         if isinstance(loss := event.get("loss"), int | float):
             course = self._courses.setdefault(stage, Course())
             course.add(loss)
             figures.insert(0, course.line())
-        return f"{first}\n{'  '.join(figures)}" if len(figures) > 2 else "  ".join([first, *figures])
+        step, total = event.get("step", 0), event.get("total")
+        first = "  ".join([self._place(step, total), *self._left_of(stage, step, total)])
+        return f"{first}\n{'  '.join(figures)}"
 
     def _on_run_progress(self, event: Mapping[str, Any]) -> None:
         super()._on_run_progress(event)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmctl import Artifact, Command, In, Out, Stage, hookimpl
+from llmctl_train_pretrain.board import log_metrics as log_metrics
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
