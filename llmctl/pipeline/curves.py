@@ -1,4 +1,4 @@
-"""`llmctl curves`: loss, rate, gradient norm and speed of one or several trainings as one HTML page that needs no network."""
+"""`llmctl curves`: loss, rate, gradient norm and speed of trainings as one HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -52,10 +52,15 @@ class Curves:
 @click.command()
 @click.argument("trainings", nargs=-1)
 @click.option(
-    "--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="The page.  [default: curves.html]"
+    "--html",
+    "target",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="curves.html",
+    show_default=True,
+    help="The page.",
 )
 @store_option
-def curves(trainings: tuple[str, ...], page: Path | None, store_path: Path | None) -> None:
+def curves(trainings: tuple[str, ...], target: Path, store_path: Path | None) -> None:
     """Draw the curves of TRAININGS: results (quickstart/train), run ids, or nothing for the latest run.
 
     Several share each chart. A run may still be going on, or have failed.
@@ -67,7 +72,6 @@ def curves(trainings: tuple[str, ...], page: Path | None, store_path: Path | Non
     found = [run for text in trainings or (latest(store),) for run in read(store, text)]
     if not found:
         raise InputError("there are no curves in what was given", hint="curves are left by stages that train")
-    target = page or Path("curves.html")
     fresh = target.with_name(f".{target.name}.new")
     fresh.write_text(render(found), encoding="utf-8")
     fresh.replace(target)

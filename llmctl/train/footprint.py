@@ -226,7 +226,7 @@ class _Stage:
 
     def _work(self) -> float:
         """What a step of the optimizer takes for itself: Muon iterates all matrices of one shape together."""
-        largest = max((rows * columns for rows, columns in self.matrices), default=0)
+        largest: float = max((rows * columns for rows, columns in self.matrices), default=0)
         largest = max(largest, self.config.vocab_size * self.config.dim * bool(self.outer)) / self.params.parallel.tp
         if self.params.optimizer == "muon":
             size = 2 if self.load.cuda else FLOAT
