@@ -20,7 +20,7 @@ from torch import Tensor
 from llmctl.errors import MachineError, StageError
 from llmctl.launch.heartbeats import Heartbeat
 from llmctl.nn.transformer import Transformer
-from llmctl.stage import Context, Helped
+from llmctl.stage import Context, Helped, muted
 from llmctl.train import restoring
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
@@ -39,7 +39,7 @@ from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
-from llmctl.train.schedule import lr_factor
+from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
 from llmctl.train.spread import Spread, collect
 from llmctl.train.throughput import Throughput
 from llmctl.train.trial import settle
@@ -73,7 +73,7 @@ def fit(
         # Sharding cannot be undone in place: the model that was given stays as it is until the end.
         trained = copy.deepcopy(model) if params.parallel.shards else model
         with _prepared(trained, params, compute):
-            heard = ctx if ranks.main else ctx.muted()
+            heard = ctx if ranks.main else muted(ctx)
             run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
             try:
                 run.train()
@@ -199,7 +199,7 @@ class _Run:
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
         self.heartbeat.enter("optimizer", self.step + 1)
         if verdict == "take":
-            self.optimizers.step(self.factor(self.step))
+            self.optimizers.step(self.factor(self.step), *self.pace(self.step))
             self.averages.update(self.step)
         self.optimizers.drop_gradients()
         self.step += 1
@@ -278,6 +278,20 @@ class _Run:
             min_ratio=params.min_lr_ratio,
             decay_share=params.decay_share,
         )
+
+    def pace(self, step: int) -> tuple[float, float]:
+        """Momentum, and the share of the weight decay, at `step`."""
+        params = self.params
+        momentum = momentum_at(
+            step,
+            total=self.total,
+            peak=params.momentum,
+            start=params.momentum_start,
+            warmup=params.momentum_warmup,
+            end=params.momentum_end,
+            decay_share=params.decay_share,
+        )
+        return momentum, decay_factor(step, total=self.total, schedule=params.decay_schedule)
 
     def log(self) -> None:
         """A point of the curves: means since the last one."""

@@ -24,7 +24,7 @@ TRAIN_PRETRAIN = Stage(
     run="llmctl_train_pretrain.run:run",
     forecast="llmctl_train_pretrain.forecast:forecast",
     extra="train",
-    rev=2,  # rows of more than 2^24 tokens come in another order
+    rev=3,  # Muon's defaults
     headline=("loss.validation", "loss.train"),
 )
 
