@@ -217,7 +217,7 @@ def plan(
     found = forecasts.measured(found) if measure else found
     if format_ == "json":
         keys = [d.keys.action if d.keys else None for d in decisions]
-        listed = [
+        listed: list[dict[str, Any]] = [
             {"stage": id, "action": action, "why": why, "key": key}
             for (id, action, why), key in zip(rows, keys, strict=True)
         ]

@@ -94,7 +94,7 @@ def _norm(config: ModelConfig, step: Pass, width: int) -> float:
     """Where neither CUDA's kernel nor `llmctl.nn.kernels` does it, an RMSNorm keeps the normed states as well."""
     if config.traits.norm == "layer":
         return width * FLOAT + 2 * FLOAT
-    whole = step.fused or (config.traits.norm == "rms" and step.product == FLOAT)
+    whole = step.fused or (config.traits.norm in ("rms", "rms0") and step.product == FLOAT)
     return width * FLOAT * (1 if whole else 2) + FLOAT
 
 
@@ -104,6 +104,8 @@ def _per_token(config: ModelConfig, step: Pass, layer: int) -> Iterator[tuple[fl
     traits, split = config.traits, step.split
     norms = 4 if traits.order == "sandwich" else 2
     yield from ((config.dim, "norm") for _ in range(norms))
+    if traits.stream_weights:
+        yield (config.dim, "float")
     yield from _attention(config, step, config.layer_window(layer))
     yield from _inputs(config, step, 2 if traits.gated else 1)
     wide = config.ff_dim / split

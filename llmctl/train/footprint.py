@@ -142,11 +142,12 @@ class _Stage:
         """The end of the forward pass, the head's gradient, the end of the backward pass, the optimizer's step."""
         kept, logits = self.in_flight * self._kept(), self._logits()
         gradients = FLOAT * self.parameters / self.params.parallel.dp_shard
+        capped = bool(self.config.logit_softcap)  # its tanh is kept
         by_hand = not self.load.cuda and self.load.product == FLOAT  # llmctl.nn.kernels
         before = gradients if self.load.micro_batches > 1 else 0.0
         head = FLOAT * self.head
-        yield self._at("loss", gradients=before, activations=kept, logits=(2 if by_hand else 3) * logits)
-        yield self._at("gradient of the head", gradients=before + head, activations=kept, logits=2 * logits)
+        yield self._at("loss", gradients=before, activations=kept, logits=((2 if by_hand else 3) + capped) * logits)
+        yield self._at("gradient of the head", gradients=before + head, activations=kept, logits=(2 + capped) * logits)
         late = FLOAT * (self.head if self.tied else 0.0) + (gradients - before if before else 0.0)
         last = self._kept() / max(1, len(self.layers)) + widest(self.config, self.step)
         yield self._at("gradient of the embedding", gradients=gradients + late, activations=last)

@@ -38,8 +38,9 @@ def rehearse(config: ModelConfig, params: TrainParams, steps: int) -> dict[str, 
     `tokens_per_s` without the first steps; `peak_bytes` over what the process had before the model, when a tiny one had
     been trained and libraries were loaded: on the CPU resident memory, on CUDA what torch allocated.
     """
-    small = {"dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "vocab_size": 64, "context": min(config.context, 32)}
-    _train(ModelConfig(arch="llama", **small), params, 2)
+    length = min(config.context, 32)
+    small = ModelConfig(arch="llama", dim=16, layers=1, heads=2, kv_heads=1, vocab_size=64, context=length)
+    _train(small, params, 2)
     if mark_can_be_set():
         MARK.write_text("5", encoding="utf-8")
     before = resident("VmRSS")

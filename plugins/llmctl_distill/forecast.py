@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llmctl.forecast import Forecast, Given
 from llmctl.nn.counts import count, forward_flops
-from llmctl.train.footprint import FLOAT
+from llmctl.train.activations import FLOAT
 from llmctl.train.forecasting import answers, config_of
 from llmctl_distill.params import DistillParams
 

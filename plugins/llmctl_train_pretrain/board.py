@@ -37,5 +37,5 @@ def _open(stage: str) -> Any:
     except ModuleNotFoundError as error:
         raise MachineError(f"{VARIABLE} is set, {error}", hint="pip install 'llmctl[track]'") from error
     folder = Path(os.environ[VARIABLE]) / stage / time.strftime("%Y%m%d-%H%M%S")
-    _writers[stage] = SummaryWriter(str(folder), flush_secs=10)  # type: ignore[no-untyped-call]  # torch
+    _writers[stage] = SummaryWriter(str(folder), flush_secs=10)
     return _writers[stage]

@@ -39,8 +39,7 @@ def _masked(params: PretrainParams) -> bool:
 def _config(params: PretrainParams, inputs: Mapping[str, Given]) -> ModelConfig:
     if "model" in inputs:
         found = config_of(inputs["model"], "model")
-        longer = params.context is not None and params.context > found.context
-        return replace(found, context=params.context) if longer else found
+        return replace(found, context=max(found.context, params.context or 0))
     config = preset(params.preset, vocab_size=vocabulary_of(inputs["tokenizer"]), overrides=params.shape())
     pairs = config.traits.kind == "encoder" and config.token_types > 1 and params.objective in ("auto", "mlm-nsp")
     return replace(config, head="pretraining") if pairs and not params.preset.startswith("spanbert") else config

@@ -42,6 +42,8 @@ def saved_and_said(name, *, bf16=False, mode="none", packed=False, dropout=0.0):
     with recomputed(model, mode, dropout):
         saved = kept_bytes(forward, model)
     saved -= count_of * (4 * VOCAB + 8)  # log-probabilities and targets, which the footprint counts with the logits
+    if config.logit_softcap:
+        saved -= count_of * 4 * VOCAB
     if bf16:
         inner = sum(p.numel() for n, p in model.named_parameters() if is_hidden_matrix(n, p))
         saved -= 2 * (inner + VOCAB * config.dim)  # copies of weights, counted once and not per token
