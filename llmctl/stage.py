@@ -151,6 +151,10 @@ class Artifact:
         return self.path / name
 
 
+class Helped(Exception):  # noqa: N818  # no error
+    """Raised to leave a stage on a rank above 0 when all that is left is for rank 0 alone: saving, reporting."""
+
+
 class Context:
     """One execution of a stage: where to write, how to report, when to stop.
 
@@ -178,6 +182,12 @@ class Context:
         self._outputs = dict(outputs)
         self._emit = emit
         self._stop = stop
+
+    def muted(self) -> Context:
+        """The same execution for a process beside the first: it writes no output, says nothing and is never stopped."""
+        mute = Context(self.stage, {}, self.resume_dir, lambda kind, fields: None, title=self.title)
+        mute.metadata = {port: {} for port in self.metadata}
+        return mute
 
     def output(self, port: str) -> Path:
         """The staging directory of an output port; what lies in it when `run` returns is committed."""

@@ -48,9 +48,16 @@ class Channel:
         if kind == "progress" and not self._due(fields):
             return
         with contextlib.suppress(BrokenPipeError):
-            data = encode({"type": kind, **fields})
-            while data:
-                data = data[os.write(self.descriptor, data) :]
+            self._write(encode({"type": kind, **fields}))
+
+    def forward(self, line: bytes) -> None:
+        """Write an event that another process has encoded."""
+        with contextlib.suppress(BrokenPipeError):
+            self._write(line + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.descriptor, data) :]
 
     def _due(self, fields: Mapping[str, Any]) -> bool:
         now = time.monotonic()
@@ -93,17 +100,18 @@ class Launch:
 
 @dataclass
 class Execution:
-    """One run of one request in this process."""
+    """One run of one request in this process, or a rank's part in it: rank 0 is heard and commits, the others help."""
 
     store: Store
     request: Request
     channel: Channel
     launch: Launch
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         self.registry: Registry = get_registry()
         self.resume = self.store.work(self.request.resume, self.launch.work)
-        self.stop = StopFlag(self.resume)
+        self.stop = StopFlag(self.resume, signals=self.rank is None)
         self.masker = Masker({name: os.environ.get(name, "") for name in self.request.secrets})
         self.begun = time.monotonic()
         self.started = timestamp()
@@ -116,6 +124,10 @@ class Execution:
             import resource
 
             resource.setrlimit(resource.RLIMIT_DATA, (self.request.memory, self.request.memory))
+        if self.rank:
+            context = Context(self.request.instance, dict.fromkeys(self.request.outputs, self.resume), self.resume, self.emit)
+            self._run(stage, context.muted())
+            return
         staging = self.store.staging()
         self.resume.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -253,19 +265,25 @@ def execute(store: Store, key: str, launch: Launch, channel: Channel) -> int:
     try:
         request = Request.read(store, key)
         owner = str(request.plugin["dist"])
+        params = checked_stage(get_registry(), request).load_params().model_validate_json(request.params)
+        if params.processes() > 1:
+            from llmctl.launch.ranks import Gang
+
+            return Gang(store, request, channel, launch, params)()
         Execution(store, request, channel, launch)()
     except BaseException as error:  # the edge of the process: plugin code raises anything
         failure = explain(error, owner, store.root)
         with contextlib.suppress(OSError):
-            _write_log(error, failure)
+            write_log(error, failure)
         fields = {"code": failure.code, "message": failure.message, "hint": failure.hint, "bug": failure.bug}
         channel.send("failure", fields)
         return failure.code
     return 0
 
 
-def _write_log(error: BaseException, failure: Failure) -> None:
+def write_log(error: BaseException, failure: Failure, who: str = "") -> None:
+    """What a person needs who reads the log: the traceback of what nobody expected, and the failure."""
     if not isinstance(error, LlmctlError) or error.__cause__ is not None:
         traceback.print_exception(error)
-    sys.stderr.write(f"error: {failure.message}\n" + (f"  hint: {failure.hint}\n" if failure.hint else ""))
+    sys.stderr.write(f"{who}error: {failure.message}\n" + (f"  hint: {failure.hint}\n" if failure.hint else ""))
     sys.stderr.flush()

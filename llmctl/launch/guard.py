@@ -21,6 +21,16 @@ def tie_to(parent: int, heartbeat: int, others: tuple[int, ...] = ()) -> int:
     `heartbeat` is the read end of a pipe whose write end only the parent has; `others` are descriptors that the
     watchdog must not keep open. Called once, before any thread exists.
     """
+    die_with(parent)
+    watchdog = os.fork()
+    if watchdog == 0:
+        _watch(heartbeat, others)
+    os.close(heartbeat)
+    return watchdog
+
+
+def die_with(parent: int) -> None:
+    """End this process when `parent` dies (Linux: the thread of it that started this process)."""
     if sys.platform == "linux":
         import ctypes
 
@@ -28,11 +38,6 @@ def tie_to(parent: int, heartbeat: int, others: tuple[int, ...] = ()) -> int:
     if os.getppid() != parent:
         # It died between fork and prctl, so no signal will come.
         os._exit(137)
-    watchdog = os.fork()
-    if watchdog == 0:
-        _watch(heartbeat, others)
-    os.close(heartbeat)
-    return watchdog
 
 
 def release(watchdog: int) -> None:

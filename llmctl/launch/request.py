@@ -39,6 +39,8 @@ class Request:
     """External inputs, to see before publishing whether they changed meanwhile."""
     memory: int | None = None
     """Most bytes of data the process may allocate."""
+    nodes: int = 1
+    """Machines that its processes are shared out to."""
     secrets: Sequence[str] = ()
     """Variables of the process that hold secrets: names, never values."""
     observed: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Request:
             port: [{"path": str(a.path), "type": a.type, "id": a.id, "metadata": dict(a.metadata)} for a in artifacts]
             for port, artifacts in self.inputs.items()
         }
-        plain = ("key", "resume", "preimage", "stage", "instance", "plugin", "outputs", "memory", "observed")
+        plain = ("key", "resume", "preimage", "stage", "instance", "plugin", "outputs", "memory", "nodes", "observed")
         value = {
             "v": VERSION,
             **{name: getattr(self, name) for name in plain},

@@ -21,14 +21,14 @@ PAUSE = 0.5
 
 
 class StopFlag:
-    """Set by a signal or by the file. It makes no sound: the stage asks."""
+    """Set by a signal, unless it is not to listen to any, or by the file. It makes no sound: the stage asks."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, signals: bool = True) -> None:
         self.asked = False
         self._set = False
         self._file = work / STOP_FILE
         self._looks_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) if signals else ():
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -20,6 +20,10 @@ class Params(BaseModel):
         """The output ports this configuration produces; None (the default) means all of them."""
         return None
 
+    def processes(self) -> int:
+        """How many processes run the stage together, each all of it (SPMD); rank 0 leaves the outputs."""
+        return 1
+
 
 def Field(  # noqa: N802  # reads as pydantic's own
     default: Any = PydanticUndefined, *, description: str, affects: Affects = "output", **constraints: Any

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.train.optimizers import Optimizers
+from llmctl.train.parts import placed
 
 
 class Averages:
@@ -61,7 +62,7 @@ class Averages:
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned."""
         for name, mean in self.means.items():
-            mean.copy_(state[name])
+            mean.copy_(placed(state[name], mean))
 
 
 @torch.no_grad()

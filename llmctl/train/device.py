@@ -12,6 +12,7 @@ import torch
 from llmctl.errors import MachineError
 from llmctl.train.fp8 import is_capable
 from llmctl.train.params import TrainParams
+from llmctl.train.ranks import local_device
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """Of the products that autocast knows; with fp8 the linear layers of the blocks are another matter."""
@@ -42,7 +43,7 @@ class Compute:
             raise MachineError(
                 "offload_optimizer: on the CPU the state is in the host's memory already", hint="leave it off"
             )
-        device = torch.device(kind)
+        device = local_device(kind)
         if params.precision == "fp8" and not is_capable(device):
             raise MachineError("precision fp8: needs an NVIDIA GPU of the Hopper generation", hint="set it to bf16")
         automatic = "bf16" if kind == "cuda" else "float32"

@@ -6,10 +6,12 @@ The host never waits for the device between two points of the curves, unless a g
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +22,7 @@ from llmctl.errors import MachineError, StageError
 from llmctl.nn.counts import training_flops
 from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
-from llmctl.stage import Context
+from llmctl.stage import Context, Helped
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
 from llmctl.train.checkpoint import Checkpoint, Checkpoints, require_space, same_tensors
@@ -33,10 +35,13 @@ from llmctl.train.memory import HINT
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
+from llmctl.train.parts import full, placed
 from llmctl.train.prefetch import Prefetch
+from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import lr_factor
+from llmctl.train.spread import Spread, collect
 from llmctl.train.throughput import Throughput, utilisation
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
@@ -55,6 +60,9 @@ def fit(
     Continues from the newest checkpoint in `ctx.resume_dir` that was made with the same parameters; on CPU the weights
     are then bit-identical to those of an uninterrupted run. The model comes back on the CPU in evaluation mode.
 
+    With `params.parallel` every rank calls this with the same arguments, but for `ctx`, of which ranks above 0 use
+    nothing that writes or speaks. Rank 0 returns; the others raise `Helped` when their part is done.
+
     Raises StageError for a loss that is not finite, a step without anything to learn, or a full disk; TempFail after a
     checkpoint when the run was asked to stop.
     """
@@ -62,15 +70,23 @@ def fit(
     total = params.max_steps or max(1, math.ceil(params.epochs * source.steps_per_epoch))
     if any(parameter.dtype in HALVES for parameter in model.parameters()):
         model.float()  # such weights stall: an update below their last digit is lost
-    with _prepared(model, params, compute):
-        run = _Run(ctx, model, objective, source, params, validate, compute, total)
-        try:
-            run.train()
-        except torch.OutOfMemoryError as error:
-            raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
-        finally:
-            run.prefetch.close()
-        values = run.finish()
+    with joined(params.parallel, compute.device) as ranks:
+        # Sharding cannot be undone in place: the model that was given stays as it is until the end.
+        trained = copy.deepcopy(model) if params.parallel.shards else model
+        with _prepared(trained, params, compute):
+            heard = ctx if ranks.main else ctx.muted()
+            run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
+            try:
+                run.train()
+            except torch.OutOfMemoryError as error:
+                raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
+            finally:
+                run.prefetch.close()
+            values = run.finish()
+        if trained is not model:
+            collect(trained, model, ranks.main)
+    if not ranks.main:
+        raise Helped
     model.to("cpu").eval()
     return values
 
@@ -109,16 +125,19 @@ class _Run:
         validate: Validate | None,
         compute: Compute,
         total: int,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.ctx, self.objective, self.source, self.params = ctx, objective, source, params
         self.validate, self.compute, self.total = validate, compute, total
         self.model = model.to(compute.device).train()
-        self.optimizers = Optimizers(model, params)
+        self.spread = Spread(self.model, ranks)
+        self.optimizers = Optimizers(model, params, ranks)
         self.averages = Averages(model, self.optimizers, params.ema)
         self.loss_scale = LossScale() if compute.precision == "fp16" else None
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
-        self.prefetch = Prefetch(source, params.prefetch, compute.device)
+        self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
         self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
         self.throughput = Throughput()
         self.step = 0
@@ -131,14 +150,16 @@ class _Run:
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
         """The same of each of the last steps: the final numbers must not depend on how often points are logged."""
-        torch.manual_seed(params.seed)
+        torch.manual_seed(params.seed + ranks.data_rank)  # dropout differs where the data do
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
         for note in self.optimizers.rates.notes:
             self.ctx.log(note)
         resumed = self.resume()
-        self.checkpoints.forget_after(self.step, self.total)
+        self.ranks.wait()  # all have read what is removed now
+        if self.ranks.main:
+            self.checkpoints.forget_after(self.step, self.total)
         if not resumed:
             self.first_checkpoint()
         if self.step < self.total and (self.params.micro_batch == "auto" or self.compute.device.type == "cuda"):
@@ -146,7 +167,7 @@ class _Run:
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
-            if self.ctx.should_stop():
+            if self.ranks.any(self.ctx.should_stop()):
                 self.save()
                 raise self.ctx.stopped(self.step)
             self.update()
@@ -161,10 +182,10 @@ class _Run:
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
         batches = self.prefetch.take(self.step)
-        weight = sum(self.objective.weight(batch) for batch in batches)
+        weight, size, targets = self.counted(batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
-        sums = self.accumulate(batches, weight)
+        sums = self.ranks.summed(self.accumulate(batches, weight))
         reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
@@ -173,9 +194,9 @@ class _Run:
             self.averages.update(self.step)
         self.optimizers.drop_gradients()
         self.step += 1
-        self.throughput.add(sum(batch.size for batch in batches))
-        self.tokens += sum(batch.size for batch in batches)
-        self.targets += sum(len(batch.targets) for batch in batches)
+        self.throughput.add(size)
+        self.tokens += size
+        self.targets += targets
         if verdict == "take":
             self.readings.add(reading)
         elif verdict == "rewind":
@@ -183,17 +204,32 @@ class _Run:
         known = {} if math.isnan(self.loss) else {"loss": self.loss}
         self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
 
+    def counted(self, batches: list[Batch]) -> tuple[int, int, int]:
+        """Weight, tokens and targets of a step on all ranks; labels are balanced by all of them together."""
+        weight, size, targets, labels = self.ranks.counted(
+            sum(self.objective.weight(batch) for batch in batches),
+            sum(batch.size for batch in batches),
+            sum(len(batch.targets) for batch in batches),
+            sum(len(batch.labels) for batch in batches if batch.labels is not None),
+        )
+        if labels and self.ranks.data_ranks > 1:
+            batches[:] = [replace(batch, balance=targets / labels) for batch in batches]
+        return weight, size, targets
+
     def accumulate(self, batches: list[Batch], weight: int) -> dict[str, Tensor]:
         """Add up the gradients of all micro-batches over the weight of all of them together, so that they are those of
-        one big batch however it was split. Returns the summed loss and metrics, on the device."""
+        one big batch however it was split. Returns the summed loss and metrics of this rank's share, on the device."""
         sums: dict[str, Tensor] = {}
-        factor = (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
-        for batch in (batch.to(self.compute.device) for batch in batches):
-            with self.compute.autocast():
-                loss, further = self.objective.loss(self.model, batch)
-            (loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
+        # The ranks' gradients are averaged: those of a sum are wanted.
+        factor = self.ranks.data_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        for number, batch in enumerate((batch.to(self.compute.device) for batch in batches), 1):
+            with self.spread.accumulating(last=number == len(batches)):
+                with self.compute.autocast():
+                    loss, further = self.spread(partial(self.objective.loss, batch=batch))
+                (loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
             for name, value in {"loss": loss, **further}.items():
                 sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+        self.spread.reduce()
         return sums
 
     def clip(self) -> Tensor:
@@ -202,7 +238,7 @@ class _Run:
             for parameter in self.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.div_(self.loss_scale.scale)
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip or math.inf)
+        return self.spread.clip(self.params.clip)
 
     def judge(self, reading: Reading) -> str:
         """What the guard says of a step, whose numbers are waited for."""
@@ -275,7 +311,7 @@ class _Run:
         """What `validate` says of the model as it would be saved now."""
         self.model.eval()
         with self.averages.swapped():
-            found = validate(self.model, self.compute)
+            found = self.spread.look(lambda model: validate(model, self.compute))
         self.model.train()
         return found
 
@@ -287,7 +323,8 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
-        self.checkpoints.finish(self.step)
+        if self.ranks.main:
+            self.checkpoints.finish(self.step)
         self.averages.finish()
         if self.ctx.wants("metrics"):
             lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve)
@@ -321,9 +358,9 @@ class _Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint: weights, optimizer state, random states."""
-        found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.state().items()}
-        found |= {f"mean/{name}": tensor for name, tensor in self.averages.state().items()}
+        found = {f"model/{name}": full(tensor) for name, tensor in self.model.state_dict().items()}
+        found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.whole_state().items()}
+        found |= {f"mean/{name}": full(tensor) for name, tensor in self.averages.state().items()}
         found["random/cpu"] = torch.get_rng_state()
         if self.compute.device.type == "cuda":
             found["random/cuda"] = torch.cuda.get_rng_state(self.compute.device)
@@ -345,7 +382,10 @@ class _Run:
             "micro_batch": self.source.at_once,
         }
         pinned = self.anchors()[:1] if self.guard.rewinds else []
-        self.checkpoints.save(self.step, self.tensors(), values, pinned)
+        tensors = self.tensors()
+        if self.ranks.main:
+            self.checkpoints.save(self.step, tensors, values, pinned)
+        self.ranks.wait()
         self.ctx.checkpointed(self.step)
         self.throughput.skip()
 
@@ -357,7 +397,8 @@ class _Run:
         copies = (4 if self.params.ema else 3) * (self.checkpoints.keep + 1 + self.guard.rewinds)
         require_space(self.ctx.resume_dir, copies * size, "training")
         self.save()
-        if not same_tensors(self.tensors(), self.checkpoints.load(self.step).tensors):
+        tensors = self.tensors()
+        if self.ranks.main and not same_tensors(tensors, self.checkpoints.load(self.step).tensors):
             raise StageError(f"a checkpoint in {self.checkpoints.directory} reads back differently from what was saved")
 
     def resume(self) -> bool:
@@ -395,6 +436,8 @@ class _Run:
             kind, _, name = full.partition("/")
             parts[kind][name] = tensor
         self.optimizers.drop_gradients()
+        kept = self.model.state_dict()
+        parts["model"] = {name: placed(tensor, kept[name]) for name, tensor in parts["model"].items()}
         self.model.load_state_dict(parts["model"], strict=True)
         self.optimizers.load(parts["optimizer"])
         self.averages.load(parts["mean"])

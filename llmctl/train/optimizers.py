@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmctl.errors import InputError
@@ -16,6 +18,8 @@ from llmctl.train.eight_bit import AdamW8bit
 from llmctl.train.muon import Muon
 from llmctl.train.offload import Offload
 from llmctl.train.params import TrainParams
+from llmctl.train.parts import full, placed
+from llmctl.train.ranks import ALONE, Ranks
 
 TABLES = ("embedding", "positions", "segments", "relative", "content_bias", "distance_bias")
 """Parts of the names of matrices whose rows are looked up or added, one by one."""
@@ -25,6 +29,7 @@ OUTER = (*TABLES, *HEADS)
 KINDS = ("matrix", "embedding", "head", "vector")
 
 Group = dict[str, Any]
+Maker = Callable[[list[Group], TrainParams], torch.optim.Optimizer]
 
 
 def kind_of(name: str, parameter: Tensor) -> str:
@@ -85,7 +90,8 @@ class Rates:
 class Optimizers:
     """One optimizer, or Muon and AdamW driven as one. Rates are set per step as a share of each group's peak."""
 
-    def __init__(self, model: nn.Module, params: TrainParams) -> None:
+    def __init__(self, model: nn.Module, params: TrainParams, ranks: Ranks = ALONE) -> None:
+        self._sharing = ranks.group("dp_replicate") if params.parallel.shard_optimizer else None
         trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in trained}
         outer = model.outer_names if isinstance(model, ForeignModel) else frozenset()
@@ -94,12 +100,18 @@ class Optimizers:
         groups = self._groups(params)
         self.all: list[torch.optim.Optimizer] = []
         if params.optimizer == "muon" and (hidden := [group for group in groups if group["kind"] == "matrix"]):
-            self.all.append(_muon(hidden, params))
+            self.all.append(self._made(_muon, hidden, params))
             groups = [group for group in groups if group["kind"] != "matrix"]
         if groups:
-            self.all.append(MAKERS[params.optimizer](groups, params))
+            self.all.append(self._made(MAKERS[params.optimizer], groups, params))
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
         self.offload = Offload(self.all) if params.offload_optimizer else None
+
+    def _made(self, make: Maker, groups: list[Group], params: TrainParams) -> torch.optim.Optimizer:
+        """The optimizer; ZeRO-1: of this rank's part of the parameters, the others' being sent after each step."""
+        if self._sharing is None:
+            return make(groups, params)
+        return _shared(groups, lambda groups: make(groups, params), self._sharing)
 
     def _groups(self, params: TrainParams) -> list[Group]:
         """The parameters by kind, those without any left out. Norms and biases never decay: 0 is no better origin."""
@@ -132,17 +144,17 @@ class Optimizers:
     def average(self) -> dict[Tensor, Tensor]:
         """The mean of all steps by parameter, where the optimizer's model is that; else empty."""
         found: dict[Tensor, Tensor] = {}
-        for optimizer in self.all:
+        for optimizer in map(own, self.all):
             if isinstance(optimizer, ScheduleFree):
                 found |= optimizer.average()
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Every state tensor as `<parameter>/<key>`, empty before the first step; and how many steps were taken."""
+        """Every state tensor of this rank as `<parameter>/<key>`, empty before the first step; and how many steps."""
         if self.offload is not None:
             self.offload.settle()
         found = {}
-        for number, optimizer in enumerate(self.all):
+        for number, optimizer in enumerate(map(own, self.all)):
             if isinstance(optimizer, Descent) and optimizer.steps:
                 found[f"{number}/steps"] = torch.tensor(optimizer.steps)
             for parameter, values in optimizer.state.items():
@@ -150,27 +162,55 @@ class Optimizers:
                     found[f"{self._names[parameter]}/{key}"] = value
         return found
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """`state` of all ranks together, which all must ask for; with a shared optimizer only rank 0 has it whole."""
+        found = {name: full(tensor) for name, tensor in self.state().items()}
+        if self._sharing is not None:
+            parts: list[dict[str, Tensor]] = [{}] * dist.get_world_size(self._sharing)
+            main = dist.get_rank() == 0
+            dist.gather_object({n: t.cpu() for n, t in found.items()}, parts if main else None, group=self._sharing)
+            found = {name: tensor for part in parts for name, tensor in part.items()} if main else found
+        return found
+
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over what `state` returned; InputError if a tensor belongs to no parameter of the model."""
         parameters = {name: parameter for parameter, name in self._names.items()}
-        owners = {p: o for o in self.all for group in o.param_groups for p in group["params"]}
-        for optimizer in self.all:
+        inner = [own(optimizer) for optimizer in self.all]
+        owners = {p: o for o in inner for group in o.param_groups for p in group["params"]}
+        for optimizer in inner:
             optimizer.state.clear()
             if isinstance(optimizer, Descent):
                 optimizer.steps = 0
         for full, value in state.items():
             name, _, key = full.rpartition("/")
             if key == "steps":
-                descent = self.all[int(name)]
+                descent = inner[int(name)]
                 assert isinstance(descent, Descent)
                 descent.steps = int(value)
                 continue
             if name not in parameters:
                 raise InputError(f"the checkpoint has optimizer state for `{name}`, which the model lacks")
             parameter = parameters[name]
-            owners[parameter].state[parameter][key] = value.to(parameter.device)
+            if parameter in owners:  # with a shared optimizer some are another rank's
+                owners[parameter].state[parameter][key] = placed(value, parameter)
         if self.offload is not None:
             self.offload.put_away()
+
+
+def own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this rank's state: one that is shared drives another."""
+    return getattr(optimizer, "optim", optimizer)  # type: ignore[no-any-return]
+
+
+def _shared(
+    groups: list[Group], make: Callable[[list[Group]], torch.optim.Optimizer], among: dist.ProcessGroup
+) -> torch.optim.Optimizer:
+    with warnings.catch_warnings():
+        # Its package compiles functions with torch.jit when it is imported, which is deprecated.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    made: torch.optim.Optimizer = ZeroRedundancyOptimizer(groups, make, process_group=among)  # type: ignore[arg-type]  # it calls it
+    return made
 
 
 def _muon(groups: list[Group], params: TrainParams) -> Muon:
@@ -201,7 +241,7 @@ def _adamw8bit(groups: list[Group], params: TrainParams) -> torch.optim.Optimize
     return AdamW8bit(groups, params.lr, betas, params.epsilon, cautious=params.cautious_decay)
 
 
-MAKERS: dict[str, Callable[[list[Group], TrainParams], torch.optim.Optimizer]] = {
+MAKERS: dict[str, Maker] = {
     "muon": _adamw,
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
+from llmctl.train.parallel import ParallelParams, misfit
 
 Optimizer = Literal["muon", "adamw", "adamw8bit", "adafactor", "lion", "sgd", "schedule-free"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse-sqrt", "constant"]
@@ -133,6 +134,9 @@ class TrainParams(Params):
     attention: Literal["sdpa", "flex"] = Field(
         "sdpa", affects="nothing", description="`flex`: skips what packed documents and windows hide; CUDA only."
     )
+    parallel: ParallelParams = Field(
+        ParallelParams(), affects="nothing", description="How many processes train together, and what each holds."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", affects="nothing", description="Where to train.")
     threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0: all cores, or OMP_NUM_THREADS.")
     compile: bool = Field(
@@ -160,7 +164,13 @@ class TrainParams(Params):
                 raise ValueError("schedule-free has a mean of the weights of its own: set ema to 0")
             if not self.beta1:
                 raise ValueError("schedule-free needs beta1 above 0")
+        if reason := misfit(self):
+            raise ValueError(reason)
         return self
+
+    def processes(self) -> int:
+        """Those of `parallel`."""
+        return self.parallel.world
 
     @property
     def sequences_at_once(self) -> int:

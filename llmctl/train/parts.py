@@ -1,0 +1,29 @@
+"""Tensors of which each rank holds a part: this rank's part, the whole, and a whole put where its parts belong."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part: of a plain tensor all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor, detached; all ranks must ask for it."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def placed(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape."""
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole.to(like.device)
+    shape, start = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
+    part = whole[tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))].to(like.device)
+    made = DTensor.from_local(
+        part.contiguous(), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+    return made
