@@ -10,8 +10,7 @@ image from the back: with causal attention late tokens cost more than early ones
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import types
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmctl.errors import UsageError
-from llmctl.nn.attention import BACKENDS, AttentionContext, Sdpa, Slots, angles_of
+from llmctl.nn.attention import BACKENDS, AttentionContext, KVCache, Memory, Sdpa, Slots, angles_of
 from llmctl.nn.transformer import Transformer
 from llmctl.train.batches import Batch
 from llmctl.train.objectives import CausalLM, Objective
@@ -80,23 +79,25 @@ def places(width: int, rank: int, ranks: int, device: torch.device | str = "cpu"
     return torch.cat([torch.arange(start, start + piece, device=device) for start in starts])
 
 
-@contextmanager
-def cut_sequences(model: Transformer, group: dist.ProcessGroup) -> Iterator[None]:
-    """Inside, `model` in training takes what `share` returns; in evaluation it takes whole sequences, as ever."""
+def cut_sequences(model: Transformer, group: dist.ProcessGroup) -> None:
+    """From now on `model` in training takes what `share` returns; in evaluation it takes whole sequences, as ever."""
     whole = model.attention_context
 
     def context(
-        tokens: Tensor, positions: Tensor | None, documents: Tensor | None, cache: Any, *, prefix: Any = None, **rest: Any
+        self: Transformer,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        cache: KVCache | None,
+        *,
+        memory: Memory | None = None,
+        prefix: Tensor | None = None,
     ) -> AttentionContext:
-        if not model.training:
-            return whole(tokens, positions, documents, cache, prefix=prefix, **rest)
-        return _context(model, group, tokens, positions, documents, prefix)
+        if self.training:
+            return _context(self, group, tokens, positions, documents, prefix)
+        return whole(tokens, positions, documents, cache, memory=memory, prefix=prefix)
 
-    model.attention_context = context  # type: ignore[method-assign,assignment]  # undone below
-    try:
-        yield
-    finally:
-        del model.attention_context
+    model.attention_context = types.MethodType(context, model)  # type: ignore[method-assign]  # of this one model
 
 
 @dataclass
@@ -200,7 +201,7 @@ def _context(
 def whole_rows(x: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
     """The tokens of all ranks along `axis` in their order, of `x` that has those of this one; with gradients."""
     gathered: Tensor = _Gathered.apply(x.movedim(axis, 0), group)  # type: ignore[no-untyped-call]  # torch
-    halves = gathered.unflatten(0, (group.size(), 2, -1))
+    halves = gathered.reshape(group.size(), 2, -1, *gathered.shape[1:])
     front, back = halves[:, 0].flatten(0, 1), halves[:, 1].flip(0).flatten(0, 1)
     return torch.cat((front, back)).movedim(0, axis)
 

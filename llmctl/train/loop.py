@@ -41,7 +41,7 @@ from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import lr_factor
-from llmctl.train.spread import Spread, collect
+from llmctl.train.spread import Spread
 from llmctl.train.throughput import Throughput, utilisation
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
@@ -71,8 +71,8 @@ def fit(
     if any(parameter.dtype in HALVES for parameter in model.parameters()):
         model.float()  # such weights stall: an update below their last digit is lost
     with joined(params.parallel, compute.device) as ranks:
-        # Sharding cannot be undone in place: the model that was given stays as it is until the end.
-        trained = copy.deepcopy(model) if params.parallel.shards else model
+        # The model that was given stays as it is until the end.
+        trained = copy.deepcopy(model) if params.parallel.changes else model
         with _prepared(trained, params, compute):
             heard = ctx if ranks.main else ctx.muted()
             run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
@@ -83,8 +83,7 @@ def fit(
             finally:
                 run.prefetch.close()
             values = run.finish()
-        if trained is not model:
-            collect(trained, model, ranks.main)
+        run.spread.give_back(model)
     if not ranks.main:
         raise Helped
     model.to("cpu").eval()
@@ -130,10 +129,10 @@ class _Run:
         self.ranks = ranks
         self.ctx, self.objective, self.source, self.params = ctx, objective, source, params
         self.validate, self.compute, self.total = validate, compute, total
-        self.model = model.to(compute.device).train()
-        self.spread = Spread(self.model, ranks)
-        self.optimizers = Optimizers(model, params, ranks)
-        self.averages = Averages(model, self.optimizers, params.ema)
+        self.spread = Spread(model, ranks, compute, objective)
+        self.model = self.spread.model.train()
+        self.optimizers = Optimizers(self.model, params, ranks)
+        self.averages = Averages(self.model, self.optimizers, params.ema)
         self.loss_scale = LossScale() if compute.precision == "fp16" else None
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
@@ -150,7 +149,7 @@ class _Run:
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
         """The same of each of the last steps: the final numbers must not depend on how often points are logged."""
-        torch.manual_seed(params.seed + ranks.data_rank)  # dropout differs where the data do
+        torch.manual_seed(params.seed + ranks.token_rank)  # dropout differs where the data do
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
@@ -181,7 +180,7 @@ class _Run:
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
-        batches = self.prefetch.take(self.step)
+        batches = self.spread.shares(self.prefetch.take(self.step))
         weight, size, targets = self.counted(batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
@@ -221,7 +220,12 @@ class _Run:
         one big batch however it was split. Returns the summed loss and metrics of this rank's share, on the device."""
         sums: dict[str, Tensor] = {}
         # The ranks' gradients are averaged: those of a sum are wanted.
-        factor = self.ranks.data_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        factor = self.ranks.token_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        if self.spread.pipeline is not None:
+            moved = [batch.to(self.compute.device) for batch in batches]
+            sums = self.spread.pipeline.gradients(self.objective, moved, factor)
+            self.spread.reduce()
+            return sums
         for number, batch in enumerate((batch.to(self.compute.device) for batch in batches), 1):
             with self.spread.accumulating(last=number == len(batches)):
                 with self.compute.autocast():
@@ -336,7 +340,7 @@ class _Run:
                 values[f"{name}.train"] = sum(step[name] for step in self.recent) / weight
         for row in self.curve:
             values |= {name: value for name, value in row.items() if "." in name}
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        parameters = self.spread.size
         values |= {"steps": self.step, "tokens": self.tokens, "targets": self.targets, "parameters": parameters}
         if self.throughput.tokens:  # none where only the end was left to do
             values["tokens_per_s"] = self.throughput.overall()
@@ -361,6 +365,7 @@ class _Run:
         found = {f"model/{name}": full(tensor) for name, tensor in self.model.state_dict().items()}
         found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.whole_state().items()}
         found |= {f"mean/{name}": full(tensor) for name, tensor in self.averages.state().items()}
+        found = self.spread.gathered(found)
         found["random/cpu"] = torch.get_rng_state()
         if self.compute.device.type == "cuda":
             found["random/cuda"] = torch.cuda.get_rng_state(self.compute.device)
@@ -437,6 +442,7 @@ class _Run:
             parts[kind][name] = tensor
         self.optimizers.drop_gradients()
         kept = self.model.state_dict()
+        parts |= {kind: self.spread.own(parts[kind]) for kind in ("model", "optimizer")}
         parts["model"] = {name: placed(tensor, kept[name]) for name, tensor in parts["model"].items()}
         self.model.load_state_dict(parts["model"], strict=True)
         self.optimizers.load(parts["optimizer"])

@@ -18,38 +18,11 @@ from llmctl.nn.transformer import Transformer
 from llmctl.train.batches import Batch
 from llmctl.train.objectives import CausalLM, MaskedLM, Objective
 from llmctl.train.padding import alike
-from llmctl.train.pipeline_stages import Relay, Segment, cut
+from llmctl.train.parallel import schedule_misfit
+from llmctl.train.pipeline_stages import Relay, Segment, cut, require_stages
 
 SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 """Schedules of one stage per rank."""
-
-
-def bubble_share(ranks: int, micro_batches: int, virtual: int = 1) -> float:
-    """How long a rank of a pipeline waits in a step, over how long it computes (2104.04473, section 2.2).
-
-    All stages are taken to be equally fast; `virtual` is the number of stages per rank.
-    """
-    return (ranks - 1) / (virtual * micro_batches)
-
-
-def check_schedule(schedule: str, ranks: int, micro_batches: int, virtual: int) -> None:
-    """UsageError for numbers that the schedule cannot work with."""
-    if (schedule == "interleaved") != (virtual > 1):
-        raise UsageError(
-            f"the schedule {schedule} with {virtual} stages per rank",
-            hint="`interleaved` needs virtual_stages of at least 2, `gpipe` and `1f1b` have 1",
-        )
-    if schedule != "gpipe" and micro_batches < ranks:
-        raise UsageError(
-            f"{micro_batches} micro-batches per step are too few for the schedule {schedule} on {ranks} ranks",
-            hint=f"lower micro_batch until a step has {ranks} micro-batches or more, or choose gpipe",
-        )
-    rounds = max(1, micro_batches // ranks)
-    if schedule == "interleaved" and micro_batches % rounds:
-        raise UsageError(
-            f"{micro_batches} micro-batches per step cannot be interleaved on {ranks} ranks",
-            hint=f"change micro_batch so that a step has a multiple of {ranks}",
-        )
 
 
 class Pipeline:
@@ -65,11 +38,13 @@ class Pipeline:
         group: dist.ProcessGroup,
         schedule: str = "1f1b",
         virtual: int = 1,
+        device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.group, self.schedule, self.virtual, self.autocast = group, schedule, virtual, autocast
-        self.relay = Relay(model, cut(model.config, group.size() * virtual), group)
-        self.device = next(self.relay.parameters()).device
+        self.device = torch.device(device)
+        require_stages(model)
+        self.relay = Relay(model, cut(model.config, group.size() * virtual), group).to(self.device)
         self._built: tuple[tuple[int, ...], Any] | None = None
         """The last schedule and what it was built for: micro-batches, rows, tokens."""
         self._batches: list[Batch] = []
@@ -93,7 +68,7 @@ class Pipeline:
         rows, width = self._batches[0].tokens.shape
         schedule = self._schedule(len(batches), rows, width)
         numbers = torch.arange(len(batches))
-        first, last = 0 in self.relay.segments, self.relay.count - 1 in self.relay.segments
+        first, last = 0 in self.relay.parts, self.relay.count - 1 in self.relay.parts
         schedule.step(
             *((numbers,) if first else ()),
             part=numbers,
@@ -102,6 +77,16 @@ class Pipeline:
         )
         self.relay.join_shared()
         return self._everywhere(last)
+
+    def average(self, group: dist.ProcessGroup) -> None:
+        """Average the gradients held here over `group`: the same stages, with other tokens."""
+        works = []
+        for parameter in self.relay.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            works.append(dist.all_reduce(parameter.grad, dist.ReduceOp.AVG, group=group, async_op=True))
+        for work in works:
+            work.wait()
 
     def clip(self, largest: float) -> Tensor:
         """Scale the gradients of all stages down to the norm `largest` over all of them; returns that norm before."""
@@ -116,8 +101,9 @@ class Pipeline:
         """torch's schedule for micro-batches of one shape; it holds their buffers, so only the last is kept."""
         key = (count, rows, width)
         if self._built is None or self._built[0] != key:
-            check_schedule(self.schedule, self.group.size(), count, self.virtual)
-            stages = [self._stage(index, segment, rows, width) for index, segment in self.relay.segments.items()]
+            if reason := schedule_misfit(self.schedule, self.group.size(), count):
+                raise UsageError(reason)
+            stages = [self._stage(index, segment, rows, width) for index, segment in self.relay.parts.items()]
             # The loss is a sum over the weight of the whole step: nothing is left to scale.
             named: dict[str, Any] = {"n_microbatches": count, "loss_fn": self._loss, "scale_grads": False}
             built: Any = (
@@ -152,7 +138,7 @@ class Pipeline:
         return states.to(next(self.relay.parameters()).dtype)
 
     def _loss(self, states: Tensor, number: Tensor) -> Tensor:
-        last: Any = _Answer(self.relay.segments[self.relay.count - 1], states)
+        last: Any = _Answer(self.relay.parts[self.relay.count - 1], states)
         with self.autocast():
             loss, further = self._objective.loss(last, self._batches[int(number)])
         for name, value in {"loss": loss, **further}.items():

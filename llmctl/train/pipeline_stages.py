@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmctl.errors import UsageError
+from llmctl.nn.attention import AttentionContext
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.counts import count
 from llmctl.nn.foreign import ForeignModel
@@ -107,11 +108,13 @@ def require_stages(model: nn.Module) -> None:
 class Segment(Transformer):
     """The part of `whole` that `stages` hold, with its modules and their names; `state_dict` is a subset of its own.
 
-    Of a single stage, `hidden` goes on from `received` instead of embedding tokens, unless it is the first.
+    Of a single stage, `hidden` goes on from `received` instead of embedding tokens, unless it is the first; what its
+    blocks share is computed by `relay`, the rank's whole part.
     """
 
-    def __init__(self, whole: Transformer, stages: list[Stage]) -> None:
+    def __init__(self, whole: Transformer, stages: list[Stage], relay: Relay | None = None) -> None:
         nn.Module.__init__(self)
+        self._relay = [relay]  # in a list: its modules are not this one's
         self.config, self.backend, self.loss_chunk = whole.config, whole.backend, whole.loss_chunk
         self.stages = stages
         self.received: Tensor | None = None
@@ -133,6 +136,11 @@ class Segment(Transformer):
         assert self.received is not None
         return self.received
 
+    def attention_context(self, *given: Any, **named: Any) -> AttentionContext:
+        """As the rank's whole part makes it."""
+        relay = self._relay[0]
+        return super().attention_context(*given, **named) if relay is None else relay.attention_context(*given, **named)
+
 
 class Relay(Segment):
     """A rank's part of the model, which its optimizer and checkpoints know; in evaluation it stands for the whole.
@@ -144,11 +152,10 @@ class Relay(Segment):
     """
 
     def __init__(self, whole: Transformer, stages: list[Stage], group: dist.ProcessGroup) -> None:
-        require_stages(whole)
         self_rank, ranks = group.rank(), group.size()
         super().__init__(whole, [stage for stage in stages if stage.index % ranks == self_rank])
         self.rank, self.ranks, self.group = self_rank, ranks, group
-        self.segments = {stage.index: Segment(whole, [stage]) for stage in self.stages}
+        self.parts = {stage.index: Segment(whole, [stage], self) for stage in self.stages}
         """By stage; their modules are this model's own."""
         self.count = len(stages)
         self.holders: dict[str, list[int]] = {name: [] for name, _ in whole.named_parameters()}
@@ -156,9 +163,18 @@ class Relay(Segment):
         for stage in stages:
             for name in stage.names(whole):
                 self.holders[name] = sorted({*self.holders[name], stage.index % ranks})
+        self.total = sum(parameter.numel() for parameter in whole.parameters())
+        """Parameters of the whole model."""
         self._shared = _groups([ranks for ranks in self.holders.values() if len(ranks) > 1], group)
         self._whole = [whole]  # in a list: its modules are not this model's
         self._part_with()
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, and of the segments, which share its modules."""
+        super().train(mode)
+        for segment in getattr(self, "parts", {}).values():
+            segment.training = mode
+        return self
 
     def hidden(self, tokens: Tensor, *given: Any, **named: Any) -> Tensor:
         """As the whole model's; without gradients, and called by all ranks of the group."""
@@ -171,7 +187,7 @@ class Relay(Segment):
         for index in range(self.count):
             if index % self.ranks != self.rank:
                 continue
-            segment = self.segments[index]
+            segment = self.parts[index]
             if index:
                 segment.received = self._room(tokens)
                 dist.recv(segment.received, group=self.group, group_src=(index - 1) % self.ranks)
@@ -204,10 +220,20 @@ class Relay(Segment):
             self._part_with()
 
     def reunite(self) -> None:
-        """Give the whole model all its parameters back, on every rank of the group."""
+        """Give the whole model all its parameters back, on the first rank of the group alone; all must call."""
         for name, ranks in self.holders.items():
-            if len(ranks) < self.ranks:
-                self._spread(name, ranks[0])
+            if ranks[0]:
+                self._spread(name, ranks[0], only=0)
+
+    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The named tensors of all ranks of the group, on the CPU, for the first of them; those of equal names are
+        equal. The others get their own back."""
+        own = {name: tensor.cpu() for name, tensor in tensors.items()}
+        parts: list[dict[str, Tensor]] = [{}] * self.ranks
+        dist.gather_object(own, parts if self.rank == 0 else None, group=self.group, group_dst=0)
+        if self.rank:
+            return own
+        return {name: tensor for part in reversed(parts) for name, tensor in part.items()}
 
     @torch.no_grad()
     def join_shared(self) -> None:
@@ -226,14 +252,21 @@ class Relay(Segment):
         dtype = next(self.parameters()).dtype
         return torch.empty((*tokens.shape, self.config.dim), dtype=dtype, device=tokens.device)
 
-    def _spread(self, name: str, source: int) -> None:
-        """`source` sends a parameter to all; those that lack it put it into the whole model."""
+    def _spread(self, name: str, source: int, only: int | None = None) -> None:
+        """`source` sends a parameter to all, or to one; those that lack it put it into the whole model."""
+        if only is not None and self.rank not in (source, only):
+            return
         path, _, leaf = name.rpartition(".")
         module = self._whole[0].get_submodule(path)
         parameter = module.get_parameter(leaf)
         device = next(self.parameters()).device
         value = parameter.detach() if not parameter.is_meta else torch.empty_like(parameter, device=device)
-        dist.broadcast(value, group=self.group, group_src=source)
+        if only is None:
+            dist.broadcast(value, group=self.group, group_src=source)
+        elif self.rank == source:
+            dist.send(value.contiguous(), group=self.group, group_dst=only)
+        else:
+            dist.recv(value, group=self.group, group_src=source)
         if parameter.is_meta:
             setattr(module, leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
 
