@@ -17,7 +17,7 @@ from collections.abc import MutableMapping
 from dataclasses import asdict
 from pathlib import Path
 
-from llmctl.errors import TempFail
+from llmctl.errors import StageError, TempFail
 from llmctl.launch.child import Channel, Execution, Launch, write_log
 from llmctl.launch.failures import Failure, explain
 from llmctl.launch.guard import die_with
@@ -83,13 +83,15 @@ def run(given: argparse.Namespace, rank: int) -> int:
     except Helped:
         return 0
     except BaseException as error:  # the edge of the process: plugin code raises anything
-        failure = explain(error, owner, store.root)
+        failure, lost = explain(error, owner, store.root), is_loss(error)
+        if lost:
+            failure = Failure(code=StageError.exit_code, message=f"another rank was lost: {failure.message}")
         with contextlib.suppress(OSError):
             write_log(error, failure, f"rank {rank}: ")
         if isinstance(error, TempFail):
             channel.send("failure", asdict(failure))
             return 0
-        report(given.reports, rank, restarts, failure, is_loss(error))
+        report(given.reports, rank, restarts, failure, lost)
         return 1
     return 0
 

@@ -62,6 +62,9 @@ class Plan:
 def main() -> int:
     """Run the ranks; 1 if one of them failed for good."""
     plan = Plan(**json.loads(sys.argv[1]))
+    # The store of the agents lasts over restarts and remembers the addresses of the ranks that are gone: the new ones
+    # would call those. Without it rank 0 serves a store of its own, every time at another port.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         elastic_launch(plan.config(), sys.executable)(*plan.words)
     except ChildFailedError as error:

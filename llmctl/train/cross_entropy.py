@@ -38,7 +38,7 @@ def token_losses(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
     """-log p of each of `targets (N,)`, `(N,)` float32; in chunks, logits are computed again for the gradient."""
 
     def losses(states: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model.head(states).float(), targets, reduction="none")
+        return F.cross_entropy(wide(model.head(states)), targets, reduction="none")
 
     chunk = model.loss_chunk
     if not chunk or len(targets) <= chunk:
@@ -50,9 +50,14 @@ def token_losses(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
 
 
 def _of(model: Transformer, states: Tensor, targets: Tensor, accuracy: bool) -> tuple[Tensor, Tensor]:
-    logits = model.head(states).float()
+    logits = wide(model.head(states))
     loss = F.cross_entropy(logits, targets, reduction="sum")
     return loss, hits(logits, targets) if accuracy else torch.zeros_like(loss)
+
+
+def wide(logits: Tensor) -> Tensor:
+    """At least float32: half precision is too coarse for a softmax."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def hits(logits: Tensor, targets: Tensor) -> Tensor:
