@@ -125,7 +125,9 @@ class Execution:
 
             resource.setrlimit(resource.RLIMIT_DATA, (self.request.memory, self.request.memory))
         if self.rank:
-            context = Context(self.request.instance, dict.fromkeys(self.request.outputs, self.resume), self.resume, self.emit)
+            context = Context(
+                self.request.instance, dict.fromkeys(self.request.outputs, self.resume), self.resume, self.emit
+            )
             self._run(stage, context.muted())
             return
         staging = self.store.staging()

@@ -32,7 +32,7 @@ SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SL
 
 
 def main() -> None:
-    """Run a rank and leave the process at once: what torch would still tear down can wait for processes that are gone."""
+    """Run a rank, then leave at once: what torch would still tear down can wait for processes that are gone."""
     given = arguments()
     adopt_slurm(os.environ)
     die_with(os.getppid())

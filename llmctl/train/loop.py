@@ -35,7 +35,7 @@ from llmctl.train.memory import HINT
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
-from llmctl.train.parts import full, placed
+from llmctl.train.parts import gathered, placed
 from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
@@ -362,10 +362,10 @@ class _Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint: weights, optimizer state, random states."""
-        found = {f"model/{name}": full(tensor) for name, tensor in self.model.state_dict().items()}
+        found = {f"model/{name}": gathered(tensor) for name, tensor in self.model.state_dict().items()}
         found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.whole_state().items()}
-        found |= {f"mean/{name}": full(tensor) for name, tensor in self.averages.state().items()}
-        found = self.spread.gathered(found)
+        found |= {f"mean/{name}": gathered(tensor) for name, tensor in self.averages.state().items()}
+        found = self.spread.united(found)
         found["random/cpu"] = torch.get_rng_state()
         if self.compute.device.type == "cuda":
             found["random/cuda"] = torch.cuda.get_rng_state(self.compute.device)

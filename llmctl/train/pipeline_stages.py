@@ -225,7 +225,7 @@ class Relay(Segment):
             if ranks[0]:
                 self._spread(name, ranks[0], only=0)
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def united(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The named tensors of all ranks of the group, on the CPU, for the first of them; those of equal names are
         equal. The others get their own back."""
         own = {name: tensor.cpu() for name, tensor in tensors.items()}

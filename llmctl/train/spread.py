@@ -24,7 +24,7 @@ from llmctl.train.batches import Batch
 from llmctl.train.context_parallel import cut_sequences, require_cut, share
 from llmctl.train.device import Compute
 from llmctl.train.objectives import Objective
-from llmctl.train.parts import full, local
+from llmctl.train.parts import gathered, local
 from llmctl.train.pipeline_schedules import Pipeline
 from llmctl.train.ranks import Ranks
 from llmctl.train.tensor_parallel import sees_own_heads, split_layers
@@ -163,11 +163,11 @@ class Spread:
             return self.pipeline.relay.total
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def united(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All ranks' tensors of a checkpoint for rank 0, of which each has whole ones; all must call."""
         if self.pipeline is None or self.ranks.token_rank:
             return dict(tensors)
-        return self.pipeline.relay.gathered(tensors)
+        return self.pipeline.relay.united(tensors)
 
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of this rank's parameters, of tensors named `<parameter>` or `<parameter>/<key>` or without any."""
@@ -208,6 +208,6 @@ def collect(spread: nn.Module, into: nn.Module, main: bool) -> None:
     """Put the whole weights of `spread` into the model `into` on the CPU, on rank `main` alone; all ranks must call."""
     targets = into.state_dict()
     for name, tensor in spread.state_dict().items():
-        whole = full(tensor)
+        whole = gathered(tensor)
         if main:
             targets[name].copy_(whole)
