@@ -190,8 +190,15 @@ def _context(
             )
         )
     context = CutContext(
-        config, NAME, documents=documents, prefix=prefix, dropout=dropout, group=group, where_all=where[None],
-        width=width, pieces=pieces,
+        config,
+        NAME,
+        documents=documents,
+        prefix=prefix,
+        dropout=dropout,
+        group=group,
+        where_all=where[None],
+        width=width,
+        pieces=pieces,
     )
     context.rotary = angles_of(config, positions, width)
     context.bias = model.bias(context.where_all, width)

@@ -1,4 +1,4 @@
-"""Batches of equal shape: what sends activations of micro-batches, or cuts sequences into equal parts, needs them so."""
+"""Batches of equal shape: needed so where activations are sent, or sequences cut into equal parts."""
 
 from __future__ import annotations
 

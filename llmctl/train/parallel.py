@@ -39,7 +39,7 @@ class ParallelParams(Params):
     pp_schedule: Literal["gpipe", "1f1b", "interleaved"] = Field(
         "1f1b",
         affects="nothing",
-        description="With pp: `gpipe` computes all micro-batches forward, then all backward; `1f1b` alternates and keeps "
+        description="With pp: `gpipe` computes all micro-batches forward, then all backward; `1f1b` alternates, keeps "
         "fewer activations; `interleaved` is 1f1b with several stages per process, which wait less.",
     )
     virtual_stages: int = Field(

@@ -24,6 +24,7 @@ from llmctl.train.batches import Batch
 from llmctl.train.context_parallel import cut_sequences, require_cut, share
 from llmctl.train.device import Compute
 from llmctl.train.objectives import Objective
+from llmctl.train.padding import alike
 from llmctl.train.parts import gathered, local
 from llmctl.train.pipeline_schedules import Pipeline
 from llmctl.train.ranks import Ranks
@@ -104,6 +105,8 @@ class Spread:
         """What this rank computes of its data rank's `batches`: all, or a part of each sequence."""
         if self.ranks.parallel.cp == 1:
             return batches
+        if self.pipeline is not None:
+            batches = alike(batches)  # before they are cut: filled up later, the parts would be those of no sequence
         return [share(batch, self.ranks.place("cp"), self.ranks.parallel.cp) for batch in batches]
 
     def look(self, call: Callable[[Transformer], T]) -> T:

@@ -183,7 +183,9 @@ def main() -> None:
                 value = PIECES[case["piece"]](case, found.group("pp"), found.rank)
                 (out / f"{case['name']}-{found.rank}.json").write_text(json.dumps(value))
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    Path(sys.argv[1]).with_suffix(f".{os.environ['RANK']}").write_text(json.dumps([c for c in cases if "piece" not in c]))
+    Path(sys.argv[1]).with_suffix(f".{os.environ['RANK']}").write_text(
+        json.dumps([c for c in cases if "piece" not in c])
+    )
     sys.argv[1] = str(Path(sys.argv[1]).with_suffix(f".{os.environ['RANK']}"))
     rank_program.main()
 
