@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmctl.train.memory import kept_bytes, largest_fitting, require
+from llmctl.train.restoring import restore_tensors, tensors
 
 if TYPE_CHECKING:
     from llmctl.train.loop import _Run
@@ -19,12 +20,12 @@ def settle(run: _Run) -> None:
     before = run.checkpoints.load(run.step)
     if run.params.micro_batch == "auto":
         first = before.values["micro_batch"]  # that of the run that is continued: another one sums in another order
-        count = largest_fitting(first, lambda count: attempt(run, count), lambda: run.restore_tensors(before))
+        count = largest_fitting(first, lambda count: attempt(run, count), lambda: restore_tensors(run, before))
         run.source.at_once = count
         run.ctx.log(f"micro_batch auto: {count} of {run.source.batch_size} sequences at a time")
     else:
         attempt(run, run.source.at_once)
-    run.restore_tensors(before)
+    restore_tensors(run, before)
 
 
 def attempt(run: _Run, at_once: int) -> None:
@@ -40,7 +41,7 @@ def attempt(run: _Run, at_once: int) -> None:
     run.optimizers.step(1.0)
     if run.validate is not None:
         run.validated(run.validate)
-    for tensor in run.tensors().values():
+    for tensor in tensors(run).values():
         tensor.cpu()
 
 
