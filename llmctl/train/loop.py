@@ -82,6 +82,7 @@ def fit(
                 raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
             finally:
                 run.prefetch.close()
+                run.checkpoints.close()
             values = run.finish()
         run.spread.give_back(model)
     if not ranks.main:
@@ -137,7 +138,7 @@ class _Run:
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
-        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
+        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt", written=ctx.checkpointed)
         self.throughput = Throughput()
         self.step = 0
         self.tokens = 0
@@ -168,8 +169,10 @@ class _Run:
         while self.step < self.total:
             if self.ranks.any(self.ctx.should_stop()):
                 restoring.save(self)
+                self.checkpoints.wait()
                 raise self.ctx.stopped(self.step)
             self.update()
+            self.checkpoints.poll()
             last = self.step == self.total
             if last or self.step % self.params.log_every == 0:
                 self.log()
@@ -310,6 +313,7 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
+        self.checkpoints.wait()
         if self.ranks.main:
             self.checkpoints.finish(self.step)
         self.averages.finish()
