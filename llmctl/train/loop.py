@@ -150,7 +150,7 @@ class _Run:
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
         """The same of each of the last steps: the final numbers must not depend on how often points are logged."""
-        torch.manual_seed(params.seed + ranks.token_rank)  # dropout differs where the data do
+        torch.manual_seed(params.seed + ranks.stream)  # dropout differs where the data do
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""

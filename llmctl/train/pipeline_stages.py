@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -224,16 +224,6 @@ class Relay(Segment):
         for name, ranks in self.holders.items():
             if ranks[0]:
                 self._spread(name, ranks[0], only=0)
-
-    def united(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The named tensors of all ranks of the group, on the CPU, for the first of them; those of equal names are
-        equal. The others get their own back."""
-        own = {name: tensor.cpu() for name, tensor in tensors.items()}
-        parts: list[dict[str, Tensor]] = [{}] * self.ranks
-        dist.gather_object(own, parts if self.rank == 0 else None, group=self.group, group_dst=0)
-        if self.rank:
-            return own
-        return {name: tensor for part in reversed(parts) for name, tensor in part.items()}
 
     @torch.no_grad()
     def join_shared(self) -> None:

@@ -79,6 +79,11 @@ class Ranks:
         """Which of them this is."""
         return self.data_rank * self.parallel.cp + self.place("cp")
 
+    @property
+    def stream(self) -> int:
+        """Which random numbers this process draws: others where it sees other tokens or has other layers."""
+        return self.token_rank + self.token_ranks * self.place("pp")
+
     def place(self, dimension: str) -> int:
         """Where this process stands along a dimension of the mesh."""
         return 0 if self.mesh is None else self.mesh.get_local_rank(dimension)

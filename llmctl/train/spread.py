@@ -7,7 +7,7 @@ is multiplied by their number before. Clipping comes after every reduction, by t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -166,19 +166,12 @@ class Spread:
             return self.pipeline.relay.total
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def united(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All ranks' tensors of a checkpoint for rank 0, of which each has whole ones; all must call."""
-        if self.pipeline is None or self.ranks.token_rank:
-            return dict(tensors)
-        return self.pipeline.relay.united(tensors)
-
-    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of this rank's parameters, of tensors named `<parameter>` or `<parameter>/<key>` or without any."""
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of a checkpoint, `<kind>/<parameter>` or `<kind>/<parameter>/<key>`, is of this rank."""
         if self.pipeline is None:
-            return dict(tensors)
+            return True
         relay = self.pipeline.relay
-        elsewhere = {name for name, holders in relay.holders.items() if relay.rank not in holders}
-        return {name: tensor for name, tensor in tensors.items() if name.split("/")[0] not in elsewhere}
+        return relay.rank in relay.holders.get(name.split("/")[1], [relay.rank])
 
     def give_back(self, into: nn.Module) -> None:
         """Put the whole weights into the model `into`, which is the given one or a copy, on rank 0; all must call."""

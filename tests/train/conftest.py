@@ -81,14 +81,14 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
 
 
 @pytest.fixture(scope="session")
-def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[dict[str, Any]], int], Path]:
+def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Runs cases of `stage_program.py` in so many processes, as torchrun would start them; where their results lie.
 
     One process is this one.
     """
 
-    def launch(cases: list[dict[str, Any]], ranks: int) -> Path:
-        out = tmp_path_factory.mktemp("ranks")
+    def launch(cases: list[dict[str, Any]], ranks: int, out: Path | None = None) -> Path:
+        out = out or tmp_path_factory.mktemp("ranks")
         if ranks == 1:
             program = runpy.run_path(str(Path(__file__).with_name("rank_program.py")))
             for case in cases:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from llmctl.train.params import TrainParams
 from llmctl.train.pipeline_stages import cut, require_stages
 
 Case = dict[str, Any]
-Launch = Callable[[list[Case], int], Path]
+Launch = Callable[..., Path]
 FOUR = {"layers": 4}
 UNTIED = {"arch": "qwen3", "tie_embeddings": False, **FOUR}
 SCHEDULES: dict[str, Case] = {
@@ -52,6 +53,8 @@ TWO = [
     case("untied 1f1b", SCHEDULES["1f1b"], UNTIED),
     case("muon interleaved", SCHEDULES["interleaved"], optimizer="muon", weight_decay=0.1, ema=0.9),
     case("fine", SCHEDULES["1f1b"], max_steps=20, double=True),
+    case("resumed", SCHEDULES["gpipe"], max_steps=2),
+    case("resumed", SCHEDULES["interleaved"], max_steps=3),  # goes on from there
     case("not joined", SCHEDULES["1f1b"], fault="tied gradients are not added up"),
     case("own norm", SCHEDULES["1f1b"], fault="clip by the stage's norm"),
     *({"name": name, "piece": "stages", "shape": shape} for name, shape in FAMILIES.items()),
@@ -108,6 +111,16 @@ def test_losses_in_float64_are_those_of_one_process(alone: Path, two: Path) -> N
     assert len(one) == 20
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1e-9
     assert apart(two, "fine", alone, "fine alone") <= 1e-9
+
+
+def test_a_checkpoint_of_stages_goes_on_in_others_and_whole(alone: Path, two: Path, launch_ranks: Launch) -> None:
+    """Two steps in two stages, one in four, two in one process."""
+    last = launch_ranks([], 1)
+    shutil.copytree(two / "resumed", last / "resumed")
+    launch_ranks([case("resumed", max_steps=5)], 1, last)
+    assert apart(last, "resumed", alone, "plain") <= 1e-5
+    steps = [json.loads(line)["step"] for line in (last / "resumed/metrics/curves.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "t5 table twice"])
