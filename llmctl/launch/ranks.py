@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import MachineError, UsageError
-from llmctl.launch.child import Channel, Launch
+from llmctl.launch.child import Channel, Launch, tidy
 from llmctl.launch.failures import Failure, killed
 from llmctl.launch.request import Request
 from llmctl.launch.stopping import StopFlag
 from llmctl.launch.worker import EVENTS
 from llmctl.spec.params import Params
-from llmctl.stage import STOP_FILE
+from llmctl.stage import STOP_FILE, Stage
 from llmctl.store import Store
 
 AGENT = "llmctl.train.agent"
@@ -47,6 +47,7 @@ class Gang:
     request: Request
     channel: Channel
     launch: Launch
+    stage: Stage
     params: Params
     _final: dict[str, Any] = field(default_factory=dict, init=False)
     _read: int = field(default=0, init=False)
@@ -58,30 +59,37 @@ class Gang:
         reports = resume / REPORTS
         shutil.rmtree(reports, ignore_errors=True)
         reports.mkdir(parents=True)
-        stop, stop_file = StopFlag(resume), resume / STOP_FILE
-        made = False
         agent = subprocess.Popen(self.command(reports), stdin=subprocess.DEVNULL, env=self.environment())
         try:
-            failed_at = 0.0
-            while agent.poll() is None:
-                self.pass_on(reports)
-                if stop() and not stop_file.exists():
-                    stop_file.touch()
-                    made = True
-                if not failed_at and any(not row["lost"] for row in failures(reports)):
-                    failed_at = time.monotonic()
-                if failed_at and time.monotonic() > failed_at + PATIENCE:
-                    break  # no use in starting them again: they would fail again
-                time.sleep(PAUSE)
+            self.watch(agent, resume)
         finally:
             agent.kill()  # a rank dies with its agent
             agent.wait()
             self.pass_on(reports)
             code = self.end(reports, agent.returncode)
             shutil.rmtree(reports, ignore_errors=True)
-            if made:
-                stop_file.unlink(missing_ok=True)
+        if code == 0:
+            tidy(self.stage, resume)
         return code
+
+    def watch(self, agent: subprocess.Popen[bytes], resume: Path) -> None:
+        """Until the agent has ended, or a rank has failed in a way that another start would not mend."""
+        stop, stop_file, reports = StopFlag(resume), resume / STOP_FILE, resume / REPORTS
+        failed_at, asked = 0.0, False
+        try:
+            while agent.poll() is None:
+                self.pass_on(reports)
+                if stop() and not asked and not stop_file.exists():
+                    asked = True
+                    stop_file.touch()
+                if not failed_at and any(not row["lost"] for row in failures(reports)):
+                    failed_at = time.monotonic()
+                if failed_at and time.monotonic() > failed_at + PATIENCE:
+                    return
+                time.sleep(PAUSE)
+        finally:
+            if asked:  # by a signal, which is meant for this run alone
+                stop_file.unlink(missing_ok=True)
 
     def command(self, reports: Path) -> list[str]:
         """The agent's command line; on several machines under Slurm one agent on each."""
@@ -89,12 +97,11 @@ class Gang:
         words = ["-P", "-m", "llmctl.launch.worker", "--key", self.request.key, "--store", str(self.store.root)]
         words += ["--reports", str(reports), "--run", launch.run, "--work", str(launch.work)]
         words += ["--publish", launch.publish, "--attempt", str(launch.attempt)]
-        parallel = getattr(self.params, "parallel", None)
         plan = {
             "words": words,
             "nodes": nodes,
             "processes": per_node(self.params.processes(), nodes),
-            "restarts": getattr(parallel, "max_restarts", 0),
+            "restarts": self.params.restarts(),
             "reports": str(reports),
             "meet": meeting_point(nodes),
             "id": self.request.key.rpartition(":")[2][:16],
