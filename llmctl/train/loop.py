@@ -156,6 +156,8 @@ class _Run:
         """From the newest checkpoint, or the start, to the last step."""
         for note in self.optimizers.rates.notes:
             self.ctx.log(note)
+        if self.spread.pipeline is not None:
+            self.ctx.log(self.spread.pipeline.describe(self.params.micro_batches))
         resumed = restoring.resume(self)
         self.ranks.wait()  # all have read what is removed now
         if self.ranks.main:

@@ -18,7 +18,7 @@ from llmctl.nn.transformer import Transformer
 from llmctl.train.batches import Batch
 from llmctl.train.objectives import CausalLM, MaskedLM, Objective
 from llmctl.train.padding import alike
-from llmctl.train.parallel import schedule_misfit
+from llmctl.train.parallel import bubble_share, schedule_misfit
 from llmctl.train.pipeline_stages import Relay, Segment, cut, require_stages
 
 SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -44,7 +44,8 @@ class Pipeline:
         self.group, self.schedule, self.virtual, self.autocast = group, schedule, virtual, autocast
         self.device = torch.device(device)
         require_stages(model)
-        self.relay = Relay(model, cut(model.config, group.size() * virtual), group).to(self.device)
+        self.stages = cut(model.config, group.size() * virtual)
+        self.relay = Relay(model, self.stages, group).to(self.device)
         self._built: tuple[tuple[int, ...], Any] | None = None
         """The last schedule and what it was built for: micro-batches, rows, tokens."""
         self._batches: list[Batch] = []
@@ -52,6 +53,15 @@ class Pipeline:
         self._factor = 1.0
         self._sums: dict[str, Tensor] = {}
         self._names: list[str] | None = None
+
+    def describe(self, micro_batches: int) -> str:
+        """The cut and the schedule in words, with the share of time that is waited away."""
+        share = bubble_share(self.group.size(), micro_batches, self.virtual)
+        blocks = ", ".join(f"{stage.start}-{stage.stop - 1}" for stage in self.stages)
+        return (
+            f"pipeline of {len(self.stages)} stages on {self.group.size()} processes, blocks {blocks}; {self.schedule} with "
+            f"{micro_batches} micro-batches: bubble {share:.1%} of the time that is computed"
+        )
 
     def gradients(self, objective: Objective, batches: list[Batch], factor: float) -> dict[str, Tensor]:
         """Add `factor` times the gradient of the objective's sum over `batches` to the parameters held here.

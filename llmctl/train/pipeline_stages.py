@@ -205,11 +205,11 @@ class Relay(Segment):
         """Every rank of the group has what reads the last states inside, as it is now."""
         whole, last = self._whole[0], (self.count - 1) % self.ranks
         lacking = [name for name in (*LAST, "embedding") if getattr(self, name) is None]
-        lacking = [name for name in lacking if getattr(whole, name) is not None]
         for name, ranks in self.holders.items():
             child = name.split(".")[0]
             if child in (*LAST, "embedding") and last in ranks and len(ranks) < self.ranks:
                 self._spread(name, last)
+        lacking = [name for name in lacking if (child := getattr(whole, name)) is not None and not _is_away(child)]
         for name in lacking:
             setattr(self, name, getattr(whole, name))
         try:
@@ -268,6 +268,10 @@ class Relay(Segment):
                 name = f"{path}.{leaf}".lstrip(".")
                 if self.rank not in self.holders[name] and not parameter.is_meta:
                     setattr(module, leaf, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+
+
+def _is_away(child: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in child.parameters())
 
 
 def _groups(shared: list[list[int]], group: dist.ProcessGroup) -> dict[tuple[int, ...], dist.ProcessGroup]:

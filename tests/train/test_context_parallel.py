@@ -36,6 +36,7 @@ PIECES = [
 PARAMS = {"micro_batch": 4, "epsilon": 1e-5}
 LOOP: list[Case] = [
     {"name": "cp", "params": {**PARAMS, "parallel": {"cp": 2}}},
+    {"name": "recomputed", "params": {**PARAMS, "parallel": {"cp": 2}, "recompute": "full"}},
     {"name": "unsummed", "params": {**PARAMS, "parallel": {"cp": 2}}, "fault": "gradients of keys are not added up"},
 ]
 
@@ -63,7 +64,8 @@ def test_logits_and_gradients_are_those_of_whole_sequences(two: Path, name: str)
 
 
 def test_weights_after_five_clipped_steps_are_those_of_one_process(alone: Path, two: Path) -> None:
-    assert (weights(two, "cp") - weights(alone, "plain")).abs().max() <= 1e-5
+    for name in ("cp", "recomputed"):
+        assert (weights(two, name) - weights(alone, "plain")).abs().max() <= 1e-5
     assert (weights(two, "unsummed") - weights(alone, "plain")).abs().max() > 1e-4
 
 

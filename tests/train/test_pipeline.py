@@ -51,7 +51,7 @@ def case(name: str, parallel: Case | None = None, shape: Case = FOUR, **more: An
 TWO = [
     *(case(name, parallel) for name, parallel in SCHEDULES.items()),
     case("untied 1f1b", SCHEDULES["1f1b"], UNTIED),
-    case("muon interleaved", SCHEDULES["interleaved"], optimizer="muon", weight_decay=0.1, ema=0.9),
+    case("muon interleaved", SCHEDULES["interleaved"], optimizer="muon", weight_decay=0.1, ema=0.9, recompute="full"),
     case("fine", SCHEDULES["1f1b"], max_steps=20, double=True),
     case("resumed", SCHEDULES["gpipe"], max_steps=2),
     case("resumed", SCHEDULES["interleaved"], max_steps=3),  # goes on from there
@@ -256,6 +256,18 @@ def test_micro_batches_that_nobody_gives_are_four_per_process() -> None:
     assert TrainParams(batch_size=64, parallel=ParallelParams(pp=2, dp_replicate=4)).micro_batches == 8
     assert [sequences_at_once(share, 2) for share in (6, 12, 16, 64)] == [1, 1, 2, 8]
     assert schedule_misfit("interleaved", 4, 9) and not schedule_misfit("interleaved", 4, 8)
+
+
+@pytest.mark.slow
+def test_stages_in_the_middle(launch_ranks: Launch) -> None:
+    shapes = {"tied": {}, "untied": {"arch": "qwen3", "tie_embeddings": False}, "t5 table": {"arch": "lamda"}}
+    found = launch_ranks([{"name": name, "piece": "stages", "shape": shape} for name, shape in shapes.items()], 4)
+    for name in shapes:
+        for row in piece(found, name, 4):
+            assert row["gradient"] <= 1e-7 and row["evaluation"] <= 1e-4 and row["subset"] and row["back"]
+        assert [len([n for n in row["names"] if n.startswith("embedding")]) for row in piece(found, name, 4)] == (
+            [1, 0, 0, 0] if name == "untied" else [1, 0, 0, 1]
+        )
 
 
 @pytest.mark.slow
