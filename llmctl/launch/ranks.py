@@ -35,6 +35,7 @@ PATIENCE = 2.0
 """Seconds for the other ranks to say why they fail, once one has: they often have the same reason."""
 REPORTS = "ranks"
 """In the work directory, which all machines see."""
+PLAN = "plan.json"
 RDZV = "LLMCTL_RDZV"
 """Variable with the `host:port` where the agents of several machines meet."""
 
@@ -59,6 +60,7 @@ class Gang:
         reports = resume / REPORTS
         shutil.rmtree(reports, ignore_errors=True)
         reports.mkdir(parents=True)
+        write_plan(reports, self.plan(reports))
         agent = subprocess.Popen(self.command(reports), stdin=subprocess.DEVNULL, env=self.environment())
         try:
             self.watch(agent, resume)
@@ -91,13 +93,13 @@ class Gang:
             if asked:  # by a signal, which is meant for this run alone
                 stop_file.unlink(missing_ok=True)
 
-    def command(self, reports: Path) -> list[str]:
-        """The agent's command line; on several machines under Slurm one agent on each."""
+    def plan(self, reports: Path) -> dict[str, Any]:
+        """What the agent of every machine is told: `llmctl.train.agent.Plan`."""
         launch, nodes = self.launch, self.request.nodes
         words = ["-P", "-m", "llmctl.launch.worker", "--key", self.request.key, "--store", str(self.store.root)]
         words += ["--reports", str(reports), "--run", launch.run, "--work", str(launch.work)]
         words += ["--publish", launch.publish, "--attempt", str(launch.attempt)]
-        plan = {
+        return {
             "words": words,
             "nodes": nodes,
             "processes": per_node(self.params.processes(), nodes),
@@ -106,17 +108,14 @@ class Gang:
             "meet": meeting_point(nodes),
             "id": self.request.key.rpartition(":")[2][:16],
         }
-        agent = [sys.executable, "-P", "-m", AGENT, json.dumps(plan)]
+
+    def command(self, reports: Path) -> list[str]:
+        """The agent's command line; under Slurm that of one agent on each machine of the job."""
+        agent, nodes = agent_command(reports), self.request.nodes
         if nodes > 1 and "SLURM_JOB_ID" in os.environ and RDZV not in os.environ:
+            sizes = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
             # One agent that ends must not end the others: it is they who start their ranks again.
-            return [
-                "srun",
-                f"--nodes={nodes}",
-                f"--ntasks={nodes}",
-                "--ntasks-per-node=1",
-                "--kill-on-bad-exit=0",
-                *agent,
-            ]
+            return ["srun", *sizes, "--kill-on-bad-exit=0", *agent]
         return agent
 
     def environment(self) -> dict[str, str]:
@@ -171,6 +170,35 @@ class Gang:
             )
         values = {name: first[name] for name in ("code", "message", "hint", "bug")}
         return Failure(**{**values, "message": f"rank {first['rank']}: {first['message']}"})
+
+
+def write_plan(reports: Path, plan: dict[str, Any]) -> None:
+    """Put it where the agents of all machines find it, whole or not at all."""
+    temporary = reports / f".{PLAN}"
+    temporary.write_text(json.dumps(plan), encoding="utf-8")
+    temporary.rename(reports / PLAN)
+
+
+def agent_command(reports: Path) -> list[str]:
+    """The command line of the agent of one machine."""
+    return [sys.executable, "-P", "-m", AGENT, str(reports / PLAN)]
+
+
+def join(store: Store, key: str, patience: float) -> int:
+    """Run this machine's share of the ranks of a request that `llmctl run` works on elsewhere; the agent's exit code.
+
+    MachineError if nobody has begun with it after `patience` seconds.
+    """
+    reports = store.work(Request.read(store, key).resume) / REPORTS
+    ends = time.monotonic() + patience
+    while not (reports / PLAN).exists():
+        if time.monotonic() > ends:
+            raise MachineError(
+                f"nobody works on {key}: there is no {reports / PLAN}",
+                hint="start `llmctl run` on the first machine; the store must be the same on all",
+            )
+        time.sleep(PAUSE)
+    return subprocess.run(agent_command(reports), stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def failures(reports: Path) -> Iterator[dict[str, Any]]:

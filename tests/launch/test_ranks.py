@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -102,6 +103,51 @@ def test_no_rank_outlives_the_command(start, one, work):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     wait_for(lambda: not ranks_of(work))
+
+
+SRUN = """#!/bin/sh
+# Starts a command as srun does with --ntasks-per-node=1: once per machine, each with its number.
+for word in "$@"; do case "$word" in --nodes=*) nodes=${word#--nodes=};; esac; done
+while case "$1" in --*) true;; *) false;; esac; do shift; done
+for number in $(seq 0 $((nodes - 1))); do SLURM_NODEID=$number "$@" & done
+wait
+"""
+
+
+@pytest.mark.slow
+def test_in_a_slurm_job_srun_starts_an_agent_on_each_machine(llmctl, one, work):
+    tools = work / "bin"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    env = {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
+    done = llmctl("run", one("gang", "count: 4", resources="{nodes: 2}"), env=env)
+    assert done.returncode == 0, done.stderr
+    assert result(work)["WORLD_SIZE"] == "4"
+
+
+@pytest.mark.slow
+def test_another_machine_joins_by_key(llmctl, start, one, work, free_port):
+    env = {"LLMCTL_RDZV": f"127.0.0.1:{free_port}"}
+    spec = one("gang", resources="{nodes: 2}")
+    key = json.loads(llmctl("plan", spec, "--format", "json").stdout)[0]["key"]
+    process = start("run", spec, env=env)
+    store = work / ".llmctl/store"
+    wait_for(lambda: list((store / "work").glob("*/ranks/plan.json")))
+    assert llmctl("stage", "join", "--key", key, "--store", store).returncode == 0
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 0, stderr
+    assert result(work)["WORLD_SIZE"] == "2"
+    late = llmctl("stage", "join", "--key", key, "--store", store, "--wait", "0.1")
+    assert late.returncode == 7 and "nobody works on" in late.stderr
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def test_processes_are_shared_out_to_machines(monkeypatch):
