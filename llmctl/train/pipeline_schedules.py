@@ -38,14 +38,12 @@ class Pipeline:
         group: dist.ProcessGroup,
         schedule: str = "1f1b",
         virtual: int = 1,
-        device: torch.device | str = "cpu",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.group, self.schedule, self.virtual, self.autocast = group, schedule, virtual, autocast
-        self.device = torch.device(device)
         require_stages(model)
         self.stages = cut(model.config, group.size() * virtual)
-        self.relay = Relay(model, self.stages, group).to(self.device)
+        self.relay = Relay(model, self.stages, group)
         self._built: tuple[tuple[int, ...], Any] | None = None
         """The last schedule and what it was built for: micro-batches, rows, tokens."""
         self._batches: list[Batch] = []
@@ -54,13 +52,18 @@ class Pipeline:
         self._sums: dict[str, Tensor] = {}
         self._names: list[str] | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the stages of this rank are."""
+        return next(self.relay.parameters()).device
+
     def describe(self, micro_batches: int) -> str:
         """The cut and the schedule in words, with the share of time that is waited away."""
         share = bubble_share(self.group.size(), micro_batches, self.virtual)
         blocks = ", ".join(f"{stage.start}-{stage.stop - 1}" for stage in self.stages)
         return (
-            f"pipeline of {len(self.stages)} stages on {self.group.size()} processes, blocks {blocks}; {self.schedule} with "
-            f"{micro_batches} micro-batches: bubble {share:.1%} of the time that is computed"
+            f"pipeline of {len(self.stages)} stages on {self.group.size()} processes, blocks {blocks}; {self.schedule} "
+            f"with {micro_batches} micro-batches: bubble {share:.1%} of the time that is computed"
         )
 
     def gradients(self, objective: Objective, batches: list[Batch], factor: float) -> dict[str, Tensor]:

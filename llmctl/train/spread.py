@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from llmctl.nn.transformer import Block, Transformer
 from llmctl.train.batches import Batch
 from llmctl.train.context_parallel import cut_sequences, require_cut, share
 from llmctl.train.device import Compute
-from llmctl.train.objectives import Objective
+from llmctl.train.objectives import CausalLM, Objective
 from llmctl.train.padding import alike
 from llmctl.train.parts import gathered, local
 from llmctl.train.pipeline_schedules import Pipeline
@@ -46,28 +46,31 @@ class _Whole(nn.Module):
 
 
 class Spread:
-    """`model` as this rank has it, on the device that it computes on.
+    """`model` as this rank has it, on the device of `compute`; without one it stays where it is.
 
     With `parallel.shards` its parameters are DTensors, each rank's part of them. With `parallel.pp` it is a Relay, and
     the model that was given lacks what other ranks hold until `give_back`.
     """
 
-    def __init__(self, model: Transformer, ranks: Ranks, compute: Compute, objective: Objective) -> None:
-        self.ranks, self.objective = ranks, objective
+    def __init__(
+        self, model: Transformer, ranks: Ranks, compute: Compute | None = None, objective: Objective | None = None
+    ) -> None:
+        self.ranks = ranks
         self.pipeline: Pipeline | None = None
         parallel, mesh = ranks.parallel, ranks.mesh
         if parallel.cp > 1:
-            require_cut(model, objective)
+            require_cut(model, objective or CausalLM())
         if parallel.pp > 1:
             self.pipeline = Pipeline(
                 model,
                 ranks.group("pp"),
                 parallel.pp_schedule,
                 parallel.virtual_stages,
-                device=compute.device,
-                autocast=compute.autocast,
+                autocast=nullcontext if compute is None else compute.autocast,
             )
-        self.model = model.to(compute.device) if self.pipeline is None else self.pipeline.relay
+        self.model = model if self.pipeline is None else self.pipeline.relay
+        if compute is not None:
+            self.model.to(compute.device)
         self._root: nn.Module = _Whole(self.model)
         if mesh is None:
             return
