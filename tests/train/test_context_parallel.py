@@ -59,8 +59,9 @@ def weights(out: Path, name: str) -> torch.Tensor:
 def test_logits_and_gradients_are_those_of_whole_sequences(two: Path, name: str) -> None:
     for rank in (0, 1):
         found = json.loads((two / f"{name}-{rank}.json").read_text())
-        # float64, but for the loss and the norms of Gemma, which are float32 whatever the model is.
-        assert found["logits"] <= 1e-5 and found["gradient"] <= 1e-7
+        # float64, but for the norms of Gemma, which are float32 whatever the model is.
+        bound = 1e-7 if "soft cap" in name else 1e-12
+        assert found["logits"] <= bound and found["gradient"] <= bound
 
 
 def test_weights_after_five_clipped_steps_are_those_of_one_process(alone: Path, two: Path) -> None:
