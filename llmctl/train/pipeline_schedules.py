@@ -6,12 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
 from llmctl.errors import UsageError
 from llmctl.nn.transformer import Transformer
@@ -21,8 +20,11 @@ from llmctl.train.padding import alike
 from llmctl.train.parallel import bubble_share, schedule_misfit
 from llmctl.train.pipeline_stages import Relay, Segment, cut, require_stages
 
-SINGLE = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-"""Schedules of one stage per rank."""
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
+
+CLASSES = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B", "interleaved": "ScheduleInterleaved1F1B"}
+"""torch's names of the schedules."""
 
 
 class Pipeline:
@@ -112,6 +114,9 @@ class Pipeline:
 
     def _schedule(self, count: int, rows: int, width: int) -> Any:
         """torch's schedule for micro-batches of one shape; it holds their buffers, so only the last is kept."""
+        # Not at the top: the package brings the compiler along, which sets a variable of the environment.
+        from torch.distributed import pipelining
+
         key = (count, rows, width)
         if self._built is None or self._built[0] != key:
             if reason := schedule_misfit(self.schedule, self.group.size(), count):
@@ -119,15 +124,13 @@ class Pipeline:
             stages = [self._stage(index, segment, rows, width) for index, segment in self.relay.parts.items()]
             # The loss is a sum over the weight of the whole step: nothing is left to scale.
             named: dict[str, Any] = {"n_microbatches": count, "loss_fn": self._loss, "scale_grads": False}
-            built: Any = (
-                SINGLE[self.schedule](stages[0], **named)
-                if self.schedule in SINGLE
-                else ScheduleInterleaved1F1B(cast(Any, stages), **named)
-            )
-            self._built = key, built
+            made: Any = getattr(pipelining, CLASSES[self.schedule])
+            self._built = key, made(stages if self.schedule == "interleaved" else stages[0], **named)
         return self._built[1]
 
     def _stage(self, index: int, segment: Segment, rows: int, width: int) -> PipelineStage:
+        from torch.distributed.pipelining import PipelineStage
+
         dtype = next(self.relay.parameters()).dtype
         states = torch.empty(rows, width, segment.config.dim, dtype=dtype, device="meta", requires_grad=True)
         # Shapes are given: to find them out, torch would run the first micro-batch once more.
