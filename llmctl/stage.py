@@ -183,12 +183,6 @@ class Context:
         self._emit = emit
         self._stop = stop
 
-    def muted(self) -> Context:
-        """The same execution for a process beside the first: it writes no output, says nothing and is never stopped."""
-        mute = Context(self.stage, {}, self.resume_dir, lambda kind, fields: None, title=self.title)
-        mute.metadata = {port: {} for port in self.metadata}
-        return mute
-
     def output(self, port: str) -> Path:
         """The staging directory of an output port; what lies in it when `run` returns is committed."""
         path = self._outputs[port]
@@ -245,3 +239,10 @@ class Context:
         kept = {path.name for path in self.resume_dir.glob("*")} - {STOP_FILE}
         how = "with a checkpoint" if kept else "without a checkpoint, as it keeps none"
         return TempFail(f"`{self.stage}` stopped at step {step} {how}", hint="run the same command again")
+
+
+def muted(context: Context) -> Context:
+    """The same execution for a process beside the first: it writes no output, says nothing and is never stopped."""
+    mute = Context(context.stage, {}, context.resume_dir, lambda kind, fields: None, title=context.title)
+    mute.metadata = {port: {} for port in context.metadata}
+    return mute

@@ -22,7 +22,7 @@ from llmctl.errors import MachineError, StageError
 from llmctl.nn.counts import training_flops
 from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
-from llmctl.stage import Context, Helped
+from llmctl.stage import Context, Helped, muted
 from llmctl.train import restoring
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
@@ -40,7 +40,7 @@ from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
-from llmctl.train.schedule import lr_factor
+from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
 from llmctl.train.spread import Spread
 from llmctl.train.throughput import Throughput, utilisation
 from llmctl.train.trial import settle
@@ -74,7 +74,7 @@ def fit(
         # The model that was given stays as it is until the end.
         trained = copy.deepcopy(model) if params.parallel.changes else model
         with _prepared(trained, params, compute):
-            heard = ctx if ranks.main else ctx.muted()
+            heard = ctx if ranks.main else muted(ctx)
             run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
             try:
                 run.train()
@@ -194,7 +194,7 @@ class _Run:
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
         if verdict == "take":
-            self.optimizers.step(self.factor(self.step))
+            self.optimizers.step(self.factor(self.step), *self.pace(self.step))
             self.averages.update(self.step)
         self.optimizers.drop_gradients()
         self.step += 1
@@ -280,6 +280,20 @@ class _Run:
             decay_share=params.decay_share,
         )
 
+    def pace(self, step: int) -> tuple[float, float]:
+        """Momentum, and the share of the weight decay, at `step`."""
+        params = self.params
+        momentum = momentum_at(
+            step,
+            total=self.total,
+            peak=params.momentum,
+            start=params.momentum_start,
+            warmup=params.momentum_warmup,
+            end=params.momentum_end,
+            decay_share=params.decay_share,
+        )
+        return momentum, decay_factor(step, total=self.total, schedule=params.decay_schedule)
+
     def log(self) -> None:
         """A point of the curves: means since the last one."""
         self.readings.look(wait=True)
@@ -345,6 +359,6 @@ class _Run:
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
         config: Any = self.model.config
         count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
-        flops = count(config.context) * self.throughput.overall()
+        flops = count(config.context) * self.throughput.overall() / self.ranks.parallel.world
         share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
         return values if share is None else {**values, "utilisation": share}

@@ -22,7 +22,7 @@ TRAIN_PRETRAIN = Stage(
     params="llmctl_train_pretrain.params:PretrainParams",
     run="llmctl_train_pretrain.run:run",
     extra="train",
-    rev=2,  # rows of more than 2^24 tokens come in another order
+    rev=3,  # Muon's defaults
     headline=("loss.validation", "loss.train"),
 )
 
