@@ -37,6 +37,9 @@ PAUSE = 0.02
 def make(shape: dict[str, Any], double: bool = True) -> Transformer:
     torch.manual_seed(1)
     model = Transformer(ModelConfig(**{**SHAPE, **shape}))
+    for parameter in model.parameters():
+        if not parameter.any():  # what begins with nothing in it would test nothing
+            nn.init.normal_(parameter, std=0.02)
     return model.double() if double else model
 
 

@@ -26,6 +26,7 @@ SHAPES: dict[str, Case] = {
     "alibi": {"arch": "bloom"},
     "distances": {"arch": "gopher"},
     "t5 table": {"arch": "lamda"},
+    "values": {"arch": "speedrun", "value_pattern": "-V", "tie_embeddings": False},
     "soft cap": {"arch": "gemma2", "attention_softcap": 5.0, "pattern": "LS", "window": 7},
 }
 PIECES = [

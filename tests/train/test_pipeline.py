@@ -228,6 +228,8 @@ def test_what_cannot_be_cut_is_refused() -> None:
     shape = {"vocab_size": 50, "dim": 32, "layers": 2, "heads": 4, "context": 16}
     with pytest.raises(UsageError, match="encoder-decoder"):
         require_stages(Transformer(ModelConfig(arch="t5", **shape)))
+    with pytest.raises(UsageError, match="speedrun cannot be cut"):
+        require_stages(Transformer(ModelConfig(arch="speedrun", **shape)))
     strange = Transformer(ModelConfig(arch="llama", **shape))
     strange.further = torch.nn.Linear(2, 2)
     with pytest.raises(UsageError, match="`further` cannot be cut"):
