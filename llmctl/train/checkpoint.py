@@ -174,7 +174,7 @@ class Checkpoints:
 
     def _read(self, path: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for name, row in Reader(path).read_metadata().state_dict_metadata.items():
+        for name, row in Reader(path).tensors().items():
             target = like(name)
             if target is not None and target.shape == row.size:
                 tensors[name] = torch.empty_like(target, dtype=row.properties.dtype, requires_grad=False)
