@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -176,3 +178,11 @@ def test_the_loss_of_a_neighbour_is_told_from_a_failure_of_ones_own():
     assert is_loss(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:48047"))
     assert not is_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_loss(ValueError("connection closed by peer"))
+
+
+@pytest.mark.parametrize(("agent", "code"), [(1, 137), (os.getpid(), 1)])
+def test_a_rank_whose_agent_died_while_it_was_loaded_ends_at_once(agent, code, tmp_path):
+    words = ["--key", "sha256:0", "--store", tmp_path / "store", "--reports", tmp_path / "reports"]
+    variables = {**os.environ, "RANK": "0", "LLMCTL_AGENT": str(agent)}
+    command = [sys.executable, "-m", "llmctl.launch.worker", *words]
+    assert subprocess.run(command, env=variables, capture_output=True).returncode == code
