@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmctl.errors import MachineError, StageError
-from llmctl.nn.counts import training_flops
-from llmctl.nn.foreign_config import ForeignConfig
+from llmctl.launch.heartbeats import Heartbeat
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context, Helped, muted
 from llmctl.train import restoring
@@ -30,6 +28,7 @@ from llmctl.train.checkpoint import Checkpoints
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
+from llmctl.train.display import Display, used
 from llmctl.train.fp8 import fp8_blocks
 from llmctl.train.guards import Guard
 from llmctl.train.memory import HINT
@@ -41,8 +40,8 @@ from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
-from llmctl.train.spread import Spread, collect
-from llmctl.train.throughput import Throughput, utilisation
+from llmctl.train.spread import Spread
+from llmctl.train.throughput import Throughput
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
 
@@ -71,8 +70,8 @@ def fit(
     if any(parameter.dtype in HALVES for parameter in model.parameters()):
         model.float()  # such weights stall: an update below their last digit is lost
     with joined(params.parallel, compute.device) as ranks:
-        # Sharding cannot be undone in place: the model that was given stays as it is until the end.
-        trained = copy.deepcopy(model) if params.parallel.shards else model
+        # The model that was given stays as it is until the end.
+        trained = copy.deepcopy(model) if params.parallel.changes else model
         with _prepared(trained, params, compute):
             heard = ctx if ranks.main else muted(ctx)
             run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
@@ -82,9 +81,10 @@ def fit(
                 raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
             finally:
                 run.prefetch.close()
+                run.heartbeat.close()
+                run.checkpoints.close()
             values = run.finish()
-        if trained is not model:
-            collect(trained, model, ranks.main)
+        run.spread.give_back(model)
     if not ranks.main:
         raise Helped
     model.to("cpu").eval()
@@ -130,32 +130,36 @@ class _Run:
         self.ranks = ranks
         self.ctx, self.objective, self.source, self.params = ctx, objective, source, params
         self.validate, self.compute, self.total = validate, compute, total
-        self.model = model.to(compute.device).train()
-        self.spread = Spread(self.model, ranks)
-        self.optimizers = Optimizers(model, params, ranks)
-        self.averages = Averages(model, self.optimizers, params.ema)
+        self.spread = Spread(model, ranks, compute, objective)
+        self.model = self.spread.model.train()
+        self.optimizers = Optimizers(self.model, params, ranks)
+        self.averages = Averages(self.model, self.optimizers, params.ema)
         self.loss_scale = LossScale() if compute.precision == "fp16" else None
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
-        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
+        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt", written=ctx.checkpointed)
         self.throughput = Throughput()
+        self.heartbeat = Heartbeat(ctx.resume_dir, ranks.rank, stage=ctx.stage)
         self.step = 0
         self.tokens = 0
         self.targets = 0
         self.curve: list[dict[str, float]] = []
-        self.loss = math.nan
-        """That of the last step whose numbers are known."""
+        self.loss = self.norm = math.nan
+        """Loss and gradient norm of the last step whose numbers are known."""
+        self.display = Display()
         self.sums: dict[str, float] = {}
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
         """The same of each of the last steps: the final numbers must not depend on how often points are logged."""
-        torch.manual_seed(params.seed + ranks.data_rank)  # dropout differs where the data do
+        torch.manual_seed(params.seed + ranks.stream)  # dropout differs where the data do
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
         for note in self.optimizers.rates.notes:
             self.ctx.log(note)
+        if self.spread.pipeline is not None:
+            self.ctx.log(self.spread.pipeline.describe(self.params.micro_batches))
         resumed = restoring.resume(self)
         self.ranks.wait()  # all have read what is removed now
         if self.ranks.main:
@@ -169,19 +173,24 @@ class _Run:
         while self.step < self.total:
             if self.ranks.any(self.ctx.should_stop()):
                 restoring.save(self)
+                self.checkpoints.wait()
                 raise self.ctx.stopped(self.step)
             self.update()
+            self.checkpoints.poll()
             last = self.step == self.total
             if last or self.step % self.params.log_every == 0:
                 self.log()
             if last or (self.params.eval_every and self.step % self.params.eval_every == 0):
                 self.measure()
             if last or (every and self.step % every == 0):
+                self.heartbeat.enter("checkpoint", self.step)
                 restoring.save(self)
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
-        batches = self.prefetch.take(self.step)
+        self.heartbeat.enter("data", self.step + 1)
+        batches = self.spread.shares(self.prefetch.take(self.step))
+        self.heartbeat.enter("gradients", self.step + 1)
         weight, size, targets = self.counted(batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
@@ -189,6 +198,7 @@ class _Run:
         reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
+        self.heartbeat.enter("optimizer", self.step + 1)
         if verdict == "take":
             self.optimizers.step(self.factor(self.step), *self.pace(self.step))
             self.averages.update(self.step)
@@ -201,8 +211,7 @@ class _Run:
             self.readings.add(reading)
         elif verdict == "rewind":
             restoring.rewind(self)
-        known = {} if math.isnan(self.loss) else {"loss": self.loss}
-        self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
+        self.ctx.progress(self.step, self.total, **self.display.fields(self))
 
     def counted(self, batches: list[Batch]) -> tuple[int, int, int]:
         """Weight, tokens and targets of a step on all ranks; labels are balanced by all of them together."""
@@ -221,7 +230,12 @@ class _Run:
         one big batch however it was split. Returns the summed loss and metrics of this rank's share, on the device."""
         sums: dict[str, Tensor] = {}
         # The ranks' gradients are averaged: those of a sum are wanted.
-        factor = self.ranks.data_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        factor = self.ranks.token_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        if self.spread.pipeline is not None:
+            moved = [batch.to(self.compute.device) for batch in batches]
+            sums = self.spread.pipeline.gradients(self.objective, moved, factor)
+            self.spread.reduce()
+            return sums
         for number, batch in enumerate((batch.to(self.compute.device) for batch in batches), 1):
             with self.spread.accumulating(last=number == len(batches)):
                 with self.compute.autocast():
@@ -251,9 +265,9 @@ class _Run:
 
     def take(self, reading: Reading, sums: dict[str, float]) -> None:
         """Add the numbers of a step that was taken to those of the curves; StageError if they are not finite."""
-        self.loss, norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
+        self.loss, self.norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
         if not self.guard.before and not reading.at_hand:
-            self.guard.judge(reading.step, self.loss, norm)
+            self.guard.judge(reading.step, self.loss, self.norm)
         values = {**sums, "weight": float(reading.weight)}
         self.recent = [*self.recent[1 - RECENT :], {name: values[name] for name in values if name != "grad_norm"}]
         for name, value in values.items():
@@ -300,6 +314,7 @@ class _Run:
         """A validation point of the curves."""
         if self.validate is None:
             return
+        self.heartbeat.enter("validation", self.step)
         self.readings.look(wait=True)
         self.record(self.validated(self.validate))
         self.throughput.skip()
@@ -320,6 +335,7 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
+        self.checkpoints.wait()
         if self.ranks.main:
             self.checkpoints.finish(self.step)
         self.averages.finish()
@@ -333,7 +349,7 @@ class _Run:
                 values[f"{name}.train"] = sum(step[name] for step in self.recent) / weight
         for row in self.curve:
             values |= {name: value for name, value in row.items() if "." in name}
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        parameters = self.spread.size
         values |= {"steps": self.step, "tokens": self.tokens, "targets": self.targets, "parameters": parameters}
         if self.throughput.tokens:  # none where only the end was left to do
             values["tokens_per_s"] = self.throughput.overall()
@@ -347,8 +363,5 @@ class _Run:
         if self.compute.device.type != "cuda":
             return {}
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
-        config: Any = self.model.config
-        count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
-        flops = count(config.context) * self.throughput.overall() / self.ranks.parallel.world
-        share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
+        share = used(self)
         return values if share is None else {**values, "utilisation": share}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llmctl.errors import StageError
 from llmctl.train.checkpoint import Checkpoint, require_space, same_tensors
@@ -20,7 +21,7 @@ def rewind(run: _Run) -> None:
     """Weights and optimizer of the last checkpoint that `save_every` planned; the data goes on."""
     for step in anchors(run):
         try:
-            restore_tensors(run, run.checkpoints.load(step))
+            restore_tensors(run, load(run, step))
         except ValueError as error:
             run.ctx.warn(f"{error}; trying the one before")
             continue
@@ -36,19 +37,43 @@ def anchors(run: _Run) -> list[int]:
 
 
 def tensors(run: _Run) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: weights, optimizer state, random states."""
-    found = {f"model/{name}": gathered(tensor) for name, tensor in run.model.state_dict().items()}
-    found |= {f"optimizer/{name}": tensor for name, tensor in run.optimizers.whole_state().items()}
-    found |= {f"mean/{name}": gathered(tensor) for name, tensor in run.averages.state().items()}
-    found["random/cpu"] = torch.get_rng_state()
+    """All tensors of a checkpoint, as this rank has them: weights, optimizer state, random states."""
+    found = {f"model/{name}": tensor for name, tensor in run.model.state_dict().items()}
+    found |= {f"optimizer/{name}": tensor for name, tensor in run.optimizers.state().items()}
+    found |= {f"mean/{name}": tensor for name, tensor in run.averages.state().items()}
+    found[_random(run, "cpu")] = torch.get_rng_state()
     if run.compute.device.type == "cuda":
-        found["random/cuda"] = torch.cuda.get_rng_state(run.compute.device)
-    return found
+        found[_random(run, "cuda")] = torch.cuda.get_rng_state(run.compute.device)
+    return {name: _summed(tensor) for name, tensor in found.items()}
+
+
+def _random(run: _Run, device: str) -> str:
+    """The name of a random state: ranks of the same stream draw the same numbers."""
+    stream = run.ranks.stream
+    return f"random/{device}-{stream}" if stream else f"random/{device}"
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """One of which each rank holds a summand cannot be written in parts: all of it."""
+    partial = isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements)
+    return gathered(tensor) if partial else tensor
+
+
+def load(run: _Run, step: int) -> Checkpoint:
+    """The checkpoint of `step`, of which each rank reads what it needs; ValueError if it is damaged."""
+    shards = {name: tensor for name, tensor in run.model.state_dict().items() if isinstance(tensor, DTensor)}
+
+    def like(full: str) -> Tensor | None:
+        kind, _, name = full.partition("/")
+        return shards.get(name.rpartition("/")[0] if kind == "optimizer" else name)
+
+    return run.checkpoints.load(step, like, run.spread.holds)
 
 
 def save(run: _Run) -> None:
-    """Write a checkpoint of the finished steps; StageError if one of them was not finite."""
+    """Begin to write a checkpoint of the finished steps; StageError if one of them was not finite."""
     run.readings.look(wait=True)
+    run.checkpoints.wait()
     values = {
         "facts": run.params.resume_facts(),
         "total": run.total,
@@ -62,11 +87,7 @@ def save(run: _Run) -> None:
         "micro_batch": run.source.at_once,
     }
     pinned = anchors(run)[:1] if run.guard.rewinds else []
-    found = tensors(run)
-    if run.ranks.main:
-        run.checkpoints.save(run.step, found, values, pinned)
-    run.ranks.wait()
-    run.ctx.checkpointed(run.step)
+    run.checkpoints.save(run.step, tensors(run), values, pinned)
     run.throughput.skip()
 
 
@@ -78,8 +99,9 @@ def first_checkpoint(run: _Run) -> None:
     copies = (4 if run.params.ema else 3) * (run.checkpoints.keep + 1 + run.guard.rewinds)
     require_space(run.ctx.resume_dir, copies * size, "training")
     save(run)
-    found = tensors(run)
-    if run.ranks.main and not same_tensors(found, run.checkpoints.load(run.step).tensors):
+    read = load(run, run.step).tensors
+    found = {name: tensor for name, tensor in tensors(run).items() if name in read}
+    if not found or not same_tensors(found, {name: read[name] for name in found}):
         raise StageError(f"a checkpoint in {run.checkpoints.directory} reads back differently from what was saved")
 
 
@@ -87,7 +109,7 @@ def resume(run: _Run) -> bool:
     """Continue from the newest checkpoint that is whole and fits; False if there is none."""
     for step in run.checkpoints.newest(run.total):
         try:
-            found = run.checkpoints.load(step)
+            found = load(run, step)
         except ValueError as error:
             run.ctx.warn(f"{error}; trying the one before")
             continue
@@ -125,9 +147,13 @@ def restore_tensors(run: _Run, found: Checkpoint) -> None:
     run.model.load_state_dict(parts["model"], strict=True)
     run.optimizers.load(parts["optimizer"])
     run.averages.load(parts["mean"])
-    torch.set_rng_state(parts["random"]["cpu"])
-    if "cuda" in parts["random"] and run.compute.device.type == "cuda":
-        torch.cuda.set_rng_state(parts["random"]["cuda"], run.compute.device)
+    # Of more shares than it was saved with, the further ones begin anew, and not with the numbers of the first step.
+    torch.manual_seed(run.params.seed + run.ranks.stream + (found.step << 20))
+    random = {f"random/{name}": state for name, state in parts["random"].items()}
+    if (state := random.get(_random(run, "cpu"))) is not None:
+        torch.set_rng_state(state)
+    if run.compute.device.type == "cuda" and (state := random.get(_random(run, "cuda"))) is not None:
+        torch.cuda.set_rng_state(state, run.compute.device)
 
 
 def compare_schedule(run: _Run, planned: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmctl.train.memory import kept_bytes, largest_fitting, require
-from llmctl.train.restoring import restore_tensors, tensors
+from llmctl.train.parts import local
+from llmctl.train.restoring import load, restore_tensors, tensors
 
 if TYPE_CHECKING:
     from llmctl.train.loop import _Run
@@ -17,7 +18,7 @@ def settle(run: _Run) -> None:
     With `micro_batch: auto` the batch is halved until that fits. Weights, optimizer and random states are put back as
     the newest checkpoint has them. torch.OutOfMemoryError or MachineError if it does not fit.
     """
-    before = run.checkpoints.load(run.step)
+    before = load(run, run.step)
     if run.params.micro_batch == "auto":
         first = before.values["micro_batch"]  # that of the run that is continued: another one sums in another order
         count = largest_fitting(first, lambda count: attempt(run, count), lambda: restore_tensors(run, before))
@@ -34,13 +35,15 @@ def attempt(run: _Run, at_once: int) -> None:
         require(estimate(run, at_once))
     run.source.at_once = at_once
     batch = run.source.heaviest()
-    run.accumulate([batch], max(1, run.objective.weight(batch)))
+    # Stages hold several micro-batches at once.
+    batches = [batch] * (1 if run.spread.pipeline is None else run.params.micro_batches)
+    run.accumulate(run.spread.shares(batches), max(1, run.objective.weight(batch)))
     run.clip()
     run.optimizers.step(1.0)
     if run.validate is not None:
         run.validated(run.validate)
     for tensor in tensors(run).values():
-        tensor.cpu()
+        local(tensor).cpu()
 
 
 def estimate(run: _Run, at_once: int) -> int:
