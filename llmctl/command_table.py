@@ -15,6 +15,11 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("ps", "List the processes of trainings that run now.", "llmctl.launch.processes:ps"),
         ("curves", "Draw loss, rate and speed of trainings as a page.", "llmctl.pipeline.curves:curves"),
         ("why", "Say what differs from the last result.", "llmctl.pipeline.explaining:why"),
+        (
+            "verify-resume",
+            "Check that a training stopped half-way ends bit for bit the same.",
+            "llmctl.testing.resuming:verify_resume",
+        ),
         ("render", "Print a spec with all its layers in one.", "llmctl.spec.commands:render"),
         ("lock", "Write down what a spec takes from outside.", "llmctl.pipeline.locking:lock"),
         ("schema", "Print the JSON Schema of spec files.", "llmctl.spec.commands:schema"),

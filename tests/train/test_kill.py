@@ -1,4 +1,4 @@
-"""kill -9 at random instants, then the same command again: the weights are those of an uninterrupted run."""
+"""kill -9 and SIGTERM at random instants and while saving, then the same command: the weights of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 RUN = """
-import sys
+import signal, sys
 from pathlib import Path
 import numpy as np, torch
+from llmctl.errors import TempFail
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context
@@ -31,20 +32,61 @@ torch.manual_seed(0)
 model = Transformer(ModelConfig(arch="llama", vocab_size=48, dim=32, layers=2, heads=4, context=32, ff_dim=48))
 rng = np.random.default_rng(0)
 rows = [Example(rng.integers(0, 48, n), np.ones(n, bool)) for n in rng.integers(5, 30, 40)]
-params = TrainParams(max_steps=200, batch_size=4, save_every=3)
+params = TrainParams(max_steps=120, batch_size=4, save_every=3)
 def emit(kind, fields):
     if kind == "progress":
         print(fields["step"], flush=True)
-ctx = Context("test", {"metrics": base / "metrics"}, base / "resume", emit)
-fit(ctx, model, CausalLM(), ExampleSource(rows, 32, params), params)
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+ctx = Context("test", {"metrics": base / "metrics"}, base / "resume", emit, lambda: bool(asked))
+try:
+    fit(ctx, model, CausalLM(), ExampleSource(rows, 32, params), params)
+except TempFail as error:
+    print(error.message.split("step ")[1].split()[0], flush=True)
+    sys.exit(75)
 print("done", flush=True)
 (base / "weights").write_bytes(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().tobytes())
 """
 
 
-def start(base: Path) -> subprocess.Popen[str]:
+KILL = """
+import os, signal
+from llmctl.train import storage
+moment, step = {moment!r}, {step}
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+def killed(owner, name, before):
+    original = getattr(owner, name)
+    def wrapped(self, *given):
+        if before and self.final.name == f"step-{{step}}": die()
+        found = original(self, *given)
+        if not before and self.final.name == f"step-{{step}}": die()
+        return found
+    setattr(owner, name, wrapped)
+if moment == "half a file":
+    write = storage.save_file
+    def half(parts, path):
+        write(parts, path)
+        if f"step-{{step}}" in str(path):
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+    storage.save_file = half
+else:
+    killed(storage.Writer, "write_data" if "parts" in moment else "finish", moment.startswith("before"))
+"""
+"""Ends the process in the middle of writing the checkpoint of one step."""
+MOMENTS = ("before the parts", "half a file", "after the parts", "after the index")
+
+
+def start(base: Path, before: str = "") -> subprocess.Popen[str]:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", RUN, str(base)], stdout=subprocess.PIPE, text=True, env=env)
+    words = [sys.executable, "-c", before + RUN, str(base)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The weights of a run that nobody disturbs."""
+    return finished(tmp_path_factory.mktemp("straight"))
 
 
 def killed(base: Path, after: float) -> int:
@@ -67,11 +109,50 @@ def finished(base: Path) -> str:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.slow)])
-def test_weights_after_kills_equal_an_uninterrupted_runs(tmp_path: Path, kills: int) -> None:
-    for name in ("straight", "killed"):
-        (tmp_path / name).mkdir()
-    expected = finished(tmp_path / "straight")
+def test_weights_after_kills_equal_an_uninterrupted_runs(tmp_path: Path, expected: str, kills: int) -> None:
+    (tmp_path / "killed").mkdir()
     rng = random.Random(kills)
     reached = [killed(tmp_path / "killed", rng.uniform(0, 0.3)) for _ in range(kills)]
     assert reached[0] > 0, "the first kill came after the end, nothing was tested"
     assert finished(tmp_path / "killed") == expected
+
+
+@pytest.mark.slow
+def test_a_half_written_checkpoint_is_never_taken_for_one(
+    tmp_path: Path, expected: str, moments: tuple[str, ...]
+) -> None:
+    (tmp_path / "killed").mkdir()
+    kept = tmp_path / "killed/resume/ckpt"
+    for number, moment in enumerate(MOMENTS, 1):
+        step = 24 * number
+        child = start(tmp_path / "killed", KILL.format(moment=moment, step=step))
+        child.communicate()
+        assert child.returncode == -signal.SIGKILL
+        whole = moment == "after the index"
+        assert (kept / f"step-{step}").exists() == whole and (kept / f"step-{step - 3}").exists()
+        assert (kept / f".tmp-step-{step}").exists() != whole
+    assert finished(tmp_path / "killed") == expected
+    assert [path.name for path in kept.iterdir()] == ["step-120"]
+
+
+@pytest.mark.parametrize("stops", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_weights_after_sigterm_at_random_steps_equal_an_uninterrupted_runs(
+    tmp_path: Path, expected: str, stops: int
+) -> None:
+    (tmp_path / "stopped").mkdir()
+    rng = random.Random(stops)
+    reached: list[int] = []
+    for _ in range(stops):
+        child = start(tmp_path / "stopped")
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.1))
+        child.send_signal(signal.SIGTERM)
+        out, _ = child.communicate()
+        if child.returncode == 0:
+            break  # it was at its end
+        assert child.returncode == 75, out
+        reached.append(int(out.splitlines()[-1]))
+        assert (tmp_path / f"stopped/resume/ckpt/step-{reached[-1]}").is_dir()
+    assert reached == sorted(set(reached)) and len(reached) >= min(stops, 3)
+    assert finished(tmp_path / "stopped") == expected
