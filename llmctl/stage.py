@@ -68,6 +68,9 @@ class Stage:
     key_deps: tuple[str, ...] = ()
     effect: bool = False
     headline: tuple[str, ...] = ()
+    forecast: str = ""
+    """Of a stage that trains: says what it will take, `(params, inputs: Mapping[str, llmctl.forecast.Given])` →
+    `llmctl.forecast.Forecast`, or raises `llmctl.forecast.Unknown`. An import string that imports nothing heavy."""
 
     def __post_init__(self) -> None:
         if not NAME.match(self.name):

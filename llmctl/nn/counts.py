@@ -172,3 +172,21 @@ def training_bytes(config: ModelConfig, precision: str = "float32") -> int:
 def serving_bytes(config: ModelConfig, dtype: str = "float32") -> int:
     """Bytes of the weights; the cache of each sequence comes on top."""
     return int(count(config).total * BYTES[dtype])
+
+
+def matrices(config: ModelConfig) -> dict[tuple[int, int], int]:
+    """How many matrices of each shape `(out, in)` all blocks have; what maps hidden states to hidden states."""
+    q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = [(q_dim, config.dim), (kv_dim, config.dim), (kv_dim, config.dim), (config.dim, q_dim)]
+    widening = [(config.ff_dim, config.dim)] * (2 if config.traits.gated else 1)
+    feed_forward = [*widening, (config.dim, config.ff_dim)]
+    distance = [(q_dim, config.dim)] if config.traits.positions == "xl" else []
+    pair = config.traits.kind == "encoder-decoder"
+    found: dict[tuple[int, int], int] = {}
+    for shapes, times in (
+        ([*attention, *feed_forward, *distance, *(attention if pair else [])], config.layers),
+        ([*attention, *feed_forward], config.encoder_layers if pair else 0),
+    ):
+        for shape in shapes if times else ():
+            found[shape] = found.get(shape, 0) + times
+    return found

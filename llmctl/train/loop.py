@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmctl.errors import MachineError, StageError
-from llmctl.nn.counts import training_flops
-from llmctl.nn.foreign_config import ForeignConfig
+from llmctl.launch.heartbeats import Heartbeat
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context, Helped, muted
 from llmctl.train import restoring
@@ -30,6 +28,7 @@ from llmctl.train.checkpoint import Checkpoints
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
+from llmctl.train.display import Display, used
 from llmctl.train.fp8 import fp8_blocks
 from llmctl.train.guards import Guard
 from llmctl.train.memory import HINT
@@ -42,7 +41,7 @@ from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
 from llmctl.train.spread import Spread
-from llmctl.train.throughput import Throughput, utilisation
+from llmctl.train.throughput import Throughput
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
 
@@ -82,6 +81,7 @@ def fit(
                 raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
             finally:
                 run.prefetch.close()
+                run.heartbeat.close()
                 run.checkpoints.close()
             values = run.finish()
         run.spread.give_back(model)
@@ -140,12 +140,14 @@ class _Run:
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
         self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt", written=ctx.checkpointed)
         self.throughput = Throughput()
+        self.heartbeat = Heartbeat(ctx.resume_dir, ranks.rank, stage=ctx.stage)
         self.step = 0
         self.tokens = 0
         self.targets = 0
         self.curve: list[dict[str, float]] = []
-        self.loss = math.nan
-        """That of the last step whose numbers are known."""
+        self.loss = self.norm = math.nan
+        """Loss and gradient norm of the last step whose numbers are known."""
+        self.display = Display()
         self.sums: dict[str, float] = {}
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
@@ -181,11 +183,14 @@ class _Run:
             if last or (self.params.eval_every and self.step % self.params.eval_every == 0):
                 self.measure()
             if last or (every and self.step % every == 0):
+                self.heartbeat.enter("checkpoint", self.step)
                 restoring.save(self)
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
+        self.heartbeat.enter("data", self.step + 1)
         batches = self.spread.shares(self.prefetch.take(self.step))
+        self.heartbeat.enter("gradients", self.step + 1)
         weight, size, targets = self.counted(batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
@@ -193,6 +198,7 @@ class _Run:
         reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
+        self.heartbeat.enter("optimizer", self.step + 1)
         if verdict == "take":
             self.optimizers.step(self.factor(self.step), *self.pace(self.step))
             self.averages.update(self.step)
@@ -205,8 +211,7 @@ class _Run:
             self.readings.add(reading)
         elif verdict == "rewind":
             restoring.rewind(self)
-        known = {} if math.isnan(self.loss) else {"loss": self.loss}
-        self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
+        self.ctx.progress(self.step, self.total, **self.display.fields(self))
 
     def counted(self, batches: list[Batch]) -> tuple[int, int, int]:
         """Weight, tokens and targets of a step on all ranks; labels are balanced by all of them together."""
@@ -260,9 +265,9 @@ class _Run:
 
     def take(self, reading: Reading, sums: dict[str, float]) -> None:
         """Add the numbers of a step that was taken to those of the curves; StageError if they are not finite."""
-        self.loss, norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
+        self.loss, self.norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
         if not self.guard.before and not reading.at_hand:
-            self.guard.judge(reading.step, self.loss, norm)
+            self.guard.judge(reading.step, self.loss, self.norm)
         values = {**sums, "weight": float(reading.weight)}
         self.recent = [*self.recent[1 - RECENT :], {name: values[name] for name in values if name != "grad_norm"}]
         for name, value in values.items():
@@ -309,6 +314,7 @@ class _Run:
         """A validation point of the curves."""
         if self.validate is None:
             return
+        self.heartbeat.enter("validation", self.step)
         self.readings.look(wait=True)
         self.record(self.validated(self.validate))
         self.throughput.skip()
@@ -357,8 +363,5 @@ class _Run:
         if self.compute.device.type != "cuda":
             return {}
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
-        config: Any = self.model.config
-        count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
-        flops = count(config.context) * self.throughput.overall() / self.ranks.parallel.world
-        share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
+        share = used(self)
         return values if share is None else {**values, "utilisation": share}

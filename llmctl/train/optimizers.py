@@ -121,18 +121,20 @@ class Optimizers:
         so: 0 is no better origin."""
         decays = {"matrix": params.weight_decay, "vector": 0.0}
         outer = params.weight_decay if params.decay_embeddings else 0.0
-        members: dict[tuple[str, ...], list[Tensor]] = {}
+        members: dict[tuple[tuple[str, ...], object], list[Tensor]] = {}
         for parameter, kind in self._kinds.items():
             parts = self._names[parameter].split(".")
             keys = [key for key in params.groups if key == kind or key in parts]
-            members.setdefault((kind, *keys), []).append(parameter)
-        if idle := set(params.groups) - {key for keys in members for key in keys}:
+            # Kernels for many tensors take those that are parted over the same ranks.
+            mesh = getattr(parameter, "device_mesh", None)
+            members.setdefault(((kind, *keys), mesh), []).append(parameter)
+        if idle := set(params.groups) - {key for keys, _ in members for key in keys}:
             raise UsageError(
                 f"groups names `{min(idle)}`, which is in no parameter's name",
                 hint=f"a kind ({', '.join(KINDS)}) or a part of a name: {_few_parts(self._names.values())}",
             )
         groups = []
-        for kind, *keys in sorted(members, key=lambda keys: KINDS.index(keys[0])):
+        for ((kind, *keys), _), alike in sorted(members.items(), key=lambda item: KINDS.index(item[0][0][0])):
             values = {"lr": self.rates.of[kind], "weight_decay": decays.get(kind, outer)}
             own: dict[str, float] = {}
             for key in keys:
@@ -140,7 +142,7 @@ class Optimizers:
             if "lr" in own:
                 own["lr"] *= self.rates.factors[kind]
             betas = {name: own.pop(name) for name in BETAS if name in own}
-            group = {"params": members[kind, *keys], "kind": kind, **values, **own}
+            group = {"params": alike, "kind": kind, **values, **own}
             groups.append({**group, **_betas(betas, kind, keys, params)})
         return groups
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmctl import Artifact, Command, In, Out, Stage, hookimpl
+from llmctl_train_pretrain.board import log_metrics as log_metrics
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
@@ -21,6 +22,7 @@ TRAIN_PRETRAIN = Stage(
     outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
     params="llmctl_train_pretrain.params:PretrainParams",
     run="llmctl_train_pretrain.run:run",
+    forecast="llmctl_train_pretrain.forecast:forecast",
     extra="train",
     rev=3,  # Muon's defaults
     headline=("loss.validation", "loss.train"),
