@@ -25,7 +25,6 @@ from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context, Helped
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
-from llmctl.train.checkpoint import Checkpoint, Checkpoints, require_space, same_tensors
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
@@ -35,11 +34,11 @@ from llmctl.train.memory import HINT
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
-from llmctl.train.parts import full, placed
 from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
+from llmctl.train.recovery import Recovery
 from llmctl.train.schedule import lr_factor
 from llmctl.train.spread import Spread, collect
 from llmctl.train.throughput import Throughput, utilisation
@@ -138,7 +137,7 @@ class _Run:
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
-        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
+        self.recovery = Recovery(self)
         self.throughput = Throughput()
         self.step = 0
         self.tokens = 0
@@ -156,19 +155,14 @@ class _Run:
         """From the newest checkpoint, or the start, to the last step."""
         for note in self.optimizers.rates.notes:
             self.ctx.log(note)
-        resumed = self.resume()
-        self.ranks.wait()  # all have read what is removed now
-        if self.ranks.main:
-            self.checkpoints.forget_after(self.step, self.total)
-        if not resumed:
-            self.first_checkpoint()
+        self.recovery.begin()
         if self.step < self.total and (self.params.micro_batch == "auto" or self.compute.device.type == "cuda"):
             settle(self)
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
             if self.ranks.any(self.ctx.should_stop()):
-                self.save()
+                self.recovery.save()
                 raise self.ctx.stopped(self.step)
             self.update()
             last = self.step == self.total
@@ -177,7 +171,7 @@ class _Run:
             if last or (self.params.eval_every and self.step % self.params.eval_every == 0):
                 self.measure()
             if last or (every and self.step % every == 0):
-                self.save()
+                self.recovery.save()
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
@@ -200,7 +194,7 @@ class _Run:
         if verdict == "take":
             self.readings.add(reading)
         elif verdict == "rewind":
-            self.rewind()
+            self.recovery.rewind()
         known = {} if math.isnan(self.loss) else {"loss": self.loss}
         self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
 
@@ -259,23 +253,6 @@ class _Run:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
 
-    def rewind(self) -> None:
-        """Weights and optimizer of the last checkpoint that `save_every` planned; the data goes on."""
-        for step in self.anchors():
-            try:
-                self.restore_tensors(self.checkpoints.load(step))
-            except ValueError as error:
-                self.ctx.warn(f"{error}; trying the one before")
-                continue
-            self.ctx.warn(f"step {self.step} took the weights back to those of step {step}")
-            return
-        raise StageError(f"step {self.step} is not finite or a spike, and no checkpoint is left to go back to")
-
-    def anchors(self) -> list[int]:
-        """Where a rewind leads, the newest first: not to what an interruption left, on which no result may depend."""
-        every = self.params.save_every
-        return [step for step in self.checkpoints.newest(self.step) if (step % every if every else step) == 0]
-
     def factor(self, step: int, total: int | None = None) -> float:
         """The schedule's share of the peak rates at `step`, counted from 0, in a run of `total` steps."""
         params = self.params
@@ -323,8 +300,7 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
-        if self.ranks.main:
-            self.checkpoints.finish(self.step)
+        self.recovery.finish()
         self.averages.finish()
         if self.ctx.wants("metrics"):
             lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve)
@@ -355,102 +331,3 @@ class _Run:
         flops = count(config.context) * self.throughput.overall()
         share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
         return values if share is None else {**values, "utilisation": share}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of a checkpoint: weights, optimizer state, random states."""
-        found = {f"model/{name}": full(tensor) for name, tensor in self.model.state_dict().items()}
-        found |= {f"optimizer/{name}": tensor for name, tensor in self.optimizers.whole_state().items()}
-        found |= {f"mean/{name}": full(tensor) for name, tensor in self.averages.state().items()}
-        found["random/cpu"] = torch.get_rng_state()
-        if self.compute.device.type == "cuda":
-            found["random/cuda"] = torch.cuda.get_rng_state(self.compute.device)
-        return found
-
-    def save(self) -> None:
-        """Write a checkpoint of the finished steps; StageError if one of them was not finite."""
-        self.readings.look(wait=True)
-        values = {
-            "facts": self.params.resume_facts(),
-            "total": self.total,
-            "tokens": self.tokens,
-            "targets": self.targets,
-            "curve": self.curve,
-            "sums": self.sums,
-            "recent": self.recent,
-            "guard": self.guard.state(),
-            "loss_scale": None if self.loss_scale is None else self.loss_scale.state(),
-            "micro_batch": self.source.at_once,
-        }
-        pinned = self.anchors()[:1] if self.guard.rewinds else []
-        tensors = self.tensors()
-        if self.ranks.main:
-            self.checkpoints.save(self.step, tensors, values, pinned)
-        self.ranks.wait()
-        self.ctx.checkpointed(self.step)
-        self.throughput.skip()
-
-    def first_checkpoint(self) -> None:
-        """Save and read back before the first step: a run must not find out at its end that it cannot save."""
-        size = sum(parameter.nbytes for parameter in self.model.parameters())
-        self.ctx.resume_dir.mkdir(parents=True, exist_ok=True)
-        # Weights, two moments and a mean, in as many checkpoints as exist at once.
-        copies = (4 if self.params.ema else 3) * (self.checkpoints.keep + 1 + self.guard.rewinds)
-        require_space(self.ctx.resume_dir, copies * size, "training")
-        self.save()
-        tensors = self.tensors()
-        if self.ranks.main and not same_tensors(tensors, self.checkpoints.load(self.step).tensors):
-            raise StageError(f"a checkpoint in {self.checkpoints.directory} reads back differently from what was saved")
-
-    def resume(self) -> bool:
-        """Continue from the newest checkpoint that is whole and fits; False if there is none."""
-        for step in self.checkpoints.newest(self.total):
-            try:
-                found = self.checkpoints.load(step)
-            except ValueError as error:
-                self.ctx.warn(f"{error}; trying the one before")
-                continue
-            if found.values.get("facts") != json.loads(json.dumps(self.params.resume_facts())):
-                self.ctx.warn(f"the checkpoint of step {step} was made with other parameters; starting anew")
-                return False
-            self.restore(found)
-            return True
-        return False
-
-    def restore(self, found: Checkpoint) -> None:
-        """Take over everything `save` wrote."""
-        self.restore_tensors(found)
-        values: dict[str, Any] = found.values
-        self.step, self.tokens, self.targets = found.step, values["tokens"], values["targets"]
-        self.curve, self.sums, self.recent = values["curve"], values["sums"], values["recent"]
-        self.guard.load(values["guard"])
-        if self.loss_scale is not None:
-            self.loss_scale.load(values["loss_scale"])
-        if self.step:
-            self.ctx.log(f"continuing from step {self.step} of {self.total}")
-        self.compare_schedule(values["total"])
-
-    def restore_tensors(self, found: Checkpoint) -> None:
-        """Weights, optimizer state, means and random states of a checkpoint; pending gradients are dropped."""
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "mean": {}, "random": {}}
-        for full, tensor in found.tensors.items():
-            kind, _, name = full.partition("/")
-            parts[kind][name] = tensor
-        self.optimizers.drop_gradients()
-        kept = self.model.state_dict()
-        parts["model"] = {name: placed(tensor, kept[name]) for name, tensor in parts["model"].items()}
-        self.model.load_state_dict(parts["model"], strict=True)
-        self.optimizers.load(parts["optimizer"])
-        self.averages.load(parts["mean"])
-        torch.set_rng_state(parts["random"]["cpu"])
-        if "cuda" in parts["random"] and self.compute.device.type == "cuda":
-            torch.cuda.set_rng_state(parts["random"]["cuda"], self.compute.device)
-
-    def compare_schedule(self, planned: int) -> None:
-        """Warn if the rates so far, of a run of `planned` steps, are not those that one of this length has."""
-        past = (0, self.step - 1) if self.step else ()
-        if any(self.factor(step, planned) != self.factor(step, self.total) for step in past):
-            share = self.factor(self.step - 1, planned)
-            self.ctx.warn(
-                f"its run was planned for {planned} steps, the rate was {share:.0%} of its peak at step {self.step}; "
-                f"from here on the schedule is that of {self.total}, the result not that of an uninterrupted run"
-            )

@@ -11,6 +11,7 @@ from scipy.special import log_softmax
 from llmctl.errors import StageError, TempFail
 from llmctl.train import loop
 from llmctl.train.batches import Batch, Example, pack
+from llmctl.train.checkpoint import Checkpoints
 from llmctl.train.data import ExampleSource, TokenSource
 from llmctl.train.loop import fit
 from llmctl.train.objectives import CausalLM
@@ -211,7 +212,7 @@ def test_dropping_any_part_of_a_checkpoint_is_noticed(make_context, make_model, 
     """The control of the resume test: each part matters."""
     examples, values = make_examples(11), params()
     straight = trained(make_context, make_model, examples, "straight", values, [])[0]
-    original = loop.Checkpoints.load
+    original = Checkpoints.load
 
     def broken(part: str):
         def load(self, step):
@@ -228,9 +229,9 @@ def test_dropping_any_part_of_a_checkpoint_is_noticed(make_context, make_model, 
         name = part.strip("/").replace("/", "-")
         with pytest.raises(TempFail):
             fit(make_context(name, 5), make_model(5), Noisy(), ExampleSource(examples, 32, values), values)
-        monkeypatch.setattr(loop.Checkpoints, "load", broken(part))
+        monkeypatch.setattr(Checkpoints, "load", broken(part))
         resumed = trained(make_context, make_model, examples, name, values, [])[0]
-        monkeypatch.setattr(loop.Checkpoints, "load", original)
+        monkeypatch.setattr(Checkpoints, "load", original)
         assert not torch.equal(straight, resumed), part
 
 
