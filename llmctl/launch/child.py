@@ -96,6 +96,8 @@ class Launch:
     work: int = 1
     publish: Publish = "first"
     attempt: int = 1
+    stop_at: int = 0
+    """The step of progress after which to ask it to stop, 0 for none: a rehearsal stops where it wants to."""
 
 
 @dataclass
@@ -125,7 +127,9 @@ class Execution:
 
             resource.setrlimit(resource.RLIMIT_DATA, (self.request.memory, self.request.memory))
         if self.rank:
-            context = Context(self.request.instance, dict.fromkeys(self.request.outputs, self.resume), self.resume, self.emit)
+            context = Context(
+                self.request.instance, dict.fromkeys(self.request.outputs, self.resume), self.resume, self.emit
+            )
             self._run(stage, context.muted())
             return
         staging = self.store.staging()
@@ -152,6 +156,8 @@ class Execution:
         if kind in ("log", "warning"):
             sys.stderr.write(f"{kind}: {fields.get('text', '')}\n")
         self.channel.send(kind, fields)
+        if kind == "progress" and 0 < self.launch.stop_at <= fields.get("step", 0):
+            self.stop.set()
         if kind == "metric":
             self.sinks(fields)
         if self.stop.ends_silent_stage:

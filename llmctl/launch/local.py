@@ -42,6 +42,8 @@ class Job:
     work: int = 1
     publish: str = "first"
     attempt: int = 1
+    stop_at: int = 0
+    """The step after which it is asked to stop; 0 for none."""
     lock: Lock | None = None
     time_limit: float | None = None
     masker: Masker = NO_SECRETS
@@ -251,5 +253,6 @@ def command(layout: Layout, job: Job, events: int, heartbeat: int) -> list[str]:
     """The command line of a stage's process, given its ends of the two pipes."""
     words = [sys.executable, "-P", "-m", "llmctl", "stage", "exec", "--key", job.key, "--store", str(layout.root)]
     words += ["--run", job.run, "--work", str(job.work), "--publish", job.publish, "--attempt", str(job.attempt)]
+    words += ["--stop-at", str(job.stop_at)] if job.stop_at else []
     words += ["--events", str(events), "--parent", str(os.getpid()), "--heartbeat", str(heartbeat)]
     return words + (["--lock", str(job.lock.descriptor)] if job.lock else [])

@@ -89,6 +89,7 @@ class Gang:
         words = ["-P", "-m", "llmctl.launch.worker", "--key", self.request.key, "--store", str(self.store.root)]
         words += ["--reports", str(reports), "--run", launch.run, "--work", str(launch.work)]
         words += ["--publish", launch.publish, "--attempt", str(launch.attempt)]
+        words += ["--stop-at", str(launch.stop_at)]
         parallel = getattr(self.params, "parallel", None)
         plan = {
             "words": words,
@@ -102,7 +103,14 @@ class Gang:
         agent = [sys.executable, "-P", "-m", AGENT, json.dumps(plan)]
         if nodes > 1 and "SLURM_JOB_ID" in os.environ and RDZV not in os.environ:
             # One agent that ends must not end the others: it is they who start their ranks again.
-            return ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", *agent]
+            return [
+                "srun",
+                f"--nodes={nodes}",
+                f"--ntasks={nodes}",
+                "--ntasks-per-node=1",
+                "--kill-on-bad-exit=0",
+                *agent,
+            ]
         return agent
 
     def environment(self) -> dict[str, str]:
@@ -150,8 +158,11 @@ class Gang:
                 return Failure(**{**asdict(found), "message": f"rank {values['rank']}: {found.message}"})
         first = first or next(iter(rows), None)
         if first is None:
-            return Failure(code=MachineError.exit_code, message=f"its ranks could not be started (exit {agent})",
-                           hint="the log says why")
+            return Failure(
+                code=MachineError.exit_code,
+                message=f"its ranks could not be started (exit {agent})",
+                hint="the log says why",
+            )
         values = {name: first[name] for name in ("code", "message", "hint", "bug")}
         return Failure(**{**values, "message": f"rank {first['rank']}: {first['message']}"})
 

@@ -41,6 +41,10 @@ class StopFlag:
             self._set = self._file.exists()
         return self._set
 
+    def set(self) -> None:
+        """Ask it to stop from within its own process."""
+        self._set = True
+
     def __call__(self) -> bool:
         """Whether to stop; asking marks the stage as one that writes checkpoints."""
         self.asked = True

@@ -32,7 +32,7 @@ SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SL
 
 
 def main() -> None:
-    """Run a rank and leave the process at once: what torch would still tear down can wait for processes that are gone."""
+    """Run a rank, then leave at once: what torch would still tear down can wait for processes that are gone."""
     given = arguments()
     adopt_slurm(os.environ)
     die_with(os.getppid())
@@ -55,6 +55,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=int, default=1)
     parser.add_argument("--publish", choices=("first", "replace", "no"), default="first")
     parser.add_argument("--attempt", type=int, default=1)
+    parser.add_argument("--stop-at", type=int, default=0)
     return parser.parse_args()
 
 
@@ -78,7 +79,8 @@ def run(given: argparse.Namespace, rank: int) -> int:
     try:
         request = Request.read(store, given.key)
         owner = str(request.plugin["dist"])
-        launch = Launch(run=given.run, work=given.work, publish=given.publish, attempt=given.attempt)
+        names = ("run", "work", "publish", "attempt", "stop_at")
+        launch = Launch(**{name: getattr(given, name) for name in names})
         Execution(store, request, channel, launch, rank)()
     except Helped:
         return 0

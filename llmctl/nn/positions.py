@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmctl.nn.config import ModelConfig, RopeScaling
+from llmctl.nn.kernels import fits, turn
 
 
 def sinusoid(positions: Tensor, dim: int) -> Tensor:
@@ -124,6 +125,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r is twice the width of `cos`; the half-split layout of Hugging Face. `interleaved_to_half` converts the other.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if 2 * cos.shape[-1] == x.shape[-1] and fits(x):
+        return turn(x, cos, sin)
     turned, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

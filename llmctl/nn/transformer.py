@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from llmctl.errors import UsageError
 from llmctl.nn.attention import PADDING, AttentionContext, KVCache, Memory, Slots, angles_of, backend
 from llmctl.nn.config import ModelConfig
+from llmctl.nn.kernels import RMSNorm
 from llmctl.nn.positions import alibi_slopes, rotary_angles, sinusoid, t5_bucket
 
 
@@ -523,7 +524,7 @@ class OffsetRMSNorm(nn.Module):
 
 def make_norm(config: ModelConfig, dim: int = 0) -> nn.Module:
     """The family's norm over `dim` channels, D by default."""
-    kinds: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "rms1": OffsetRMSNorm}
+    kinds: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": RMSNorm, "rms1": OffsetRMSNorm}
     return kinds[config.traits.norm](dim or config.dim, eps=config.norm_eps)
 
 

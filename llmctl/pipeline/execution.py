@@ -189,6 +189,7 @@ class Executor:
             outputs=output_types(spec, bound),
             snapshots=self._inputs.snapshots(bound),
             memory=spec.resources.memory,
+            nodes=spec.resources.nodes or 1,
             secrets=own,
             observed={"git": self._git} if self._git else {},
         ).write(self._store)

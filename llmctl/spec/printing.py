@@ -115,6 +115,7 @@ def _resources(resources: Resources) -> dict[str, Any]:
         "cpus": resources.cpus,
         "memory": None if resources.memory is None else f"{resources.memory}B",
         "gpus": resources.gpus,
+        "nodes": resources.nodes,
         "gpu_type": resources.gpu_type,
         "disk": None if resources.disk is None else f"{resources.disk}B",
         "time": None if resources.time is None else f"{resources.time}s",

@@ -165,11 +165,13 @@ class Select:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a stage asks of the machine. `memory` and `disk` in bytes, `time` in seconds; None means no request."""
+    """What a stage asks of a machine. `memory` and `disk` in bytes, `time` in seconds; None means no request."""
 
     cpus: int | None = None
     memory: int | None = None
     gpus: int | None = None
+    nodes: int | None = None
+    """Machines, each with what is asked for here, that share the processes of the stage; None is one."""
     gpu_type: str | None = None
     """Part of a model's name as the driver gives it, in any case: `H100`."""
     disk: int | None = None

@@ -37,6 +37,7 @@ class Resolving:
             return None
         body = draft.body
         env, resources = self._operational(draft, body) if body else ({}, Resources())
+        self._check_processes(draft, draft.params.processes(), resources)
         rows = {key: value.value for key, value in draft.row.values.items()} if draft.row else {}
         return StageSpec(
             id=draft.id,
@@ -62,6 +63,21 @@ class Resolving:
         if id(body) not in self._shared:
             self._shared[id(body)] = self._env(draft, body), Resources(**dict(body.resources))
         return self._shared[id(body)]
+
+    def _check_processes(self, draft: Draft, processes: int, resources: Resources) -> None:
+        """E102 for machines or GPUs that the processes of the stage cannot be shared out to."""
+        key, nodes = "nodes", resources.nodes or 1
+        text = f"{nodes} machines for {'a stage of one process' if processes == 1 else f'{processes} processes'}"
+        if processes % nodes == 0:
+            if processes == 1 or resources.gpus in (None, 0, processes // nodes):
+                return
+            key, text = "gpus", f"{resources.gpus} GPUs for {processes // nodes} processes"
+            text += " on each machine" if nodes > 1 else ""
+        mark, node = draft.entry("resources")
+        place = node.get(key) if isinstance(node, Map) else None
+        hint = "the product of the sizes in `parallel` is the number of processes, one per GPU"
+        path = draft.where("resources", key)
+        self.report.add("E102", f"{path}: {text}", place.mark if place else mark, hint)
 
     def _env(self, draft: Draft, body: BodyModel) -> dict[str, EnvValue]:
         """The variables of a stage; E130 for a secret that is not declared."""

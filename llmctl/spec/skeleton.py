@@ -120,11 +120,12 @@ class EnvModel(Skeleton):
 class ResourcesModel(Skeleton):
     """`stages.<id>.resources`."""
 
-    later = frozenset({"nodes", "shards"})
+    later = frozenset({"shards"})
 
     cpus: int | None = Field(default=None, ge=1)
     memory: Annotated[str, AfterValidator(memory_bytes)] | None = None
     gpus: int | None = Field(default=None, ge=0)
+    nodes: int | None = Field(default=None, ge=1)
     gpu_type: str | None = Field(default=None, min_length=1)
     disk: Annotated[str, AfterValidator(memory_bytes)] | None = None
     time: Annotated[str, AfterValidator(time_seconds)] | None = None

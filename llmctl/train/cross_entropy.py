@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from llmctl.nn.kernels import summed_cross_entropy
 from llmctl.nn.transformer import Transformer
 
 
@@ -51,7 +52,7 @@ def token_losses(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
 
 def _of(model: Transformer, states: Tensor, targets: Tensor, accuracy: bool) -> tuple[Tensor, Tensor]:
     logits = wide(model.head(states))
-    loss = F.cross_entropy(logits, targets, reduction="sum")
+    loss = summed_cross_entropy(logits, targets)
     return loss, hits(logits, targets) if accuracy else torch.zeros_like(loss)
 
 

@@ -23,8 +23,10 @@ from llmctl.nn.counts import training_flops
 from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context, Helped
+from llmctl.train import restoring
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
+from llmctl.train.checkpoint import Checkpoints
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
@@ -38,7 +40,6 @@ from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
-from llmctl.train.recovery import Recovery
 from llmctl.train.schedule import lr_factor
 from llmctl.train.spread import Spread, collect
 from llmctl.train.throughput import Throughput, utilisation
@@ -137,7 +138,7 @@ class _Run:
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
-        self.recovery = Recovery(self)
+        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
         self.throughput = Throughput()
         self.step = 0
         self.tokens = 0
@@ -155,14 +156,19 @@ class _Run:
         """From the newest checkpoint, or the start, to the last step."""
         for note in self.optimizers.rates.notes:
             self.ctx.log(note)
-        self.recovery.begin()
+        resumed = restoring.resume(self)
+        self.ranks.wait()  # all have read what is removed now
+        if self.ranks.main:
+            self.checkpoints.forget_after(self.step, self.total)
+        if not resumed:
+            restoring.first_checkpoint(self)
         if self.step < self.total and (self.params.micro_batch == "auto" or self.compute.device.type == "cuda"):
             settle(self)
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
             if self.ranks.any(self.ctx.should_stop()):
-                self.recovery.save()
+                restoring.save(self)
                 raise self.ctx.stopped(self.step)
             self.update()
             last = self.step == self.total
@@ -171,7 +177,7 @@ class _Run:
             if last or (self.params.eval_every and self.step % self.params.eval_every == 0):
                 self.measure()
             if last or (every and self.step % every == 0):
-                self.recovery.save()
+                restoring.save(self)
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
@@ -194,7 +200,7 @@ class _Run:
         if verdict == "take":
             self.readings.add(reading)
         elif verdict == "rewind":
-            self.recovery.rewind()
+            restoring.rewind(self)
         known = {} if math.isnan(self.loss) else {"loss": self.loss}
         self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
 
@@ -300,7 +306,8 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
-        self.recovery.finish()
+        if self.ranks.main:
+            self.checkpoints.finish(self.step)
         self.averages.finish()
         if self.ctx.wants("metrics"):
             lines = "".join(json.dumps(row, sort_keys=True) + "\n" for row in self.curve)

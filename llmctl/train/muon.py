@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmctl.train.descent import decay_
-from llmctl.train.parts import full, placed
+from llmctl.train.parts import gathered, placed
 
 Polynomial = tuple[float, float, float]
 """a, b, c of a x + b x^3 + c x^5, applied to the singular values."""
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in by_shape.items():
-                directions = torch.stack([full(self._direction(p, group)) for p in parameters])
+                directions = torch.stack([gathered(self._direction(p, group)) for p in parameters])
                 updates = orthogonalise(directions, group["iteration"])
                 rate = group["lr"] * rate_factor(shape[0], shape[1], group["scale"])
                 for parameter, update in zip(parameters, updates, strict=True):

@@ -18,7 +18,7 @@ from llmctl.train.eight_bit import AdamW8bit
 from llmctl.train.muon import Muon
 from llmctl.train.offload import Offload
 from llmctl.train.params import TrainParams
-from llmctl.train.parts import full, placed
+from llmctl.train.parts import gathered, placed
 from llmctl.train.ranks import ALONE, Ranks
 
 TABLES = ("embedding", "positions", "segments", "relative", "content_bias", "distance_bias")
@@ -164,7 +164,7 @@ class Optimizers:
 
     def whole_state(self) -> dict[str, Tensor]:
         """`state` of all ranks together, which all must ask for; with a shared optimizer only rank 0 has it whole."""
-        found = {name: full(tensor) for name, tensor in self.state().items()}
+        found = {name: gathered(tensor) for name, tensor in self.state().items()}
         if self._sharing is not None:
             parts: list[dict[str, Tensor]] = [{}] * dist.get_world_size(self._sharing)
             main = dist.get_rank() == 0
@@ -199,7 +199,7 @@ class Optimizers:
 
 def own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that holds this rank's state: one that is shared drives another."""
-    return getattr(optimizer, "optim", optimizer)  # type: ignore[no-any-return]
+    return getattr(optimizer, "optim", optimizer)
 
 
 def _shared(

@@ -20,7 +20,10 @@ class ParallelParams(Params):
     """
 
     dp_replicate: int = Field(
-        1, ge=1, affects="nothing", description="Groups of processes that each hold the whole model and share the batch."
+        1,
+        ge=1,
+        affects="nothing",
+        description="Groups of processes that each hold the whole model and share the batch.",
     )
     dp_shard: int = Field(
         1,

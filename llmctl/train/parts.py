@@ -12,9 +12,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor, detached; all ranks must ask for it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def placed(whole: Tensor, like: Tensor) -> Tensor:
@@ -23,7 +23,6 @@ def placed(whole: Tensor, like: Tensor) -> Tensor:
         return whole.to(like.device)
     shape, start = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
     part = whole[tuple(slice(at, at + size) for at, size in zip(start, shape, strict=True))].to(like.device)
-    made = DTensor.from_local(
+    return DTensor.from_local(
         part.contiguous(), like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
     )
-    return made

@@ -82,7 +82,7 @@ class Ranks:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.int64)
         dist.all_reduce(sums, group=self.group("data"))
-        return sums.tolist()  # type: ignore[no-any-return]
+        return sums.tolist()
 
     def summed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """0-dimensional tensors of equal names, in float64, summed over all shares of the batch on the device."""

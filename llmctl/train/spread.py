@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from llmctl.nn.transformer import Block, Transformer
-from llmctl.train.parts import full, local
+from llmctl.train.parts import gathered, local
 from llmctl.train.ranks import DATA, Ranks
 from llmctl.train.tensor_parallel import sees_own_heads, split_layers
 
@@ -134,6 +134,6 @@ def collect(spread: nn.Module, into: nn.Module, main: bool) -> None:
     """Put the whole weights of `spread` into the model `into` on the CPU, on rank `main` alone; all ranks must call."""
     targets = into.state_dict()
     for name, tensor in spread.state_dict().items():
-        whole = full(tensor)
+        whole = gathered(tensor)
         if main:
             targets[name].copy_(whole)

@@ -56,12 +56,16 @@ def sees_own_heads(name: str) -> bool:
 def check(model: nn.Module, ranks: int) -> None:
     """UsageError unless heads and channels can be cut into `ranks` equal parts and nothing else depends on them."""
     if not isinstance(model, Transformer):
-        raise UsageError("tensor parallelism is of llmctl's own transformer, this one is computed by transformers",
-                         hint="set parallel.tp to 1")
+        raise UsageError(
+            "tensor parallelism is of llmctl's own transformer, this one is computed by transformers",
+            hint="set parallel.tp to 1",
+        )
     config = model.config
     for name, size in (("heads", config.heads), ("kv_heads", config.kv_heads), ("ff_dim", config.ff_dim)):
         if size % ranks:
-            raise UsageError(f"{name} {size} cannot be cut into {ranks} parts", hint=f"{name} must be a multiple of parallel.tp")
+            raise UsageError(
+                f"{name} {size} cannot be cut into {ranks} parts", hint=f"{name} must be a multiple of parallel.tp"
+            )
     if config.traits.positions not in POSITIONS:
         raise UsageError(
             f"tensor parallelism does not know {config.traits.positions} positions", hint="set parallel.tp to 1"

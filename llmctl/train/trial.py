@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmctl.train.memory import kept_bytes, largest_fitting, require
+from llmctl.train.restoring import restore_tensors, tensors
 
 if TYPE_CHECKING:
     from llmctl.train.loop import _Run
@@ -16,15 +17,15 @@ def settle(run: _Run) -> None:
     With `micro_batch: auto` the batch is halved until that fits. Weights, optimizer and random states are put back as
     the newest checkpoint has them. torch.OutOfMemoryError or MachineError if it does not fit.
     """
-    before = run.recovery.checkpoints.load(run.step)
+    before = run.checkpoints.load(run.step)
     if run.params.micro_batch == "auto":
         first = before.values["micro_batch"]  # that of the run that is continued: another one sums in another order
-        count = largest_fitting(first, lambda count: attempt(run, count), lambda: run.recovery.restore_tensors(before))
+        count = largest_fitting(first, lambda count: attempt(run, count), lambda: restore_tensors(run, before))
         run.source.at_once = count
         run.ctx.log(f"micro_batch auto: {count} of {run.source.batch_size} sequences at a time")
     else:
         attempt(run, run.source.at_once)
-    run.recovery.restore_tensors(before)
+    restore_tensors(run, before)
 
 
 def attempt(run: _Run, at_once: int) -> None:
@@ -38,7 +39,7 @@ def attempt(run: _Run, at_once: int) -> None:
     run.optimizers.step(1.0)
     if run.validate is not None:
         run.validated(run.validate)
-    for tensor in run.recovery.tensors().values():
+    for tensor in tensors(run).values():
         tensor.cpu()
 
 

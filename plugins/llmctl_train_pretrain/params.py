@@ -163,6 +163,14 @@ class PretrainParams(TrainParams):
             raise ValueError("document_mask has no effect with packing: none")
         return self
 
+    @model_validator(mode="after")
+    def _can_be_cut(self) -> PretrainParams:
+        ranks = self.parallel.tp
+        for name in ("heads", "kv_heads", "ff_dim"):
+            if (size := getattr(self, name)) is not None and size % ranks:
+                raise ValueError(f"{name} {size} cannot be cut into the {ranks} equal parts of parallel.tp")
+        return self
+
     def shape(self) -> dict[str, Any]:
         """The shape parameters that were set."""
         return {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}

@@ -25,7 +25,16 @@ from llmctl.train.optimizers import own
 from llmctl.train.params import TrainParams
 from llmctl.train.parts import local
 
-SHAPE = {"arch": "llama", "vocab_size": 50, "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "context": 32, "ff_dim": 48}
+SHAPE = {
+    "arch": "llama",
+    "vocab_size": 50,
+    "dim": 32,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "context": 32,
+    "ff_dim": 48,
+}
 PARAMS = {
     "max_steps": 5, "batch_size": 8, "clip": 0.5, "warmup_steps": 0, "schedule": "constant", "optimizer": "adamw",
     "lr": 0.01, "log_every": 1, "save_every": 0, "prefetch": 0,
@@ -50,7 +59,9 @@ def run(case: dict[str, Any], out: Path) -> dict[str, float]:
 
     def measured(self: loop._Run) -> dict[str, float]:
         held["weights"] = sum(local(p.detach()).nbytes for p in self.model.parameters())
-        states = [value for each in map(own, self.optimizers.all) for state in each.state.values() for value in state.values()]
+        states = [
+            value for each in map(own, self.optimizers.all) for state in each.state.values() for value in state.values()
+        ]
         held["state"] = sum(local(value).nbytes for value in states)
         return finish(self)
 

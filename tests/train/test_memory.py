@@ -64,8 +64,8 @@ def test_recomputed_gradients_are_bitwise_equal_and_take_less_memory(make_model,
     heads = {"kv_heads": 4} if arch == "gpt2" else {}
     model = make_model(arch=arch, layers=6, dim=64, ff_dim=176, context=128, **heads)
     loss, gradient, all_of_it = measured(model, "none", dropout)
-    # A gated layer leaves more that is cheap to compute again.
-    for mode, times in (("full", 5.0), ("selective", 1.45 if arch == "llama" else 1.15)):
+    # A gated layer leaves more that is cheap to compute again. Of norms and rotary turns little is kept in any mode.
+    for mode, times in (("full", 5.0), ("selective", 1.35 if arch == "llama" else 1.15)):
         again, found, kept = measured(model, mode, dropout)
         assert again == loss and torch.equal(found, gradient), mode
         assert all_of_it / kept >= times, mode

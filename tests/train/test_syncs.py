@@ -84,10 +84,10 @@ def test_what_is_not_finite_is_noticed_before_anything_is_saved(
     run.model.norm.weight.data[0] = float("nan")
     for _ in range(3):
         run.update()
-    for late in (run.recovery.save, run.log):
+    for late in (partial(restoring.save, run), run.log):
         with pytest.raises(StageError, match="at step [23]"):
             late()
-    assert not run.recovery.checkpoints.steps()
+    assert not run.checkpoints.steps()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,39 @@
+"""The benchmarks that need a GPU, or peers, at least run; their numbers are none here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def shown(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=BENCHMARKS.parent
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training_is_profiled_on_cpu(tmp_path: Path) -> None:
+    wanted = ["--device", "cpu", "--shapes", "tiny", "--precision", "float32", "--no-compile"]
+    found = shown(str(BENCHMARKS / "gpu_train.py"), *wanted, "--steps", "3", "--threads", "1", "--trace", str(tmp_path))
+    assert (tmp_path / "tiny.json").is_file()
+    assert re.search(r"matmul peak [\d.]+ TFLOP/s", found)
+    shares = {
+        name.strip(): float(share) for name, share in re.findall(r"([a-z][a-z, -]+?) ([\d.]+)%", found.splitlines()[-1])
+    }
+    assert sum(shares.values()) == pytest.approx(100, abs=1)
+    assert shares["matrix products"] > 1 and shares["attention"] > 1 and shares["optimizer"] > 0.1
+    assert 0 < float(re.search(r"MFU ([\d.]+)%", found)[1]) < 100
+
+
+@pytest.mark.slow
+def test_our_side_of_the_comparison_trains_in_turns() -> None:
+    found = shown(str(BENCHMARKS / "train.py"), "--shapes", "tiny", "--compile", "0", "--rounds", "2", "--threads", "1")
+    assert re.search(r"llmctl +\d+ tokens/s   llmctl is 1\.00 times as fast", found)
