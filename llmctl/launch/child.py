@@ -142,14 +142,8 @@ class Execution:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         self._publish(outputs, context.reported)
-        self._tidy(stage)
-
-    def _tidy(self, stage: Stage) -> None:
-        """Remove unfinished state, but for that of a stage that can be asked to go further: it continues there."""
-        if has_extent(stage.load_params()):
-            (self.resume / STOP_FILE).unlink(missing_ok=True)
-        else:
-            shutil.rmtree(self.resume, ignore_errors=True)
+        if self.rank is None:
+            tidy(stage, self.resume)
 
     def emit(self, kind: str, fields: Mapping[str, Any]) -> None:
         """What the stage's Context calls: pass the event on, copy lines to the log, feed the metric sinks."""
@@ -240,6 +234,14 @@ class Execution:
         self.channel.send("result", {"outputs": dict(pointer.outputs), "metrics": dict(pointer.metrics)})
 
 
+def tidy(stage: Stage, work: Path) -> None:
+    """Remove unfinished state, but for that of a stage that can be asked to go further: it continues there."""
+    if has_extent(stage.load_params()):
+        (work / STOP_FILE).unlink(missing_ok=True)
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def checked_stage(registry: Registry, request: Request) -> Stage:
     """The stage that the request names; MachineError if another plugin or revision of it is installed here."""
     stage = registry.stage(request.stage)
@@ -271,11 +273,12 @@ def execute(store: Store, key: str, launch: Launch, channel: Channel) -> int:
     try:
         request = Request.read(store, key)
         owner = str(request.plugin["dist"])
-        params = checked_stage(get_registry(), request).load_params().model_validate_json(request.params)
+        stage = checked_stage(get_registry(), request)
+        params = stage.load_params().model_validate_json(request.params)
         if params.processes() > 1:
             from llmctl.launch.ranks import Gang
 
-            return Gang(store, request, channel, launch, params)()
+            return Gang(store, request, channel, launch, stage, params)()
         Execution(store, request, channel, launch)()
     except BaseException as error:  # the edge of the process: plugin code raises anything
         failure = explain(error, owner, store.root)

@@ -79,3 +79,15 @@ def stop(key: str, store_path: Path, clear: bool) -> None:
         stopping.clear(store, resume)
     else:
         stopping.ask(store, resume)
+
+
+@stage.command("join")
+@click.option("--key", required=True, help="Action key of the request, as `llmctl plan --format json` shows it.")
+@click.option("--store", "store_path", required=True, type=click.Path(path_type=Path), help="The store.")
+@click.option("--wait", default=600.0, show_default=True, help="Seconds to wait until somebody works on it.")
+def join(key: str, store_path: Path, wait: float) -> int:
+    """Run this machine's share of the processes of KEY, which `llmctl run` on another machine has begun with."""
+    from llmctl.launch import ranks
+    from llmctl.store import Store
+
+    return ranks.join(Store.open(store_path), key, wait)

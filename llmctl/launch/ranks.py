@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import MachineError, UsageError
-from llmctl.launch.child import Channel, Launch
+from llmctl.launch.child import Channel, Launch, tidy
 from llmctl.launch.failures import Failure, killed
 from llmctl.launch.request import Request
 from llmctl.launch.stopping import StopFlag
 from llmctl.launch.worker import EVENTS
 from llmctl.spec.params import Params
-from llmctl.stage import STOP_FILE
+from llmctl.stage import STOP_FILE, Stage
 from llmctl.store import Store
 
 AGENT = "llmctl.train.agent"
@@ -35,6 +35,7 @@ PATIENCE = 2.0
 """Seconds for the other ranks to say why they fail, once one has: they often have the same reason."""
 REPORTS = "ranks"
 """In the work directory, which all machines see."""
+PLAN = "plan.json"
 RDZV = "LLMCTL_RDZV"
 """Variable with the `host:port` where the agents of several machines meet."""
 
@@ -47,6 +48,7 @@ class Gang:
     request: Request
     channel: Channel
     launch: Launch
+    stage: Stage
     params: Params
     _final: dict[str, Any] = field(default_factory=dict, init=False)
     _read: int = field(default=0, init=False)
@@ -58,59 +60,63 @@ class Gang:
         reports = resume / REPORTS
         shutil.rmtree(reports, ignore_errors=True)
         reports.mkdir(parents=True)
-        stop, stop_file = StopFlag(resume), resume / STOP_FILE
-        made = False
+        write_plan(reports, self.plan(reports))
         agent = subprocess.Popen(self.command(reports), stdin=subprocess.DEVNULL, env=self.environment())
         try:
-            failed_at = 0.0
-            while agent.poll() is None:
-                self.pass_on(reports)
-                if stop() and not stop_file.exists():
-                    stop_file.touch()
-                    made = True
-                if not failed_at and any(not row["lost"] for row in failures(reports)):
-                    failed_at = time.monotonic()
-                if failed_at and time.monotonic() > failed_at + PATIENCE:
-                    break  # no use in starting them again: they would fail again
-                time.sleep(PAUSE)
+            self.watch(agent, resume)
         finally:
             agent.kill()  # a rank dies with its agent
             agent.wait()
             self.pass_on(reports)
             code = self.end(reports, agent.returncode)
             shutil.rmtree(reports, ignore_errors=True)
-            if made:
-                stop_file.unlink(missing_ok=True)
+        if code == 0:
+            tidy(self.stage, resume)
         return code
 
-    def command(self, reports: Path) -> list[str]:
-        """The agent's command line; on several machines under Slurm one agent on each."""
+    def watch(self, agent: subprocess.Popen[bytes], resume: Path) -> None:
+        """Until the agent has ended, or a rank has failed in a way that another start would not mend."""
+        stop, stop_file, reports = StopFlag(resume), resume / STOP_FILE, resume / REPORTS
+        failed_at, asked = 0.0, False
+        try:
+            while agent.poll() is None:
+                self.pass_on(reports)
+                if stop() and not asked and not stop_file.exists():
+                    asked = True
+                    stop_file.touch()
+                if not failed_at and any(not row["lost"] for row in failures(reports)):
+                    failed_at = time.monotonic()
+                if failed_at and time.monotonic() > failed_at + PATIENCE:
+                    return
+                time.sleep(PAUSE)
+        finally:
+            if asked:  # by a signal, which is meant for this run alone
+                stop_file.unlink(missing_ok=True)
+
+    def plan(self, reports: Path) -> dict[str, Any]:
+        """What the agent of every machine is told: `llmctl.train.agent.Plan`."""
         launch, nodes = self.launch, self.request.nodes
         words = ["-P", "-m", "llmctl.launch.worker", "--key", self.request.key, "--store", str(self.store.root)]
         words += ["--reports", str(reports), "--run", launch.run, "--work", str(launch.work)]
         words += ["--publish", launch.publish, "--attempt", str(launch.attempt)]
         words += ["--stop-at", str(launch.stop_at)]
-        parallel = getattr(self.params, "parallel", None)
-        plan = {
+        return {
             "words": words,
             "nodes": nodes,
             "processes": per_node(self.params.processes(), nodes),
-            "restarts": getattr(parallel, "max_restarts", 0),
+            "restarts": self.params.restarts(),
             "reports": str(reports),
             "meet": meeting_point(nodes),
             "id": self.request.key.rpartition(":")[2][:16],
         }
-        agent = [sys.executable, "-P", "-m", AGENT, json.dumps(plan)]
+
+    def command(self, reports: Path) -> list[str]:
+        """The agent's command line; under Slurm that of one agent on each machine of the job."""
+        agent, nodes = agent_command(reports), self.request.nodes
         if nodes > 1 and "SLURM_JOB_ID" in os.environ and RDZV not in os.environ:
+            sizes = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
             # One agent that ends must not end the others: it is they who start their ranks again.
-            return [
-                "srun",
-                f"--nodes={nodes}",
-                f"--ntasks={nodes}",
-                "--ntasks-per-node=1",
-                "--kill-on-bad-exit=0",
-                *agent,
-            ]
+            return ["srun", *sizes, "--kill-on-bad-exit=0", *agent]
         return agent
 
     def environment(self) -> dict[str, str]:
@@ -165,6 +171,35 @@ class Gang:
             )
         values = {name: first[name] for name in ("code", "message", "hint", "bug")}
         return Failure(**{**values, "message": f"rank {first['rank']}: {first['message']}"})
+
+
+def write_plan(reports: Path, plan: dict[str, Any]) -> None:
+    """Put it where the agents of all machines find it, whole or not at all."""
+    temporary = reports / f".{PLAN}"
+    temporary.write_text(json.dumps(plan), encoding="utf-8")
+    temporary.rename(reports / PLAN)
+
+
+def agent_command(reports: Path) -> list[str]:
+    """The command line of the agent of one machine."""
+    return [sys.executable, "-P", "-m", AGENT, str(reports / PLAN)]
+
+
+def join(store: Store, key: str, patience: float) -> int:
+    """Run this machine's share of the ranks of a request that `llmctl run` works on elsewhere; the agent's exit code.
+
+    MachineError if nobody has begun with it after `patience` seconds.
+    """
+    reports = store.work(Request.read(store, key).resume) / REPORTS
+    ends = time.monotonic() + patience
+    while not (reports / PLAN).exists():
+        if time.monotonic() > ends:
+            raise MachineError(
+                f"nobody works on {key}: there is no {reports / PLAN}",
+                hint="start `llmctl run` on the first machine; the store must be the same on all",
+            )
+        time.sleep(PAUSE)
+    return subprocess.run(agent_command(reports), stdin=subprocess.DEVNULL, check=False).returncode
 
 
 def failures(reports: Path) -> Iterator[dict[str, Any]]:

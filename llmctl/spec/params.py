@@ -24,6 +24,10 @@ class Params(BaseModel):
         """How many processes run the stage together, each all of it (SPMD); rank 0 leaves the outputs."""
         return 1
 
+    def restarts(self) -> int:
+        """How often all of them are started anew after one of several was lost."""
+        return 0
+
 
 def Field(  # noqa: N802  # reads as pydantic's own
     default: Any = PydanticUndefined, *, description: str, affects: Affects = "output", **constraints: Any

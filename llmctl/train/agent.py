@@ -1,7 +1,7 @@
 """torchrun's elastic agent for the ranks of one stage on this machine: starts them, and all anew if one is lost.
 
-`python -m llmctl.train.agent JSON`, with the fields of `Plan`. The command line of torchrun does the same; this says in
-a file which rank ended first and how, where torchrun only prints it.
+`python -m llmctl.train.agent FILE`, a JSON file with the fields of `Plan`. The command line of torchrun does the same;
+this says in a file which rank ended first and how, where torchrun only prints it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Plan:
 
 def main() -> int:
     """Run the ranks; 1 if one of them failed for good."""
-    plan = Plan(**json.loads(sys.argv[1]))
+    plan = Plan(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     # The store of the agents lasts over restarts and remembers the addresses of the ranks that are gone: the new ones
     # would call those. Without it rank 0 serves a store of its own, every time at another port.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

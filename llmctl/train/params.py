@@ -172,6 +172,10 @@ class TrainParams(Params):
         """Those of `parallel`."""
         return self.parallel.world
 
+    def restarts(self) -> int:
+        """Those of `parallel`."""
+        return self.parallel.max_restarts
+
     @property
     def sequences_at_once(self) -> int:
         """`micro_batch` with its default filled in; with `auto` what is tried first."""

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from llmctl.console import human_bytes, table, wants_colour
-from llmctl.errors import InputError
+from llmctl.errors import InputError, UsageError
 from llmctl.nn import counts
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.families import FAMILIES, from_hf, in_transformers
@@ -43,21 +43,47 @@ class Entry:
 @click.command()
 @click.argument("name", required=False)
 @click.option("--vocab-size", type=click.IntRange(1), help="Count with this vocabulary. Default: the model's own.")
+@click.option("--parallel", help="What each process would hold, as in dp_shard=16,tp=4; tried without any.")
 @click.option(
     "--format", "format_", type=click.Choice(["text", "json"]), default="text", help="How to print it.",
 )  # fmt: skip
-def models(name: str | None, vocab_size: int | None, format_: str) -> None:
+def models(name: str | None, vocab_size: int | None, parallel: str | None, format_: str) -> None:
     """List the models that llmctl knows by name, or show NAME: shape, parameters, operations, memory, source.
 
     NAME is one of the list, a model directory, or an artifact. Small presets are counted with 8192 tokens.
     """
     entries = [named(other, vocab_size) for other in preset_names()] if name is None else [find(name, vocab_size)]
+    spread = spread_over(entries, name, parallel)
     if format_ == "json":
-        click.echo(json.dumps([facts(entry) for entry in entries], indent=2, ensure_ascii=False))
+        more = {"spread": spread} if spread else {}
+        click.echo(json.dumps([{**facts(entry), **more} for entry in entries], indent=2, ensure_ascii=False))
     elif name is None:
         show_list(entries)
     else:
-        click.echo(details(entries[0]))
+        click.echo(details(entries[0]) + (f"\n\n{spread_text(spread)}" if spread else ""))
+
+
+def spread_over(entries: Sequence[Entry], name: str | None, parallel: str | None) -> dict[str, Any]:
+    """What each of many processes would hold of the one model; nothing without --parallel."""
+    if parallel is None:
+        return {}
+    config = entries[0].config
+    if name is None or config is None:
+        raise UsageError("--parallel needs the name of a model that llmctl computes itself", hint="llmctl models")
+    from llmctl_train_pretrain.shares import parallel_of, shares
+
+    return shares(config, parallel_of(parallel))
+
+
+def spread_text(spread: dict[str, Any]) -> str:
+    """Two lines for a person."""
+    sizes = ", ".join(f"{name} {size}" for name, size in spread["parallel"].items() if size > 1)
+    own, size = spread["parameters_per_process"], spread["training_bytes_per_process"]
+    lines = [
+        ("processes", f"{spread['processes']} ({sizes or 'one'})"),
+        ("each holds", f"{short(own)} weights, {human_bytes(size)} with gradients and AdamW, without activations"),
+    ]
+    return "\n".join(two_columns(lines))
 
 
 def find(name: str, vocab_size: int | None = None) -> Entry:

@@ -45,11 +45,12 @@ def start(llmctl_env, work):
     started = []
 
     def popen(*args, **options):
+        env = {**llmctl_env, **options.pop("env", {})}
         options.setdefault("start_new_session", True)
         process = subprocess.Popen(
             [sys.executable, "-m", "llmctl", *args],
             cwd=work,
-            env=llmctl_env,
+            env=env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

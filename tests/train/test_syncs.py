@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from llmctl.train import loop
+from llmctl.train import loop, restoring
 from llmctl.train.data import ExampleSource
 from llmctl.train.objectives import CausalLM
 from llmctl.train.params import TrainParams

@@ -51,5 +51,17 @@ class LeakParams(Params):
     variable: str = Field("TOKEN", description="the variable that holds it")
 
 
+class GangParams(Params):
+    how: str = Field("fine", description="what rank 1 does")
+    count: int = Field(2, affects="nothing", description="processes")
+    again: int = Field(0, affects="nothing", description="restarts")
+
+    def processes(self) -> int:
+        return self.count
+
+    def restarts(self) -> int:
+        return self.again
+
+
 class PushParams(Params):
     path: str = Field("", description="file to append to")

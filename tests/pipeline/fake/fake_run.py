@@ -210,3 +210,30 @@ def push(ctx, params, text):
     with Path(params.path).open("a") as file:
         file.write("pushed\n")
     (ctx.output("receipt") / "receipt.json").write_text(json.dumps({"n": len(_read(text))}))
+
+
+def gang(ctx, params):
+    rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    ctx.log(f"rank {rank}")
+    if rank == 1:
+        match params.how:
+            case "stage":
+                raise StageError("what happened", hint="do better")
+            case "bug":
+                raise ValueError("what\n happened")
+            case "die" if restart == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "die always":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return
+    if params.how in ("stage", "bug", "die always") or (params.how == "die" and restart == 0):
+        time.sleep(60)
+    while params.how == "wait":
+        ctx.progress(1)
+        ctx.resume_dir.mkdir(exist_ok=True)
+        (ctx.resume_dir / "state.json").write_text(str(os.getpid()))
+        if ctx.should_stop():
+            raise ctx.stopped(1)
+        time.sleep(0.02)
+    seen = {name: value for name, value in os.environ.items() if name in ("WORLD_SIZE", "OMP_NUM_THREADS")}
+    (ctx.output("result") / "env.json").write_text(json.dumps({**seen, "restart": restart}))

@@ -68,6 +68,13 @@ LEAK = Stage(
     params="fake_params:LeakParams",
     run="fake_run:leak",
 )
+GANG = Stage(
+    name="gang",
+    help="Run in several processes.",
+    outputs={"result": Out("report")},
+    params="fake_params:GangParams",
+    run="fake_run:gang",
+)
 PUSH = Stage(
     name="send",
     help="Act on the world.",
@@ -81,4 +88,4 @@ PUSH = Stage(
 
 @hookimpl
 def register_stages() -> list[Stage]:
-    return [MAKE, UPPER, SCORE, TRAIN, LEARN, WRONG, FLAKY, LEAK, PUSH]
+    return [MAKE, UPPER, SCORE, TRAIN, LEARN, WRONG, FLAKY, LEAK, GANG, PUSH]
