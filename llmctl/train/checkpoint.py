@@ -1,4 +1,7 @@
-"""Checkpoints: written aside, flushed, renamed; read back without pickle; the last good one is always kept."""
+"""Checkpoints: written aside, flushed, renamed; read back without pickle; the last good one is always kept.
+
+One process writes one file of tensors. Several write one each, what they hold, into the same directory.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,10 @@ class Checkpoint:
     values: dict[str, Any]
 
 
+VALUES = "values.json"
+WHOLE = "tensors.safetensors"
+
+
 class Checkpoints:
     """The directories `step-N` under `directory`, each with its tensors and JSON values; the last `keep` stay."""
 
@@ -44,16 +52,30 @@ class Checkpoints:
 
         Those of the steps `pinned` stay beside the last `keep`.
         """
-        final, aside = self.directory / f"step-{step}", self.directory / f".tmp-step-{step}"
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for left in self.directory.glob(".tmp-step-*"):  # of a run that was killed
-                shutil.rmtree(left)
-            require_space(self.directory, sum(tensor.nbytes for tensor in plain.values()), "a checkpoint")
-            aside.mkdir()
-            save_file(plain, aside / "tensors.safetensors")
-            (aside / "values.json").write_text(json.dumps({**values, "step": step}), encoding="utf-8")
+        with self.writing(step):
+            aside = self.begin(step, sum(tensor.nbytes for tensor in plain.values()))
+            save_file(plain, aside / WHOLE)
+        return self.commit(step, values, pinned)
+
+    def begin(self, step: int, size: int) -> Path:
+        """The empty directory in which a checkpoint of `size` bytes is to be written; StageError if they do not fit."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for left in self.directory.glob(".tmp-step-*"):  # of a run that was killed
+            shutil.rmtree(left)
+        require_space(self.directory, size, "a checkpoint")
+        aside = self.directory / f".tmp-step-{step}"
+        aside.mkdir()
+        return aside
+
+    def commit(self, step: int, values: Mapping[str, Any], pinned: Collection[int] = ()) -> Path:
+        """Make what was written since `begin` the checkpoint of `step`: flushed, then renamed; old ones are removed."""
+        final, aside = self.directory / f"step-{step}", self.directory / f".tmp-step-{step}"
+        with self.writing(step):
+            # A file of several that went missing later must not pass for tensors that were never there.
+            sizes = {path.name: path.stat().st_size for path in aside.iterdir()}
+            text = json.dumps({**values, "step": step, "files": sizes})
+            (aside / VALUES).write_text(text, encoding="utf-8")
             for path in (*aside.iterdir(), aside):
                 _flush(path)
             if final.exists():
@@ -63,11 +85,18 @@ class Checkpoints:
             # Those of a run that went further are not this run's, and stay.
             for old in [found for found in self.steps() if found <= step and found not in pinned][: -self.keep]:
                 shutil.rmtree(self.directory / f"step-{old}")
+        return final
+
+    @contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """What goes wrong inside is a StageError that names the checkpoint."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise StageError(
-                f"cannot write the checkpoint {final}: {error}", hint="free some disk space, then run the same command"
+                f"cannot write the checkpoint {self.directory / f'step-{step}'}: {error}",
+                hint="free some disk space, then run the same command",
             ) from error
-        return final
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, rising."""
@@ -75,12 +104,32 @@ class Checkpoints:
             return []
         return sorted(int(match[1]) for path in self.directory.iterdir() if (match := STEP.match(path.name)))
 
-    def load(self, step: int) -> Checkpoint:
-        """Read one checkpoint; ValueError if it is damaged."""
-        path = self.directory / f"step-{step}"
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.directory / f"step-{step}"
+
+    def is_whole(self, step: int) -> bool:
+        """Whether one file holds all tensors: one process has written it."""
+        return (self.path(step) / WHOLE).exists()
+
+    def values(self, step: int) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors; ValueError if a file of it is missing or cut off."""
+        path = self.path(step)
         try:
-            values = json.loads((path / "values.json").read_text(encoding="utf-8"))
-            with safe_open(path / "tensors.safetensors", framework="pt") as file:
+            found: dict[str, Any] = json.loads((path / VALUES).read_text(encoding="utf-8"))
+            for name, size in found.pop("files", {}).items():
+                if (there := (path / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {there} bytes of {size}")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return found
+
+    def load(self, step: int) -> Checkpoint:
+        """Read one checkpoint that is one file; ValueError if it is damaged."""
+        values = self.values(step)
+        path = self.path(step)
+        try:
+            with safe_open(path / WHOLE, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
         except (OSError, SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error

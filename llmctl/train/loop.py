@@ -40,6 +40,7 @@ from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
+from llmctl.train.saving import Saver
 from llmctl.train.schedule import lr_factor
 from llmctl.train.spread import Spread, collect
 from llmctl.train.throughput import Throughput, utilisation
@@ -82,6 +83,7 @@ def fit(
                 raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
             finally:
                 run.prefetch.close()
+                run.saver.close()
             values = run.finish()
         if trained is not model:
             collect(trained, model, ranks.main)
@@ -139,6 +141,7 @@ class _Run:
         self.readings = Readings(self.take)
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
         self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
+        self.saver = Saver(self.checkpoints, ranks, ctx.checkpointed)
         self.throughput = Throughput()
         self.step = 0
         self.tokens = 0
@@ -169,8 +172,10 @@ class _Run:
         while self.step < self.total:
             if self.ranks.any(self.ctx.should_stop()):
                 restoring.save(self)
+                self.saver.wait()
                 raise self.ctx.stopped(self.step)
             self.update()
+            self.saver.look()
             last = self.step == self.total
             if last or self.step % self.params.log_every == 0:
                 self.log()
@@ -178,6 +183,7 @@ class _Run:
                 self.measure()
             if last or (every and self.step % every == 0):
                 restoring.save(self)
+        self.saver.wait()
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""

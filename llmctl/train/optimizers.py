@@ -18,7 +18,7 @@ from llmctl.train.eight_bit import AdamW8bit
 from llmctl.train.muon import Muon
 from llmctl.train.offload import Offload
 from llmctl.train.params import TrainParams
-from llmctl.train.parts import gathered, placed
+from llmctl.train.parts import placed
 from llmctl.train.ranks import ALONE, Ranks
 
 TABLES = ("embedding", "positions", "segments", "relative", "content_bias", "distance_bias")
@@ -160,16 +160,6 @@ class Optimizers:
             for parameter, values in optimizer.state.items():
                 for key, value in values.items():
                     found[f"{self._names[parameter]}/{key}"] = value
-        return found
-
-    def whole_state(self) -> dict[str, Tensor]:
-        """`state` of all ranks together, which all must ask for; with a shared optimizer only rank 0 has it whole."""
-        found = {name: gathered(tensor) for name, tensor in self.state().items()}
-        if self._sharing is not None:
-            parts: list[dict[str, Tensor]] = [{}] * dist.get_world_size(self._sharing)
-            main = dist.get_rank() == 0
-            dist.gather_object({n: t.cpu() for n, t in found.items()}, parts if main else None, group=self._sharing)
-            found = {name: tensor for part in parts for name, tensor in part.items()} if main else found
         return found
 
     def load(self, state: dict[str, Tensor]) -> None:

@@ -18,7 +18,12 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def placed(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape."""
+    """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape.
+
+    What is parted already stays as it is.
+    """
+    if isinstance(whole, DTensor):
+        return whole
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole.to(like.device)
     shape, start = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)

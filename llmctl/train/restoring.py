@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llmctl.errors import StageError
-from llmctl.train.checkpoint import Checkpoint, require_space, same_tensors
-from llmctl.train.parts import gathered, placed
+from llmctl.train.checkpoint import Checkpoint, require_space
+from llmctl.train.parts import placed
+from llmctl.train.saving import load_parts, same_parts
 
 if TYPE_CHECKING:
     from llmctl.train.loop import _Run
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 def rewind(run: _Run) -> None:
     """Weights and optimizer of the last checkpoint that `save_every` planned; the data goes on."""
+    run.saver.wait()
     for step in anchors(run):
         try:
-            restore_tensors(run, run.checkpoints.load(step))
+            restore_tensors(run, load(run, step))
         except ValueError as error:
             run.ctx.warn(f"{error}; trying the one before")
             continue
@@ -36,18 +38,23 @@ def anchors(run: _Run) -> list[int]:
 
 
 def tensors(run: _Run) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: weights, optimizer state, random states."""
-    found = {f"model/{name}": gathered(tensor) for name, tensor in run.model.state_dict().items()}
-    found |= {f"optimizer/{name}": tensor for name, tensor in run.optimizers.whole_state().items()}
-    found |= {f"mean/{name}": gathered(tensor) for name, tensor in run.averages.state().items()}
-    found["random/cpu"] = torch.get_rng_state()
+    """The tensors of a checkpoint, as this rank holds them: weights, optimizer state, random states."""
+    found = {f"model/{name}": tensor.detach() for name, tensor in run.model.state_dict().items()}
+    found |= {f"optimizer/{name}": tensor.detach() for name, tensor in run.optimizers.state().items()}
+    found |= {f"mean/{name}": tensor.detach() for name, tensor in run.averages.state().items()}
+    found[random_name(run, "cpu")] = torch.get_rng_state()
     if run.compute.device.type == "cuda":
-        found["random/cuda"] = torch.cuda.get_rng_state(run.compute.device)
+        found[random_name(run, "cuda")] = torch.cuda.get_rng_state(run.compute.device)
     return found
 
 
+def random_name(run: _Run, kind: str) -> str:
+    """That of this rank's random state: every share of the batch draws its own dropout."""
+    return f"random/{kind}.{run.ranks.data_rank}" if run.ranks.data_rank else f"random/{kind}"
+
+
 def save(run: _Run) -> None:
-    """Write a checkpoint of the finished steps; StageError if one of them was not finite."""
+    """Start to write a checkpoint of the finished steps; StageError if one of them was not finite."""
     run.readings.look(wait=True)
     values = {
         "facts": run.params.resume_facts(),
@@ -62,11 +69,7 @@ def save(run: _Run) -> None:
         "micro_batch": run.source.at_once,
     }
     pinned = anchors(run)[:1] if run.guard.rewinds else []
-    found = tensors(run)
-    if run.ranks.main:
-        run.checkpoints.save(run.step, found, values, pinned)
-    run.ranks.wait()
-    run.ctx.checkpointed(run.step)
+    run.saver.start(run.step, tensors(run), json.loads(json.dumps(values)), pinned)
     run.throughput.skip()
 
 
@@ -78,16 +81,29 @@ def first_checkpoint(run: _Run) -> None:
     copies = (4 if run.params.ema else 3) * (run.checkpoints.keep + 1 + run.guard.rewinds)
     require_space(run.ctx.resume_dir, copies * size, "training")
     save(run)
-    found = tensors(run)
-    if run.ranks.main and not same_tensors(found, run.checkpoints.load(run.step).tensors):
+    run.saver.wait()
+    if not same_parts(tensors(run), load(run, run.step).tensors):
         raise StageError(f"a checkpoint in {run.checkpoints.directory} reads back differently from what was saved")
+
+
+def load(run: _Run, step: int) -> Checkpoint:
+    """Read one checkpoint, what several ranks have written as parted as this rank holds it; ValueError if damaged."""
+    if run.checkpoints.is_whole(step):
+        return run.checkpoints.load(step)
+    values, held = run.checkpoints.values(step), run.model.state_dict()
+
+    def like(name: str) -> Tensor | None:
+        kind, _, rest = name.partition("/")
+        return held.get(rest.rpartition("/")[0] if kind == "optimizer" else rest)
+
+    return Checkpoint(step, load_parts(run.checkpoints.path(step), like, run.ranks.mesh is None), values)
 
 
 def resume(run: _Run) -> bool:
     """Continue from the newest checkpoint that is whole and fits; False if there is none."""
     for step in run.checkpoints.newest(run.total):
         try:
-            found = run.checkpoints.load(step)
+            found = load(run, step)
         except ValueError as error:
             run.ctx.warn(f"{error}; trying the one before")
             continue
@@ -125,9 +141,19 @@ def restore_tensors(run: _Run, found: Checkpoint) -> None:
     run.model.load_state_dict(parts["model"], strict=True)
     run.optimizers.load(parts["optimizer"])
     run.averages.load(parts["mean"])
-    torch.set_rng_state(parts["random"]["cpu"])
-    if "cuda" in parts["random"] and run.compute.device.type == "cuda":
-        torch.cuda.set_rng_state(parts["random"]["cuda"], run.compute.device)
+    restore_random(run, found)
+
+
+def restore_random(run: _Run, found: Checkpoint) -> None:
+    """This rank's random states; one that the checkpoint's run did not have begins with numbers of its own."""
+    kinds = ["cpu", "cuda"] if run.compute.device.type == "cuda" else ["cpu"]
+    states = [found.tensors.get(random_name(run, kind)) for kind in kinds]
+    if states[0] is None:
+        torch.manual_seed(hash((run.params.seed, run.ranks.data_rank, found.step)))
+        return
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and states[1] is not None:
+        torch.cuda.set_rng_state(states[1], run.compute.device)
 
 
 def compare_schedule(run: _Run, planned: int) -> None:

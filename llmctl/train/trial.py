@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmctl.train.memory import kept_bytes, largest_fitting, require
-from llmctl.train.restoring import restore_tensors, tensors
+from llmctl.train.restoring import load, restore_tensors, tensors
 
 if TYPE_CHECKING:
     from llmctl.train.loop import _Run
@@ -17,7 +17,7 @@ def settle(run: _Run) -> None:
     With `micro_batch: auto` the batch is halved until that fits. Weights, optimizer and random states are put back as
     the newest checkpoint has them. torch.OutOfMemoryError or MachineError if it does not fit.
     """
-    before = run.checkpoints.load(run.step)
+    before = load(run, run.step)
     if run.params.micro_batch == "auto":
         first = before.values["micro_batch"]  # that of the run that is continued: another one sums in another order
         count = largest_fitting(first, lambda count: attempt(run, count), lambda: restore_tensors(run, before))
