@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-CLOCKS = ("tokens_per_s", "utilisation", "peak_memory_bytes", "seconds")
-"""Last parts of the names of numbers that two equal runs need not share."""
+CLOCKS = ("tokens_per_s", "utilisation", "peak_memory_bytes", "seconds", "files")
+"""Last parts of the names of what two equal runs need not share: speeds, and how the ranks shared out the writing."""
+PARTS = "shard-"
+"""How files of tensors begin of which several ranks have written one each."""
 MANIFEST = "llmctl.json"
 
 
 def differences(first: Path, second: Path) -> Iterator[str]:
     """Every difference of two directory trees; tensors and JSON are looked into, other files compared by bytes."""
     names = [files(directory) for directory in (first, second)]
-    for name in sorted(names[0] | names[1]):
+    parts = [{name for name in found if name.rpartition("/")[2].startswith(PARTS)} for found in names]
+    for folder in sorted({name.rpartition("/")[0] for found in parts for name in found}):
+        written = [
+            sorted(directory / name for name in found if name.rpartition("/")[0] == folder)
+            for directory, found in zip((first, second), parts, strict=True)
+        ]
+        yield from (f"{folder}: {what}" for what in tensor_differences(*written))
+    for name in sorted((names[0] - parts[0]) | (names[1] - parts[1])):
         if name not in names[0] or name not in names[1]:
             yield f"{name} is there only {'after the stop' if name in names[1] else 'without a stop'}"
             continue
         a, b = first / name, second / name
         if name.endswith(".safetensors"):
-            yield from (f"{name}: {what}" for what in tensor_differences(a, b))
+            yield from (f"{name}: {what}" for what in tensor_differences([a], [b]))
         elif name.endswith((".json", ".jsonl")):
             yield from (f"{name}: {what}" for what in value_differences(values(a), values(b)))
         elif a.read_bytes() != b.read_bytes():
@@ -53,36 +63,38 @@ def value_differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
         yield f"{name or 'its value'} is {json.dumps(a)} without a stop, {json.dumps(b)} after it"
 
 
-Header = dict[str, dict[str, Any]]
-
-
-def header(data: mmap.mmap) -> tuple[Header, int]:
-    """The header of a safetensors file, and where its tensors begin."""
+def header(data: mmap.mmap) -> tuple[dict[str, dict[str, Any]], int, dict[str, str]]:
+    """The header of a safetensors file: its tensors, where they begin, and what else is said of them."""
     length = int.from_bytes(data[:8], "little")
-    found: Header = json.loads(data[8 : 8 + length])
-    found.pop("__metadata__", None)
-    return found, 8 + length
+    found: dict[str, dict[str, Any]] = json.loads(data[8 : 8 + length])
+    return found, 8 + length, found.pop("__metadata__", {})
 
 
-def tensor_differences(first: Path, second: Path) -> Iterator[str]:
-    """The tensors of two safetensors files that are not bit for bit the same."""
-    with first.open("rb") as one, second.open("rb") as other:
-        a, b = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) for file in (one, other))
-        with a, b:
-            (in_a, from_a), (in_b, from_b) = header(a), header(b)
-            for name in sorted(in_a | in_b):
-                if name not in in_a or name not in in_b:
-                    yield f"{name} is there only {'after the stop' if name in in_b else 'without a stop'}"
-                elif any(in_a[name][key] != in_b[name][key] for key in ("dtype", "shape")):
-                    yield f"{name} has another shape or dtype"
-                elif part(a, from_a, in_a[name]) != part(b, from_b, in_b[name]):
-                    yield f"{name} has other bits"
+def tensor_differences(first: Sequence[Path], second: Sequence[Path]) -> Iterator[str]:
+    """The tensors, or parts of them, of two sets of safetensors files that are not bit for bit the same."""
+    a, b = hashed(first), hashed(second)
+    for name in sorted(a | b):
+        if name not in a or name not in b:
+            yield f"{name} is there only {'after the stop' if name in b else 'without a stop'}"
+        elif a[name][0] != b[name][0]:
+            yield f"{name} has another shape or dtype"
+        elif a[name] != b[name]:
+            yield f"{name} has other bits"
 
 
-def part(data: mmap.mmap, start: int, entry: dict[str, Any]) -> bytes:
-    """The bytes of one tensor."""
-    begin, end = entry["data_offsets"]
-    return data[start + begin : start + end]
+def hashed(paths: Sequence[Path]) -> dict[str, tuple[str, str]]:
+    """Kind and hash of every tensor in some files; of a part, by its name and where it begins in the whole."""
+    found = {}
+    for path in paths:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            entries, begin, about = header(data)
+            places = json.loads(about.get("DCP_SHARDING_INFO", "{}"))
+            for name, entry in entries.items():
+                at = places.get(name, {}).get("saved_offsets", [])
+                low, high = entry["data_offsets"]
+                digest = hashlib.sha256(data[begin + low : begin + high]).hexdigest()
+                found[f"{name} from {at}" if any(at) else name] = (f"{entry['dtype']} {entry['shape']}", digest)
+    return found
 
 
 def counted(directory: Path) -> tuple[int, int]:
@@ -102,7 +114,7 @@ def damage(directory: Path, start: str = "optimizer/") -> str:
     """
     for path in sorted(directory.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
-            found, begin = header(data)
+            found, begin, _ = header(data)
             floats = [name for name, entry in found.items() if entry["dtype"] in ("F32", "BF16", "F64")]
             if not floats:
                 continue

@@ -75,16 +75,19 @@ class Saver:
         self._saved(self._step)
 
     def close(self) -> None:
-        """Give the thread back; what it writes is written to its end. Ranks end with their process."""
+        """Give the thread back; what it writes is written to its end. Ranks after an error end with their process."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
+        # A group that somebody still knows when the interpreter ends is taken down too late: the process would abort.
+        self._running = self._group = None
 
 
 def start_parts(
     tensors: Mapping[str, Tensor], aside: Path, done: Callable[[], object], group: dist.ProcessGroup | None
 ) -> Future[Any]:
-    """Copy this rank's parts and write them into `aside` in a thread; rank 0 then calls `done`, once all have written."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, async_save
+    """Copy this rank's parts and write them into `aside` in a thread; once all have, rank 0 calls `done` in its own."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save
 
     class Writer(HuggingFaceStorageWriter):
         def finish(self, metadata: Any, results: Any) -> None:
@@ -102,14 +105,17 @@ def load_parts(path: Path, like: Callable[[str], Tensor | None], alone: bool) ->
     `like(name)` says how this rank holds a tensor, None if whole; it comes back parted in the same way if it has that
     shape. All ranks must ask, unless `alone`. ValueError if it cannot be read.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     reader = HuggingFaceStorageReader(str(path))
     try:
         found = {
             name: empty(torch.Size(entry.size), entry.properties.dtype, like(name))
             for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)  # there is nothing else
         }
         load(found, storage_reader=reader, no_dist=alone)
     except (CheckpointException, OSError, RuntimeError) as error:
