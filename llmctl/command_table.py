@@ -13,6 +13,7 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("plan", "Say what a run would do, and why.", "llmctl.pipeline.commands:plan"),
         ("run", "Run a pipeline; what is done already is not done again.", "llmctl.pipeline.commands:run"),
         ("verify-resume", "Check that a stop changes no training.", "llmctl.pipeline.rehearsal:verify_resume"),
+        ("checkpoint", "Make a model of a checkpoint.", "llmctl.pipeline.checkpoints:checkpoint"),
         ("why", "Say what differs from the last result.", "llmctl.pipeline.explaining:why"),
         ("render", "Print a spec with all its layers in one.", "llmctl.spec.commands:render"),
         ("lock", "Write down what a spec takes from outside.", "llmctl.pipeline.locking:lock"),

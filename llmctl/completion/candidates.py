@@ -146,6 +146,7 @@ BY_NAME: Mapping[str, Callback] = {
     "artifacts": artifacts,
     "tag words": artifacts,
     "verify-resume stage": stages,
+    "checkpoint stage": stages,
     "why first": specs_and_artifacts,
     "why second": seconds,
     "schema name": installed,

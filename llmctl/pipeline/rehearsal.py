@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 STEPS = "max_steps"
 """The parameter that says how far a stage goes."""
 SAVES = "a stage has to ask ctx.should_stop() after every step, save all that the next step needs, and leave"
+NO_CHANGES: Mapping[str, Any] = {}
 SHOWN = 5
 """Differences that are named; there may be thousands."""
 
@@ -74,7 +75,7 @@ def verify_resume(
     chosen = trained(pipeline, stage)
     with signals_stop() as stop:
         for each, bound in with_inputs(pipeline, store, chosen):
-            rehearsal = Rehearsal.of(pipeline, store, each, bound, steps, stop)
+            rehearsal = Rehearsal.of(pipeline, store, each, bound, steps, stop, {"log_every": 1})
             for line in rehearsal(stop_at, control):
                 click.echo(line)
 
@@ -146,13 +147,22 @@ class Rehearsal:
     """The first step that each process has told of."""
 
     @classmethod
-    def of(cls, pipeline: Pipeline, store: Store, spec: StageSpec, bound: Bound, steps: int, stop: Stop) -> Rehearsal:
-        """The rehearsal of a stage of a pipeline, shortened to `steps`."""
+    def of(
+        cls,
+        pipeline: Pipeline,
+        store: Store,
+        spec: StageSpec,
+        bound: Bound,
+        steps: int,
+        stop: Stop,
+        changes: Mapping[str, Any] = NO_CHANGES,
+    ) -> Rehearsal:
+        """The rehearsal of a stage of a pipeline, shortened to `steps`, with parameters that change no result."""
         from llmctl.registry import get_registry
 
         fields = type(spec.params).model_fields
-        changes = {STEPS: steps, **({"log_every": 1} if "log_every" in fields else {})}
-        params = type(spec.params).model_validate({**spec.params.model_dump(round_trip=True), **changes})
+        changed = {STEPS: steps, **{name: value for name, value in changes.items() if name in fields}}
+        params = type(spec.params).model_validate({**spec.params.model_dump(round_trip=True), **changed})
         spec = replace(spec, params=params)
         keyring = Keyring(pipeline.secrets)
         keyring.look_up([spec])
