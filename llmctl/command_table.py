@@ -12,6 +12,8 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("check", "Check spec files without running anything.", "llmctl.spec.commands:check"),
         ("plan", "Say what a run would do, and why.", "llmctl.pipeline.commands:plan"),
         ("run", "Run a pipeline; what is done already is not done again.", "llmctl.pipeline.commands:run"),
+        ("ps", "List the processes of trainings that run now.", "llmctl.launch.processes:ps"),
+        ("curves", "Draw loss, rate and speed of trainings as a page.", "llmctl.pipeline.curves:curves"),
         ("verify-resume", "Check that a stop changes no training.", "llmctl.pipeline.rehearsal:verify_resume"),
         ("checkpoint", "Make a model of a checkpoint.", "llmctl.pipeline.checkpoints:checkpoint"),
         ("why", "Say what differs from the last result.", "llmctl.pipeline.explaining:why"),

@@ -9,10 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from llmctl.sparkline import Course
+
 HEARTBEAT = 10.0
 """Seconds between two plain progress lines of one stage."""
 
-SHOWN = ("loss", "bpb", "accuracy", "lr", "tokens_per_s", "rows_per_s")
+FEW = 2
+"""So many numbers stand in the line of the bar; more get a line of their own."""
+SHOWN = ("loss", "bpb", "accuracy", "lr", "grad_norm", "tokens_per_s", "rows_per_s", "utilisation", "memory_bytes")
 """Progress fields in the order they are shown; others follow as they come."""
 
 
@@ -198,10 +202,16 @@ class Reporter:
 
     def _progress_text(self, stage: str, event: Mapping[str, Any]) -> str:
         step, total = event.get("step", 0), event.get("total")
-        parts = [f"step {step}" + (f" of {total}" if total else "")]
-        parts += [f"{name} {value}" for name, value in shown_fields(event).items()]
+        figures = [f"{name} {value}" for name, value in shown_fields(event).items()]
+        return "  ".join([self._place(step, total), *figures, *self._left_of(stage, step, total)])
+
+    @staticmethod
+    def _place(step: float, total: float | None) -> str:
+        return f"step {step}" + (f" of {total}" if total else "")
+
+    def _left_of(self, stage: str, step: float, total: float | None) -> list[str]:
         remaining = self._remaining(stage, step, total)
-        return "  ".join(parts + ([f"{human_seconds(remaining)} left"] if remaining is not None else []))
+        return [f"{human_seconds(remaining)} left"] if remaining is not None else []
 
     def _remaining(self, stage: str, step: float, total: float | None) -> float | None:
         """Seconds left in a stage by the pace so far, once a tenth of a second has passed."""
@@ -231,10 +241,21 @@ def shown_fields(event: Mapping[str, Any]) -> dict[str, str]:
     """The stage's own progress fields (loss, tokens per second, …) in a fixed order, formatted."""
     hidden = {"ts", "seq", "run", "type", "stage", "step", "total", "key", "attempt"}
     names = [name for name in SHOWN if name in event] + [n for n in event if n not in SHOWN and n not in hidden]
-    return {_label(name): human_number(event[name]) for name in names if event[name] is not None}
+    return {_label(name): _figure(name, event[name]) for name in names if event[name] is not None}
+
+
+def _figure(name: str, value: Any) -> str:
+    if name == "utilisation":
+        return f"{value:.0%}"
+    return human_bytes(value) if name.endswith("_bytes") else human_number(value)
+
+
+LABELS = {"utilisation": "MFU", "memory_bytes": "memory", "grad_norm": "norm"}
 
 
 def _label(name: str) -> str:
+    if name in LABELS:
+        return LABELS[name]
     return name.removesuffix("_per_s") + "/s" if name.endswith("_per_s") else name
 
 
@@ -258,6 +279,7 @@ class LiveReporter(Reporter):
         )
         self._tasks: dict[str, Any] = {}
         self._fractions: dict[str, float] = {}
+        self._courses: dict[str, Course] = {}
         self._overall: Any = None
         self._bars.start()
 
@@ -278,10 +300,23 @@ class LiveReporter(Reporter):
         if stage not in self._tasks:
             return
         step, total = event.get("step", 0), event.get("total")
-        note = self._progress_text(stage, event)
+        note = self._note(stage, event)
         self._bars.update(self._tasks[stage], completed=step, total=total, note=note)
         self._fractions[stage] = min(1.0, step / total) if total else 0.0
         self._update_overall()
+
+    def _note(self, stage: str, event: Mapping[str, Any]) -> str:
+        """What stands beside the bar: how far it is, and below it the numbers, the loss with its course so far."""
+        figures = [f"{name} {value}" for name, value in shown_fields(event).items()]
+        if len(figures) <= FEW:
+            return self._progress_text(stage, event)
+        if isinstance(loss := event.get("loss"), int | float):
+            course = self._courses.setdefault(stage, Course())
+            course.add(loss)
+            figures.insert(0, course.line())
+        step, total = event.get("step", 0), event.get("total")
+        first = "  ".join([self._place(step, total), *self._left_of(stage, step, total)])
+        return f"{first}\n{'  '.join(figures)}"
 
     def _on_run_progress(self, event: Mapping[str, Any]) -> None:
         super()._on_run_progress(event)
@@ -300,6 +335,7 @@ class LiveReporter(Reporter):
 
     def _remove(self, stage: str) -> None:
         task = self._tasks.pop(stage, None)
+        self._courses.pop(stage, None)
         self._fractions.pop(stage, None)
         if task is not None:
             self._bars.remove_task(task)

@@ -68,6 +68,9 @@ class Stage:
     key_deps: tuple[str, ...] = ()
     effect: bool = False
     headline: tuple[str, ...] = ()
+    forecast: str = ""
+    """Of a stage that trains: says what it will take, `(params, inputs: Mapping[str, llmctl.forecast.Given])` →
+    `llmctl.forecast.Forecast`, or raises `llmctl.forecast.Unknown`. An import string that imports nothing heavy."""
 
     def __post_init__(self) -> None:
         if not NAME.match(self.name):
@@ -183,12 +186,6 @@ class Context:
         self._emit = emit
         self._stop = stop
 
-    def muted(self) -> Context:
-        """The same execution for a process beside the first: it writes no output, says nothing and is never stopped."""
-        mute = Context(self.stage, {}, self.resume_dir, lambda kind, fields: None, title=self.title)
-        mute.metadata = {port: {} for port in self.metadata}
-        return mute
-
     def output(self, port: str) -> Path:
         """The staging directory of an output port; what lies in it when `run` returns is committed."""
         path = self._outputs[port]
@@ -245,3 +242,10 @@ class Context:
         kept = {path.name for path in self.resume_dir.glob("*")} - {STOP_FILE}
         how = "with a checkpoint" if kept else "without a checkpoint, as it keeps none"
         return TempFail(f"`{self.stage}` stopped at step {step} {how}", hint="run the same command again")
+
+
+def muted(context: Context) -> Context:
+    """The same execution for a process beside the first: it writes no output, says nothing and is never stopped."""
+    mute = Context(context.stage, {}, context.resume_dir, lambda kind, fields: None, title=context.title)
+    mute.metadata = {port: {} for port in context.metadata}
+    return mute

@@ -23,7 +23,7 @@ from llmctl.launch.request import Request
 from llmctl.launch.stopping import StopFlag
 from llmctl.registry import Registry, get_registry
 from llmctl.spec.extent import has_extent
-from llmctl.stage import STOP_FILE, Artifact, Context, Stage
+from llmctl.stage import STOP_FILE, Artifact, Context, Stage, muted
 from llmctl.store import Store, types
 from llmctl.store.hashing import NotPlain, plain_files
 from llmctl.store.names import timestamp
@@ -125,12 +125,13 @@ class Execution:
         if self.request.memory is not None:
             import resource
 
-            resource.setrlimit(resource.RLIMIT_DATA, (self.request.memory, self.request.memory))
+            share = self.request.memory // (1 if self.rank is None else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            resource.setrlimit(resource.RLIMIT_DATA, (share, share))
         if self.rank:
             context = Context(
                 self.request.instance, dict.fromkeys(self.request.outputs, self.resume), self.resume, self.emit
             )
-            self._run(stage, context.muted())
+            self._run(stage, muted(context))
             return
         staging = self.store.staging()
         self.resume.parent.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,10 @@ class AttentionContext:
     cache: KVCache | None = None
     slots: Slots | None = None
     memory: Memory | None = None
+    tokens: Tensor | None = None
+    """`(B, T)`: what is read, for layers whose values have embeddings of their own."""
+    start: Tensor | None = None
+    """`(B, T, D)`: what entered the first block, for blocks that mix it in again."""
     dropout: float = 0.0
     """Share of attention weights set to zero; only in training."""
     masks: dict[int, Tensor | None] = field(default_factory=dict)

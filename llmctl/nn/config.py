@@ -26,8 +26,8 @@ class Traits:
     """What sets one family of transformers apart; `llmctl/nn/transformer.py` builds from these and knows no names."""
 
     kind: Kind = "decoder"
-    norm: Literal["rms", "layer", "rms1"] = "rms"
-    """`rms1`: RMSNorm whose gain is 1 + the stored weight (Gemma)."""
+    norm: Literal["rms", "layer", "rms1", "rms0"] = "rms"
+    """`rms1`: RMSNorm whose gain is 1 + the stored weight (Gemma); `rms0`: RMSNorm without a gain (nanochat)."""
     order: Literal["pre", "post", "sandwich"] = "pre"
     """Where a sub-layer's norm stands: before it, after the residual sum, or before it and again before the sum."""
     final_norm: bool = True
@@ -55,6 +55,12 @@ class Traits:
     """What stands before the classes: the pooler, a layer with tanh or relu, or nothing, on the last token."""
     pooler: bool = False
     """Bare models have a layer with tanh on the first token's state (BERT, RoBERTa)."""
+    stream_weights: bool = False
+    """Each block reads a x + b x0 instead of x: two learned numbers, x0 what entered the first block (nanochat)."""
+    backout: bool = False
+    """A learned share of the state behind the middle block is taken off the last one (nanochat)."""
+    initial: Literal["small", "zero"] = "small"
+    """How fresh weights are drawn: see `initialise`."""
 
 
 _GPT = Traits(norm="layer", positions="learned", activation="gelu_tanh", gated=False, bias=True)
@@ -101,6 +107,17 @@ TRAITS: dict[str, Traits] = {
     "gemma3": _but(_GEMMA, qk_norm=True),
     "phi3": Traits(),
     "smollm3": Traits(),
+    # nanochat's, 2026: https://github.com/karpathy/nanochat
+    "speedrun": Traits(
+        norm="rms0",
+        embedding_norm=True,
+        activation="relu2",
+        gated=False,
+        qk_norm=True,
+        stream_weights=True,
+        backout=True,
+        initial="zero",
+    ),
 }
 
 
@@ -187,6 +204,11 @@ class ModelConfig:
     """
     attention_scale: float = 0.0
     """What scores are multiplied with. 0: 1 / sqrt(head_dim), or 1 in families that do not scale."""
+    qk_gain: float = 1.0
+    """What queries and keys are multiplied with after their norm; scores with its square."""
+    value_pattern: str = ""
+    """Which layers add an embedding of the token to their values, by a gate for each head (2410.17897), repeated over
+    the depth: V does, "-" does not. Empty: none."""
     attention_softcap: float = 0.0
     """c tanh(scores / c); 0: off (Gemma 2)."""
     logit_softcap: float = 0.0
@@ -232,6 +254,7 @@ class ModelConfig:
         pair = traits.kind == "encoder-decoder"
         head_dim = self.head_dim or self.dim // self.heads
         usual = traits.scaled and math.isclose(self.attention_scale, head_dim**-0.5)
+        valued = _shortest((self.value_pattern * self.layers)[: self.layers])
         values = {
             "traits": traits,
             # One spelling for one meaning, so that a configuration read from a file equals the one that was written.
@@ -241,6 +264,7 @@ class ModelConfig:
             "ff_dim": self.ff_dim or (-(-8 * self.dim // (3 * 32)) * 32 if traits.gated else 4 * self.dim),
             "encoder_layers": (self.encoder_layers or self.layers) if pair else self.encoder_layers,
             "pattern": _shortest((self.pattern * self.layers)[: self.layers]) or ("S" if self.window else "L"),
+            "value_pattern": "" if valued == "-" else valued,
             "head": self.head or ("mlm" if traits.kind == "encoder" else "lm"),
             "labels": tuple(self.labels),
             "decoder_start_id": (self.pad_id or 0) if pair and self.decoder_start_id is None else self.decoder_start_id,
@@ -264,6 +288,17 @@ class ModelConfig:
             raise UsageError(f"{self.arch} has no separate encoder, so no encoder_layers")
         if self.norm_eps <= 0:
             raise UsageError(f"norm_eps {self.norm_eps} must be positive")
+        if set(self.value_pattern) - set("V-"):
+            raise UsageError(f"value_pattern {self.value_pattern!r} has other letters than V and -")
+        own = {"value_pattern": self.value_pattern, "stream_weights": self.traits.stream_weights}
+        odd = [name for name, value in {**own, "backout": self.traits.backout}.items() if value]
+        if odd and self.traits.kind != "decoder":
+            raise UsageError(f"{odd[0]} is for decoders, {self.arch} is an {self.traits.kind}")
+        if self.qk_gain <= 0 or (self.qk_gain != 1 and not self.traits.qk_norm):
+            raise UsageError(
+                f"qk_gain {self.qk_gain:g} must be positive, and 1 where queries and keys are not normed",
+                hint="attention_scale changes the scores of any model",
+            )
         for name in ("attention_scale", "attention_softcap", "logit_softcap", "dropout"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -321,7 +356,7 @@ class ModelConfig:
     @property
     def scale(self) -> float:
         """What scores are multiplied with."""
-        return self.attention_scale or (self.head_dim**-0.5 if self.traits.scaled else 1.0)
+        return (self.attention_scale or (self.head_dim**-0.5 if self.traits.scaled else 1.0)) * self.qk_gain**2
 
     @property
     def has_pooler(self) -> bool:
@@ -332,6 +367,15 @@ class ModelConfig:
     def layer_kind(self, layer: int) -> str:
         """L, S or N: what block number `layer` sees."""
         return self.pattern[layer % len(self.pattern)]
+
+    def has_values(self, layer: int) -> bool:
+        """Whether block number `layer` adds an embedding of the token to its values."""
+        return bool(self.value_pattern) and self.value_pattern[layer % len(self.value_pattern)] == "V"
+
+    @property
+    def gate_channels(self) -> int:
+        """Leading channels of the state that a gate over a few heads reads (nanochat's 12)."""
+        return min(12, self.dim)
 
     def layer_window(self, layer: int) -> int:
         """How far block number `layer` sees; 0: everything."""

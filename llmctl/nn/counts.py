@@ -14,7 +14,7 @@ class Parameters:
     """Trainable parameters by where they are; a tied head counts with the embedding."""
 
     embedding: int
-    """Token embeddings."""
+    """Token embeddings, and those of values."""
     positions: int
     """Learned positions and segments, the norm over them."""
     blocks: int
@@ -44,16 +44,21 @@ def count(config: ModelConfig) -> Parameters:
     blocks = config.layers * _block(config, cross=traits.kind == "encoder-decoder") + _around(config)
     if traits.kind == "encoder-decoder":
         blocks += config.encoder_layers * _block(config, cross=False) + _around(config)
-    return Parameters(config.vocab_size * dim, positions, blocks, _head(config))
+    valued = sum(config.has_values(layer) for layer in range(config.layers))
+    blocks += valued * config.gate_channels * config.kv_heads
+    tables = dim + valued * config.kv_heads * config.head_dim
+    return Parameters(config.vocab_size * tables, positions, blocks, _head(config))
 
 
 def _norm(config: ModelConfig) -> int:
+    if config.traits.norm == "rms0":
+        return 0
     return config.dim * (2 if config.traits.norm == "layer" else 1)
 
 
 def _around(config: ModelConfig) -> int:
     """What a stack has beside its blocks."""
-    final = _norm(config) if config.traits.final_norm else 0
+    final = (_norm(config) if config.traits.final_norm else 0) + config.traits.backout
     return final + (config.relative_buckets * config.heads if config.traits.positions == "t5" else 0)
 
 
@@ -63,7 +68,7 @@ def _block(config: ModelConfig, cross: bool) -> int:
     if traits.bias:
         feed_forward += (2 if traits.gated else 1) * ff + dim
     norms = 4 if traits.order == "sandwich" else 2
-    total = _attention(config) + feed_forward + norms * _norm(config)
+    total = _attention(config) + feed_forward + norms * _norm(config) + 2 * traits.stream_weights
     if traits.positions == "xl":
         total += config.heads * config.head_dim * (dim + 2)  # the projection of distances, and two biases
     return total + (_attention(config) + _norm(config) if cross else 0)
@@ -77,7 +82,7 @@ def _attention(config: ModelConfig) -> int:
         total += q_dim + 2 * kv_dim
     if traits.bias:
         total += dim
-    return total + (2 * config.head_dim if traits.qk_norm else 0)
+    return total + (2 * config.head_dim if traits.qk_norm and traits.norm != "rms0" else 0)
 
 
 def _attention_matrices(config: ModelConfig) -> int:
@@ -116,6 +121,7 @@ def forward_flops(config: ModelConfig, length: int) -> int:
     for layer in range(config.layers):
         window = config.layer_window(layer)
         total += _attended(config, min(length, window) if window else length, length) + ffn
+        total += config.gate_channels * config.kv_heads if config.has_values(layer) else 0
     if config.traits.kind == "encoder-decoder":
         cross = config.layers * _attended(config, length, length)
         total += cross + config.encoder_layers * (_attended(config, length, length) + ffn)
@@ -166,3 +172,21 @@ def training_bytes(config: ModelConfig, precision: str = "float32") -> int:
 def serving_bytes(config: ModelConfig, dtype: str = "float32") -> int:
     """Bytes of the weights; the cache of each sequence comes on top."""
     return int(count(config).total * BYTES[dtype])
+
+
+def matrices(config: ModelConfig) -> dict[tuple[int, int], int]:
+    """How many matrices of each shape `(out, in)` all blocks have; what maps hidden states to hidden states."""
+    q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = [(q_dim, config.dim), (kv_dim, config.dim), (kv_dim, config.dim), (config.dim, q_dim)]
+    widening = [(config.ff_dim, config.dim)] * (2 if config.traits.gated else 1)
+    feed_forward = [*widening, (config.dim, config.ff_dim)]
+    distance = [(q_dim, config.dim)] if config.traits.positions == "xl" else []
+    pair = config.traits.kind == "encoder-decoder"
+    found: dict[tuple[int, int], int] = {}
+    for shapes, times in (
+        ([*attention, *feed_forward, *distance, *(attention if pair else [])], config.layers),
+        ([*attention, *feed_forward], config.encoder_layers if pair else 0),
+    ):
+        for shape in shapes if times else ():
+            found[shape] = found.get(shape, 0) + times
+    return found

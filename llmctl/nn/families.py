@@ -103,7 +103,8 @@ def _class_of(names: list[str], config: Mapping[str, Any]) -> tuple[str, str]:
         for head, name in family.classes.items():
             if name in names and family.matches(config):
                 return arch, head
-    known = ", ".join(family.classes.get("lm") or family.classes["mlm"] for family in FAMILIES.values())
+    # T5 and its gated sibling have one class.
+    known = ", ".join(dict.fromkeys(f.classes.get("lm") or f.classes["mlm"] for f in FAMILIES.values()))
     raise InputError(
         f"`architectures` in config.json is {names}, which llmctl's own transformer does not compute",
         hint=f"it computes {known} and their heads; other models go through transformers",

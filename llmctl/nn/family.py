@@ -64,6 +64,8 @@ class Family:
             "local_rope_theta": 0.0,
             "attention_scale": 0.0,
             "attention_softcap": 0.0,
+            "qk_gain": 1.0,
+            "value_pattern": "",
             "logit_softcap": 0.0,
             "token_types": 0,
             "ff_dim": 4 * config.dim,

@@ -30,12 +30,15 @@ def fits(x: Tensor) -> bool:
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) times the gain, over the last axis (1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) times the gain, if there is one, over the last axis (1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (…, dim)` to the same shape."""
-        if fits(x) and type(self.weight) is nn.Parameter and self.weight.dtype == x.dtype and self.eps is not None:
-            return _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]  # torch
+        gain: Tensor | None = self.weight
+        plain = gain is None or (type(gain) is nn.Parameter and gain.dtype == x.dtype)
+        if plain and self.eps is not None and fits(x):
+            gain = x.new_ones(x.shape[-1]) if gain is None else gain
+            return _RMSNorm.apply(x, gain, self.eps)  # type: ignore[no-any-return, no-untyped-call]  # torch
         return super().forward(x)
 
 

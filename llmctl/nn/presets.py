@@ -6,12 +6,12 @@ A model is a preset with a vocabulary: `preset("bert", vocab_size=8192)`, `prese
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
 
 from llmctl.errors import UsageError
-from llmctl.nn.config import TRAITS, ModelConfig
+from llmctl.nn.config import TRAITS, ModelConfig, Traits
 from llmctl.nn.published import PUBLISHED
 
 _TINY = {"dim": 192, "layers": 4, "heads": 6, "context": 256}
@@ -52,9 +52,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "phi3": {**_TINY, "arch": "phi3", "tie_embeddings": False},
     "smollm3": {**_GROUPED, "arch": "smollm3", "pattern": "LLLN", "norm_eps": 1e-6},
+    # What a text of so many tokens teaches best (docs/pretraining.md): nanochat's model and our recipe.
+    "speedrun": {
+        **_TINY, "arch": "speedrun", "heads": 3, "rope_theta": 1e5, "qk_gain": 1.2, "logit_softcap": 15.0,
+        "value_pattern": "-V", "tie_embeddings": False,
+    },
 }  # fmt: skip
 """The small ones."""
 
+TRAIT_NAMES = frozenset(field.name for field in fields(Traits))
 VOCABULARY = 8192
 """What a small preset is shown with where no tokenizer says otherwise."""
 
@@ -73,8 +79,8 @@ def near_presets(name: str) -> str:
 def preset(name: str, *, vocab_size: int | None = None, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
     """The configuration called `name`, with every override that is not None put over the preset's own value.
 
-    `positions` among the overrides replaces the family's; `window: 0` makes every layer see all. Raises UsageError for
-    an unknown name, or a shape that does not fit together.
+    Traits among the overrides (`positions`, `qk_norm`, …) replace the family's; `window: 0` makes every layer see all.
+    Raises UsageError for an unknown name, or a shape that does not fit together.
     """
     shape = dict(PRESETS[name]) if name in PRESETS else dict(PUBLISHED[name].shape) if name in PUBLISHED else None
     if shape is None:
@@ -86,10 +92,10 @@ def preset(name: str, *, vocab_size: int | None = None, overrides: Mapping[str, 
 
 def _joined(shape: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`changes` over `shape`, without what of `shape` they leave without meaning."""
-    positions = changes.pop("positions", None)
-    if positions is not None:
-        changes["traits"] = replace(TRAITS[shape["arch"]], positions=positions)
-        if positions != "rope":
+    traits = {name: changes.pop(name) for name in TRAIT_NAMES if name in changes}
+    if traits:
+        changes["traits"] = replace(TRAITS[shape["arch"]], **traits)
+        if traits.get("positions", "rope") != "rope":
             shape = {key: value for key, value in shape.items() if key not in ("rope_scaling", "local_rope_theta")}
     if changes.get("window") == 0 and "pattern" not in changes:
         changes["pattern"] = str(shape.get("pattern", "L")).replace("S", "L")

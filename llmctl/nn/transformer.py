@@ -53,6 +53,7 @@ class Transformer(nn.Module):
         self.encoder = Encoder(config) if pair else None
         self.relative = nn.Embedding(config.relative_buckets, config.heads) if traits.positions == "t5" else None
         self.blocks = nn.ModuleList(Block(config, layer, cross=pair) for layer in range(config.layers))
+        self.backout = nn.Parameter(torch.empty(1)) if traits.backout else None
         self.norm = make_norm(config) if traits.final_norm else None
         words = config.head in ("lm", "mlm", "pretraining")
         untied = words and not config.tie_embeddings
@@ -108,12 +109,28 @@ class Transformer(nn.Module):
         """
         if context is None:
             context = self.attention_context(tokens, positions, documents, cache, memory=memory, prefix=prefix)
-        x = self.embed(tokens, positions, context.slots, segments)
-        for block in self.blocks:
+        x = self.enter(tokens, context, positions, segments)
+        for layer, block in enumerate(self.blocks):
             x = block(x, context)
+            if layer == len(self.blocks) // 2:
+                middle = x
+        if self.backout is not None:
+            x = x - self.backout * middle
         if cache is not None and context.slots is not None:
             cache.length = max(cache.length, context.slots.end)
         return x if self.norm is None else self.norm(x)
+
+    def enter(
+        self,
+        tokens: Tensor,
+        context: AttentionContext,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """What `embed` gives, with what the blocks read of it beside `x` left in `context`."""
+        x = self.embed(tokens, positions, context.slots, segments)
+        context.tokens, context.start = tokens, x
+        return x
 
     def embed(
         self,
@@ -331,6 +348,8 @@ class Block(nn.Module):
         self.recompute: Callable[..., Tensor] | None = None
         """How training calls `compute` to keep fewer activations; set by `llmctl.train.recompute`."""
         sandwich = self.order == "sandwich"
+        self.keep = nn.Parameter(torch.empty(1)) if config.traits.stream_weights else None
+        self.again = nn.Parameter(torch.empty(1)) if config.traits.stream_weights else None
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
         self.attention_after = make_norm(config) if sandwich else None
@@ -355,6 +374,9 @@ class Block(nn.Module):
 
     def attended(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x` after its own tokens' attention and, in a decoder with an encoder, that over the source."""
+        if self.keep is not None and self.again is not None:
+            assert context.start is not None
+            x = self.keep * x + self.again * context.start
         before = self.order != "post"
         y = self.attention(self.attention_norm(x) if before else x, context)
         x = x + self._drop(y if self.attention_after is None else self.attention_after(y))
@@ -390,6 +412,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(q_dim, config.dim, bias=bias)
         self.q_norm = make_norm(config, config.head_dim) if traits.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if traits.qk_norm else None
+        valued = config.has_values(layer)
+        self.value_embedding = nn.Embedding(config.vocab_size, kv_dim) if valued else None
+        self.value_gate = nn.Linear(config.gate_channels, config.kv_heads, bias=False) if valued else None
         self.distance = nn.Linear(config.dim, q_dim, bias=False) if traits.positions == "xl" else None
         """Transformer-XL's W_R, which turns encoded distances into keys (1901.02860, section 3.3)."""
         if self.distance is not None:
@@ -399,6 +424,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x (B, T, D)` to `(B, T, D)`."""
         q, k, v = self.project(x)
+        if self.value_embedding is not None and self.value_gate is not None:
+            assert context.tokens is not None
+            gate = 3 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))
+            v = v + gate[..., None] * self.value_embedding(context.tokens).unflatten(-1, (-1, self.head_dim))
         bias = context.bias
         if self.distance is not None:
             bias = self.relative(q, context)
@@ -524,6 +553,8 @@ class OffsetRMSNorm(nn.Module):
 
 def make_norm(config: ModelConfig, dim: int = 0) -> nn.Module:
     """The family's norm over `dim` channels, D by default."""
+    if config.traits.norm == "rms0":
+        return RMSNorm(dim or config.dim, eps=config.norm_eps, elementwise_affine=False)
     kinds: dict[str, Callable[..., nn.Module]] = {"layer": nn.LayerNorm, "rms": RMSNorm, "rms1": OffsetRMSNorm}
     return kinds[config.traits.norm](dim or config.dim, eps=config.norm_eps)
 
@@ -531,37 +562,49 @@ def make_norm(config: ModelConfig, dim: int = 0) -> nn.Module:
 def initialise(model: Transformer) -> None:
     """Fresh weights.
 
-    | Parameter                       | Value                                        | Why                            |
-    |---------------------------------|----------------------------------------------|--------------------------------|
-    | embedding, untied head          | normal, std 1 / (2 sqrt(D))                  | logits of order 1 at any width |
-    | learned positions, segments     | normal, std 0.02                             | GPT-2, BERT                    |
-    | relative table, XL's two biases | normal, std 0.02                             | as positions                   |
-    | out, down                       | normal, std 1 / (10 sqrt(fan-in * 2 layers)) | blocks start near the identity |
-    | other matrices                  | normal, std 1 / sqrt(fan-in)                 | keeps the scale at any width   |
-    | norms                           | a gain of 1 (bias 0)                         |                                |
-    | biases                          | 0                                            |                                |
+    | Parameter                       | Value                                        | with `initial: zero`            |
+    |---------------------------------|----------------------------------------------|---------------------------------|
+    | embedding                       | normal, std 1 / (2 sqrt(D)): logits of       | std 0.8, a norm follows         |
+    |                                 | order 1 at any width                         |                                 |
+    | untied head                     | the same                                     | std 0.001: all tokens alike     |
+    | learned positions, segments     | normal, std 0.02 (GPT-2, BERT)               |                                 |
+    | relative table, XL's two biases | normal, std 0.02                             |                                 |
+    | out, down                       | normal, std 1 / (10 sqrt(fan-in * 2 layers)) | 0: blocks are the identity      |
+    |                                 | blocks start near the identity               |                                 |
+    | other matrices                  | normal, std 1 / sqrt(fan-in): keeps the      | up: .4 of it                    |
+    |                                 | scale at any width                           |                                 |
+    | gates of values                 | normal, std 0.02: half open                  |                                 |
+    | weights of x, of x0, of backout | 1.15 to 1.05 and .2 to .05 by depth, .2      |                                 |
+    | norms, biases                   | a gain of 1, 0                               |                                 |
 
     Where scores are not scaled, queries are smaller by the root of the head width instead, as in T5's own recipe.
 
     Small `out` and `down` and the embedding's scale are worth .2 nats after 150 steps of 2048 tokens with Muon (D 128,
-    4 layers, vocabulary 2048, two seeds: 4.83 and 4.78 to 4.62). Exactly 0 is as good, but then a fresh model would
-    compute the same whatever its attention does, and could test nothing.
+    4 layers, vocabulary 2048, two seeds: 4.83 and 4.78 to 4.62). Exactly 0 is as good, but then a fresh model computes
+    the same whatever its attention does, and can test nothing.
     """
     config, depth = model.config, 2 * model.config.layers
+    zero = config.traits.initial == "zero"
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
-        kind = name.split(".")[-2]
-        if name.endswith(("content_bias", "distance_bias")) or kind in ("positions", "segments", "relative"):
+        kind, last = ("", *name.split("."))[-2:]
+        if last in ("keep", "again", "backout"):
+            share = int(kind) / max(1, config.layers - 1) if kind else 0.0
+            begin = {"keep": 1.15 - 0.1 * share, "again": 0.2 - 0.15 * share, "backout": 0.2}
+            nn.init.constant_(parameter, begin[last])
+        elif last in ("content_bias", "distance_bias") or kind in ("positions", "segments", "relative", "value_gate"):
             nn.init.normal_(parameter, std=0.02)
-        elif name.endswith("bias"):
+        elif last == "bias":
             nn.init.zeros_(parameter)
         elif kind in ("embedding", "unembedding"):
-            nn.init.normal_(parameter, std=0.5 * config.dim**-0.5)
+            std = {"embedding": 0.8, "unembedding": 0.001}[kind] if zero else 0.5 * config.dim**-0.5
+            nn.init.normal_(parameter, std=std)
         elif kind in ("out", "down") and name.startswith(("blocks", "encoder")):
-            nn.init.normal_(parameter, std=0.1 * (parameter.shape[1] * depth) ** -0.5)
+            nn.init.normal_(parameter, std=0.0 if zero else 0.1 * (parameter.shape[1] * depth) ** -0.5)
         elif parameter.ndim == 2:
             unscaled = kind == "q" and not config.traits.scaled
-            nn.init.normal_(parameter, std=(parameter.shape[1] * (config.head_dim if unscaled else 1)) ** -0.5)
+            std = (parameter.shape[1] * (config.head_dim if unscaled else 1)) ** -0.5
+            nn.init.normal_(parameter, std=0.4 * std if zero and kind == "up" else std)
         else:
             nn.init.constant_(parameter, 0.0 if config.traits.norm == "rms1" and "masked" not in name else 1.0)

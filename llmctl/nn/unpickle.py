@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmctl.errors import InputError, LlmctlError, StageError
 from llmctl.nn.shards import write_shards
+from llmctl.text.pooling import POOLING_FILES
 from llmctl.text.tokenizer import FILES
 
 NAME = "pytorch_model.bin"
@@ -57,8 +58,9 @@ def main(source: str, target: str) -> int:
         tensors = read_pickles(Path(source))
         Path(target).mkdir(parents=True, exist_ok=True)
         write_shards(tensors, Path(target))
-        for name in ("config.json", "generation_config.json", *FILES):
+        for name in ("config.json", "generation_config.json", *FILES, *POOLING_FILES):
             if (Path(source) / name).is_file() and not (Path(target) / name).exists():
+                (Path(target) / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(Path(source) / name, Path(target) / name)
     except (LlmctlError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")

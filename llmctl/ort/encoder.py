@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -13,8 +12,8 @@ from llmctl.errors import InputError, UsageError
 from llmctl.ort.bundle import Bundle, read_bundle
 from llmctl.ort.sampling import check_ids
 from llmctl.ort.sessions import open_session, provider
+from llmctl.text.pooling import Pooling, normalises, read_pooling
 
-Pooling = Literal["mean", "cls"]
 BATCH = 32
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 
@@ -45,6 +44,7 @@ class OrtEncoder:
                 hint="export an encoder such as BERT; decoders generate",
             )
         self.context_length = bundle.context_length
+        self.directory = bundle.directory
         self.labels = bundle.labels
         """Names of the classes, where the head has classes."""
         self.backend = f"onnxruntime {provider(session)}"
@@ -65,22 +65,33 @@ class OrtEncoder:
         found = self.session.run(list(self.outputs), feeds)
         return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, found, strict=True)}
 
-    def embed(self, rows: Sequence[Sequence[int]], pooling: Pooling = "mean", normalise: bool = True) -> np.ndarray:
-        """One vector per row, `(N, D)` float32, batched by length: the graph's own `sentence_embedding`, as it was
-        exported, or else its states pooled as asked. UsageError if it has neither."""
-        if not {"sentence_embedding", "last_hidden_state"} & set(self.outputs):
+    def embed(
+        self, rows: Sequence[Sequence[int]], pooling: Pooling | None = None, normalise: bool | None = None
+    ) -> np.ndarray:
+        """One vector per row, `(N, D)` float32, batched by length.
+
+        The graph's own `sentence_embedding`, as it was exported; where it has none, or something else is asked for,
+        its states, pooled as asked or as the bundle's `1_Pooling` says. UsageError without what that needs, InputError
+        for a pooling that is not known here.
+        """
+        own = "sentence_embedding" in self.outputs and pooling is None and normalise is None
+        if not own and "last_hidden_state" not in self.outputs:
             raise UsageError(
                 f"the encoder gives {', '.join(self.outputs)}, and no states to embed with",
                 hint="export the model without its head",
             )
+        if not own:
+            pooling = read_pooling(self.directory) if pooling is None else pooling
+            normalise = normalises(self.directory) if normalise is None else normalise
         vectors: dict[int, np.ndarray] = {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             batch = [rows[i] for i in chosen]
             found = self.run(batch)
-            pooled = found.get("sentence_embedding")
-            if pooled is None:
+            if pooling is None or normalise is None:
+                pooled = found["sentence_embedding"]
+            else:
                 pooled = pool(found["last_hidden_state"], [len(row) for row in batch], pooling, normalise)
             vectors.update(zip(chosen, pooled, strict=True))
         return np.stack([vectors[i] for i in range(len(rows))]) if rows else np.zeros((0, 0), np.float32)

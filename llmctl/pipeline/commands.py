@@ -165,6 +165,13 @@ def run(
 
 @click.command()
 @_spec_options
+@click.option("--measure", is_flag=True, help="Try a few steps of trainings whose speed is not known.")
+@click.option(
+    "--price", type=click.FloatRange(min=0), metavar="PER_HOUR", help="Of a process (a GPU, a machine): adds the cost."
+)
+@click.option(
+    "--memory", metavar="SIZE", help="What each process may have of memory, where not this machine is meant: 80GiB."
+)
 @format_option
 def plan(
     spec: str,
@@ -176,10 +183,17 @@ def plan(
     cache: str,
     strict: bool,
     store_path: Path | None,
+    measure: bool,
+    price: float | None,
+    memory: str | None,
     format_: str,
 ) -> None:
-    """Say what `run` would do with each stage of SPEC, and why. Runs nothing."""
+    """Say what `run` would do with each stage of SPEC, and why; of trainings their memory, time and cost. Runs nothing.
+
+    A training that cannot fit is exit 7.
+    """
     from llmctl.console import table
+    from llmctl.pipeline import forecasts
     from llmctl.pipeline.inputs import Inputs
     from llmctl.pipeline.plan import Planner
     from llmctl.pipeline.run import check_given
@@ -198,16 +212,38 @@ def plan(
     decisions = planner.plan(chosen.specs, inputs)
     check_given(chosen, decisions)
     rows = [(d.id, d.action, plan_notes(d, store)) for d in decisions]
+    limit = None if memory is None else memory_of(memory)
+    found = forecasts.outlooks(pipeline, chosen.specs, decisions, planner, inputs, limit)
+    found = forecasts.measured(found) if measure else found
     if format_ == "json":
         keys = [d.keys.action if d.keys else None for d in decisions]
-        found = [{"stage": id, "action": action, "why": why} for id, action, why in rows]
-        listed = [{**row, "key": key} for row, key in zip(found, keys, strict=True)]
+        listed: list[dict[str, Any]] = [
+            {"stage": id, "action": action, "why": why, "key": key}
+            for (id, action, why), key in zip(rows, keys, strict=True)
+        ]
+        trainings = {outlook.stage: forecasts.to_json(outlook, price) for outlook in found}
+        listed = [{**row, "forecast": trainings.get(str(row["stage"]))} for row in listed]
         click.echo(json.dumps(listed, indent=2, ensure_ascii=False))
+        forecasts.refuse(found)
         return
     words = {"unknown": "perhaps"}
     click.echo(
         table(("STAGE", "ACTION", "WHY"), [(id, words.get(action, action), "; ".join(why)) for id, action, why in rows])
     )
+    for line in forecasts.lines(found, price):
+        click.echo(line)
+    forecasts.refuse(found)
+
+
+def memory_of(text: str) -> int:
+    """Bytes that `--memory` names; UsageError if it is no size."""
+    from llmctl.errors import UsageError
+    from llmctl.spec.skeleton import memory_bytes
+
+    try:
+        return memory_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--memory {text}: {error}", hint="80GiB, or 512MiB") from error
 
 
 def spec_store(pipeline: Pipeline) -> Path | None:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-CLOCKS = ("tokens_per_s", "utilisation", "peak_memory_bytes", "seconds", "files")
-"""Last parts of the names of what two equal runs need not share: speeds, and how the ranks shared out the writing."""
-PARTS = "shard-"
-"""How files of tensors begin of which several ranks have written one each."""
+CLOCKS = ("tokens_per_s", "utilisation", "peak_memory_bytes", "seconds")
+"""Last parts of the names of numbers that two equal runs need not share."""
+PARTS, INDEX = "rank-", "index.json"
+"""How files of tensors begin of which every rank has written one, and what says beside them who has written what."""
 MANIFEST = "llmctl.json"
 
 
@@ -26,6 +26,7 @@ def differences(first: Path, second: Path) -> Iterator[str]:
             for directory, found in zip((first, second), parts, strict=True)
         ]
         yield from (f"{folder}: {what}" for what in tensor_differences(*written))
+        names = [found - {f"{folder}/{INDEX}"} for found in names]
     for name in sorted((names[0] - parts[0]) | (names[1] - parts[1])):
         if name not in names[0] or name not in names[1]:
             yield f"{name} is there only {'after the stop' if name in names[1] else 'without a stop'}"
@@ -63,11 +64,12 @@ def value_differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
         yield f"{name or 'its value'} is {json.dumps(a)} without a stop, {json.dumps(b)} after it"
 
 
-def header(data: mmap.mmap) -> tuple[dict[str, dict[str, Any]], int, dict[str, str]]:
-    """The header of a safetensors file: its tensors, where they begin, and what else is said of them."""
+def header(data: mmap.mmap) -> tuple[dict[str, dict[str, Any]], int]:
+    """The header of a safetensors file, and where its tensors begin."""
     length = int.from_bytes(data[:8], "little")
     found: dict[str, dict[str, Any]] = json.loads(data[8 : 8 + length])
-    return found, 8 + length, found.pop("__metadata__", {})
+    found.pop("__metadata__", None)
+    return found, 8 + length
 
 
 def tensor_differences(first: Sequence[Path], second: Sequence[Path]) -> Iterator[str]:
@@ -83,17 +85,15 @@ def tensor_differences(first: Sequence[Path], second: Sequence[Path]) -> Iterato
 
 
 def hashed(paths: Sequence[Path]) -> dict[str, tuple[str, str]]:
-    """Kind and hash of every tensor in some files; of a part, by its name and where it begins in the whole."""
+    """Kind and hash of every tensor, or part of one, in some files."""
     found = {}
     for path in paths:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            entries, begin, about = header(data)
-            places = json.loads(about.get("DCP_SHARDING_INFO", "{}"))
+            entries, begin = header(data)
             for name, entry in entries.items():
-                at = places.get(name, {}).get("saved_offsets", [])
                 low, high = entry["data_offsets"]
                 digest = hashlib.sha256(data[begin + low : begin + high]).hexdigest()
-                found[f"{name} from {at}" if any(at) else name] = (f"{entry['dtype']} {entry['shape']}", digest)
+                found[name] = (f"{entry['dtype']} {entry['shape']}", digest)
     return found
 
 
@@ -114,7 +114,7 @@ def damage(directory: Path, start: str = "optimizer/") -> str:
     """
     for path in sorted(directory.rglob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
-            found, begin, _ = header(data)
+            found, begin = header(data)
             floats = [name for name, entry in found.items() if entry["dtype"] in ("F32", "BF16", "F64")]
             if not floats:
                 continue

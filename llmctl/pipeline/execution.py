@@ -10,6 +10,7 @@ from typing import Any, Literal
 from llmctl.errors import BusyError, LlmctlError, MachineError, StageError, TempFail
 from llmctl.launch.environment import stage_environment
 from llmctl.launch.failures import Failure
+from llmctl.launch.heartbeats import Watch
 from llmctl.launch.local import Job, StageProcess
 from llmctl.launch.request import Request
 from llmctl.launch.signals import Stop
@@ -240,10 +241,13 @@ class Executor:
         )
         begun = time.monotonic()
         told = False
+        watch = Watch(self._store.work(keys.resume, job.work))
 
         def tick() -> None:
             nonlocal told
             self._check_aborted()
+            if text := watch.look():
+                self._events("warning", stage=spec.id, text=text)
             if self._options.stopping and not told:
                 told = True
                 text = f"stopping: waiting up to {self._options.grace:g} s for a checkpoint, again to stop at once"

@@ -49,18 +49,26 @@ class Inputs:
     def bind(self, spec: StageSpec, outputs: Outputs) -> dict[str, list[Artifact]] | None:
         """The artifacts of every bound port, or None while a stage that makes one of them has not run."""
         bound: dict[str, list[Artifact]] = {}
-        for port, refs in spec.inputs.items():
-            given = dict(self._given(spec.stage.inputs[port], refs))
-            artifacts: list[Artifact] = []
-            for ref in refs:
-                if not isinstance(ref, StageRef):
-                    artifacts += given[ref]
-                elif ref.stage in outputs:
-                    artifacts.append(outputs[ref.stage][ref.port])
-                else:
-                    return None
+        for port in spec.inputs:
+            artifacts = self.port(spec, port, outputs)
+            if artifacts is None:
+                return None
             bound[port] = artifacts
         return bound
+
+    def port(self, spec: StageSpec, port: str, outputs: Outputs) -> list[Artifact] | None:
+        """The artifacts of one port, or None while a stage that makes one of them has not run."""
+        refs = spec.inputs[port]
+        given = dict(self._given(spec.stage.inputs[port], refs))
+        artifacts: list[Artifact] = []
+        for ref in refs:
+            if not isinstance(ref, StageRef):
+                artifacts += given[ref]
+            elif ref.stage in outputs:
+                artifacts.append(outputs[ref.stage][ref.port])
+            else:
+                return None
+        return artifacts
 
     def outside(self, specs: Sequence[StageSpec]) -> dict[PathRef | SourceRef, list[Artifact]]:
         """Every path and source that these stages read, with what is there now; raises what `check` raises."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llmctl.errors import InputError
 from llmctl.launch.signals import Stop
 from llmctl.launch.stopping import GRACE
-from llmctl.pipeline import machine
+from llmctl.pipeline import forecasts, machine
 from llmctl.pipeline.events import Emit, EventLog
 from llmctl.pipeline.execution import Options
 from llmctl.pipeline.exports import export_targets
@@ -58,8 +58,8 @@ def run_pipeline(
     to stop and SIGKILL a stage has `grace` seconds. `emit` gets every event, from any
     thread but one at a time, and may return a text to warn of; `tick` is called about four times a second.
     Raises before anything runs: InputError (an input is missing, damaged or of a wrong kind, or a result before `start`
-    is not there), UsageError (no such stage), MachineError (more resources asked for than there are, a secret is not
-    there), StageError (disk full).
+    is not there), UsageError (no such stage), MachineError (more resources asked for than there are, a training
+    that cannot fit, a secret is not there), StageError (disk full).
     """
     chosen = select(pipeline, to, until, start)
     specs = chosen.specs
@@ -73,6 +73,7 @@ def run_pipeline(
     planner = Planner(pipeline, store, get_registry(), refresh=refresh, given=chosen.given, strict=strict)
     decisions = planner.plan(specs, inputs)
     check_given(chosen, decisions)
+    forecasts.refuse(forecasts.outlooks(pipeline, specs, decisions, planner, inputs))
     keyring = Keyring(pipeline.secrets)
     keyring.look_up(spec for spec, decision in zip(specs, decisions, strict=True) if decision.works)
     if any(decision.works for decision in decisions):

@@ -38,6 +38,8 @@ TOKENIZER = (
     "sentencepiece.bpe.model",
 )
 CONFIG = ("config.json", "generation_config.json")
+POOLING = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+"""How a sentence encoder makes one vector of its states; `llmctl.text.pooling` reads them."""
 SAFE = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 FACTS = ".hub.json"
@@ -113,7 +115,7 @@ def _choose_type(listing: Listing, types: Sequence[str], address: HubAddress) ->
     for type in types:
         if needed[type] in listing:
             return type
-    there = ", ".join(sorted(listing)[:8]) or "nothing"
+    there = ", ".join(sorted(name for name in listing if "/" not in name)[:8]) or "nothing"
     raise InputError(f"{address} holds no {' and no '.join(types)}", hint=f"at its top it has {there}")
 
 
@@ -122,7 +124,7 @@ def _choose_files(client: Client, listing: Listing, type: str, address: HubAddre
     names = [name for name in TOKENIZER if name in listing]
     if type == "tokenizer":
         return names
-    names += [name for name in CONFIG if name in listing]
+    names += [name for name in (*CONFIG, *POOLING) if name in listing]
     weights = next((name for name in (SAFE, f"{SAFE}.index.json") if name in listing), None)
     pickles = [name for name in (PICKLE, f"{PICKLE}.index.json") if name in listing]
     if weights is None and pickles and not address.allow_pickle:
@@ -204,11 +206,12 @@ def _make_view(view: Path, address: HubAddress, files: Mapping[str, Path], diges
         pickled = {name: path for name, path in files.items() if name.startswith(PICKLE.partition(".")[0])}
         for name, path in files.items():
             if name not in pickled:
+                (staging / name).parent.mkdir(exist_ok=True)
                 (staging / name).symlink_to(path.resolve())
         kept = {name: digest for name, digest in digests.items() if name not in pickled}
         if pickled:
             _convert(next(iter(pickled.values())).parent, staging, address)
-            made = [path for path in staging.iterdir() if not path.is_symlink()]
+            made = [path for path in staging.iterdir() if path.is_file() and not path.is_symlink()]
             kept |= {path.name: Digest(f"sha256:{hash_file(path)}") for path in made}
         facts = {"address": str(address), "digests": kept}
         (staging / FACTS).write_text(json.dumps(facts, sort_keys=True) + "\n", encoding="utf-8")

@@ -26,6 +26,8 @@ from llmctl.store.transfer import parallel
 ENDPOINT = "https://huggingface.co"
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 TRUE = ("1", "on", "yes", "true")
+BELOW = ("1_Pooling/config.json",)
+"""Files of subdirectories that a model may need; all others there are of other programs, or other models."""
 POLL = 0.5
 """Seconds between two looks at how much of a file is here."""
 
@@ -84,7 +86,7 @@ class Client:
         self._hub = _library()
 
     def list_files(self, address: HubAddress) -> tuple[str, dict[str, Listed]]:
-        """The commit that `address` means now, and the files at the top of its repository, by name."""
+        """The commit that `address` means now, and its files by name: those at the top of the repository, and BELOW."""
         if self.offline:
             return self._list_cached(address)
         with self._told(address):
@@ -93,7 +95,8 @@ class Client:
         found = {}
         for file in info.siblings or ():
             digest = Digest(f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}" if file.blob_id else "")
-            if "/" not in file.rfilename and not file.rfilename.startswith("."):
+            at_top = "/" not in file.rfilename and not file.rfilename.startswith(".")
+            if at_top or file.rfilename in BELOW:
                 found[file.rfilename] = Listed(file.rfilename, int(file.size or 0), digest)
         return str(info.sha), found
 
@@ -165,9 +168,11 @@ class Client:
                 f"{address} is not in the cache {self.cache}, and HF_HUB_OFFLINE is set",
                 hint="fetch it once without HF_HUB_OFFLINE",
             )
-        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        files = {path.name: path for path in sorted(folder.iterdir())} | {name: folder / name for name in BELOW}
         return commit, {
-            path.name: Listed(path.name, path.stat().st_size, Digest.of_digits(path.resolve().name)) for path in files
+            name: Listed(name, path.stat().st_size, Digest.of_digits(path.resolve().name))
+            for name, path in files.items()
+            if path.is_file()
         }
 
     @contextlib.contextmanager

@@ -30,7 +30,8 @@ def open_model(directory: Path, device: str = "auto", threads: int = 0, dtype: s
     """Open a `model.hf` directory.
 
     `auto` is CUDA where there is one, and float32 on a CPU, bfloat16 on CUDA. `threads > 0` sets torch's number of
-    threads for the whole process. Raises MachineError without the device, InputError for a damaged model.
+    threads for the whole process. Raises MachineError without the device, InputError for a damaged model,
+    UsageError for one that does not generate.
     """
     where = pick_device(device)
     if dtype == "auto":
@@ -39,7 +40,9 @@ def open_model(directory: Path, device: str = "auto", threads: int = 0, dtype: s
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
     if threads > 0:
         torch.set_num_threads(threads)
-    return make_generator(open_network(directory, where, DTYPES[dtype]).eval())
+    generator = make_generator(open_network(directory, where, DTYPES[dtype]).eval())
+    generator.check_head()
+    return generator
 
 
 def make_generator(model: Transformer, eos_ids: Iterable[int] | None = None) -> TorchGenerator:
@@ -85,12 +88,7 @@ class TorchGenerator:
 
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow; see `Generator.room`."""
-        config = self.model.config
-        if config.traits.kind == "encoder" or config.head != "lm":
-            raise UsageError(
-                f"this {config.arch} model has the head {config.head}: it generates no text",
-                hint="choose a decoder or an encoder-decoder with a language-model head",
-            )
+        self.check_head()
         room = prompt_room(prompt, self.context_length, self.encoder_decoder)
         self._check_ids(prompt)
         return room
@@ -168,6 +166,7 @@ class TorchGenerator:
         """Logits at every position, `(len(tokens), vocab_size)` float32."""
         if not len(tokens):
             raise UsageError("no tokens to score", hint="give at least one token")
+        self.check_head()
         if self.encoder_decoder:
             raise UsageError(
                 "an encoder-decoder scores an answer to a text, not a text alone",
@@ -192,6 +191,15 @@ class TorchGenerator:
         element = self.model.embedding.weight.element_size()
         per_row = 2 * config.layers * config.kv_heads * config.head_dim * capacity * element
         return max(1, min(MAX_ROWS, CACHE_BYTES // per_row))
+
+    def check_head(self) -> None:
+        """UsageError for a model whose logits are not of the token that comes next."""
+        config = self.model.config
+        if config.traits.kind == "encoder" or config.head != "lm":
+            raise UsageError(
+                f"this {config.arch} model has the head {config.head}: it generates no text",
+                hint="choose a decoder or an encoder-decoder with a language-model head",
+            )
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         if not 0 <= min(tokens) <= max(tokens) < self.vocab_size:

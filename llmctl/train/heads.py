@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,11 +13,10 @@ from llmctl.errors import UsageError
 from llmctl.nn.attention import PADDING
 from llmctl.nn.config import Head
 from llmctl.nn.transformer import Transformer
+from llmctl.text.pooling import Pooling
 from llmctl.train.batches import Batch
 from llmctl.train.cross_entropy import hits
 from llmctl.train.objectives import states
-
-Pooling = Literal["mean", "cls"]
 
 
 def with_head(model: Transformer, head: Head, labels: Sequence[str], seed: int) -> Transformer:

@@ -31,6 +31,14 @@ HEADS: dict[Task, Head] = {
 }
 
 
+FOR_SEQ2SEQ = {
+    "decoder": "write the rows as conversations",
+    "encoder": "train a t5",
+    "encoder-decoder": "use task: seq2seq",
+}
+"""The way out where rows and kind of model do not fit."""
+
+
 def find_labels(data: Artifact, task: Task) -> tuple[str, ...]:
     """The names of all classes in the training split, in the order of the alphabet; () for a task without classes.
 
@@ -167,7 +175,7 @@ def check_kind(task: Task, config: ModelConfig) -> None:
         needs = "an encoder-decoder" if task == "seq2seq" else "an encoder or a decoder"
         raise UsageError(
             f"task {task} needs {needs}, {config.arch} is {'an' if kind[0] == 'e' else 'a'} {kind}",
-            hint="for a decoder, write the rows as conversations" if task == "seq2seq" else "use task: seq2seq",
+            hint=FOR_SEQ2SEQ[kind],
         )
     if kind == "decoder" and task in ("question-answering", "embedding"):
         raise UsageError(f"task {task} needs an encoder, {config.arch} is a decoder", hint="train a bert or roberta")

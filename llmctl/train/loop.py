@@ -13,16 +13,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmctl.errors import MachineError, StageError
-from llmctl.nn.counts import training_flops
-from llmctl.nn.foreign_config import ForeignConfig
+from llmctl.launch.heartbeats import Heartbeat
 from llmctl.nn.transformer import Transformer
-from llmctl.stage import Context, Helped
+from llmctl.stage import Context, Helped, muted
 from llmctl.train import restoring
 from llmctl.train.averages import Averages
 from llmctl.train.batches import Batch
@@ -30,6 +28,7 @@ from llmctl.train.checkpoint import Checkpoints
 from llmctl.train.compilation import compiled_blocks
 from llmctl.train.data import Source
 from llmctl.train.device import Compute, LossScale
+from llmctl.train.display import Display, used
 from llmctl.train.fp8 import fp8_blocks
 from llmctl.train.guards import Guard
 from llmctl.train.memory import HINT
@@ -40,10 +39,9 @@ from llmctl.train.prefetch import Prefetch
 from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
-from llmctl.train.saving import Saver
-from llmctl.train.schedule import lr_factor
+from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
 from llmctl.train.spread import Spread, collect
-from llmctl.train.throughput import Throughput, utilisation
+from llmctl.train.throughput import Throughput
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
 
@@ -75,7 +73,7 @@ def fit(
         # Sharding cannot be undone in place: the model that was given stays as it is until the end.
         trained = copy.deepcopy(model) if params.parallel.shards else model
         with _prepared(trained, params, compute):
-            heard = ctx if ranks.main else ctx.muted()
+            heard = ctx if ranks.main else muted(ctx)
             run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
             try:
                 run.train()
@@ -83,7 +81,8 @@ def fit(
                 raise MachineError(f"out of memory at step {run.step + 1}: {error}", hint=HINT) from error
             finally:
                 run.prefetch.close()
-                run.saver.close()
+                run.heartbeat.close()
+                run.checkpoints.close()
             values = run.finish()
         if trained is not model:
             collect(trained, model, ranks.main)
@@ -140,15 +139,16 @@ class _Run:
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
         self.prefetch = Prefetch(source, params.prefetch, compute.device, ranks.data_rank, ranks.data_ranks)
-        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt")
-        self.saver = Saver(self.checkpoints, ranks, ctx.checkpointed)
+        self.checkpoints = Checkpoints(ctx.resume_dir / "ckpt", written=ctx.checkpointed)
         self.throughput = Throughput()
+        self.heartbeat = Heartbeat(ctx.resume_dir, ranks.rank, stage=ctx.stage)
         self.step = 0
         self.tokens = 0
         self.targets = 0
         self.curve: list[dict[str, float]] = []
-        self.loss = math.nan
-        """That of the last step whose numbers are known."""
+        self.loss = self.norm = math.nan
+        """Loss and gradient norm of the last step whose numbers are known."""
+        self.display = Display()
         self.sums: dict[str, float] = {}
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
@@ -172,22 +172,24 @@ class _Run:
         while self.step < self.total:
             if self.ranks.any(self.ctx.should_stop()):
                 restoring.save(self)
-                self.saver.wait()
+                self.checkpoints.wait()
                 raise self.ctx.stopped(self.step)
             self.update()
-            self.saver.look()
+            self.checkpoints.poll()
             last = self.step == self.total
             if last or self.step % self.params.log_every == 0:
                 self.log()
             if last or (self.params.eval_every and self.step % self.params.eval_every == 0):
                 self.measure()
             if last or (every and self.step % every == 0):
+                self.heartbeat.enter("checkpoint", self.step)
                 restoring.save(self)
-        self.saver.wait()
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
+        self.heartbeat.enter("data", self.step + 1)
         batches = self.prefetch.take(self.step)
+        self.heartbeat.enter("gradients", self.step + 1)
         weight, size, targets = self.counted(batches)
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
@@ -195,8 +197,9 @@ class _Run:
         reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
+        self.heartbeat.enter("optimizer", self.step + 1)
         if verdict == "take":
-            self.optimizers.step(self.factor(self.step))
+            self.optimizers.step(self.factor(self.step), *self.pace(self.step))
             self.averages.update(self.step)
         self.optimizers.drop_gradients()
         self.step += 1
@@ -207,8 +210,7 @@ class _Run:
             self.readings.add(reading)
         elif verdict == "rewind":
             restoring.rewind(self)
-        known = {} if math.isnan(self.loss) else {"loss": self.loss}
-        self.ctx.progress(self.step, self.total, **known, tokens_per_s=self.throughput.overall())
+        self.ctx.progress(self.step, self.total, **self.display.fields(self))
 
     def counted(self, batches: list[Batch]) -> tuple[int, int, int]:
         """Weight, tokens and targets of a step on all ranks; labels are balanced by all of them together."""
@@ -257,9 +259,9 @@ class _Run:
 
     def take(self, reading: Reading, sums: dict[str, float]) -> None:
         """Add the numbers of a step that was taken to those of the curves; StageError if they are not finite."""
-        self.loss, norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
+        self.loss, self.norm = sums["loss"] / reading.weight, sums["grad_norm"] / reading.weight
         if not self.guard.before and not reading.at_hand:
-            self.guard.judge(reading.step, self.loss, norm)
+            self.guard.judge(reading.step, self.loss, self.norm)
         values = {**sums, "weight": float(reading.weight)}
         self.recent = [*self.recent[1 - RECENT :], {name: values[name] for name in values if name != "grad_norm"}]
         for name, value in values.items():
@@ -277,6 +279,20 @@ class _Run:
             decay_share=params.decay_share,
         )
 
+    def pace(self, step: int) -> tuple[float, float]:
+        """Momentum, and the share of the weight decay, at `step`."""
+        params = self.params
+        momentum = momentum_at(
+            step,
+            total=self.total,
+            peak=params.momentum,
+            start=params.momentum_start,
+            warmup=params.momentum_warmup,
+            end=params.momentum_end,
+            decay_share=params.decay_share,
+        )
+        return momentum, decay_factor(step, total=self.total, schedule=params.decay_schedule)
+
     def log(self) -> None:
         """A point of the curves: means since the last one."""
         self.readings.look(wait=True)
@@ -292,6 +308,7 @@ class _Run:
         """A validation point of the curves."""
         if self.validate is None:
             return
+        self.heartbeat.enter("validation", self.step)
         self.readings.look(wait=True)
         self.record(self.validated(self.validate))
         self.throughput.skip()
@@ -312,6 +329,7 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
+        self.checkpoints.wait()
         if self.ranks.main:
             self.checkpoints.finish(self.step)
         self.averages.finish()
@@ -339,8 +357,5 @@ class _Run:
         if self.compute.device.type != "cuda":
             return {}
         values = {"peak_memory_bytes": float(torch.cuda.max_memory_allocated(self.compute.device))}
-        config: Any = self.model.config
-        count = config.training_flops if isinstance(config, ForeignConfig) else partial(training_flops, config)
-        flops = count(config.context) * self.throughput.overall()
-        share = utilisation(flops, torch.cuda.get_device_name(self.compute.device))
+        share = used(self)
         return values if share is None else {**values, "utilisation": share}

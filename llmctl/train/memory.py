@@ -58,6 +58,13 @@ def available() -> int:
     return min(found["MemAvailable"] or limit, limit)
 
 
+def resident(name: str) -> int:
+    """Bytes of `VmRSS` (now) or `VmHWM` (the most so far) of this process; 0 where the system does not say."""
+    path = Path("/proc/self/status")
+    found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(encoding="utf-8") if path.exists() else "", re.M)
+    return int(found[1]) << 10 if found else 0
+
+
 def kept_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     """Bytes of all tensors that `forward` keeps for the gradient, the model's own left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

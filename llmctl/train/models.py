@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmctl.errors import InputError
+from llmctl.errors import InputError, UsageError
 from llmctl.nn.opening import open_network, save_network
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
@@ -25,6 +25,22 @@ def open_model(artifact: Artifact, ctx: Context | None = None) -> tuple[Transfor
             hint="the model was trained with another tokenizer",
         )
     return model, tokenizer
+
+
+def check_decoder(model: Transformer, what: str) -> None:
+    """UsageError unless `model` is a decoder that says which token comes next; `what` needs one ("conversations")."""
+    config = model.config
+    if config.traits.kind != "decoder":
+        raise UsageError(
+            f"{what} need a decoder, {config.arch} is an {config.traits.kind}",
+            hint="`sft` has labelled rows for it: seq2seq for an encoder-decoder, classification and others for an "
+            "encoder",
+        )
+    if config.head != "lm":
+        raise UsageError(
+            f"{what} need a decoder with a head over tokens, this {config.arch} has the head {config.head}",
+            hint="give the model that it was fine-tuned from",
+        )
 
 
 def write_model(

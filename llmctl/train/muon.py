@@ -33,6 +33,8 @@ ITERATIONS: dict[str, tuple[Polynomial, ...]] = {
 }
 MARGIN = {"newton-schulz": 1.0, "polar-express": 1.02}
 """By how much the norm is overstated before the first polynomial: Polar Express diverges above 1."""
+AXES = {"none": (), "rows": (2,), "columns": (1,), "both": (2, 1)}
+"""Along which axes the norms are taken that `equalise` makes alike."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -40,7 +42,10 @@ class Muon(torch.optim.Optimizer):
 
     `variance` divides each row (of a wide matrix: each column) of the update by the root of its running mean square and
     gives the whole its norm back: the factored second moment of NorMuon (2510.05491), along the axis that
-    orthogonalisation leaves uneven. `cautious`: see `decay_`.
+    orthogonalisation leaves uneven. `equalise` brings all rows, columns, or first one and then the other, to the same
+    norm before the iteration, so that the singular values it begins with are closer (MuonEq, 2603.28254).
+    `renormalise` gives the result the Frobenius norm of an exactly orthogonal matrix (Muon+, 2602.21545). `cautious`:
+    see `decay_`.
     """
 
     def __init__(
@@ -54,12 +59,15 @@ class Muon(torch.optim.Optimizer):
         iteration: str = "newton-schulz",
         scale: str = "original",
         variance: bool = False,
+        equalise: str = "none",
+        renormalise: bool = False,
         beta2: float = 0.95,
         cautious: bool = False,
     ) -> None:
         values = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov, "scale": scale}
-        further = {"iteration": iteration, "variance": variance, "beta2": beta2, "cautious": cautious}
-        super().__init__(params, {**values, **further})
+        further = {"iteration": iteration, "equalise": equalise, "renormalise": renormalise}
+        after = {"variance": variance, "beta2": beta2, "cautious": cautious}
+        super().__init__(params, {**values, **further, **after})
         for parameter in (p for group in self.param_groups for p in group["params"]):
             if parameter.ndim != 2:
                 raise ValueError(f"Muon takes matrices, got shape {tuple(parameter.shape)}")
@@ -74,7 +82,11 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in by_shape.items():
                 directions = torch.stack([gathered(self._direction(p, group)) for p in parameters])
+                for axis in AXES[group["equalise"]]:
+                    directions = equalised(directions, axis)
                 updates = orthogonalise(directions, group["iteration"])
+                if group["renormalise"]:
+                    updates = renormalised(updates)
                 rate = group["lr"] * rate_factor(shape[0], shape[1], group["scale"])
                 for parameter, update in zip(parameters, updates, strict=True):
                     update = update.to(parameter.dtype)
@@ -119,6 +131,21 @@ def orthogonalise(matrices: Tensor, iteration: str = "newton-schulz") -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def equalised(matrices: Tensor, axis: int) -> Tensor:
+    """`matrices (N, R, C)` with every row (`axis` 2: sums run along it) or column (1) of its matrix's mean norm."""
+    norms = torch.linalg.vector_norm(matrices, dim=axis, keepdim=True)
+    level = norms.square().mean(dim=3 - axis, keepdim=True).sqrt()
+    found: Tensor = matrices * (level / norms.clamp(min=1e-7))
+    return found
+
+
+def renormalised(matrices: Tensor) -> Tensor:
+    """`matrices (N, R, C)`, each with the Frobenius norm sqrt(min(R, C))."""
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    found: Tensor = matrices * (min(matrices.shape[1:]) ** 0.5 / norms.clamp(min=1e-7))
+    return found
 
 
 def rate_factor(rows: int, columns: int, scale: str) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmctl.nn.transformer import Transformer
 from llmctl.train.batches import Batch
-from llmctl.train.cross_entropy import hits, summed_loss, token_losses
+from llmctl.train.cross_entropy import hits, summed_loss, token_losses, wide
 
 
 class Objective(Protocol):
@@ -62,13 +62,13 @@ class MaskedLM:
         loss, further = summed_loss(model, flat.index_select(0, batch.picks), batch.targets, accuracy=True)
         parts: dict[str, Tensor] = {}
         if batch.labels is not None and batch.firsts is not None:
-            answers = model.next_sentence(flat.index_select(0, batch.firsts)[:, None]).float()
+            answers = wide(model.next_sentence(flat.index_select(0, batch.firsts)[:, None]))
             parts["next_loss"] = batch.balance * F.cross_entropy(answers, batch.labels, reduction="sum")
             further["next_accuracy"] = batch.balance * hits(answers, batch.labels)
         if batch.boundaries is not None and "boundary" in model.auxiliary:
             left, right, offset = batch.boundaries.unbind(-1)
             edges = model.auxiliary["boundary"](flat.index_select(0, left), flat.index_select(0, right), offset)
-            guesses = F.linear(edges, model.head_weight).float()
+            guesses = wide(F.linear(edges, model.head_weight))
             parts["boundary_loss"] = F.cross_entropy(guesses, batch.targets, reduction="sum")
             further["boundary_accuracy"] = hits(guesses, batch.targets)
         if parts:
@@ -86,8 +86,8 @@ def states(model: Transformer, batch: Batch) -> Tensor:
 
 
 def target_logits(model: Transformer, batch: Batch) -> Tensor:
-    """Logits `(N, V)` in float32 at the batch's picks; no other position goes through the head."""
-    return model.head(target_states(model, batch)).float()
+    """Logits `(N, V)`, at least float32, at the batch's picks; no other position goes through the head."""
+    return wide(model.head(target_states(model, batch)))
 
 
 def target_states(model: Transformer, batch: Batch) -> Tensor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llmctl.errors import InputError
+from llmctl.errors import InputError, UsageError
 from llmctl.nn.foreign import ForeignModel
 from llmctl.train.descent import SGD, Adafactor, AdamW, Descent, Lion, ScheduleFree
 from llmctl.train.eight_bit import AdamW8bit
@@ -21,12 +21,13 @@ from llmctl.train.params import TrainParams
 from llmctl.train.parts import placed
 from llmctl.train.ranks import ALONE, Ranks
 
-TABLES = ("embedding", "positions", "segments", "relative", "content_bias", "distance_bias")
+TABLES = ("embedding", "value_embedding", "positions", "segments", "relative", "content_bias", "distance_bias")
 """Parts of the names of matrices whose rows are looked up or added, one by one."""
 HEADS = ("unembedding", "next", "classifier")
 """Parts of the names of matrices that score classes."""
 OUTER = (*TABLES, *HEADS)
 KINDS = ("matrix", "embedding", "head", "vector")
+BETAS: tuple[str, ...] = ("beta1", "beta2")
 
 Group = dict[str, Any]
 Maker = Callable[[list[Group], TrainParams], torch.optim.Optimizer]
@@ -53,6 +54,8 @@ class Rates:
 
     of: dict[str, float]
     notes: tuple[str, ...] = ()
+    factors: dict[str, float] = field(default_factory=dict)
+    """What the rules multiplied each by."""
 
     @classmethod
     def plan(cls, params: TrainParams, width: int) -> Rates:
@@ -68,7 +71,7 @@ class Rates:
             "head": params.rest_lr if params.head_lr is None else params.head_lr,
             "vector": params.rest_lr if params.vector_lr is None else params.vector_lr,
         }
-        notes = []
+        given, notes = rates, []
         batch, reference = params.batch_size, params.reference_batch
         if (by_batch := params.scale_lr_with_batch) != "none":
             factor = batch / reference if by_batch == "linear" else (batch / reference) ** 0.5
@@ -84,7 +87,7 @@ class Rates:
             notes.append(f"width {width} for {reference} ({by_width}): rates of {named} x {factor:.3g}")
         if notes:
             notes.append("peak rates " + ", ".join(f"{kind} {rate:.3g}" for kind, rate in rates.items()))
-        return cls(rates, tuple(notes))
+        return cls(rates, tuple(notes), {kind: rates[kind] / given[kind] for kind in KINDS})
 
 
 class Optimizers:
@@ -104,7 +107,7 @@ class Optimizers:
             groups = [group for group in groups if group["kind"] != "matrix"]
         if groups:
             self.all.append(self._made(MAKERS[params.optimizer], groups, params))
-        self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.all]
+        self._peaks = [[(group["lr"], group["weight_decay"]) for group in o.param_groups] for o in self.all]
         self.offload = Offload(self.all) if params.offload_optimizer else None
 
     def _made(self, make: Maker, groups: list[Group], params: TrainParams) -> torch.optim.Optimizer:
@@ -114,22 +117,45 @@ class Optimizers:
         return _shared(groups, lambda groups: make(groups, params), self._sharing)
 
     def _groups(self, params: TrainParams) -> list[Group]:
-        """The parameters by kind, those without any left out. Norms and biases never decay: 0 is no better origin."""
+        """The parameters by kind and what `params.groups` says of them. Norms and biases do not decay unless that says
+        so: 0 is no better origin."""
         decays = {"matrix": params.weight_decay, "vector": 0.0}
         outer = params.weight_decay if params.decay_embeddings else 0.0
+        members: dict[tuple[tuple[str, ...], object], list[Tensor]] = {}
+        for parameter, kind in self._kinds.items():
+            parts = self._names[parameter].split(".")
+            keys = [key for key in params.groups if key == kind or key in parts]
+            # Kernels for many tensors take those that are parted over the same ranks.
+            mesh = getattr(parameter, "device_mesh", None)
+            members.setdefault(((kind, *keys), mesh), []).append(parameter)
+        if idle := set(params.groups) - {key for keys, _ in members for key in keys}:
+            raise UsageError(
+                f"groups names `{min(idle)}`, which is in no parameter's name",
+                hint=f"a kind ({', '.join(KINDS)}) or a part of a name: {_few_parts(self._names.values())}",
+            )
         groups = []
-        for kind in KINDS:
-            members = [parameter for parameter, its in self._kinds.items() if its == kind]
-            if members:
-                values = {"lr": self.rates.of[kind], "weight_decay": decays.get(kind, outer)}
-                groups.append({"params": members, "kind": kind, **values})
+        for ((kind, *keys), _), alike in sorted(members.items(), key=lambda item: KINDS.index(item[0][0][0])):
+            values = {"lr": self.rates.of[kind], "weight_decay": decays.get(kind, outer)}
+            own: dict[str, float] = {}
+            for key in keys:
+                own |= params.groups[key].model_dump(exclude_none=True)
+            if "lr" in own:
+                own["lr"] *= self.rates.factors[kind]
+            betas = {name: own.pop(name) for name in BETAS if name in own}
+            group = {"params": alike, "kind": kind, **values, **own}
+            groups.append({**group, **_betas(betas, kind, keys, params)})
         return groups
 
-    def step(self, factor: float) -> None:
-        """Update every parameter at `factor` times its peak rate, then drop the gradients."""
+    def step(self, factor: float, momentum: float | None = None, decay: float = 1.0) -> None:
+        """Update every parameter at `factor` times its peak rate, then drop the gradients.
+
+        `momentum`: that of Muon and SGD from now on; None: it stays. `decay`: the share of the weight decay.
+        """
         for optimizer, peaks in zip(self.all, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+            for group, (peak, most) in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"], group["weight_decay"] = peak * factor, most * decay
+                if momentum is not None and "momentum" in group:
+                    group["momentum"] = momentum
             if self.offload is None:
                 optimizer.step()
             else:
@@ -187,6 +213,24 @@ class Optimizers:
             self.offload.put_away()
 
 
+def _few_parts(names: Iterable[str]) -> str:
+    parts = dict.fromkeys(part for name in names for part in name.split(".") if not part.isdigit())
+    return ", ".join([part for part in parts if part not in ("weight", "bias", "blocks")][:12])
+
+
+def _betas(given: dict[str, float], kind: str, keys: list[str], params: TrainParams) -> Group:
+    """`given` as the optimizer of `kind` takes it; UsageError for one that it does not have."""
+    if not given:
+        return {}
+    muon = params.optimizer == "muon" and kind == "matrix"
+    readers = {"beta2"} if muon and params.muon_variance else set() if muon else {"beta1", "beta2"}
+    if params.optimizer in ("sgd", "adafactor"):
+        readers = set()
+    if idle := sorted(set(given) - readers):
+        raise UsageError(f"groups.{keys[-1]}: the optimizer of {kind} parameters has no {idle[0]}")
+    return given if muon else {"betas": (given.get("beta1", params.beta1), given.get("beta2", params.beta2))}
+
+
 def own(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that holds this rank's state: one that is shared drives another."""
     return getattr(optimizer, "optim", optimizer)
@@ -212,6 +256,8 @@ def _muon(groups: list[Group], params: TrainParams) -> Muon:
         iteration=params.muon_iteration,
         scale=params.muon_scale,
         variance=params.muon_variance,
+        equalise=params.muon_equalise,
+        renormalise=params.muon_renormalise,
         beta2=params.beta2,
         cautious=params.cautious_decay,
     )

@@ -15,6 +15,15 @@ CAUTIOUS = ("muon", "adamw", "adamw8bit", "lion", "sgd")
 """Optimizers whose decay can be cautious: those whose update is one direction, known before it is applied."""
 
 
+class GroupParams(Params):
+    """What differs for some of the parameters; what is unset is as for the others of their kind."""
+
+    lr: float | None = Field(None, gt=0, description="Peak learning rate.")
+    beta1: float | None = Field(None, ge=0, lt=1, description="As `beta1`, of optimizers that have it.")
+    beta2: float | None = Field(None, ge=0, lt=1, description="As `beta2`, of optimizers that have it.")
+    weight_decay: float | None = Field(None, ge=0, description="Decoupled decay, times the rate.")
+
+
 class TrainParams(Params):
     """How far, how fast and how exactly to train.
 
@@ -71,12 +80,29 @@ class TrainParams(Params):
     weight_decay: float = Field(0.0, ge=0, description="Decoupled decay of the hidden matrices, times the rate.")
     decay_embeddings: bool = Field(False, description="Decay embeddings and head as well; norms and biases never.")
     cautious_decay: bool = Field(False, description="Decay only weights that the update shrinks, too (2510.12402).")
+    decay_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Weight decay over the run: the same, or falling to 0."
+    )
+    groups: dict[str, GroupParams] = Field(
+        {},
+        description="What differs for some parameters, by kind (matrix, embedding, head, vector) or a part of their "
+        "names (value_embedding, q, norm, …); later entries win.",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the mean gradient; Lion: its share in the update.")
     beta2: float = Field(
         0.95, ge=0, lt=1, description="Decay of the mean squared gradient; Lion: of its mean gradient, usually 0.99."
     )
     epsilon: float = Field(1e-8, gt=0, description="Added to the root of the mean squared gradient.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon and SGD: momentum.")
+    momentum_warmup: int = Field(
+        0,
+        ge=0,
+        description="Muon and SGD: steps over which momentum rises from momentum_start. 0: none.",
+    )
+    momentum_start: float = Field(0.85, ge=0, lt=1, description="Momentum of the first step, with momentum_warmup.")
+    momentum_end: float | None = Field(
+        None, ge=0, lt=1, description="Momentum of the last step; it falls over decay_share. Unset: it stays."
+    )
     nesterov: bool = Field(True, description="Muon and SGD: look ahead along the momentum.")
     muon_scale: Literal["original", "match_rms_adamw"] = Field(
         "original",
@@ -85,6 +111,12 @@ class TrainParams(Params):
     muon_iteration: Literal["newton-schulz", "polar-express"] = Field(
         "newton-schulz",
         description="Muon: the polynomials that orthogonalise; `polar-express` comes closer (2505.16932).",
+    )
+    muon_equalise: Literal["none", "rows", "columns", "both"] = Field(
+        "none", description="Muon: bring rows or columns to one norm before orthogonalising (MuonEq, 2603.28254)."
+    )
+    muon_renormalise: bool = Field(
+        False, description="Muon: give each update the norm of an exactly orthogonal matrix (Muon+, 2602.21545)."
     )
     muon_variance: bool = Field(
         False, description="Muon: level the size of a matrix's rows, or of its columns if those are more (NorMuon)."

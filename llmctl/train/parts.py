@@ -20,7 +20,7 @@ def gathered(tensor: Tensor) -> Tensor:
 def placed(whole: Tensor, like: Tensor) -> Tensor:
     """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape.
 
-    What is parted already stays as it is.
+    One that is parted already stays as it is.
     """
     if isinstance(whole, DTensor):
         return whole

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmctl.errors import UsageError
+from llmctl.errors import InputError, UsageError
 from llmctl.nn.attention import PADDING
 from llmctl.nn.hf import load_model
 from llmctl.nn.transformer import Transformer
@@ -17,10 +17,17 @@ from llmctl.train.generate import pick_device
 
 
 def open_reader(directory: Path, device: str = "auto", threads: int = 0) -> TorchReader:
-    """Open a `model.hf` directory to read with it. Raises MachineError without the device, InputError if damaged."""
+    """Open a `model.hf` directory to read with it. Raises MachineError without the device, InputError if damaged or
+    an encoder-decoder."""
     if threads > 0:
         torch.set_num_threads(threads)
-    return TorchReader(load_model(directory, pick_device(device)))
+    model = load_model(directory, pick_device(device))
+    if model.config.traits.kind == "encoder-decoder":
+        raise InputError(
+            f"{directory} holds an encoder-decoder, which answers and has no head to read with",
+            hint="give it rows of task seq2seq",
+        )
+    return TorchReader(model)
 
 
 class TorchReader:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from llmctl.errors import StageError
-from llmctl.train.checkpoint import Checkpoint, require_space
-from llmctl.train.parts import placed
-from llmctl.train.saving import load_parts, same_parts
+from llmctl.train.checkpoint import Checkpoint, require_space, same_tensors
+from llmctl.train.parts import gathered, placed
 
 if TYPE_CHECKING:
     from llmctl.train.loop import _Run
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def rewind(run: _Run) -> None:
     """Weights and optimizer of the last checkpoint that `save_every` planned; the data goes on."""
-    run.saver.wait()
     for step in anchors(run):
         try:
             restore_tensors(run, load(run, step))
@@ -38,24 +37,43 @@ def anchors(run: _Run) -> list[int]:
 
 
 def tensors(run: _Run) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as this rank holds them: weights, optimizer state, random states."""
-    found = {f"model/{name}": tensor.detach() for name, tensor in run.model.state_dict().items()}
-    found |= {f"optimizer/{name}": tensor.detach() for name, tensor in run.optimizers.state().items()}
-    found |= {f"mean/{name}": tensor.detach() for name, tensor in run.averages.state().items()}
-    found[random_name(run, "cpu")] = torch.get_rng_state()
+    """All tensors of a checkpoint, as this rank has them: weights, optimizer state, random states."""
+    found = {f"model/{name}": tensor for name, tensor in run.model.state_dict().items()}
+    found |= {f"optimizer/{name}": tensor for name, tensor in run.optimizers.state().items()}
+    found |= {f"mean/{name}": tensor for name, tensor in run.averages.state().items()}
+    found[_random(run, "cpu")] = torch.get_rng_state()
     if run.compute.device.type == "cuda":
-        found[random_name(run, "cuda")] = torch.cuda.get_rng_state(run.compute.device)
-    return found
+        found[_random(run, "cuda")] = torch.cuda.get_rng_state(run.compute.device)
+    return {name: _summed(tensor) for name, tensor in found.items()}
 
 
-def random_name(run: _Run, kind: str) -> str:
-    """That of this rank's random state: every share of the batch draws its own dropout."""
-    return f"random/{kind}.{run.ranks.data_rank}" if run.ranks.data_rank else f"random/{kind}"
+def _random(run: _Run, device: str) -> str:
+    """The name of a random state: ranks with the same share of the batch draw the same numbers."""
+    share = run.ranks.data_rank
+    return f"random/{device}-{share}" if share else f"random/{device}"
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """One of which each rank holds a summand cannot be written in parts: all of it."""
+    partial = isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements)
+    return gathered(tensor) if partial else tensor
+
+
+def load(run: _Run, step: int) -> Checkpoint:
+    """The checkpoint of `step`, of which each rank reads what it needs; ValueError if it is damaged."""
+    shards = {name: tensor for name, tensor in run.model.state_dict().items() if isinstance(tensor, DTensor)}
+
+    def like(full: str) -> Tensor | None:
+        kind, _, name = full.partition("/")
+        return shards.get(name.rpartition("/")[0] if kind == "optimizer" else name)
+
+    return run.checkpoints.load(step, like)
 
 
 def save(run: _Run) -> None:
-    """Start to write a checkpoint of the finished steps; StageError if one of them was not finite."""
+    """Begin to write a checkpoint of the finished steps; StageError if one of them was not finite."""
     run.readings.look(wait=True)
+    run.checkpoints.wait()
     values = {
         "facts": run.params.resume_facts(),
         "total": run.total,
@@ -69,7 +87,7 @@ def save(run: _Run) -> None:
         "micro_batch": run.source.at_once,
     }
     pinned = anchors(run)[:1] if run.guard.rewinds else []
-    run.saver.start(run.step, tensors(run), json.loads(json.dumps(values)), pinned)
+    run.checkpoints.save(run.step, tensors(run), values, pinned)
     run.throughput.skip()
 
 
@@ -81,22 +99,10 @@ def first_checkpoint(run: _Run) -> None:
     copies = (4 if run.params.ema else 3) * (run.checkpoints.keep + 1 + run.guard.rewinds)
     require_space(run.ctx.resume_dir, copies * size, "training")
     save(run)
-    run.saver.wait()
-    if not same_parts(tensors(run), load(run, run.step).tensors):
+    read = load(run, run.step).tensors
+    found = {name: tensor for name, tensor in tensors(run).items() if name in read}
+    if not found or not same_tensors(found, {name: read[name] for name in found}):
         raise StageError(f"a checkpoint in {run.checkpoints.directory} reads back differently from what was saved")
-
-
-def load(run: _Run, step: int) -> Checkpoint:
-    """Read one checkpoint, what several ranks have written as parted as this rank holds it; ValueError if damaged."""
-    if run.checkpoints.is_whole(step):
-        return run.checkpoints.load(step)
-    values, held = run.checkpoints.values(step), run.model.state_dict()
-
-    def like(name: str) -> Tensor | None:
-        kind, _, rest = name.partition("/")
-        return held.get(rest.rpartition("/")[0] if kind == "optimizer" else rest)
-
-    return Checkpoint(step, load_parts(run.checkpoints.path(step), like, run.ranks.mesh is None), values)
 
 
 def resume(run: _Run) -> bool:
@@ -141,19 +147,13 @@ def restore_tensors(run: _Run, found: Checkpoint) -> None:
     run.model.load_state_dict(parts["model"], strict=True)
     run.optimizers.load(parts["optimizer"])
     run.averages.load(parts["mean"])
-    restore_random(run, found)
-
-
-def restore_random(run: _Run, found: Checkpoint) -> None:
-    """This rank's random states; one that the checkpoint's run did not have begins with numbers of its own."""
-    kinds = ["cpu", "cuda"] if run.compute.device.type == "cuda" else ["cpu"]
-    states = [found.tensors.get(random_name(run, kind)) for kind in kinds]
-    if states[0] is None:
-        torch.manual_seed(hash((run.params.seed, run.ranks.data_rank, found.step)))
-        return
-    torch.set_rng_state(states[0])
-    if len(states) > 1 and states[1] is not None:
-        torch.cuda.set_rng_state(states[1], run.compute.device)
+    # Of more shares than it was saved with, the further ones begin anew, and not with the numbers of the first step.
+    torch.manual_seed(run.params.seed + run.ranks.data_rank + (found.step << 20))
+    random = {f"random/{name}": state for name, state in parts["random"].items()}
+    if (state := random.get(_random(run, "cpu"))) is not None:
+        torch.set_rng_state(state)
+    if run.compute.device.type == "cuda" and (state := random.get(_random(run, "cuda"))) is not None:
+        torch.cuda.set_rng_state(state, run.compute.device)
 
 
 def compare_schedule(run: _Run, planned: int) -> None:

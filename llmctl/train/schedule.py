@@ -36,3 +36,23 @@ def lr_factor(
     else:
         raise ValueError(f"unknown schedule {schedule!r}")
     return min_ratio + (1.0 - min_ratio) * fall
+
+
+def momentum_at(
+    step: int, *, total: int, peak: float, start: float, warmup: int, end: float | None, decay_share: float
+) -> float:
+    """Momentum at `step`, counted from 0: from `start` to `peak` over `warmup` steps; to `end` over the last
+    `decay_share` of all steps, unless it is None. Where both overlap the smaller."""
+    rising = start + (peak - start) * min(1.0, step / warmup) if warmup else peak
+    if end is None:
+        return rising
+    falls = math.ceil(decay_share * total)
+    return min(rising, peak + (end - peak) * max(0.0, (step - total + falls) / falls))
+
+
+def decay_factor(step: int, *, total: int, schedule: str) -> float:
+    """Share of the weight decay at `step`, counted from 0: `constant`, or falling to 0 as `linear` or `cosine`."""
+    progress = min(1.0, step / total)
+    if schedule == "constant":
+        return 1.0
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

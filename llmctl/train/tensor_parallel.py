@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from llmctl.errors import UsageError
 from llmctl.nn.transformer import Attention, FeedForward, Transformer
 
-BY_OUTPUT = ("q", "k", "v", "gate", "up")
+BY_OUTPUT = ("q", "k", "v", "gate", "up", "value_embedding", "value_gate")
 BY_INPUT = ("out", "down")
 WHOLE = ("q_norm", "k_norm")
 """Parts of attention that every rank keeps: they are the same for all heads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmctl.train.memory import kept_bytes, largest_fitting, require
+from llmctl.train.parts import local
 from llmctl.train.restoring import load, restore_tensors, tensors
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def attempt(run: _Run, at_once: int) -> None:
     if run.validate is not None:
         run.validated(run.validate)
     for tensor in tensors(run).values():
-        tensor.cpu()
+        local(tensor).cpu()
 
 
 def estimate(run: _Run, at_once: int) -> int:

@@ -14,7 +14,7 @@ Product = Literal["text", "chat", "preference", "labelled"]
 Kind = Literal["module", "doc", "signature", "source", "continuation", "section"]
 PRODUCTS: tuple[Product, ...] = ("text", "chat", "preference")
 """What a corpus yields. Labelled examples are read, with their texts, and yield nothing else."""
-TOYS = ("toy-translation", "toy-sentiment")
+TOYS = ("toy-translation", "toy-summary", "toy-sentiment")
 
 
 class QuestionParams(Params):
@@ -90,10 +90,10 @@ class LabelledParams(Params):
 class DataParams(Params):
     """Parameters of the stage `data`."""
 
-    reader: Literal["auto", "python-stdlib", "toy-translation", "toy-sentiment"] = Field(
+    reader: Literal["auto", "python-stdlib", "toy-translation", "toy-summary", "toy-sentiment"] = Field(
         "auto",
         description="`auto` reads the bound files or text, `python-stdlib` this Python's own library; "
-        "`toy-translation` and `toy-sentiment` make up labelled rows by a known rule",
+        "`toy-translation`, `toy-summary` and `toy-sentiment` make up labelled rows by a known rule",
     )
     emit: list[Product] | None = Field(
         None,
@@ -114,7 +114,7 @@ class DataParams(Params):
     labelled: LabelledParams | None = Field(
         None, description="read the files (.jsonl, .parquet, .csv, .tsv) as labelled examples instead of documents"
     )
-    rows: int = Field(3000, ge=2, description="toy-translation, toy-sentiment: rows to make up")
+    rows: int = Field(3000, ge=2, description="toy-translation, toy-summary, toy-sentiment: rows to make up")
     questions: QuestionParams = Field(QuestionParams(), description="how questions are derived")
     preference: PreferenceParams = Field(PreferenceParams(), description="how right and wrong answers are paired")
     negative_twin: Literal["none", "shuffled-answers", "swapped-preferences", "shuffled-labels"] = Field(
@@ -132,7 +132,7 @@ class DataParams(Params):
         if self.labelled is not None and self.reader != "auto":
             raise ValueError("labelled belongs to reader: auto")
         if self.rows != type(self).model_fields["rows"].default and self.reader not in TOYS:
-            raise ValueError(f"rows belongs to reader: {' and '.join(TOYS)}")
+            raise ValueError(f"rows belongs to reader: {', '.join(TOYS)}")
         wanted = set(self.emit or ())
         if self.has_labels and wanted - {"text", "labelled"}:
             raise ValueError("labelled examples yield text and labelled only")

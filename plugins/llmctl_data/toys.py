@@ -1,4 +1,5 @@
-"""Made-up labelled data whose rule is known: sentences to translate by a lexicon and a word order, opinions to sort.
+"""Made-up labelled data whose rule is known: sentences to translate by a lexicon and a word order, texts to sum up,
+opinions to sort.
 
 Every row is a function of (seed, number), so the same parameters give the same bytes everywhere.
 """
@@ -63,6 +64,9 @@ OPENINGS = (
     "For me the {} was {}!",
     "My aunt says the {} is {}.",
 )
+MARK = "above all"
+"""What the sentence begins with that a text is about."""
+SENTENCES = 3
 
 
 def choose(options: Any, *key: Any) -> Any:
@@ -128,6 +132,28 @@ def sentiment(count: int, seed: int) -> Iterator[Row]:
             yield {"text": text, "label": "positive" if good != negated else "negative"}
 
 
-TOYS = {"toy-translation": translation, "toy-sentiment": sentiment}
-LARGEST = {"toy-translation": 1_000_000, "toy-sentiment": 5000}
+def summary(count: int, seed: int) -> Iterator[Row]:
+    """`count` different rows {source, target}: a text of SENTENCES, and the nouns and the verb of the marked one.
+
+    It stands in every place equally often, so the first sentence is the right one of a text in three.
+    """
+    seen: set[str] = set()
+    number = 0
+    while len(seen) < count:
+        marked = rank(seed, number, "marked") % SENTENCES
+        told, target = [], ""
+        for place in range(SENTENCES):
+            subject, thing = (_phrase(seed, number, f"{part} {place}") for part in ("subject", "object"))
+            verb = choose(VERBS, seed, number, f"verb {place}")
+            told.append(" ".join([*([MARK] if place == marked else []), *subject, verb, *thing]) + ".")
+            target = f"{subject[-1]} {verb} {thing[-1]}" if place == marked else target
+        number += 1
+        source = " ".join(told)
+        if source not in seen:
+            seen.add(source)
+            yield {"source": source, "target": target}
+
+
+TOYS = {"toy-translation": translation, "toy-summary": summary, "toy-sentiment": sentiment}
+LARGEST = {"toy-translation": 1_000_000, "toy-summary": 1_000_000, "toy-sentiment": 5000}
 """How many different rows a toy can safely make: about half of all there are, so that drawing ends."""

@@ -15,6 +15,7 @@ DISTILL = Stage(
     outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
     params="llmctl_distill.params:DistillParams",
     run="llmctl_distill.run:run",
+    forecast="llmctl_distill.forecast:forecast",
     extra="train",
     rev=2,  # rows of more than 2^24 tokens come in another order
     headline=("kl.validation", "kl.train"),

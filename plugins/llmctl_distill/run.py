@@ -12,7 +12,7 @@ from llmctl.train.conversations import Encoder, read_conversations, show_example
 from llmctl.train.data import ExampleSource, Source, TokenSource
 from llmctl.train.device import Compute
 from llmctl.train.loop import fit
-from llmctl.train.models import open_model, write_model
+from llmctl.train.models import check_decoder, open_model, write_model
 from llmctl.train.validation import Validate, mean_loss
 from llmctl_distill.losses import LogitDistillation
 from llmctl_distill.params import DistillParams
@@ -22,6 +22,8 @@ def run(ctx: Context, params: DistillParams, teacher: Artifact, student: Artifac
     """Train `student` on the split `train`; KL to the teacher on `validation` where there is one, before and after."""
     master, tokenizer = open_model(teacher, ctx)
     net, own = open_model(student, ctx)
+    for one in (master, net):
+        check_decoder(one, "teacher and student")
     check_vocabulary(master, net, tokenizer, own)
     length = min(master.config.context, net.config.context)
     source, held_out = open_data(ctx, data, tokenizer, net, length, params)

@@ -16,6 +16,7 @@ EVAL = Stage(
     params="llmctl_eval.params:EvalParams",
     run="llmctl_eval.run:run",
     extra="eval",
+    rev=2,  # ROUGE-L of seq2seq
     headline=(
         "exact_match.value",
         "ranking.value",

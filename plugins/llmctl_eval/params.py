@@ -39,8 +39,10 @@ class EvalParams(Params):
     max_tokens: int | None = Field(
         default=None, ge=2, description="perplexity: whole documents from the start up to this many tokens"
     )
-    baselines: list[Literal["kneser-ney-bigram", "xz"]] = Field(
-        default=[], description="perplexity: what the same tokens cost without the model"
+    baselines: list[Literal["kneser-ney-bigram", "xz", "lead-sentence"]] = Field(
+        default=[],
+        description="perplexity: what the same tokens cost without the model (kneser-ney-bigram, xz); seq2seq: ROUGE-L "
+        "of the first sentence of each source (lead-sentence)",
     )
     max_length: int | None = Field(
         default=None, ge=2, description="lengths: tokens of the sequences; default: twice the model's context"

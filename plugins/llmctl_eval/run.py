@@ -20,7 +20,7 @@ from llmctl_eval.params import EvalParams, LabelledTask, Task
 from llmctl_eval.perplexity import perplexity
 from llmctl_eval.ranking import check_pair, margins, rank_pairs
 from llmctl_eval.samples import Sample, SampleLog, collect, write_samples
-from llmctl_eval.scores import further_scores, rank_vectors
+from llmctl_eval.scores import further_scores, lead_score, rank_vectors
 from llmctl_eval.subject import Subject
 
 NEEDS: dict[Task, str] = {
@@ -116,8 +116,10 @@ def choose_tasks(
     for task in tasks:
         if NEEDS[task] not in by_type:
             raise UsageError(f"task {task} needs {NEEDS[task]}", hint="bind it to the input `data`")
-    if params.baselines and "perplexity" not in tasks:
-        raise UsageError("baselines belong to task perplexity", hint="add it to tasks, or leave baselines out")
+    for name in params.baselines:
+        task = "seq2seq" if name == "lead-sentence" else "perplexity"
+        if task not in tasks:
+            raise UsageError(f"baseline {name} belongs to task {task}", hint="add it to tasks, or leave baselines out")
     if (params.scalings or params.max_length is not None) and "lengths" not in tasks:
         raise UsageError("max_length and scalings belong to task lengths", hint="add it to tasks, or leave them out")
     if idle := [task for task in params.splits if task not in tasks]:
@@ -182,6 +184,8 @@ def _metrics(evaluation: Evaluation, task: Task, found: Sequence[list[Sample]]) 
         values["accuracy.chance"] = sum(sample["chance"] for sample in found[0]) / len(found[0])
     if task in LABELLED:
         values |= further_scores(LABELLED[task], found[0], boot)
+    if task == "seq2seq" and "lead-sentence" in evaluation.params.baselines:
+        values |= lead_score(found[0], boot)
     scored = [i for i in range(len(found[0])) if all(samples[i].get("margin") is not None for samples in found)]
     if task == "ranking" and scored:
         values |= margins([found[0][i] for i in scored], boot)

@@ -1,7 +1,9 @@
-"""Numbers of the labelled tasks beyond the share of right answers: F1 of classes, chunks and answers, BLEU, ranks."""
+"""Numbers of the labelled tasks beyond the share of right answers: F1 of classes, chunks and answers, BLEU, ROUGE-L,
+ranks."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +17,8 @@ from llmctl_eval.params import LabelledTask
 from llmctl_eval.samples import Sample
 
 Chunk = tuple[str, int, int]
+WORD = re.compile(r"[^\W_]+")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def further_scores(task: LabelledTask, samples: Sequence[Sample], boot: Bootstrap) -> dict[str, Any]:
@@ -30,7 +34,9 @@ def further_scores(task: LabelledTask, samples: Sequence[Sample], boot: Bootstra
     if task == "question-answering":
         return boot.mean([sample["f1"] for sample in samples]).named("question_answering.f1", "_")
     if task == "seq2seq":
-        return bleu([sample["answer"] for sample in samples], [sample["expected"] for sample in samples])
+        answers, expected = ([sample[name] for sample in samples] for name in ("answer", "expected"))
+        overlaps = [rouge_l(answer, one) for answer, one in zip(answers, expected, strict=True)]
+        return {**bleu(answers, expected), **boot.mean(overlaps).named("seq2seq.rouge_l", "_")}
     ranks = [sample["rank"] for sample in samples if sample.get("rank")]
     return {"embedding.mrr": sum(1 / rank for rank in ranks) / len(samples)}
 
@@ -86,6 +92,26 @@ def bleu(answers: Sequence[str], expected: Sequence[str]) -> dict[str, Any]:
     metric = BLEU()
     score = metric.corpus_score(list(answers), [list(expected)])
     return {"seq2seq.bleu": score.score, "seq2seq.bleu_signature": str(metric.get_signature())}
+
+
+def rouge_l(answer: str, expected: str) -> float:
+    """ROUGE-L of two texts (Lin 2004, W04-1013, section 3.1): F1 of their longest common subsequence of words.
+
+    Words are runs of letters and digits, their case ignored; two texts without words score 0.
+    """
+    found, wanted = (WORD.findall(text.casefold()) for text in (answer, expected))
+    best = [0] * (len(wanted) + 1)  # of the words of `found` so far and the first ones of `wanted`
+    for word in found:
+        before = best.copy()
+        for place, other in enumerate(wanted, start=1):
+            best[place] = before[place - 1] + 1 if word == other else max(before[place], best[place - 1])
+    return 2 * best[-1] / (len(found) + len(wanted)) if found and wanted else 0.0
+
+
+def lead_score(samples: Sequence[Sample], boot: Bootstrap) -> dict[str, Any]:
+    """What the first sentence of each source scores as its summary, which news are hard to beat by."""
+    leads = [rouge_l(SENTENCE_END.split(sample["question"].strip(), 1)[0], sample["expected"]) for sample in samples]
+    return boot.mean(leads).named("seq2seq.rouge_l_lead", "_")
 
 
 def rank_vectors(samples: Sequence[Sample]) -> list[Sample]:

@@ -17,6 +17,7 @@ from llmctl.nn.transformer import Transformer
 from llmctl_export_onnx import graph
 
 Pooling = Literal["none", "mean", "cls"]
+"""What becomes of the states: nothing further, or one embedding per text."""
 
 
 class Traced(nn.Module):

@@ -57,7 +57,12 @@ def export(
 
 def _refuse(params: ExportParams) -> None:
     """What only our own tracer does."""
-    for name, wanted in (("dtype", params.dtype != "float32"), ("pooling", params.pooling != "none")):
+    asked = {
+        "dtype": params.dtype != "float32",
+        "pooling": params.pooling in ("mean", "cls"),
+        "normalise": params.normalise is not None,
+    }
+    for name, wanted in asked.items():
         if wanted:
             raise UsageError(
                 f"`{name}: {getattr(params, name)}` is not available through Optimum",
@@ -91,6 +96,7 @@ def _export(source: Path, target: Path, task: str, opset: int) -> None:
                 opset=opset,
                 do_validation=False,
                 local_files_only=True,
+                library_name="transformers",  # what a sentence encoder holds besides needs another library
                 # It would merge both decoders into a third graph.
                 no_post_process=pair,
             )
@@ -112,7 +118,12 @@ def _reference(source: Path, task: str) -> Any:
     from optimum.exporters.tasks import TasksManager
 
     model: Any = TasksManager.get_model_from_task(
-        task.removesuffix("-with-past"), str(source), framework="pt", local_files_only=True, dtype=torch.float32
+        task.removesuffix("-with-past"),
+        str(source),
+        framework="pt",
+        library_name="transformers",
+        local_files_only=True,
+        dtype=torch.float32,
     )
     return model.eval()
 

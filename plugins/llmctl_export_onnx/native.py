@@ -14,12 +14,14 @@ import onnx_ir as ir
 import torch
 
 from llmctl import Artifact, Context, MachineError, UsageError
+from llmctl.nn.config import ModelConfig
 from llmctl.nn.hf import load_model
 from llmctl.nn.onnx_attention import cache_width
 from llmctl.nn.transformer import Transformer
 from llmctl.ort import open_bundle, open_encoder, open_generator
 from llmctl.ort.bundle import MODEL
 from llmctl.ort.seq2seq import OrtSeq2Seq
+from llmctl.text.pooling import normalises, read_pooling, says_pooling, write_pooling
 from llmctl_export_onnx import bundle, decoder, encoder, encoder_parity, graph, parity, prompts, seq2seq, seq2seq_parity
 from llmctl_export_onnx.params import ExportParams
 
@@ -38,6 +40,8 @@ class Job:
     config: dict[str, Any]
     model: Transformer
     """In float32, its weights rounded to the graph's dtype: what the graph must compute."""
+    pooling: encoder.Pooling
+    normalise: bool
 
     @property
     def target(self) -> Path:
@@ -58,8 +62,8 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
     """Write the bundle and prove it; the metrics to report."""
     if params.dtype not in DTYPES:
         raise MachineError(
-            "ONNX Runtime multiplies no bfloat16 matrices on a CPU, so the export could not be proved here",
-            hint="set `dtype` to float16 or float32",
+            "an export is proved on the CPU, and ONNX Runtime multiplies bfloat16 matrices on CUDA only",
+            hint="set `dtype: float16`, as small and proved here, or serve the model.hf directory, on CUDA in bfloat16",
         )
     if params.task != "auto":
         raise UsageError(
@@ -71,18 +75,19 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
         parameter.requires_grad_(False)
     kind, head = model.config.traits.kind, model.config.head
     generates = kind == "decoder" and head == "lm"
-    if params.pooling != "none" and (generates or kind == "encoder-decoder"):
-        raise UsageError("`pooling` makes embeddings of an encoder's states, and this model generates text")
+    pooling, normalise = choose_pooling(params, source, model.config)
     ctx.progress(0, params.parity_prompts)
     lower = model if params.dtype == "float32" else copy.deepcopy(model).to(DTYPES[params.dtype])
     for parameter, rounded in zip(model.parameters(), lower.parameters(), strict=True):
         parameter.copy_(rounded)
-    job = Job(ctx, params, source, data, config, model)
+    job = Job(ctx, params, source, data, config, model, pooling, normalise)
     with _tracing(lower):
-        graphs = _graphs(lower, params, generates)
+        graphs = _graphs(lower, job, generates)
     graph.account_weights(list(graphs.values()), lower)
     graph.save(graphs, job.target)
     bundle.copy_files(source, job.target)
+    if pooling != "none" and (pooling, normalise) != _pooling_of(source):
+        write_pooling(job.target, pooling, model.config.dim, model.config.context, normalise=normalise)
     prove = _prove_decoder if generates else _prove_seq2seq if kind == "encoder-decoder" else _prove_encoder
     found = prove(job)
     found.check(params.tolerance)
@@ -95,6 +100,29 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
     }
 
 
+def choose_pooling(params: ExportParams, source: Path, config: ModelConfig) -> tuple[encoder.Pooling, bool]:
+    """How the graph embeds, and whether its embeddings have length 1: as asked, else as the directory `source` says.
+
+    UsageError for what has no effect, InputError for a pooling that is neither mean nor cls.
+    """
+    pooling = params.pooling
+    if pooling == "auto":
+        said = _pooling_of(source) if config.head == "features" else None
+        pooling = said[0] if said else "none"
+    elif pooling != "none" and (config.traits.kind == "encoder-decoder" or config.head == "lm"):
+        raise UsageError("`pooling` makes embeddings of an encoder's states, and this model generates text")
+    if pooling == "none":
+        if params.normalise is not None:
+            raise UsageError("`normalise` is about embeddings, and there is no `pooling`", hint="leave normalise out")
+        return "none", False
+    return pooling, normalises(source) if params.normalise is None else params.normalise
+
+
+def _pooling_of(source: Path) -> tuple[encoder.Pooling, bool] | None:
+    """What the directory says of it, None where it is no sentence encoder."""
+    return (read_pooling(source), normalises(source)) if says_pooling(source) else None
+
+
 @contextmanager
 def _tracing(model: Transformer) -> Iterator[None]:
     before, model.backend = model.backend, "onnx"
@@ -104,12 +132,13 @@ def _tracing(model: Transformer) -> Iterator[None]:
         model.backend = before
 
 
-def _graphs(model: Transformer, params: ExportParams, generates: bool) -> dict[str, ir.Model]:
+def _graphs(model: Transformer, job: Job, generates: bool) -> dict[str, ir.Model]:
+    opset = job.params.opset
     if generates:
-        return {MODEL: decoder.trace(model, params.opset)}
+        return {MODEL: decoder.trace(model, opset)}
     if model.config.traits.kind == "encoder-decoder":
-        return seq2seq.trace(model, params.opset)
-    return {MODEL: encoder.trace(model, params.opset, params.pooling, params.normalise)}
+        return seq2seq.trace(model, opset)
+    return {MODEL: encoder.trace(model, opset, job.pooling, job.normalise)}
 
 
 def _prove_decoder(job: Job) -> parity.Parity:
@@ -141,8 +170,8 @@ def _prove_decoder(job: Job) -> parity.Parity:
 
 def _prove_encoder(job: Job) -> parity.Parity:
     shape = job.model.config
-    traced = encoder.Traced(job.model, job.params.pooling, job.params.normalise)
-    names = encoder.outputs(shape, job.params.pooling)
+    traced = encoder.Traced(job.model, job.pooling, job.normalise)
+    names = encoder.outputs(shape, job.pooling)
 
     def reference(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():

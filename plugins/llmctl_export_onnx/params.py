@@ -26,12 +26,18 @@ class ExportParams(Params):
     )
     task: Task = Field("auto", description="what an Optimum export computes; auto: by the architecture's name")
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
-        "float32", description="of weights and computation; ONNX Runtime has no bfloat16 on a CPU"
+        "float32",
+        description="of weights and computation. bfloat16 is refused: ONNX Runtime has it on CUDA only, "
+        "and exports are proved on the CPU",
     )
-    pooling: Literal["none", "mean", "cls"] = Field(
-        "none", description="an encoder's features: also one embedding per text, the mean of its tokens or the first"
+    pooling: Literal["auto", "none", "mean", "cls"] = Field(
+        "auto",
+        description="an encoder's features: also one embedding per text, the mean of its tokens or the first; "
+        "auto: as the model's `1_Pooling` says, none without it",
     )
-    normalise: bool = Field(True, description="embeddings get length 1; without effect where there is no `pooling`")
+    normalise: bool | None = Field(
+        None, description="embeddings get length 1. Unset: as the model's `modules.json` says, yes without it"
+    )
     opset: int = Field(23, ge=18, le=23, description="version of the ONNX operator set; Optimum is given at most 18")
     tolerance: float = Field(1e-4, gt=0, description="largest difference of any output from the torch model's")
     parity_prompts: int = Field(20, ge=1, description="prompts on which outputs and 64 greedy tokens are compared")

@@ -31,7 +31,7 @@ def streams(model: Transformer, batches: Sequence[Batch]) -> list[Stream]:
     result = []
     for batch in batches:
         context = model.attention_context(batch.tokens, batch.positions, batch.documents, None)
-        result.append(Stream(model.embed(batch.tokens, batch.positions), context, batch.picks))
+        result.append(Stream(model.enter(batch.tokens, context, batch.positions), context, batch.picks))
     return result
 
 

@@ -15,6 +15,7 @@ from llmctl.stage import Artifact, Context
 from llmctl.train.batches import Batch
 from llmctl.train.device import Compute
 from llmctl.train.generate import pick_device
+from llmctl.train.models import check_decoder
 from llmctl.train.objectives import CausalLM
 from llmctl.train.validation import mean_loss
 from llmctl_prune import calibration as documents
@@ -39,6 +40,7 @@ def run(ctx: Context, params: PruneParams, model: Artifact, calibration: Artifac
             hint="distill it into a smaller model instead",
         )
     network = load_model(model.path, compute.device).eval()
+    check_decoder(network, "the losses that prune measures")
     before = network.config
     if params.layers_removed >= before.layers:
         raise UsageError(

@@ -16,12 +16,13 @@ def remove_layer(model: Transformer, index: int) -> None:
     """Take out one block; the later ones move up, each keeping what it sees."""
     config = model.config
     kinds = "".join(config.layer_kind(layer) for layer in range(config.layers) if layer != index)
+    values = "".join("-V"[config.has_values(layer)] for layer in range(config.layers) if layer != index)
     del model.blocks[index]
     for number, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         block.attention.layer = number  # its place in a KV cache
     window = config.window if "S" in kinds else 0
-    model.config = replace(config, layers=len(model.blocks), pattern=kinds, window=window)
+    model.config = replace(config, layers=len(model.blocks), pattern=kinds, window=window, value_pattern=values)
 
 
 def keep_channels(ffn: FeedForward, kept: Tensor) -> None:

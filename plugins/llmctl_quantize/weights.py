@@ -40,10 +40,14 @@ def quantize(
     embedding_bits: int,
     accuracy: int,
 ) -> None:
-    """Quantize `model`, whose weights are in memory, in place. InputError if it has no product to quantize."""
+    """Quantize `model`, whose weights are in memory, in place.
+
+    InputError if it has no product to quantize, or one with a matrix of half precision.
+    """
     graph = model.graph
     _split_gemm(graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
+    _refuse_halves(graph, constants)
     done: dict[str, Stored] = {}
     nodes: list[onnx.NodeProto] = []
     products = 0
@@ -71,6 +75,18 @@ def quantize(
     if all(opset.domain != MICROSOFT for opset in model.opset_import):
         model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
     _drop_unused(graph)
+
+
+def _refuse_halves(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto]) -> None:
+    """Half of the digits are gone there: quantized from it, a matrix would be worse than it need be."""
+    halves: dict[int, str] = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+    for node in graph.node:
+        tensor = constants.get(node.input[1]) if node.op_type in ("MatMul", "FusedMatMul") else None
+        if tensor is not None and tensor.data_type in halves:
+            raise InputError(
+                f"the graph's matrices are {halves[tensor.data_type]}, and quantization starts from float32",
+                hint="export the model again with `dtype: float32`, and quantize that",
+            )
 
 
 def _matrix_of(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> tuple[str | None, bool]:

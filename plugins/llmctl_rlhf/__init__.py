@@ -11,6 +11,7 @@ RLHF = Stage(
     outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
     params="llmctl_rlhf.params:RlhfParams",
     run="llmctl_rlhf.run:run",
+    forecast="llmctl_rlhf.forecast:forecast",
     extra="train",
     headline=("accuracy.validation", "accuracy.train"),
 )

@@ -10,7 +10,7 @@ from llmctl.text.datasets import splits
 from llmctl.train.conversations import Encoder, read_pairs, show_examples
 from llmctl.train.device import Compute
 from llmctl.train.loop import fit
-from llmctl.train.models import open_model, write_model
+from llmctl.train.models import check_decoder, open_model, write_model
 from llmctl.train.validation import Validate, mean_loss
 from llmctl_rlhf.losses import DPO
 from llmctl_rlhf.pairs import PairSource
@@ -20,6 +20,7 @@ from llmctl_rlhf.params import RlhfParams
 def run(ctx: Context, params: RlhfParams, model: Artifact, data: Artifact) -> None:
     """Train on the pairs of `train`; `ranking.before` and `.after` on `validation` where there is one."""
     net, tokenizer = open_model(model, ctx)
+    check_decoder(net, "preferences")
     length = net.config.context
     encoder = Encoder(tokenizer, length, net.config.eos_ids, params)
     source = PairSource(read_pairs(ctx, data, "train", encoder), length, params)

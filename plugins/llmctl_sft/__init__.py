@@ -11,6 +11,7 @@ SFT = Stage(
     outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
     params="llmctl_sft.params:SftParams",
     run="llmctl_sft.run:run",
+    forecast="llmctl_sft.forecast:forecast",
     extra="train",
     headline=("loss.validation", "loss.train"),
 )

@@ -19,7 +19,7 @@ from llmctl.train.data import ExampleSource
 from llmctl.train.device import Compute
 from llmctl.train.generate import make_generator
 from llmctl.train.loop import fit
-from llmctl.train.models import open_model, write_model
+from llmctl.train.models import check_decoder, open_model, write_model
 from llmctl.train.objectives import CausalLM
 from llmctl.train.validation import Validate, mean_loss
 from llmctl_sft.labels import learn_labels
@@ -52,11 +52,7 @@ def choose_task(params: SftParams, data: Artifact) -> Literal["chat"] | Task:
 def learn_to_chat(ctx: Context, params: SftParams, model: Artifact, data: Artifact) -> None:
     """Conversations, the assistant's turns supervised; loss and stop rate on `validation`."""
     net, tokenizer = open_model(model, ctx)
-    if net.config.traits.kind != "decoder":
-        raise UsageError(
-            f"conversations need a decoder, {net.config.arch} is an {net.config.traits.kind}",
-            hint="give labelled rows: seq2seq for an encoder-decoder, classification and others for an encoder",
-        )
+    check_decoder(net, "conversations")
     encoder = Encoder(tokenizer, net.config.context, net.config.eos_ids, params)
     train = read_conversations(ctx, data, "train", encoder)
     held_out = read_conversations(ctx, data, "validation", encoder) if "validation" in splits(data) else []

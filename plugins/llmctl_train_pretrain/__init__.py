@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmctl import Artifact, Command, In, Out, Stage, hookimpl
+from llmctl_train_pretrain.board import log_metrics as log_metrics
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
@@ -21,8 +22,9 @@ TRAIN_PRETRAIN = Stage(
     outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
     params="llmctl_train_pretrain.params:PretrainParams",
     run="llmctl_train_pretrain.run:run",
+    forecast="llmctl_train_pretrain.forecast:forecast",
     extra="train",
-    rev=2,  # rows of more than 2^24 tokens come in another order
+    rev=3,  # Muon's defaults
     headline=("loss.validation", "loss.train"),
 )
 

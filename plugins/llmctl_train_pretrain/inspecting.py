@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from llmctl_train_pretrain.inspection import Choice, Inspection, Prediction, Stack
 
 PAGES = {"text": "inspection.html", "data": "lengths.html"}
-EXPORTED = "An exported graph does not give out its attention: inspect the torch model that it was exported from."
 FOREIGN = "The model goes through transformers: its attention and lengths are not recorded."
 MOST_SHOWN = 4
 """Predictions in the terminal; the page has all."""
@@ -102,13 +101,17 @@ def look(name: str, found: Artifact, given: dict[str, Any], device: str) -> Insp
     target, top = given["target"], given["top"]
     if found.type == "model.onnx":
         from llmctl.registry import get_registry
+        from llmctl_train_pretrain.exported_attention import add_attention
 
-        if encodes(found.path):
+        if kind := reads_as(found.path):
             if target is not None:
-                raise UsageError("a target has no meaning for an encoder", hint="leave --target out")
-            return outside.inspect_encoder(name, found.path, tokenizer, text, top, sampling, EXPORTED, device)
-        generator = get_registry().open_generator(found, device=device, threads=0)
-        return outside.inspect_generator(name, generator, tokenizer, text, target, top, sampling, EXPORTED)
+                raise UsageError("a target has no meaning for a model that only reads", hint="leave --target out")
+            seen = outside.inspect_encoder(name, found.path, kind, tokenizer, text, top, sampling, device)
+        else:
+            generator = get_registry().open_generator(found, device=device, threads=0)
+            seen = outside.inspect_generator(name, generator, tokenizer, text, target, top, sampling)
+        add_attention(seen, found.path)
+        return seen
     from llmctl.nn.foreign import ForeignModel
     from llmctl.nn.opening import open_network
     from llmctl.train.generate import make_generator, pick_device
@@ -120,17 +123,23 @@ def look(name: str, found: Artifact, given: dict[str, Any], device: str) -> Insp
     return inspect_model(name, model, tokenizer, text, target, top, sampling)
 
 
-def encodes(bundle: Path) -> bool:
-    """Whether a bundle holds an encoder alone, by its `config.json`; what is not ours is taken for a decoder."""
+def reads_as(bundle: Path) -> str:
+    """The kind of model in a bundle that reads, empty for one that generates: by `config.json`, or where that is not
+    ours by the graph."""
     from llmctl.nn.families import from_hf
+    from llmctl.ort import open_encoder
 
     try:
-        values = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
-        return from_hf(values).traits.kind == "encoder"
+        config = from_hf(json.loads((bundle / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{bundle} has no readable config.json: {error}", hint="export the model again") from error
-    except InputError:
-        return False
+    except InputError:  # of another architecture
+        try:
+            open_encoder(bundle, "cpu")
+        except InputError:
+            return ""
+        return "encoder"
+    return "" if config.head == "lm" else config.traits.kind
 
 
 def _piped() -> str:
@@ -219,9 +228,11 @@ def stack_text(stack: Stack) -> str:
     for layer, weights in enumerate(stack.maps):
         heads = looks(weights)
         means = [sum(head[key] for head in heads) / len(heads) for key in ("self", "previous", "first", "entropy")]
-        lengths = [float(part[layer].mean()) for part in (stack.residual[1:], stack.attention, stack.feed_forward)]
+        parts = (stack.residual[1:], stack.attention, stack.feed_forward) if stack.residual else ()
+        lengths = [float(part[layer].mean()) for part in parts]
         rows.append((layer, *(f"{value:.3g}" for value in lengths), *(f"{value:.2f}" for value in means)))
-    headers = ("LAYER", "LENGTH", "ATTENTION", "FEED-FORWARD", "SELF", "PREVIOUS", "FIRST", "ENTROPY")
+    measured = ("LENGTH", "ATTENTION", "FEED-FORWARD") if stack.residual else ()
+    headers = ("LAYER", *measured, "SELF", "PREVIOUS", "FIRST", "ENTROPY")
     return f"{stack.name}, means over tokens and heads:\n{indented(table(headers, rows))}"
 
 

@@ -65,7 +65,7 @@ class Stack:
     cross: list[np.ndarray]
     """`(H, T, S)` per layer; empty without an encoder."""
     residual: list[np.ndarray]
-    """`(T,)`: what enters, then what leaves each layer."""
+    """`(T,)`: what enters, then what leaves each layer. This and what follows: empty of an exported graph."""
     attention: list[np.ndarray]
     feed_forward: list[np.ndarray]
     cross_added: list[np.ndarray] = field(default_factory=list)

@@ -29,7 +29,7 @@ def inspection_page(found: Inspection) -> str:
         f'<p class="soft">{escape(found.kind)}, {len(found.tokens)} tokens'
         f"{f' for {len(found.source)} of the source' if found.source else ''}</p>",
         _tokens_section(found),
-        *(section for stack in found.stacks for section in (_maps_section(stack, found), _lengths_section(stack))),
+        *(section for stack in found.stacks for section in (_maps_section(stack, found), *_lengths_section(stack))),
     ]
     if found.closed:
         body.append(f"<section><h2>Attention</h2><p>{escape(found.closed)}</p></section>")
@@ -183,7 +183,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 # -- lengths ----------------------------------------------------------------------------------------------------------
 
 
-def _lengths_section(stack: Stack) -> str:
+def _lengths_section(stack: Stack) -> Iterator[str]:
+    if not stack.residual:  # a graph that was exported tells of attention alone
+        return
     named = {
         "residual stream": stack.residual[1:],
         "attention adds": stack.attention,
@@ -201,7 +203,7 @@ def _lengths_section(stack: Stack) -> str:
     ]
     entering = float(stack.residual[0].mean())
     chart = line_chart("lengths by layer", series, "layer") if all(map(_finite, series.values())) else ""
-    return (
+    yield (
         f"<section><h2>Lengths of vectors in the {stack.name}</h2>"
         f'<p class="soft">Means over the tokens; what enters the first layer has a length of {entering:.3g}.</p>'
         f"{chart}{table(('layer', *series), rows)}</section>"

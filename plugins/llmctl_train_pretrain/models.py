@@ -284,6 +284,7 @@ def shape_lines(config: ModelConfig) -> list[tuple[str, str]]:
         ("norm", norms(config)),
         ("feed-forward", f"{'gated ' if traits.gated else ''}{traits.activation}"),
         ("biases", "in all layers" if traits.bias else "of queries, keys, values" if traits.qkv_bias else "none"),
+        *extras(config),
     ]
 
 
@@ -320,8 +321,23 @@ def norms(config: ModelConfig) -> str:
     """Which norm, and where it stands."""
     traits = config.traits
     where = {"pre": "before", "post": "after", "sandwich": "before and after"}[traits.order]
-    name = {"rms": "RMSNorm", "layer": "LayerNorm", "rms1": "RMSNorm (1 + weight)"}[traits.norm]
-    return f"{name} {where} each sub-layer" + (", and of queries and keys" if traits.qk_norm else "")
+    names = {"layer": "LayerNorm", "rms1": "RMSNorm (1 + weight)", "rms0": "RMSNorm without a gain"}
+    further = ", and of queries and keys" if traits.qk_norm else ""
+    gain = f" times {config.qk_gain:g}" if config.qk_gain != 1 else ""
+    return f"{names.get(traits.norm, 'RMSNorm')} {where} each sub-layer{further}{gain}"
+
+
+def extras(config: ModelConfig) -> list[tuple[str, str]]:
+    """What few models have."""
+    traits = config.traits
+    found = [
+        (bool(config.value_pattern), f"embeddings of values in layers V of {config.value_pattern}"),
+        (traits.stream_weights, "weights of each block's input"),
+        (traits.backout, "the middle state taken off the last"),
+        (config.logit_softcap > 0, f"logits capped at {config.logit_softcap:g}"),
+    ]
+    named = [text for there, text in found if there]
+    return [("further", ", ".join(named))] if named else []
 
 
 def size_lines(config: ModelConfig) -> list[tuple[str, str]]:

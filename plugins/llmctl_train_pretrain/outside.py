@@ -1,4 +1,4 @@
-"""What can be seen of a model from outside, without its attention: exported graphs, models of transformers."""
+"""What can be seen of a model from outside, by what it answers: exported graphs, models of transformers."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def inspect_generator(
     target: str | None,
     top: int,
     sampling: Sampling | None,
-    closed: str,
+    closed: str = "",
 ) -> Inspection:
-    """The distributions of anything that generates; `closed` says why there is no more to see."""
+    """The distributions of anything that generates; `closed`: why there is no more to see."""
     kind = "encoder-decoder" if generator.encoder_decoder else "decoder"
     if target is not None and not generator.encoder_decoder:
         raise UsageError("a target has no meaning for a decoder", hint="leave --target out")
@@ -45,16 +45,16 @@ def inspect_generator(
 def inspect_encoder(
     name: str,
     directory: Path,
+    kind: str,
     tokenizer: Tokenizer,
     text: str,
     top: int,
     sampling: Sampling | None,
-    closed: str,
     device: str,
 ) -> Inspection:
-    """What the head of an exported encoder says."""
+    """What the head of an exported encoder says, or that of a decoder that classifies."""
     encoder = open_encoder(directory, device)
-    ids = encode(tokenizer, text, "encoder")
+    ids = encode(tokenizer, text, kind)
     check_text(ids)
     made = encoder.run([ids])
     head, outputs = "features", None
@@ -64,6 +64,6 @@ def inspect_encoder(
         outputs = made["logits"][0]
         head = "mlm" if not encoder.labels else "classification" if outputs.ndim == 1 else "token-classification"
     tokens = tokens_of(tokenizer, ids)
-    found = Inspection(name, encoder.backend, "encoder", head, tokens, [], [], sampling, closed=closed)
+    found = Inspection(name, encoder.backend, kind, head, tokens, [], [], sampling)
     found.predictions = predictions_of(found, outputs, encoder.labels, tokenizer, top)
     return found

@@ -14,7 +14,8 @@ from llmctl.train.params import Schedule, TrainParams
 
 SHAPE = (
     "dim", "layers", "encoder_layers", "heads", "kv_heads", "ff_dim", "context", "window", "pattern", "positions",
-    "rope_theta", "norm_eps", "tie_embeddings",
+    "rope_theta", "norm_eps", "tie_embeddings", "qk_norm", "qk_gain", "activation", "gated", "value_pattern",
+    "stream_weights", "backout", "logit_softcap",
 )  # fmt: skip
 
 Goal = Literal["causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"]
@@ -100,6 +101,20 @@ class PretrainParams(TrainParams):
 
     # Over 200 steps of the standard library 0.2 nats below cosine: short runs gain from a long high rate.
     schedule: Schedule = Field("wsd", description="Rate after warm-up; `wsd` holds it, then falls linearly.")
+    # Together .04 nats below plain Muon on the anchor (benchmarks/RESULTS.md).
+    muon_iteration: Literal["newton-schulz", "polar-express"] = Field(
+        "polar-express",
+        description="Muon: the polynomials that orthogonalise; `polar-express` comes closer (2505.16932).",
+    )
+    muon_equalise: Literal["none", "rows", "columns", "both"] = Field(
+        "rows", description="Muon: bring rows or columns to one norm before orthogonalising (MuonEq, 2603.28254)."
+    )
+    muon_renormalise: bool = Field(
+        True, description="Muon: give each update the norm of an exactly orthogonal matrix (Muon+, 2602.21545)."
+    )
+    muon_variance: bool = Field(
+        True, description="Muon: level the size of a matrix's rows, or of its columns if those are more (NorMuon)."
+    )
     preset: str = Field("llama", description="Model family and its default shape: a name that `llmctl models` lists.")
     objective: Literal["auto", "causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"] = Field(
         "auto",
@@ -147,6 +162,23 @@ class PretrainParams(TrainParams):
     rope_scaling: RopeScalingParams = Field(RopeScalingParams(), description="Longer contexts with rotary positions.")
     norm_eps: float | None = Field(None, gt=0, description="What norms add to the variance.")
     tie_embeddings: bool | None = Field(None, description="Use the embedding as the output head.")
+    qk_norm: bool | None = Field(None, description="Norm each head's query and key, in place of the family's way.")
+    qk_gain: float | None = Field(None, gt=0, description="What normed queries and keys are multiplied with.")
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] | None = Field(
+        None, description="Of the feed-forward layer, in place of the family's; `relu2`: the square of relu."
+    )
+    gated: bool | None = Field(None, description="Feed-forward layer with a gate, in place of the family's way.")
+    value_pattern: str | None = Field(
+        None,
+        pattern="^[V-]+$",
+        description="Layers with V add an embedding of the token to their values, those with - do not; repeated over "
+        "the depth.",
+    )
+    stream_weights: bool | None = Field(
+        None, description="Each block reads a weighted sum of what came to it and what entered the first."
+    )
+    backout: bool | None = Field(None, description="Take a learned share of the middle state off the last one.")
+    logit_softcap: float | None = Field(None, ge=0, description="c of logits c tanh(x / c). 0: off.")
 
     @field_validator("preset")
     @classmethod

@@ -15,7 +15,7 @@ from llmctl.nn.counts import count
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.foreign_config import ForeignConfig
 from llmctl.nn.opening import open_network
-from llmctl.nn.presets import preset
+from llmctl.nn.presets import TRAIT_NAMES, preset
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
 from llmctl.text.shards import TokenShards
@@ -142,9 +142,10 @@ def continue_model(
     positions become the model's own; what else the weights were made for cannot change.
     """
     model = open_network(artifact.path, log=ctx.log)
+    torch.manual_seed(params.seed)  # what an objective adds to it is a function of the seed
     config, changes = model.config, {}
     for name, value in params.shape().items():
-        has = config.traits.positions if name == "positions" else getattr(config, name, None)
+        has = getattr(config.traits if name in TRAIT_NAMES else config, name, None)
         if value == has or (name == "context" and value < has):
             continue
         if name != "context" or config.traits.positions == "learned":

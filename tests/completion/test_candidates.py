@@ -26,7 +26,7 @@ stages:
   tokenize: {uses: tokenize, inputs: {text: data}}
 """
 
-READERS = ("auto", "python-stdlib", "toy-translation", "toy-sentiment")
+READERS = ("auto", "python-stdlib", "toy-translation", "toy-summary", "toy-sentiment")
 
 
 @pytest.fixture

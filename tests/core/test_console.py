@@ -6,6 +6,7 @@ import json
 import pytest
 
 from llmctl import console
+from llmctl.sparkline import Course
 
 
 class Terminal(io.StringIO):
@@ -278,3 +279,32 @@ def test_the_log_of_a_machine_is_the_events():
     rows = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [row["type"] for row in rows][-2:] == ["stage.progress", "warning"]
     assert "ä" in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_a_training_shows_its_numbers_with_units_and_the_course_of_its_loss():
+    event = {
+        "stage": "train", "step": 30, "total": 90, "loss": 2.5, "lr": 0.01, "grad_norm": 0.75, "tokens_per_s": 12345.0,
+        "utilisation": 0.413, "memory_bytes": 3 << 29,
+    }  # fmt: skip
+    shown = console.shown_fields(event)
+    assert list(shown.items()) == [
+        ("loss", "2.5"), ("lr", "0.01"), ("norm", "0.75"), ("tokens/s", "12.3k"), ("MFU", "41%"), ("memory", "1.5 GiB")
+    ]  # fmt: skip
+    stream = Terminal()
+    with console.LiveReporter(stream, clock=lambda: 0.0) as reporter:
+        reporter.event({"type": "plan", "stages": ["train"]})
+        reporter.event({"type": "stage.start", "stage": "train"})
+        for loss in (4.0, 3.0, float("nan"), 2.5):
+            reporter.event({**event, "type": "stage.progress", "loss": loss})
+        first, second = reporter._bars.tasks[0].fields["note"].split("\n")
+    assert first == "step 30 of 90"
+    assert second.startswith("█▃▁  loss 2.5") and second.endswith("memory 1.5 GiB")
+
+
+def test_the_course_of_a_long_run_stays_short_and_keeps_its_shape():
+    course = Course()
+    assert course.line() == ""
+    for step in range(10_000):
+        course.add(1 / (1 + step))
+    assert Course.WIDTH <= len(course.line()) <= 2 * Course.WIDTH
+    assert course.line()[0] == "█" and course.line()[-1] == "▁"

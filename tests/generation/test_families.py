@@ -11,7 +11,8 @@ import transformers
 
 from llmctl.errors import UsageError
 from llmctl.generator import Sampling
-from llmctl.train.generate import open_model
+from llmctl.nn.hf import load_model
+from llmctl.train.generate import make_generator, open_model
 
 VOCAB, EOS, NEW = 23, 2, 12
 SHAPE = {
@@ -100,6 +101,12 @@ def test_an_encoder_generates_nothing(tmp_path) -> None:
         vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
     )
     transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
-    for call in (lambda model: model.stream([5]), lambda model: model.generate([[5]])):
+    model = make_generator(load_model(tmp_path))
+    for call in (
+        lambda: open_model(tmp_path, "cpu"),  # a server would begin and refuse every request
+        lambda: model.stream([5]),
+        lambda: model.generate([[5]]),
+        lambda: model.logprobs([5, 6]),  # an encoder sees what it is asked about
+    ):
         with pytest.raises(UsageError, match="this bert model has the head mlm: it generates no text"):
-            call(open_model(tmp_path, "cpu"))
+            call()

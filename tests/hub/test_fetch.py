@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ import pytest
 from llmctl.errors import InputError, MachineError
 from llmctl.spec.hub_address import BadAddress, HubAddress, parse_hub
 from llmctl.store.external import read_external
-from llmctl.store.hub import fetch_model, read_hub
+from llmctl.store.hub import POOLING, fetch_model, read_hub
+from llmctl.text.pooling import POOLING_FILES, normalises, read_pooling
 
 NAME = "acme/tiny"
 KEPT = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
@@ -104,6 +106,27 @@ def test_an_index_that_names_a_file_elsewhere_is_refused(hub, store, shards):
     hub.add(NAME, {**shards, "model.safetensors.index.json": json.dumps(index)})
     with pytest.raises(InputError, match="lacks .*passwd, though"):
         fetch(store)
+
+
+def test_a_sentence_encoder_brings_along_how_it_pools(hub, store, model, monkeypatch):
+    assert POOLING == POOLING_FILES
+    kinds = {"Transformer": "", "Pooling": "1_Pooling"}
+    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds.items()]
+    said = {
+        "modules.json": json.dumps(modules),
+        "1_Pooling/config.json": '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}',
+    }
+    hub.add(NAME, {**model, **said, "2_Other/config.json": "{}"})
+    first = fetch(store).external
+    path = first.artifact.path
+    assert names(path) == sorted([*KEPT, "1_Pooling", "modules.json"])
+    assert read_pooling(path) == "cls" and not normalises(path)
+    # Without the hub the same comes from the cache.
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.rmtree(path)
+    again = fetch(store).external
+    assert names(again.artifact.path) == sorted([*KEPT, "1_Pooling", "modules.json"])
+    assert again.artifact.id == first.artifact.id and read_pooling(path) == "cls"
 
 
 def test_a_tokenizer_alone(hub, store, model):
@@ -340,9 +363,9 @@ def test_a_pickle_is_never_fetched_unasked(hub, store, pickled):
 def test_an_allowed_pickle_becomes_safetensors(hub, store, pickled):
     from safetensors.numpy import load_file
 
-    hub.add(NAME, pickled())
+    hub.add(NAME, pickled() | {"1_Pooling/config.json": '{"pooling_mode": "cls"}'})
     found = fetch(store, f"hf://{NAME}?allow_pickle").external.artifact
-    assert names(found.path) == KEPT
+    assert names(found.path) == ["1_Pooling", *KEPT] and read_pooling(found.path) == "cls"
     tensors = load_file(found.path / "model.safetensors")
     assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
         "a": [[0, 1, 2], [3, 4, 5]],

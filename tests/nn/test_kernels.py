@@ -31,6 +31,14 @@ def test_the_norm_equals_torchs_and_its_gradients_hold_numerically() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_a_norm_without_a_gain_equals_torchs() -> None:
+    x, made = normal(3, 5, 8), RMSNorm(8, eps=1e-5, elementwise_affine=False)
+    assert torch.equal(made(x), F.rms_norm(x, (8,), None, 1e-5))
+    assert "_RMSNorm" in type(made(x).grad_fn).__name__
+    assert torch.autograd.gradcheck(made, (x,))
+    assert torch.autograd.gradgradcheck(made, (x,))
+
+
 def test_the_turns_gradients_hold_numerically() -> None:
     angles = normal(1, 5, 1, 3, seed=2, grad=False)
     x, cos, sin = normal(2, 5, 4, 6), angles.cos(), angles.sin()

@@ -25,10 +25,11 @@ def build(arch: str = "llama", dtype: torch.dtype = torch.float64, positions: st
     traits = replace(TRAITS[arch], positions=positions) if positions else TRAITS[arch]
     shape = {"vocab_size": 50, "dim": 32, "layers": 3, "heads": 4, "context": 96, "relative_distance": 40}
     model = Transformer(ModelConfig(arch=arch, traits=traits, **{**shape, **changes})).to(dtype).eval()
+    zero = model.config.traits.initial == "zero"
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
-                parameter.mul_(20)
+                parameter.copy_(0.5 * torch.randn_like(parameter)) if zero else parameter.mul_(20)
             if "relative" in name or "content_bias" in name or "distance_bias" in name or "positions" in name:
                 parameter.copy_(torch.randn_like(parameter))
     return model.requires_grad_(False)
@@ -40,6 +41,7 @@ def ids(length: int = 24, rows: int = 2) -> torch.Tensor:
 
 VARIANTS = {
     **{arch: {"arch": arch} for arch in DECODERS},
+    "speedrun": {"arch": "speedrun", "value_pattern": "V-", "qk_gain": 1.2, "kv_heads": 2, "logit_softcap": 15.0},
     "sinusoidal": {"positions": "sinusoidal"},
     "t5 bias": {"positions": "t5"},
     "none": {"positions": "none"},

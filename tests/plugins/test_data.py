@@ -650,7 +650,7 @@ def test_unreadable_source_is_an_input_error(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"reader": "web"}, "'auto', 'python-stdlib', 'toy-translation' or 'toy-sentiment'"),
+        ({"reader": "web"}, "'auto', 'python-stdlib', 'toy-translation', 'toy-summary' or 'toy-sentiment'"),
         ({"emit": []}, "at least one of text, chat, preference"),
         ({"emit": ["text", "text"]}, "each once"),
         ({"emit": ["tokens"]}, "'text', 'chat', 'preference' or 'labelled'"),

@@ -173,6 +173,22 @@ def test_the_toy_translation_follows_its_lexicon_and_order(tmp_path):
     assert rows(again, "train") == rows(made, "train")
 
 
+def test_the_toy_summary_is_the_marked_sentence_wherever_it_stands(tmp_path):
+    made = run_stage(DATA, tmp_path, {"reader": "toy-summary", "rows": 600, "seed": 3})
+    every = [row for split in ("train", "validation") for row in rows(made, split)]
+    assert len({row["source"] for row in every}) == 600
+    places = Counter()
+    for row in every:
+        sentences = row["source"].split(". ")
+        (place,) = (at for at, sentence in enumerate(sentences) if sentence.startswith(toys.MARK))
+        words = sentences[place].removeprefix(toys.MARK).rstrip(".").split()
+        assert row["target"].split() == [word for word in words if word not in (*toys.ADJECTIVES, *toys.ARTICLES)]
+        places[place] += 1
+    assert len(places) == toys.SENTENCES and min(places.values()) > 150
+    again = run_stage(DATA, tmp_path / "again", {"reader": "toy-summary", "rows": 600, "seed": 3})
+    assert rows(again, "train") == rows(made, "train")
+
+
 def test_the_toy_sentiment_cannot_be_told_by_one_word(tmp_path):
     made = run_stage(DATA, tmp_path, {"reader": "toy-sentiment", "rows": 2000})
     every = [row for split in ("train", "validation") for row in rows(made, split)]

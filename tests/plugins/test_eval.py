@@ -536,7 +536,7 @@ def test_what_does_not_fit_together(tmp_path, model_dir, byte_tokenizer, tokens,
 
     refused("task ranking needs dataset.preference", [chat], tasks=["ranking"])
     refused("two of dataset.chat", [chat, chat])
-    refused("baselines belong", [chat], baselines=["xz"])
+    refused("baseline xz belongs to task perplexity", [chat], baselines=["xz"])
     refused("splits names ranking", [chat], splits={"ranking": "test"})
     with pytest.raises(ValueError, match="task twice"):
         EvalParams(tasks=["ranking", "ranking"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 
 from llmctl_eval.intervals import Bootstrap
-from llmctl_eval.scores import answer_f1, bleu, chunks, further_scores, macro_f1, rank_vectors
+from llmctl_eval.scores import answer_f1, bleu, chunks, further_scores, lead_score, macro_f1, rank_vectors, rouge_l
 
 WORDS = st.lists(st.sampled_from(["the", "a", "cat", "sat.", "on", "Mat", "an,", "mat's"]), max_size=6).map(" ".join)
 
@@ -31,6 +33,41 @@ def test_bleu_is_sacrebleus_with_its_signature() -> None:
 def test_answers_have_squads_f1(answer: str, expected: str) -> None:
     metrics = pytest.importorskip("transformers.data.metrics.squad_metrics")
     assert answer_f1(answer, expected) == pytest.approx(metrics.compute_f1(expected, answer))
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [  # the examples of Lin (2004), section 3.1, for "police killed the gunman"
+        ("police kill the gunman", 0.75),
+        ("the gunman kill police", 0.5),
+        ("the gunman police killed", 0.5),
+        ("Police, killed; the GUNMAN!", 1.0),
+        ("", 0.0),
+    ],
+)
+def test_rouge_l_is_lins(answer: str, expected: float) -> None:
+    assert rouge_l(answer, "police killed the gunman") == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(answer=st.lists(st.sampled_from("abc"), max_size=6), expected=st.lists(st.sampled_from("abc"), max_size=6))
+def test_rouge_l_counts_the_longest_common_subsequence(answer: list[str], expected: list[str]) -> None:
+    def parts(words: list[str]) -> set[tuple[str, ...]]:
+        return {some for size in range(len(words) + 1) for some in combinations(words, size)}
+
+    longest = max(map(len, parts(answer) & parts(expected)))
+    size = len(answer) + len(expected)
+    assert rouge_l(" ".join(answer), " ".join(expected)) == pytest.approx(2 * longest / size if longest else 0)
+
+
+def test_summaries_are_scored_beside_the_first_sentence() -> None:
+    samples = [
+        {"question": "The cat sat. A dog ran.", "answer": "the cat sat", "expected": "the cat sat"},
+        {"question": "Nothing here! A dog ran", "answer": "a dog", "expected": "a dog ran"},
+    ]
+    boot = Bootstrap(resamples=100)
+    assert further_scores("seq2seq", samples, boot)["seq2seq.rouge_l"] == pytest.approx((1 + 0.8) / 2)
+    assert lead_score(samples, boot)["seq2seq.rouge_l_lead"] == pytest.approx((1 + 0) / 2)
 
 
 def test_macro_f1_by_hand() -> None:

@@ -22,6 +22,7 @@ from llmctl.nn.config import TRAITS, RopeScaling
 from llmctl.ort import OrtSeq2Seq, open_bundle, open_encoder, open_generator
 from llmctl.ort.encoder import pool
 from llmctl.testing import StageResult, run_stage
+from llmctl.text.pooling import normalises, read_pooling, says_pooling, write_pooling
 from llmctl_export_onnx import EXPORT_ONNX
 
 from .conftest import write_byte_tokenizer
@@ -46,6 +47,15 @@ DECODERS: dict[str, dict[str, Any]] = {
         "local_rope_theta": 100.0,
         "rope_scaling": LINEAR,
         "head_dim": 16,
+    },
+    "speedrun: embeddings of values": {
+        "arch": "speedrun",
+        "value_pattern": "-V",
+        "qk_gain": 1.2,
+        "logit_softcap": 15.0,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "tie_embeddings": False,
     },
 }
 MORE_DECODERS: dict[str, dict[str, Any]] = {
@@ -466,7 +476,7 @@ def test_float16(exported: Exported, tmp_path: Path, name: str) -> None:
 
 def test_a_dtype_that_cannot_be_proved_here_is_refused_before_the_work(tmp_path: Path) -> None:
     model = save(tmp_path / "hf", arch="llama")
-    with pytest.raises(MachineError, match="no bfloat16 matrices on a CPU") as caught:
+    with pytest.raises(MachineError, match="bfloat16 matrices on CUDA only") as caught:
         export(tmp_path / "out", model, dtype="bfloat16")
     assert "float16" in str(caught.value.hint)
 
@@ -507,6 +517,42 @@ def test_an_embedding_is_part_of_the_graph(exported: Exported, tmp_path: Path, p
     assert np.abs(encoder.embed(texts) - np.array(expected)[::-1]).max() > 1e-2
 
 
+def test_a_bundle_says_how_it_embeds_as_its_model_does(tmp_path: Path) -> None:
+    texts = [[5, 6, 7, 90], [8]]
+    model = save(tmp_path / "hf", arch="bert", head="features", token_types=2)
+
+    def made(name: str, **params: Any) -> Any:
+        return open_encoder(export(tmp_path / name, model, **params).outputs["model"].path, "cpu", 1)
+
+    plain, asked = made("plain"), made("asked", pooling="cls", normalise=False)
+    assert "sentence_embedding" not in plain.outputs and not says_pooling(plain.directory)
+    assert read_pooling(asked.directory) == "cls" and not normalises(asked.directory)
+    states = plain.run(texts)["last_hidden_state"]
+    assert np.abs(asked.embed(texts) - states[:, 0]).max() < 1e-6
+    # What the model's own directory says is taken along, into the graph as well.
+    write_pooling(model.path, "cls", 32, 48)
+    auto = made("auto")
+    assert read_pooling(auto.directory) == "cls" and "sentence_embedding" in auto.outputs
+    assert (auto.directory / "modules.json").read_bytes() == (model.path / "modules.json").read_bytes()
+    expected = states[:, 0] / np.linalg.norm(states[:, 0], axis=1, keepdims=True)
+    assert np.abs(auto.embed(texts) - expected).max() < 1e-6
+    # A graph that leaves it to its reader, and one that was asked for something else.
+    states_only, other = made("none", pooling="none"), made("mean", pooling="mean")
+    assert "sentence_embedding" not in states_only.outputs
+    assert np.abs(states_only.embed(texts) - expected).max() < 1e-6
+    assert np.abs(states_only.embed(texts, "mean") - expected).max() > 1e-2  # the control
+    assert read_pooling(other.directory) == "mean" and np.abs(other.embed(texts) - expected).max() > 1e-2
+    assert np.abs(other.embed(texts, "cls") - expected).max() < 1e-6
+    write_pooling(states_only.directory, "cls", 32, 48, normalise=False)
+    assert np.array_equal(states_only.embed(texts), states_only.run(texts)["last_hidden_state"][:, 0])
+    # Layers that are not computed here are refused where they matter, and nowhere else.
+    path = model.path / "modules.json"
+    path.write_text(path.read_text().replace("Normalize", "Dense"))
+    with pytest.raises(InputError, match="asks for a module Dense"):
+        made("dense")
+    assert made("states", pooling="none").run(texts).keys() == plain.run(texts).keys()
+
+
 def test_what_an_encoder_refuses(exported: Exported, tmp_path: Path) -> None:
     model, result = exported("T5 bias, window, grouped heads")
     encoder = open_encoder(result.outputs["model"].path, "cpu", 1)
@@ -517,6 +563,7 @@ def test_what_an_encoder_refuses(exported: Exported, tmp_path: Path) -> None:
         (lambda: encoder.embed([[5]]), "no states to embed with"),
         (lambda: export(tmp_path / "a", model, pooling="mean"), "the model's head is 'classification'"),
         (lambda: export(tmp_path / "b", model, opset=21), "operator set 21 has no `Attention`"),
+        (lambda: export(tmp_path / "d", model, normalise=True), "there is no `pooling`"),
         (lambda: export(tmp_path / "c", save(tmp_path / "hf", arch="llama"), pooling="cls"), "generates text"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -16,6 +16,7 @@ from llmctl import Artifact, InputError, StageError, UsageError
 from llmctl.generator import Sampling
 from llmctl.ort import open_bundle, open_encoder
 from llmctl.testing import StageResult, run_stage
+from llmctl.text.pooling import write_pooling
 from llmctl_export_onnx import EXPORT_ONNX
 
 torch = pytest.importorskip("torch")
@@ -319,6 +320,9 @@ def test_another_encoder_goes_through_optimum(tmp_path: Path) -> None:
     )
     model = AlbertModel(config).eval()
     model.save_pretrained(tmp_path / "hf")
+    write_pooling(tmp_path / "hf", "cls", 32, 40, normalise=False)
+    # Where this file is, Optimum would look for the library that wrote it.
+    (tmp_path / "hf" / "config_sentence_transformers.json").write_text("{}")
     result = export(tmp_path / "out", Artifact(tmp_path / "hf", "model.hf"))
     assert result.metrics["parity.last_hidden_state_max_abs_diff"] < 1e-4
     encoder = open_encoder(result.outputs["model"].path, "cpu", 1)
@@ -328,6 +332,9 @@ def test_another_encoder_goes_through_optimum(tmp_path: Path) -> None:
         with torch.no_grad():
             expected = model(torch.tensor([row])).last_hidden_state[0].numpy()
         assert np.abs(states[: len(row)] - expected).max() < 1e-5
+    assert np.array_equal(encoder.embed(rows), found[:, 0])  # as the model's directory says
+    with pytest.raises(UsageError, match="`pooling: mean` is not available through Optimum"):
+        export(tmp_path / "asked", Artifact(tmp_path / "hf", "model.hf"), pooling="mean")
     with pytest.raises(InputError, match="is no decoder that generates text"):
         open_bundle(result.outputs["model"].path, "cpu", 1)
 

@@ -175,16 +175,53 @@ def test_an_encoder_decoder(made):
         invoke(made(), "--text", "a", "--target", "b")
 
 
-def test_an_exported_model_shows_its_distributions_alone(real_models, tmp_path, monkeypatch):
+def agree(ours, theirs):
+    """Whether all maps of two inspections are the same, to what float32 leaves; each row must sum to 1."""
+    largest = 0.0
+    for a, b in zip(ours["stacks"], theirs["stacks"], strict=True):
+        assert a["name"] == b["name"] and not b["residual"]
+        for key in ("maps", "cross"):
+            mine, other = np.array(a[key]), np.array(b[key])
+            assert mine.shape == other.shape
+            if mine.size:
+                np.testing.assert_allclose(other.sum(-1), 1, atol=1e-4)
+                largest = max(largest, float(np.abs(mine - other).max()))
+    return largest < 1e-5
+
+
+def test_an_exported_model_shows_its_distributions_and_its_attention(real_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch_model, bundle = real_models
-    ours, theirs = (as_json(model.path, "--text", "Hello") for model in (torch_model, bundle))
-    assert theirs["backend"].startswith("onnxruntime") and theirs["stacks"] == []
+    ours, theirs = (as_json(model.path, "--text", "Hello", "--maps") for model in (torch_model, bundle))
+    assert theirs["backend"].startswith("onnxruntime") and theirs["closed"] == ""
     for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
         assert [c["id"] for c in a["choices"][:3]] == [c["id"] for c in b["choices"][:3]]
         assert a["choices"][0]["logprob"] == pytest.approx(b["choices"][0]["logprob"], abs=1e-4)
-    assert "inspect the torch model that it was exported from" in invoke(bundle.path, "--text", "Hello").stdout
-    assert "torch model that it was exported from" in (tmp_path / "inspection.html").read_text()
+    assert agree(ours, theirs)
+    assert not agree(ours, as_json(bundle.path, "--text", "Hallo", "--maps"))  # the control: another text as long
+    text = invoke(bundle.path, "--text", "Hello").stdout
+    assert "ENTROPY" in text and "FEED-FORWARD" not in text
+    page = Page((tmp_path / "inspection.html").read_text())
+    assert len(page.images) == sum(len(layer) for layer in theirs["stacks"][0]["maps"])
+
+
+def test_a_graph_whose_attention_is_not_seen_says_why(real_models, tmp_path, monkeypatch):
+    import sys
+
+    from llmctl_train_pretrain import exported_attention
+
+    monkeypatch.chdir(tmp_path)
+    bundle = real_models[1].path
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnx", None)
+        found = as_json(bundle, "--text", "Hello")
+    assert found["stacks"] == [] and len(found["predictions"]) == 6 and "llmctl[optimum]" in found["closed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(exported_attention, "TYPES", {})
+        assert "has an input" in as_json(bundle, "--text", "Hello")["closed"]
+    monkeypatch.setattr(exported_attention, "ASKED", {})
+    assert "do not give out attention" in as_json(bundle, "--text", "Hello")["closed"]
+    assert "do not give out attention" in invoke(bundle, "--text", "Hello").stdout
 
 
 def test_a_model_that_goes_through_transformers_shows_its_distributions_alone(model_dir, tmp_path, monkeypatch):
@@ -210,26 +247,28 @@ def test_a_model_that_goes_through_transformers_shows_its_distributions_alone(mo
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "changes", "options"),
+    ("arch", "changes", "options", "exporter"),
     [
-        ("bert", {}, ("--text", "a<|system|>c")), ("t5", {}, ("--text", "Hello", "--target", "Hi")),
-        ("bert", {"head": "classification", "labels": ("bad", "good")}, ("--text", "ab")),
-        ("bert", {"head": "question-answering"}, ("--text", "ab")),
+        ("bert", {}, ("--text", "a<|system|>c"), "native"),
+        ("t5", {}, ("--text", "Hello", "--target", "Hi"), "native"),
+        ("t5", {}, ("--text", "Hello", "--target", "Hi"), "optimum"),
+        ("bert", {"head": "classification", "labels": ("bad", "good")}, ("--text", "ab"), "native"),
+        ("bert", {"head": "question-answering"}, ("--text", "ab"), "native"),
+        ("llama", {"head": "classification", "labels": ("bad", "good")}, ("--text", "ab"), "native"),
     ],
-)  # fmt: skip
-def test_exported_models_of_every_kind_say_what_the_torch_model_says(made, tmp_path, arch, changes, options):
+)
+def test_exported_models_of_every_kind_say_what_the_torch_model_says(made, tmp_path, arch, changes, options, exporter):
     from llmctl import Artifact
     from llmctl.testing import run_stage
     from llmctl_export_onnx import EXPORT_ONNX
 
+    params = {"parity_prompts": 2, "threads": 1, "exporter": exporter}
     directory = made(arch, **changes)
-    result = run_stage(
-        EXPORT_ONNX, tmp_path / "export", {"parity_prompts": 2, "threads": 1}, model=Artifact(directory, "model.hf")
-    )
-    ours, theirs = (as_json(path, *options, "--top", 3) for path in (directory, result.outputs["model"].path))
+    result = run_stage(EXPORT_ONNX, tmp_path / "export", params, model=Artifact(directory, "model.hf"))
+    ours, theirs = (as_json(path, *options, "--top", 3, "--maps") for path in (directory, result.outputs["model"].path))
     for key in ("kind", "head", "tokens", "source"):
         assert theirs[key] == ours[key]
-    assert theirs["closed"] and len(ours["predictions"]) == len(theirs["predictions"]) > 0
+    assert agree(ours, theirs) and len(ours["predictions"]) == len(theirs["predictions"]) > 0
     for a, b in zip(ours["predictions"], theirs["predictions"], strict=True):
         assert (a["at"], a["what"]) == (b["at"], b["what"])
         assert [c["text"] for c in a["choices"]] == [c["text"] for c in b["choices"]]

@@ -333,6 +333,14 @@ def test_a_foreign_decoder_is_quantized(tmp_path: Path) -> None:
     assert len(list(generators[1].stream([5, 6], Sampling(max_new_tokens=5)))) >= 1
 
 
+def test_half_precision_is_refused_with_the_way_out(trained: Artifact, tmp_path: Path) -> None:
+    params = {"dtype": "float16", "parity_prompts": 1, "threads": 1}
+    half = run_stage(EXPORT_ONNX, tmp_path / "half", params, model=trained).outputs["model"]
+    with pytest.raises(InputError, match="matrices are float16, and quantization starts from float32") as caught:
+        quantize(tmp_path / "out", half)
+    assert "export the model again with `dtype: float32`" in str(caught.value.hint)
+
+
 def test_what_cannot_be_quantized_is_refused(bundle: Artifact, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.onnx is missing"):
         quantize(tmp_path / "a", Artifact(tmp_path, "model.onnx"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from llmctl.nn.config import ModelConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Context, Helped
 from llmctl.train import loop, spread
-from llmctl.train.batches import Example
-from llmctl.train.data import ExampleSource
-from llmctl.train.objectives import CausalLM
+from llmctl.train.batches import Batch, Example
+from llmctl.train.data import ExampleSource, Pick, Source
+from llmctl.train.objectives import CausalLM, MaskedLM
 from llmctl.train.optimizers import own
 from llmctl.train.params import TrainParams
 from llmctl.train.parts import local
@@ -47,6 +48,24 @@ def examples() -> list[Example]:
     return [Example(rng.integers(0, 50, n), rng.random(n) < rng.random()) for n in rng.integers(5, 30, 64)]
 
 
+class Pairs(Source):
+    """What BERT learns from: 1 to 5 masked tokens in each of 16, and whether a second sentence follows."""
+
+    def batch(self, picks: Sequence[Pick]) -> Batch:
+        drawn = [np.random.default_rng(place) for _, place in picks]
+        tokens = torch.tensor(np.stack([rng.integers(0, 50, 16) for rng in drawn]))
+        counts = [int(rng.integers(1, 6)) for rng in drawn]
+        return Batch(
+            tokens=tokens,
+            picks=torch.cat([torch.arange(count) * 2 + 16 * row for row, count in enumerate(counts)]),
+            targets=torch.cat([torch.tensor(rng.integers(0, 50, n)) for rng, n in zip(drawn, counts, strict=True)]),
+            size=tokens.numel(),
+            segments=torch.zeros_like(tokens),
+            labels=torch.tensor([int(rng.integers(0, 2)) for rng in drawn]),
+            firsts=torch.arange(len(picks)) * 16,
+        )
+
+
 def run(case: dict[str, Any], out: Path) -> dict[str, float]:
     """One case; the loss of every step and the final weights go to `out`. Returns the bytes that this rank held."""
     torch.manual_seed(0)
@@ -69,7 +88,10 @@ def run(case: dict[str, Any], out: Path) -> dict[str, float]:
     ctx = Context("test", {"metrics": base / "metrics"}, base / "resume", lambda kind, fields: None)
     loop._Run.finish = measured
     try:
-        loop.fit(ctx, model, CausalLM(), ExampleSource(examples(), 32, params), params)
+        if model.config.head == "pretraining":
+            loop.fit(ctx, model, MaskedLM(), Pairs(64, params), params)
+        else:
+            loop.fit(ctx, model, CausalLM(), ExampleSource(examples(), 32, params), params)
         torch.save(model.state_dict(), base / "weights.pt")
     except Helped:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,28 @@ def test_pooling_is_written_for_those_who_embed(tune, data_of, tmp_path: Path) -
     path = tmp_path / "1_Pooling" / "config.json"
     path.write_text(path.read_text().replace("mean_tokens", "max_tokens"))
     with pytest.raises(InputError, match="pooling_mode_max_tokens"):
+        read_pooling(tmp_path)
+    write_pooling(tmp_path, "cls", 8, 16)
+    listed = (tmp_path / "modules.json").read_text()
+    (tmp_path / "modules.json").write_text(listed.replace("Normalize", "Dense"))
+    with pytest.raises(InputError, match="asks for a module Dense"):
+        read_pooling(tmp_path)
+    (tmp_path / "modules.json").write_text(listed.replace('"1_Pooling"', '"2_Pooling"'))
+    with pytest.raises(InputError, match="has its Pooling in '2_Pooling'"):
+        read_pooling(tmp_path)
+    (tmp_path / "modules.json").write_text(listed)
+    for config, found in (
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": ["cls"], "x": 1}, "cls"),
+    ):
+        path.write_text(json.dumps(config))
+        assert read_pooling(tmp_path) == found
+    for config in ({"pooling_mode": "lasttoken"}, {"pooling_mode": ["cls", "mean"]}, {}):
+        path.write_text(json.dumps(config))
+        with pytest.raises(InputError, match="asks for"):
+            read_pooling(tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match="is missing, though modules.json names it"):
         read_pooling(tmp_path)
     hot, cold = (tune("roberta", data, f"t{t}", temperature=t).metrics["loss.train"] for t in (1.0, 0.05))
     assert hot != cold

@@ -135,6 +135,13 @@ def test_the_boundary_head_stands_beside_the_weights_and_is_taken_up_again(pretr
     alone = pretrain("span", "alone", {"boundary": False})
     assert not (alone.outputs["model"].path / "auxiliary.safetensors").exists()
     assert "boundary_loss.train" not in alone.metrics
+    # A fresh one on a model that never had it is a function of the seed alone.
+    found = []
+    for name in ("one", "two"):
+        torch.rand(len(found) + 1)
+        made = pretrain("span", name, {"max_steps": 1, "objective": "span"}, model=alone.outputs["model"])
+        found.append((made.outputs["model"].path / "auxiliary.safetensors").read_bytes())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,33 @@ def test_a_toy_language_is_translated_and_not_from_shuffled_pairs(tmp_path: Path
     assert wrong < 10
 
 
+def summed_up(tmp_path: Path, twin: str, measured: Artifact | None = None) -> tuple[dict[str, float], Artifact]:
+    """What the summaries of held-out texts score after training on those of `twin`, and the texts."""
+    base = tmp_path / twin
+    made = stage("data", base / "data", {"reader": "toy-summary", "rows": 4000, "seed": 1, "negative_twin": twin})
+    special = {"vocab_size": 440, "special": "t5", "sentinels": 16}
+    tokens = stage("tokenize", base / "tokenize", special, text=made.outputs["text"]).outputs
+    shape = {"preset": "t5", "dim": 128, "layers": 2, "heads": 8, "ff_dim": 256, "context": 96}
+    params = {**shape, "max_steps": 20, "batch_size": 64, "embedding_lr": 0.01, **QUIET}
+    given = {"tokens": tokens["tokens"], "tokenizer": tokens["tokenizer"]}
+    model = stage("train-pretrain", base / "train", params, **given).outputs["model"]
+    params = {"max_steps": 150, "batch_size": 64, "lr": 0.01, "embedding_lr": 0.02, "warmup_steps": 10, **QUIET}
+    data = made.outputs["labelled"]
+    tuned = stage("sft", base / "sft", {**params, "schedule": "wsd"}, model=model, data=data).outputs["model"]
+    values = {"limit": 120, "max_new_tokens": 16, "threads": 1, "baselines": ["lead-sentence"]}
+    return stage("eval", base / "eval", values, model=tuned, data=[measured or data]).metrics, data
+
+
+@pytest.mark.timeout(900)  # two trainings of 75 s on two free cores
+def test_toy_summaries_beat_the_first_sentence_and_not_from_shuffled_pairs(tmp_path: Path) -> None:
+    right, data = summed_up(tmp_path, "none")
+    wrong, _ = summed_up(tmp_path, "shuffled-labels", data)
+    lead = right["seq2seq.rouge_l_lead"]
+    print("ROUGE-L", right["seq2seq.rouge_l"], "first sentence", lead, "from shuffled", wrong["seq2seq.rouge_l"])
+    assert right["seq2seq.rouge_l_low"] > 0.9 > lead + 0.3
+    assert wrong["seq2seq.rouge_l"] < lead
+
+
 def sentiment(tmp_path: Path, twin: str) -> float:
     base = tmp_path / twin
     params = {"reader": "toy-sentiment", "rows": 2000, "negative_twin": twin}

@@ -7,8 +7,10 @@ import json
 import pytest
 import torch
 
-from llmctl.errors import StageError, TempFail
+from llmctl.errors import StageError, TempFail, UsageError
 from llmctl.registry import get_registry
+from llmctl.stage import Artifact
+from llmctl.testing import run_stage
 
 TRAINERS = ["train-pretrain", "sft", "rlhf", "distill"]
 
@@ -85,3 +87,42 @@ def test_every_parameter_is_read(train, stage: str, monkeypatch) -> None:
         train(stage, optimizer, {"epochs": 0.5, "max_steps": None, "schedule": "wsd", "optimizer": optimizer})
     # Only in words: there is one value to choose yet; and a limit that is looked at when it is exceeded.
     assert set(cls.model_fields) - read - {"method", "algo", "too_long"} == set()
+
+
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [
+        ({"arch": "bert"}, "need a decoder, bert is an encoder"),
+        ({"arch": "t5"}, "need a decoder, t5 is an encoder-decoder"),
+        ({"arch": "llama", "head": "classification", "labels": ("a", "b")}, "this llama has the head classification"),
+    ],
+)
+def test_what_needs_a_decoder_says_so(inputs, world, tmp_path, shape, why) -> None:
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+
+    small = {"vocab_size": 300, "dim": 32, "layers": 2, "heads": 4, "context": 48, "eos_id": 1, "pad_id": 2}
+    save_model(Transformer(ModelConfig(**{**small, **shape})), tmp_path / "model", world.tokenizer)
+    model = Artifact(tmp_path / "model", "model.hf")
+    given = {
+        "sft": {"model": model},
+        "rlhf": {"model": model},
+        "distill": {"student": model},
+        "prune": {"model": model, "calibration": world.tokens},
+        "eval": {"model": model, "data": [world.tokens]},
+    }
+    stages = get_registry().stages
+    for name, bound in given.items():
+        message = why
+        if name == "eval":  # it opens the model to generate, and says so
+            message = "scores an answer to a text" if shape["arch"] == "t5" else "it generates no text"
+        with pytest.raises(UsageError, match=message) as error:
+            run_stage(stages[name], tmp_path / name, {"threads": 1}, **{**inputs.get(name, {}), **bound})
+        assert error.value.hint
+    if shape["arch"] == "t5":
+        from llmctl.errors import InputError
+        from llmctl.train.reading import open_reader
+
+        with pytest.raises(InputError, match="holds an encoder-decoder"):
+            open_reader(model.path)
