@@ -103,6 +103,8 @@ class AttentionContext:
     causal: bool = True
     documents: Tensor | None = None
     """`(B, T)`: a token sees its own document only. Not with a cache."""
+    own_documents: Tensor | None = None
+    """`(B, T)`, those of the queries, where `documents (B, S)` are those of more keys than these."""
     prefix: Tensor | None = None
     """`(B, T)` bool: tokens that all of their document see, what comes later included (prefix LM)."""
     rotary: dict[str, Angles] = field(default_factory=dict)
@@ -167,7 +169,8 @@ class AttentionContext:
         if window:
             seen = seen & (behind.abs() < window)
         if self.documents is not None:
-            seen = seen & (self.documents[:, queries, None] == self.documents[:, None, keys])
+            own = self.documents if self.own_documents is None else self.own_documents
+            seen = seen & (own[:, queries, None] == self.documents[:, None, keys])
         return seen[:, None]
 
     def rotated(self, q: Tensor, k: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -222,8 +225,12 @@ class Sdpa:
     ) -> Tensor:
         """See `Backend`."""
         q, k = context.rotated(q, k, layer)
-        keys, values = gather(k, v, layer, context)
-        window = context.config.layer_window(layer)
+        return self.over(q, *gather(k, v, layer, context), context.config.layer_window(layer), context, bias)
+
+    def over(
+        self, q: Tensor, keys: Tensor, values: Tensor, window: int, context: AttentionContext, bias: Tensor | None
+    ) -> Tensor:
+        """Rotated `q (B, T, H, d)` over all that is visible, `keys, values (B, KV, S, d)`; `(B, T, H * d)`."""
         regular = context.slots is None or context.slots.positions is None
         if window and regular and keys.shape[2] > window and context.prefix is None:
             out = self._windowed(q.transpose(1, 2), keys, values, window, context, bias)

@@ -155,8 +155,13 @@ class Checkpoints:
             return []
         return sorted(int(match[1]) for path in self.directory.iterdir() if (match := STEP.match(path.name)))
 
-    def load(self, step: int, like: Callable[[str], Tensor | None] = lambda name: None) -> Checkpoint:
-        """Read one checkpoint; ValueError if it is damaged, on all ranks if it is for one.
+    def load(
+        self,
+        step: int,
+        like: Callable[[str], Tensor | None] = lambda name: None,
+        wanted: Callable[[str], bool] = lambda name: True,
+    ) -> Checkpoint:
+        """Read the `wanted` tensors of a checkpoint; ValueError if it is damaged, on all ranks if it is for one.
 
         Tensors are whole and on the CPU; where `like` knows one, they are parted and placed as that is.
         """
@@ -166,15 +171,20 @@ class Checkpoints:
             values = json.loads((path / VALUES).read_text(encoding="utf-8"))
             if (path / SINGLE).is_file() and not (path / INDEX).exists():
                 with safe_open(path / SINGLE, framework="pt") as file:
-                    return Checkpoint(step, {name: file.get_tensor(name) for name in file.keys()}, values)  # noqa: SIM118  # not a dict
-            tensors = self._read(path, like)
+                    names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118  # not a dict
+                    return Checkpoint(step, {name: file.get_tensor(name) for name in names}, values)
+            tensors = self._read(path, like, wanted)
         except (CheckpointException, OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {_cause(error)}") from error
         return Checkpoint(step, tensors, values)
 
-    def _read(self, path: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+    def _read(
+        self, path: Path, like: Callable[[str], Tensor | None], wanted: Callable[[str], bool]
+    ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, row in Reader(path).read_metadata().state_dict_metadata.items():
+            if not wanted(name):
+                continue
             target = like(name)
             if target is not None and target.shape == row.size:
                 tensors[name] = torch.empty_like(target, dtype=row.properties.dtype, requires_grad=False)

@@ -24,7 +24,8 @@ from llmctl.train.params import TrainParams
 Pick = tuple[int, int]
 """(epoch, place in that epoch's order); epoch -1 is the unshuffled order."""
 SWEPT = 16
-"""Sequences of a batch that is only measured, where `micro_batch` is found by trying: numbers must not depend on it."""
+"""Sequences of a batch that is only measured, where `micro_batch` is found by trying: numbers must not depend on it,
+nor on how many go through a pipeline at once."""
 
 
 class Source(ABC):
@@ -35,7 +36,7 @@ class Source(ABC):
             raise InputError("there is nothing to train on", hint="give more data")
         self.size, self.seed, self.packed = size, params.seed, params.packing != "none"
         self.batch_size, self.at_once = params.batch_size, params.sequences_at_once
-        self.swept = min(self.at_once, SWEPT) if params.micro_batch == "auto" else self.at_once
+        self.swept = min(self.at_once, SWEPT) if params.micro_batch == "auto" else params.micro_batch or self.batch_size
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     @property

@@ -31,25 +31,25 @@ class Held:
 
 
 def held(config: ModelConfig, parallel: ParallelParams, rank: int = 0) -> Held:
-    """What `rank` holds; the first ranks hold most where parts are uneven.
+    """What `rank` holds. Of the ranks with the same layers the first hold most where parts are uneven.
 
     UsageError for a model that cannot be cut as `parallel` says. No process group may exist.
     """
     with torch.device("meta"):
         model = Transformer(config)
     whole = sum(parameter.numel() for parameter in model.parameters())
-    if parallel.shards:
-        _spread(model, parallel, rank)
+    if parallel.shards or parallel.pp > 1:
+        model = _spread(model, parallel, rank)
     parts = {name: local(parameter.detach()) for name, parameter in model.named_parameters()}
     return Held(whole, sum(part.numel() for part in parts.values()), {n: tuple(p.shape) for n, p in parts.items()})
 
 
-def _spread(model: Transformer, parallel: ParallelParams, rank: int) -> None:
+def _spread(model: Transformer, parallel: ParallelParams, rank: int) -> Transformer:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=parallel.world, store=FakeStore())
     try:
         sizes = tuple(getattr(parallel, name) for name in DIMENSIONS)
-        Spread(model, Ranks(parallel, init_device_mesh("cpu", sizes, mesh_dim_names=DIMENSIONS), rank))
+        return Spread(model, Ranks(parallel, init_device_mesh("cpu", sizes, mesh_dim_names=DIMENSIONS), rank)).model
     finally:
         dist.destroy_process_group()

@@ -40,7 +40,7 @@ from llmctl.train.ranks import ALONE, Ranks, joined
 from llmctl.train.readings import Reading, Readings
 from llmctl.train.recompute import recomputed
 from llmctl.train.schedule import decay_factor, lr_factor, momentum_at
-from llmctl.train.spread import Spread, collect
+from llmctl.train.spread import Spread
 from llmctl.train.throughput import Throughput
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
@@ -70,8 +70,8 @@ def fit(
     if any(parameter.dtype in HALVES for parameter in model.parameters()):
         model.float()  # such weights stall: an update below their last digit is lost
     with joined(params.parallel, compute.device) as ranks:
-        # Sharding cannot be undone in place: the model that was given stays as it is until the end.
-        trained = copy.deepcopy(model) if params.parallel.shards else model
+        # The model that was given stays as it is until the end.
+        trained = copy.deepcopy(model) if params.parallel.changes else model
         with _prepared(trained, params, compute):
             heard = ctx if ranks.main else muted(ctx)
             run = _Run(heard, trained, objective, source, params, validate, compute, total, ranks)
@@ -84,8 +84,7 @@ def fit(
                 run.heartbeat.close()
                 run.checkpoints.close()
             values = run.finish()
-        if trained is not model:
-            collect(trained, model, ranks.main)
+        run.spread.give_back(model)
     if not ranks.main:
         raise Helped
     model.to("cpu").eval()
@@ -131,10 +130,10 @@ class _Run:
         self.ranks = ranks
         self.ctx, self.objective, self.source, self.params = ctx, objective, source, params
         self.validate, self.compute, self.total = validate, compute, total
-        self.model = model.to(compute.device).train()
-        self.spread = Spread(self.model, ranks)
-        self.optimizers = Optimizers(model, params, ranks)
-        self.averages = Averages(model, self.optimizers, params.ema)
+        self.spread = Spread(model, ranks, compute, objective)
+        self.model = self.spread.model.train()
+        self.optimizers = Optimizers(self.model, params, ranks)
+        self.averages = Averages(self.model, self.optimizers, params.ema)
         self.loss_scale = LossScale() if compute.precision == "fp16" else None
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
@@ -153,12 +152,14 @@ class _Run:
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
         """The same of each of the last steps: the final numbers must not depend on how often points are logged."""
-        torch.manual_seed(params.seed + ranks.data_rank)  # dropout differs where the data do
+        torch.manual_seed(params.seed + ranks.stream)  # dropout differs where the data do
 
     def train(self) -> None:
         """From the newest checkpoint, or the start, to the last step."""
         for note in self.optimizers.rates.notes:
             self.ctx.log(note)
+        if self.spread.pipeline is not None:
+            self.ctx.log(self.spread.pipeline.describe(self.params.micro_batches))
         resumed = restoring.resume(self)
         self.ranks.wait()  # all have read what is removed now
         if self.ranks.main:
@@ -188,7 +189,7 @@ class _Run:
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
         self.heartbeat.enter("data", self.step + 1)
-        batches = self.prefetch.take(self.step)
+        batches = self.spread.shares(self.prefetch.take(self.step))
         self.heartbeat.enter("gradients", self.step + 1)
         weight, size, targets = self.counted(batches)
         if weight == 0:
@@ -229,7 +230,12 @@ class _Run:
         one big batch however it was split. Returns the summed loss and metrics of this rank's share, on the device."""
         sums: dict[str, Tensor] = {}
         # The ranks' gradients are averaged: those of a sum are wanted.
-        factor = self.ranks.data_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        factor = self.ranks.token_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
+        if self.spread.pipeline is not None:
+            moved = [batch.to(self.compute.device) for batch in batches]
+            sums = self.spread.pipeline.gradients(self.objective, moved, factor)
+            self.spread.reduce()
+            return sums
         for number, batch in enumerate((batch.to(self.compute.device) for batch in batches), 1):
             with self.spread.accumulating(last=number == len(batches)):
                 with self.compute.autocast():
@@ -343,7 +349,7 @@ class _Run:
                 values[f"{name}.train"] = sum(step[name] for step in self.recent) / weight
         for row in self.curve:
             values |= {name: value for name, value in row.items() if "." in name}
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        parameters = self.spread.size
         values |= {"steps": self.step, "tokens": self.tokens, "targets": self.targets, "parameters": parameters}
         if self.throughput.tokens:  # none where only the end was left to do
             values["tokens_per_s"] = self.throughput.overall()

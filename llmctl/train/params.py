@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
-from llmctl.train.parallel import ParallelParams, misfit
+from llmctl.train.parallel import ParallelParams, misfit, sequences_at_once
 
 Optimizer = Literal["muon", "adamw", "adamw8bit", "adafactor", "lion", "sgd", "schedule-free"]
 Schedule = Literal["cosine", "wsd", "linear", "inverse-sqrt", "constant"]
@@ -38,7 +38,8 @@ class TrainParams(Params):
     micro_batch: int | Literal["auto"] = Field(
         0,
         description="Sequences computed at a time; gradients add up to those of the whole batch. 0: all. "
-        "`auto`: the most that fit the memory, found before the first step.",
+        "`auto`: the most that fit the memory, found before the first step. With parallel.pp, 0: as few as make four "
+        "micro-batches per process.",
     )
     packing: Literal["documents", "best-fit", "crop", "none"] = Field(
         "documents",
@@ -211,7 +212,14 @@ class TrainParams(Params):
     @property
     def sequences_at_once(self) -> int:
         """`micro_batch` with its default filled in; with `auto` what is tried first."""
+        if self.parallel.pp > 1 and not self.micro_batch:
+            return sequences_at_once(self.batch_size // self.parallel.data, self.parallel.pp)
         return self.batch_size if self.micro_batch == "auto" else self.micro_batch or self.batch_size
+
+    @property
+    def micro_batches(self) -> int:
+        """How many forward passes a process makes per step."""
+        return -(-(self.batch_size // self.parallel.data) // self.sequences_at_once)
 
     @property
     def rest_lr(self) -> float:

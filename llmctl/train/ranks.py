@@ -23,6 +23,8 @@ DIMENSIONS = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Of the mesh, from the slowest network to the fastest: neighbouring ranks share a layer."""
 DATA = ("dp_replicate", "dp_shard")
 """Dimensions along which the batch is shared."""
+TOKENS = (*DATA, "cp")
+"""Dimensions along which processes see other tokens, so that losses and gradients add up."""
 
 
 def world_size() -> int:
@@ -67,29 +69,46 @@ class Ranks:
         """Which of the shares is this process's."""
         return 0 if self.mesh is None else self.place("dp_replicate") * self.parallel.dp_shard + self.place("dp_shard")
 
+    @property
+    def token_ranks(self) -> int:
+        """Processes that see other tokens of a batch each: shares of the batch, and parts of their sequences."""
+        return self.data_ranks * self.parallel.cp
+
+    @property
+    def token_rank(self) -> int:
+        """Which of them this is."""
+        return self.data_rank * self.parallel.cp + self.place("cp")
+
+    @property
+    def stream(self) -> int:
+        """Which random numbers this process draws: others where it sees other tokens or has other layers."""
+        return self.token_rank + self.token_ranks * self.place("pp")
+
     def place(self, dimension: str) -> int:
         """Where this process stands along a dimension of the mesh."""
         return 0 if self.mesh is None else self.mesh.get_local_rank(dimension)
 
     def group(self, dimension: str) -> dist.ProcessGroup:
-        """The processes along one dimension, or along `data`: all that have different shares of the batch."""
+        """The processes along one dimension, or along `tokens`: all that see other tokens of the batch."""
         assert self.mesh is not None
-        return self.mesh[DATA]._flatten("data").get_group() if dimension == "data" else self.mesh.get_group(dimension)
+        if dimension == "tokens":
+            return self.mesh[TOKENS]._flatten("tokens").get_group()
+        return self.mesh.get_group(dimension)
 
     def counted(self, *numbers: int) -> list[int]:
-        """The sums of whole numbers over all shares of the batch. They stay on the host: no GPU is waited for."""
-        if self.data_ranks == 1:
+        """The sums of whole numbers over all tokens of the batch. They stay on the host: no GPU is waited for."""
+        if self.token_ranks == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(sums, group=self.group("data"))
+        dist.all_reduce(sums, group=self.group("tokens"))
         return sums.tolist()
 
     def summed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """0-dimensional tensors of equal names, in float64, summed over all shares of the batch on the device."""
-        if self.data_ranks == 1 or not values:
+        """0-dimensional tensors of equal names, in float64, summed over all tokens of the batch on the device."""
+        if self.token_ranks == 1 or not values:
             return dict(values)
         stacked = torch.stack([value.detach().double() for value in values.values()])
-        dist.all_reduce(stacked, group=self.group("data"))
+        dist.all_reduce(stacked, group=self.group("tokens"))
         return dict(zip(values, stacked.unbind(), strict=True))
 
     def any(self, flag: bool) -> bool:

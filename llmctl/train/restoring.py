@@ -48,9 +48,9 @@ def tensors(run: _Run) -> dict[str, Tensor]:
 
 
 def _random(run: _Run, device: str) -> str:
-    """The name of a random state: ranks with the same share of the batch draw the same numbers."""
-    share = run.ranks.data_rank
-    return f"random/{device}-{share}" if share else f"random/{device}"
+    """The name of a random state: ranks of the same stream draw the same numbers."""
+    stream = run.ranks.stream
+    return f"random/{device}-{stream}" if stream else f"random/{device}"
 
 
 def _summed(tensor: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def load(run: _Run, step: int) -> Checkpoint:
         kind, _, name = full.partition("/")
         return shards.get(name.rpartition("/")[0] if kind == "optimizer" else name)
 
-    return run.checkpoints.load(step, like)
+    return run.checkpoints.load(step, like, run.spread.holds)
 
 
 def save(run: _Run) -> None:
@@ -148,7 +148,7 @@ def restore_tensors(run: _Run, found: Checkpoint) -> None:
     run.optimizers.load(parts["optimizer"])
     run.averages.load(parts["mean"])
     # Of more shares than it was saved with, the further ones begin anew, and not with the numbers of the first step.
-    torch.manual_seed(run.params.seed + run.ranks.data_rank + (found.step << 20))
+    torch.manual_seed(run.params.seed + run.ranks.stream + (found.step << 20))
     random = {f"random/{name}": state for name, state in parts["random"].items()}
     if (state := random.get(_random(run, "cpu"))) is not None:
         torch.set_rng_state(state)

@@ -35,7 +35,9 @@ def attempt(run: _Run, at_once: int) -> None:
         require(estimate(run, at_once))
     run.source.at_once = at_once
     batch = run.source.heaviest()
-    run.accumulate([batch], max(1, run.objective.weight(batch)))
+    # Stages hold several micro-batches at once.
+    batches = [batch] * (1 if run.spread.pipeline is None else run.params.micro_batches)
+    run.accumulate(run.spread.shares(batches), max(1, run.objective.weight(batch)))
     run.clip()
     run.optimizers.step(1.0)
     if run.validate is not None:

@@ -10,7 +10,7 @@ from llmctl.errors import UsageError
 from llmctl.nn.config import ModelConfig
 from llmctl.train.parallel import ParallelParams
 
-NAMES = ("dp_replicate", "dp_shard", "tp")
+NAMES = ("dp_replicate", "dp_shard", "tp", "cp", "pp")
 PER_WEIGHT = 4 * 4
 """Bytes in training: weight, gradient and AdamW's two moments in float32."""
 
@@ -32,10 +32,11 @@ def parallel_of(text: str) -> ParallelParams:
 
 
 def shares(config: ModelConfig, parallel: ParallelParams) -> dict[str, Any]:
-    """The model spread over processes that are not there: how many weights each has, and bytes in training."""
+    """The model spread over processes that are not there: how many weights one has at most, and bytes."""
     from llmctl.train.fake_ranks import held
 
-    found = held(config, parallel)
+    firsts = range(0, parallel.world, parallel.world // parallel.pp)
+    found = max((held(config, parallel, rank) for rank in firsts), key=lambda held: held.own)
     return {
         "processes": parallel.world,
         "parallel": {name: getattr(parallel, name) for name in NAMES},

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,3 +78,41 @@ def make_context(tmp_path: Path) -> Callable[..., Context]:
         return context
 
     return make
+
+
+@pytest.fixture(scope="session")
+def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs cases of `stage_program.py` in so many processes, as torchrun would start them; where their results lie.
+
+    One process is this one.
+    """
+
+    def launch(cases: list[dict[str, Any]], ranks: int, out: Path | None = None) -> Path:
+        out = out or tmp_path_factory.mktemp("ranks")
+        if ranks == 1:
+            program = runpy.run_path(str(Path(__file__).with_name("rank_program.py")))
+            for case in cases:
+                program["run"](case, out)
+            return out
+        (out / "cases.json").write_text(json.dumps(cases))
+        port = str(random.SystemRandom().randrange(20000, 50000))
+        variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+        words = [sys.executable, str(Path(__file__).with_name("stage_program.py")), str(out / "cases.json"), str(out)]
+        started = [
+            subprocess.Popen(
+                words,
+                env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            said = [process.communicate(timeout=250)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        assert [process.returncode for process in started] == [0] * ranks, "\n".join(said)
+        return out
+
+    return launch

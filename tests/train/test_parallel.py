@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
@@ -62,6 +64,17 @@ def test_a_plan_for_64_processes_needs_none_of_them(rank: int) -> None:
     assert plan.shapes["blocks.0.attention.q.weight"] == (8 * CONFIG.head_dim // 64, 128)
     assert plan.shapes["blocks.0.attention.out.weight"] == (128 // 16, 8 * CONFIG.head_dim // 4)
     assert plan.shapes["embedding.weight"] == (512 // 64, 128)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_plan_for_stages_holds_some_layers_each(tie: bool) -> None:
+    config = replace(CONFIG, layers=8, tie_embeddings=tie)
+    parallel = ParallelParams(pp=8, dp_replicate=8, cp=2)
+    plans = [held(config, parallel, rank) for rank in range(0, 128, 16)]
+    blocks = [{name.split(".")[1] for name in plan.shapes if name.startswith("blocks")} for plan in plans]
+    assert blocks == [{str(layer)} for layer in range(8)]
+    # A tied embedding is at both ends.
+    assert sum(plan.own for plan in plans) == config.parameters() + (512 * 128 if tie else 0)
 
 
 def test_plain_data_parallelism_holds_everything_everywhere() -> None:
