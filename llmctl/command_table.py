@@ -17,11 +17,6 @@ SECTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("verify-resume", "Check that a stop changes no training.", "llmctl.pipeline.rehearsal:verify_resume"),
         ("checkpoint", "Make a model of a checkpoint.", "llmctl.pipeline.checkpoints:checkpoint"),
         ("why", "Say what differs from the last result.", "llmctl.pipeline.explaining:why"),
-        (
-            "verify-resume",
-            "Check that a training stopped half-way ends bit for bit the same.",
-            "llmctl.testing.resuming:verify_resume",
-        ),
         ("render", "Print a spec with all its layers in one.", "llmctl.spec.commands:render"),
         ("lock", "Write down what a spec takes from outside.", "llmctl.pipeline.locking:lock"),
         ("schema", "Print the JSON Schema of spec files.", "llmctl.spec.commands:schema"),
