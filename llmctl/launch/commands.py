@@ -63,6 +63,20 @@ def exec_(
     return code
 
 
+@stage.command("save")
+@click.option("--key", required=True, help="Action key of the request.")
+@click.option("--store", "store_path", required=True, type=click.Path(path_type=Path), help="The store.")
+def save(key: str, store_path: Path) -> None:
+    """Ask whoever works on KEY to write a checkpoint and go on, by a file in its work directory."""
+    from llmctl.launch import stopping
+    from llmctl.launch.request import Request
+    from llmctl.stage import SAVE_FILE
+    from llmctl.store import Store
+
+    store = Store.open(store_path)
+    stopping.ask(store, Request.read(store, key).resume, SAVE_FILE)
+
+
 @stage.command("stop")
 @click.option("--key", required=True, help="Action key of the request.")
 @click.option("--store", "store_path", required=True, type=click.Path(path_type=Path), help="The store.")

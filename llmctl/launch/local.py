@@ -70,6 +70,9 @@ class StageProcess:
         self.job = job
         self._grace = grace
         self._signalled = False
+        self._heard = False
+        """Whether it has said anything: before that it may not know what SIGUSR2 means, and would die of it."""
+        self._saves = 0
         self._deadline: float | None = None
         self._ends = time.monotonic() + job.time_limit if job.time_limit else None
         self._timed_out = False
@@ -162,6 +165,7 @@ class StageProcess:
         except ValueError:
             return  # not ours: something in the stage wrote to a descriptor that it did not open
         event = self.job.masker.plain(event)
+        self._heard = True
         if event.get("type") in ("result", "failure"):
             self._final = event
         else:
@@ -173,6 +177,9 @@ class StageProcess:
         if stop is not None:
             stop.drain()
             requests = stop.requests
+            if stop.saves > self._saves and self._heard:
+                self._saves = stop.saves
+                self._process.send_signal(signal.SIGUSR2)
         if self._ends is not None and now >= self._ends and not self._signalled:
             self._timed_out = True
         if (requests or self._timed_out) and not self._signalled:

@@ -23,7 +23,7 @@ from llmctl.errors import MachineError, UsageError
 from llmctl.launch.child import Channel, Launch, tidy
 from llmctl.launch.failures import Failure, killed
 from llmctl.launch.request import Request
-from llmctl.launch.stopping import StopFlag
+from llmctl.launch.stopping import StopFlag, signal_saves
 from llmctl.launch.worker import EVENTS
 from llmctl.spec.params import Params
 from llmctl.stage import STOP_FILE, Stage
@@ -78,6 +78,7 @@ class Gang:
         """Until the agent has ended, or a rank has failed in a way that another start would not mend."""
         stop, stop_file, reports = StopFlag(resume), resume / STOP_FILE, resume / REPORTS
         failed_at, asked = 0.0, False
+        signal_saves(resume)
         try:
             while agent.poll() is None:
                 self.pass_on(reports)

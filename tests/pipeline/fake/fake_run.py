@@ -66,6 +66,8 @@ def count(ctx, params, text):
         temporary = state.with_suffix(".tmp")
         temporary.write_text(json.dumps([step, value]))
         temporary.replace(state)
+        if ctx.should_save():
+            ctx.checkpointed(step)
         if ctx.should_stop():
             ctx.checkpointed(step)
             raise ctx.stopped(step)
