@@ -114,8 +114,18 @@ def export(making: Rehearsal, source: Path, target: Path, *, force: bool) -> Non
     with making.scratch() as store:
         copy = store.work(making.keys.resume) / FOLDER / source.name
         try:
-            shutil.copytree(source, copy, copy_function=os.link)
+            shutil.copytree(source, copy, copy_function=link)
         except (FileNotFoundError, shutil.Error) as error:  # the training has just removed it
             raise InputError(f"{source} is gone", hint="run the same command again") from error
         made = making.train(store)
         materialise(made.store.get(made.outcome.outputs[ports[0]]), target, force=force)
+
+
+def link(source: str, target: str) -> None:
+    """A second name of a file that never changes; a copy where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

@@ -186,7 +186,7 @@ class Rehearsal:
                 shutil.copytree(other.work(self.keys.resume), third.work(self.keys.resume))
             found = list(self.differences(straight, self.train(other, after=at)))
             if found:
-                more = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
+                more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
                 raise StageError(
                     f"`{id}`: {self.steps} steps are not {at} and {rest} more: {found[0]}{more}",
                     hint="; ".join(found[1:SHOWN]) or "the usual cause is a state that is in no checkpoint",
