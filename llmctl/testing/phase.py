@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ class Phase:
 
     stage: str
     params: Mapping[str, Any]
-    inputs: Mapping[str, list[Mapping[str, Any]]]
+    inputs: Mapping[str, Sequence[Mapping[str, Any]]]
     """The fields of each artifact, by bound port."""
     directory: str
     resume: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 from llmctl.errors import UsageError
 from llmctl.nn.attention import AttentionContext
 from llmctl.nn.config import ModelConfig
-from llmctl.nn.counts import count
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Transformer
+from llmctl.train.depth import WORDS, borders
 
-WORDS = ("lm", "mlm", "pretraining")
-"""Heads that score the vocabulary."""
 FIRST = ("embedding", "positions", "segments", "embedding_norm")
 """What the first stage has beside its blocks."""
 LAST = ("norm", "unembedding", "masked", "pooler", "next", "classifier", "auxiliary")
@@ -65,28 +62,8 @@ class Stage:
 
 
 def cut(config: ModelConfig, stages: int) -> list[Stage]:
-    """The model in `stages` stages of consecutive blocks, the slowest as fast as can be.
-
-    The last has fewer blocks where the head costs as much as several of them. Raises UsageError for more stages than
-    blocks.
-    """
-    if stages > config.layers:
-        raise UsageError(
-            f"{config.layers} layers cannot be cut into {stages} stages",
-            hint="lower parallel.pp or parallel.virtual_stages: their product is the number of stages",
-        )
-    if stages == 1:
-        return [Stage(0, 1, 0, config.layers)]
-    block = count(config).blocks / config.layers
-    head = config.vocab_size * config.dim if config.head in WORDS else 0
-    most = config.layers - stages + 1
-
-    def slowest(last: int) -> float:
-        return max(block * math.ceil((config.layers - last) / (stages - 1)), block * last + head)
-
-    last = min(range(1, most + 1), key=lambda blocks: (slowest(blocks), -blocks))
-    before = config.layers - last
-    ends = [before * index // (stages - 1) for index in range(stages)] + [config.layers]
+    """The model in `stages` stages of consecutive blocks; see `depth.borders` for where, and for what is refused."""
+    ends = borders(config, stages)
     return [Stage(index, stages, ends[index], ends[index + 1]) for index in range(stages)]
 
 

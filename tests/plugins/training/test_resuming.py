@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -22,9 +21,10 @@ from llmctl.testing.phase import Phase
 SPEC = """
 llmctl: 1
 name: tiny
-sources: {text: {uri: ./text.jsonl}}
 stages:
-  data: {uses: data, inputs: {sources: source:text}, with: {reader: jsonl, validation_share: 0.2}}
+  data:
+    uses: data
+    with: {reader: python-stdlib, modules: [textwrap, shlex, bisect], validation_share: 0.2, questions: {facts: 8}}
   tokenize: {uses: tokenize, inputs: {text: data}, with: {vocab_size: 300}}
   train:
     uses: train-pretrain
@@ -33,7 +33,7 @@ stages:
 """
 PLANT = """
 import sys
-if sys.argv[-1:] == ["-m"] or "phase" in " ".join(sys.orig_argv):
+if "llmctl.testing.phase" in sys.orig_argv:
     import torch
     torch.set_rng_state = lambda state: None
 """
@@ -78,7 +78,6 @@ def test_a_state_that_is_not_restored_is_found_and_named(world, tmp_path: Path, 
 
 def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(SPEC)
-    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n')
     pipeline = load_pipeline(str(tmp_path / "a.yaml"), (), (), registry=get_registry())
     assert resuming.training_stage(pipeline, None).id == "train"
     params = resuming.shortened(pipeline.stages["train"], 8)
@@ -91,8 +90,6 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(SPEC)
-    rows = [{"text": f"The {n % 7}th thing of {n * 37 % 101} is {n * n % 13} long."} for n in range(120)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted/sitecustomize.py").write_text(PLANT)
 
