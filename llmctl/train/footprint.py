@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.counts import count, matrices
 from llmctl.train.activations import FLOAT, Pass, around, block, widest
+from llmctl.train.depth import WORDS, borders
 from llmctl.train.params import TrainParams
 
 ALLOCATOR = {"none": 0.45, "selective": 1.5, "full": 1.5}
@@ -24,6 +25,7 @@ INTEGERS = 8 * 5
 """Bytes per token of a batch: ids, targets, picks, positions and documents, int64 each."""
 ADVICE = {
     "weights": "train a smaller model, or share it among more ranks: parallel.dp_shard, tp or pp",
+    "casts": "share them among more ranks: parallel.dp_shard, tp or pp",
     "gradients": "share them among more ranks: parallel.dp_shard, tp or pp",
     "optimizer": "optimizer: adamw8bit or adafactor, offload_optimizer on CUDA, or more ranks: parallel.dp_shard",
     "activations": "a smaller micro_batch, recompute: full, or a shorter context",
@@ -104,14 +106,18 @@ class _Stage:
     def __init__(self, config: ModelConfig, params: TrainParams, load: Load, number: int) -> None:
         self.config, self.params, self.load = config, params, load
         ranks, depth = params.parallel, config.layers
+        pieces = ranks.pp * ranks.virtual_stages
         first, last = number == 0, number == ranks.pp - 1
-        self.layers = range(depth * number // ranks.pp, depth * (number + 1) // ranks.pp)
+        ends = borders(config, pieces)
+        self.layers = [
+            layer for piece in range(number, pieces, ranks.pp) for layer in range(ends[piece], ends[piece + 1])
+        ]
         counts, self.matrices = count(config), matrices(config)
         share = len(self.layers) / depth
         outer = (counts.embedding + counts.positions) * (first or (last and config.tie_embeddings))
         self.inner = counts.blocks * share / ranks.tp
         self.outer = (outer + counts.head * last) / ranks.tp
-        self.head = config.vocab_size * config.dim / ranks.tp * last * (config.head in ("lm", "mlm", "pretraining"))
+        self.head = config.vocab_size * config.dim / ranks.tp * last * (config.head in WORDS)
         self.tied = first and last and config.tie_embeddings
         self.step = Pass(
             rows=load.rows,
@@ -124,10 +130,21 @@ class _Stage:
             masked=load.masked,
             skips=params.attention == "flex",
             split=ranks.tp,
+            cut=ranks.cp,
         )
         self.first, self.last = first, last
-        # A stage of 1F1B begins as many micro-batches as there are stages from it on before the first comes back.
-        self.in_flight = min(ranks.pp - number, max(load.micro_batches, 1)) if ranks.pp > 1 else 1
+        self.in_flight = self._in_flight(number) if ranks.pp > 1 else 1.0
+
+    def _in_flight(self, number: int) -> float:
+        """Micro-batches whose activations a rank holds at once (2104.04473, section 2.2): all with GPipe; with 1F1B as
+        many as there are stages from it on; interleaved, pieces of a rank count by their share of it."""
+        ranks, pieces = self.params.parallel, self.params.parallel.virtual_stages
+        most = {
+            "gpipe": float("inf"),
+            "1f1b": ranks.pp - number,
+            "interleaved": (2 * (ranks.pp - number - 1) + (pieces - 1) * ranks.pp + 1) / pieces,
+        }[ranks.pp_schedule]
+        return min(float(self.load.micro_batches), most)
 
     def _recompute(self) -> str:
         """Compiled blocks compute again what is cheap, much like `selective`."""
@@ -158,10 +175,6 @@ class _Stage:
         shared = ranks.dp_shard * (ranks.dp_replicate if ranks.shard_optimizer else 1)
         state = 0.0 if params.offload_optimizer else self._state() / shared
         weights = FLOAT * self.parameters / ranks.dp_shard + self._gathered()
-        # In a smaller type every matrix has a copy for as long as its product may be differentiated.
-        if load.product < FLOAT and "activations" in parts:
-            at_once = 1 if ranks.dp_shard == 1 else max(1, len(self.layers))
-            parts["activations"] += load.product * (self.inner + self.head) / at_once
         steps = params.prefetch + 2
         rows = load.rows * load.micro_batches
         found = {
@@ -170,6 +183,7 @@ class _Stage:
             "mean": FLOAT * self.parameters / ranks.dp_shard if params.ema else 0.0,
             "data": float(rows * load.length * INTEGERS * (1 if load.cuda else steps)),
             **parts,
+            "casts": self._casts() if "activations" in parts else 0.0,
         }
         found["checkpoint"] = 0.0 if load.cuda else self._copy(found)
         found["allocator"] = self._allocator(found)
@@ -186,6 +200,14 @@ class _Stage:
             return 0.0
         blocks = sum(parts.values()) - (parts.get("logits", 0.0) if self._logits() >= RETURNED else 0.0)
         return blocks * max(ALLOCATOR[self.step.recompute], CHUNKED if self.params.loss_chunk else 0.0)
+
+    def _casts(self) -> float:
+        """Every matrix has a copy in a smaller type as long as its product may be differentiated; of sharded ones those
+        of the block at work."""
+        if self.load.product == FLOAT:
+            return 0.0
+        at_once = 1 if self.params.parallel.dp_shard == 1 else max(1, len(self.layers))
+        return self.load.product * (self.inner + self.head) / at_once
 
     def _gathered(self) -> float:
         """Whole weights that sharded ones are gathered into: the block at work and the next, or all (ZeRO-2)."""

@@ -287,19 +287,19 @@ class _Run:
             decay_share=params.decay_share,
         )
 
-    def pace(self, step: int) -> tuple[float, float]:
-        """Momentum, and the share of the weight decay, at `step`."""
-        params = self.params
+    def pace(self, step: int, total: int | None = None) -> tuple[float, float]:
+        """Momentum, and the share of the weight decay, at `step` of a run of `total` steps."""
+        params, total = self.params, total or self.total
         momentum = momentum_at(
             step,
-            total=self.total,
+            total=total,
             peak=params.momentum,
             start=params.momentum_start,
             warmup=params.momentum_warmup,
             end=params.momentum_end,
             decay_share=params.decay_share,
         )
-        return momentum, decay_factor(step, total=self.total, schedule=params.decay_schedule)
+        return momentum, decay_factor(step, total=total, schedule=params.decay_schedule)
 
     def log(self) -> None:
         """A point of the curves: means since the last one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 from llmctl.errors import UsageError
 from llmctl.nn.attention import AttentionContext
 from llmctl.nn.config import ModelConfig
-from llmctl.nn.counts import count
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Transformer
+from llmctl.train.depth import WORDS, borders
 
-WORDS = ("lm", "mlm", "pretraining")
-"""Heads that score the vocabulary."""
 FIRST = ("embedding", "positions", "segments", "embedding_norm")
 """What the first stage has beside its blocks."""
 LAST = ("norm", "unembedding", "masked", "pooler", "next", "classifier", "auxiliary")
@@ -65,28 +62,8 @@ class Stage:
 
 
 def cut(config: ModelConfig, stages: int) -> list[Stage]:
-    """The model in `stages` stages of consecutive blocks, the slowest as fast as can be.
-
-    The last has fewer blocks where the head costs as much as several of them. Raises UsageError for more stages than
-    blocks.
-    """
-    if stages > config.layers:
-        raise UsageError(
-            f"{config.layers} layers cannot be cut into {stages} stages",
-            hint="lower parallel.pp or parallel.virtual_stages: their product is the number of stages",
-        )
-    if stages == 1:
-        return [Stage(0, 1, 0, config.layers)]
-    block = count(config).blocks / config.layers
-    head = config.vocab_size * config.dim if config.head in WORDS else 0
-    most = config.layers - stages + 1
-
-    def slowest(last: int) -> float:
-        return max(block * math.ceil((config.layers - last) / (stages - 1)), block * last + head)
-
-    last = min(range(1, most + 1), key=lambda blocks: (slowest(blocks), -blocks))
-    before = config.layers - last
-    ends = [before * index // (stages - 1) for index in range(stages)] + [config.layers]
+    """The model in `stages` stages of consecutive blocks; see `depth.borders` for where, and for what is refused."""
+    ends = borders(config, stages)
     return [Stage(index, stages, ends[index], ends[index + 1]) for index in range(stages)]
 
 
@@ -96,10 +73,10 @@ def require_stages(model: nn.Module) -> None:
         raise UsageError("a model of another library cannot be cut into pipeline stages", hint="set parallel.pp to 1")
     if model.encoder is not None:
         raise UsageError("an encoder-decoder cannot be cut into pipeline stages", hint="set parallel.pp to 1")
-    if model.config.traits.stream_weights or model.config.traits.backout:
+    if model.config.traits.stream_weights or model.config.traits.backout or model.config.traits.smear:
         raise UsageError(
-            f"a model of the family {model.config.arch} cannot be cut into pipeline stages: its blocks read states of "
-            "others far behind them",
+            f"a model of the family {model.config.arch} cannot be cut into pipeline stages: it reads states far "
+            "behind or beside",
             hint="set parallel.pp to 1",
         )
     further = {name for name, child in model.named_children() if child is not None} - KNOWN
@@ -128,7 +105,7 @@ class Segment(Transformer):
         held = set[str]().union(*(stage.children(whole) for stage in stages))
         for name in (*FIRST, *EVERY, "encoder"):
             setattr(self, name, getattr(whole, name) if name in held else None)
-        self.backout = None  # see require_stages
+        self.backout = self.smear = self.smear_gate = None  # see require_stages
         self.blocks = nn.ModuleList()
         for stage in stages:
             for layer in range(stage.start, stage.stop):
