@@ -148,6 +148,8 @@ class Checkpoints:
             self._thread.shutdown()
             self._thread = None
         self._copies = {}
+        # A group that is still known when the interpreter ends is taken down too late: the process would abort.
+        self._writing = self._group = None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, rising. Any rank."""
