@@ -59,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=int, default=1)
     parser.add_argument("--publish", choices=("first", "replace", "no"), default="first")
     parser.add_argument("--attempt", type=int, default=1)
+    parser.add_argument("--stop-at", type=int, default=0)
     return parser.parse_args()
 
 
@@ -82,7 +83,8 @@ def run(given: argparse.Namespace, rank: int) -> int:
     try:
         request = Request.read(store, given.key)
         owner = str(request.plugin["dist"])
-        launch = Launch(run=given.run, work=given.work, publish=given.publish, attempt=given.attempt)
+        names = ("run", "work", "publish", "attempt", "stop_at")
+        launch = Launch(**{name: getattr(given, name) for name in names})
         Execution(store, request, channel, launch, rank)()
     except Helped:
         return 0

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from llmctl.errors import StageError
-from llmctl.nn.config import ModelConfig
 from llmctl.train.checkpoint import Checkpoint, require_space, same_tensors
 from llmctl.train.parts import gathered, placed
 
@@ -77,7 +76,6 @@ def save(run: _Run) -> None:
     run.checkpoints.wait()
     values = {
         "facts": run.params.resume_facts(),
-        "config": run.model.config.to_dict() if isinstance(run.model.config, ModelConfig) else None,
         "total": run.total,
         "tokens": run.tokens,
         "targets": run.targets,

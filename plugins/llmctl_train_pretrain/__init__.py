@@ -37,12 +37,11 @@ def register_stages() -> list[Stage]:
 
 @hookimpl
 def register_commands() -> list[Command]:
-    """Offer `models`, `inspect`, `scaling` and `checkpoint`."""
+    """Offer `models`, `inspect` and `scaling`."""
     rows = (
         ("models", "List named models, or show one in numbers.", "models:models", ""),
         ("inspect", "Look into a model: next tokens, attention, lengths.", "inspecting:inspect", "train"),
         ("scaling", "Fit scaling laws; plan size and tokens from a budget.", "scaling.commands:scaling", ""),
-        ("checkpoint", "Write a training's checkpoint as a model directory.", "checkpoints:checkpoint", "train"),
     )
     return [Command(name=name, help=text, target=f"{__name__}.{at}", extra=extra) for name, text, at, extra in rows]
 
