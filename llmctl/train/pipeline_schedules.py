@@ -18,7 +18,8 @@ from llmctl.train.batches import Batch
 from llmctl.train.objectives import CausalLM, MaskedLM, Objective
 from llmctl.train.padding import alike
 from llmctl.train.parallel import bubble_share, schedule_misfit
-from llmctl.train.pipeline_stages import Relay, Segment, cut, require_stages
+from llmctl.train.pipeline_cut import cut
+from llmctl.train.pipeline_stages import Relay, Segment, require_stages
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage

@@ -112,6 +112,7 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         finally:
             for process in started:
                 process.kill()
+                process.wait()
         assert [process.returncode for process in started] == [0] * ranks, "\n".join(said)
         return out
 
