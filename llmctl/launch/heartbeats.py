@@ -97,6 +97,17 @@ class Beat:
         here = self.host == socket.gethostname()[:64] and Path("/proc").exists()
         return not here or Path(f"/proc/{self.pid}").exists()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the process, if it is on this machine, cannot run: stopped, traced, dead, waiting for a disk."""
+        if self.host != socket.gethostname()[:64]:
+            return False
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return False
+        return state in "TtZXD"
+
 
 def beats(work: Path) -> list[Beat]:
     """Of all ranks in a work directory, by number; a file that is being made or is damaged is passed over."""
@@ -147,11 +158,15 @@ class Watch:
 
 
 def hung(found: list[Beat], now: float, least: float = LEAST, beginning: float = BEGINNING) -> list[Beat]:
-    """The ranks that hold all up, none while anything moves: those that have entered the fewest phases."""
+    """The ranks that hold all up, none while anything moves: those that have entered the fewest phases.
+
+    Of several in the same place, which all-reduce each other's gradients there, those that the system says cannot run.
+    """
     if not found or any(now - beat.time <= patience(beat, least, beginning) for beat in found):
         return []
     fewest = min(beat.count for beat in found)
-    return [beat for beat in found if beat.count == fewest]
+    behind = [beat for beat in found if beat.count == fewest]
+    return [beat for beat in behind if beat.stopped] or behind
 
 
 def patience(beat: Beat, least: float, beginning: float) -> float:
@@ -164,7 +179,8 @@ def describe(behind: list[Beat], found: list[Beat], now: float) -> str:
     names = ", ".join(str(beat.rank) for beat in behind)
     first = behind[0]
     since = human_seconds(now - max(beat.time for beat in behind))
-    text = f"rank{'s' if len(behind) > 1 else ''} {names} on {first.host} (process {first.pid}) "
+    where = f"on {first.host} (process {', '.join(str(beat.pid) for beat in behind)})"
+    text = f"rank{'s' if len(behind) > 1 else ''} {names} {where} "
     text += f"hang{'s' if len(behind) == 1 else ''}: for {since} in `{first.phase}` of step {first.step}"
     if waiting := [beat for beat in found if beat not in behind]:
         text += f"; {len(waiting)} other{'s' if len(waiting) > 1 else ''} wait in `{waiting[0].phase}`"

@@ -46,6 +46,8 @@ class KVCache:
         shape = (batch, config.kv_heads, capacity, config.head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+        self.tokens = torch.zeros(batch, capacity, device=device, dtype=torch.int64) if config.traits.smear else None
+        """What stands in each slot, for models whose embeddings look at the token before."""
         self.capacity = capacity
         self.length = 0
         """Slots in use by the longest row; where the next tokens go unless `positions` says otherwise."""
@@ -66,6 +68,17 @@ class KVCache:
         """Keep only these rows, in this order."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
+        self.tokens = None if self.tokens is None else self.tokens[rows]
+
+    def before(self, tokens: Tensor, slots: Slots) -> Tensor:
+        """Write `tokens (B, T)` and return what stands before each of them, -1 before the first slot."""
+        assert self.tokens is not None
+        rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+        where = slots.positions
+        if where is None:
+            where = torch.arange(slots.start, slots.end, device=tokens.device).expand(tokens.shape)
+        self.tokens = self.tokens.index_put((rows, where), tokens)
+        return self.tokens[rows, (where - 1).clamp(min=0)].masked_fill(where == 0, -1)
 
 
 @dataclass(frozen=True)
@@ -139,6 +152,15 @@ class AttentionContext:
             return self.slots.positions
         start = 0 if self.slots is None else self.slots.start
         return torch.arange(start, start + length, device=device)[None]
+
+    def before(self, tokens: Tensor) -> Tensor:
+        """The token before each of `tokens (B, T)` in its document, `(B, T)`; -1 where there is none."""
+        if self.cache is not None and self.slots is not None:
+            return self.cache.before(tokens, self.slots)
+        found = F.pad(tokens[:, :-1], (1, 0), value=-1)
+        if self.documents is None:
+            return found
+        return found.masked_fill(self.documents != F.pad(self.documents[:, :-1], (1, 0), value=PADDING), -1)
 
     @property
     def square(self) -> bool:

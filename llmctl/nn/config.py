@@ -59,6 +59,8 @@ class Traits:
     """Each block reads a x + b x0 instead of x: two learned numbers, x0 what entered the first block (nanochat)."""
     backout: bool = False
     """A learned share of the state behind the middle block is taken off the last one (nanochat)."""
+    smear: bool = False
+    """Each token's embedding gets a gated share of that of the token before (nanochat)."""
     initial: Literal["small", "zero"] = "small"
     """How fresh weights are drawn: see `initialise`."""
 
@@ -290,8 +292,9 @@ class ModelConfig:
             raise UsageError(f"norm_eps {self.norm_eps} must be positive")
         if set(self.value_pattern) - set("V-"):
             raise UsageError(f"value_pattern {self.value_pattern!r} has other letters than V and -")
-        own = {"value_pattern": self.value_pattern, "stream_weights": self.traits.stream_weights}
-        odd = [name for name, value in {**own, "backout": self.traits.backout}.items() if value]
+        names = ("stream_weights", "backout", "smear")
+        own = {"value_pattern": self.value_pattern, **{name: getattr(self.traits, name) for name in names}}
+        odd = [name for name, value in own.items() if value]
         if odd and self.traits.kind != "decoder":
             raise UsageError(f"{odd[0]} is for decoders, {self.arch} is an {self.traits.kind}")
         if self.qk_gain <= 0 or (self.qk_gain != 1 and not self.traits.qk_norm):
@@ -376,6 +379,11 @@ class ModelConfig:
     def gate_channels(self) -> int:
         """Leading channels of the state that a gate over a few heads reads (nanochat's 12)."""
         return min(12, self.dim)
+
+    @property
+    def smear_channels(self) -> int:
+        """Leading channels of an embedding that the gate of `smear` reads (nanochat's 24)."""
+        return min(24, self.dim)
 
     def layer_window(self, layer: int) -> int:
         """How far block number `layer` sees; 0: everything."""

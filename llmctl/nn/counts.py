@@ -16,7 +16,7 @@ class Parameters:
     embedding: int
     """Token embeddings, and those of values."""
     positions: int
-    """Learned positions and segments, the norm over them."""
+    """Learned positions and segments, the norm over them, the gate of `smear`."""
     blocks: int
     """All blocks of encoder and decoder, their final norms and tables of relative positions."""
     head: int
@@ -41,6 +41,7 @@ def count(config: ModelConfig) -> Parameters:
         positions += (config.context + traits.position_offset) * dim
     positions += config.token_types * dim
     positions += _norm(config) if traits.embedding_norm else 0
+    positions += config.smear_channels + 1 if traits.smear else 0
     blocks = config.layers * _block(config, cross=traits.kind == "encoder-decoder") + _around(config)
     if traits.kind == "encoder-decoder":
         blocks += config.encoder_layers * _block(config, cross=False) + _around(config)
@@ -125,6 +126,7 @@ def forward_flops(config: ModelConfig, length: int) -> int:
     if config.traits.kind == "encoder-decoder":
         cross = config.layers * _attended(config, length, length)
         total += cross + config.encoder_layers * (_attended(config, length, length) + ffn)
+    total += config.smear_channels if config.traits.smear else 0
     if config.head in ("lm", "mlm", "pretraining"):
         total += config.dim * config.vocab_size
     if config.head in ("mlm", "pretraining"):

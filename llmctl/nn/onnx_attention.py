@@ -44,6 +44,8 @@ class CachedContext(AttentionContext):
     """Each row's tokens, past and new, less one: `(B,)` int32."""
     total: Tensor | None = None
     """`width` as `(1,)` int32."""
+    remembered: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """The cache tensors of tokens, of models whose embeddings look at the token before: the last of the graph's."""
     tables: dict[str, Angles] = field(default_factory=dict)
     """By kind of layer, for the operator's own rotation: cos and sin of every position, `(context, rotary_dim / 2)`."""
 
@@ -59,6 +61,27 @@ class CachedContext(AttentionContext):
         """See `AttentionContext`."""
         assert self.positions is not None
         return self.positions
+
+    def before(self, tokens: Tensor) -> Tensor:
+        """See `AttentionContext`. The tokens are kept as one more layer of the cache, so that whatever runs the graph
+        need not know of them: their digits to the base 256 are values, and each query sees the slot before its own."""
+        positions = self.where(tokens.shape[1], tokens.device)
+        past = self.past[self.config.layers]
+        dtype, width = past[0].dtype, past[0].shape[3]
+        digits = torch.stack([tokens % 256, tokens // 256 % 256, tokens // 65536], dim=-1).to(dtype)
+        values = F.pad(digits, (0, self.config.kv_heads * width - 3))
+        behind = positions[..., None] - torch.arange(self.width, device=tokens.device)
+        bias = torch.where(behind[:, None] == 1, 0.0, -1e4).to(dtype)
+        nothing = torch.zeros_like(values)
+        out, key, value = _operator(nothing, nothing, values, past, self, bias, self.config.kv_heads)
+        self.remembered.append((key, value))
+        found = out[..., :3].round().to(torch.int64)
+        return torch.where(positions == 0, -1, found[..., 0] + 256 * found[..., 1] + 65536 * found[..., 2])
+
+
+def cache_layers(config: ModelConfig) -> int:
+    """Layers of the graph's cache: those of the model, and one of tokens where embeddings look at the one before."""
+    return config.layers + config.traits.smear
 
 
 def cache_width(config: ModelConfig) -> int:
@@ -143,9 +166,39 @@ def _group_query_attention(
     padding = past_key.shape[3] - width
     if padding:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    joined = q.flatten(2)
-    inputs = [joined, k.flatten(2), v.flatten(2), past_key, past_value, context.last, context.total]
-    inputs += [*(tables or (None, None)), None, None if bias is None else bias.to(q.dtype)]
+    out, key, value = _operator(
+        q.flatten(2),
+        k.flatten(2),
+        v.flatten(2),
+        (past_key, past_value),
+        context,
+        None if bias is None else bias.to(q.dtype),
+        heads,
+        tables,
+        config.layer_window(layer),
+        config.attention_softcap,
+    )
+    context.present.append((key, value))
+    if padding:
+        out = out.reshape(*out.shape[:2], heads, -1)[..., :width].flatten(2)
+    return out
+
+
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: tuple[Tensor, Tensor],
+    context: CachedContext,
+    bias: Tensor | None,
+    heads: int,
+    tables: Angles | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator on `q (B, T, heads * width)` and `k, v (B, T, KV * width)`: output, and the cache of this layer."""
+    config = context.config
+    inputs = [q, k, v, *past, context.last, context.total, *(tables or (None, None)), None, bias]
     while inputs[-1] is None:
         inputs.pop()
     out, key, value = torch.onnx.ops.symbolic_multi_out(
@@ -153,17 +206,14 @@ def _group_query_attention(
         inputs,
         {
             "num_heads": heads,
-            "kv_num_heads": k.shape[2],
+            "kv_num_heads": config.kv_heads,
             "do_rotary": int(tables is not None),
             "scale": config.scale,
-            "softcap": config.attention_softcap,
-            "local_window_size": config.layer_window(layer) or -1,
+            "softcap": softcap,
+            "local_window_size": window or -1,
         },
         dtypes=[q.dtype] * 3,
-        shapes=[joined.shape, past_key.shape, past_value.shape],
+        shapes=[q.shape, past[0].shape, past[1].shape],
         version=1,
     )
-    context.present.append((key, value))
-    if padding:
-        out = out.reshape(*out.shape[:2], heads, -1)[..., :width].flatten(2)
-    return out
+    return out, key, value

@@ -11,6 +11,7 @@ line here:
 * attention: multi-head, grouped or single key/value heads; all of the sequence, a sliding window, or both in turn
   (`llmctl/nn/attention.py`)
 * norms before each sub-layer, after its sum, or on both sides; RMSNorm or LayerNorm; with or without biases and gates
+* what nanochat adds: embeddings of values, weights of the stream, backout, smear
 * packed documents, and a key/value cache whose rows may differ in length
 * logits equal those of transformers (`llmctl/nn/hf.py` maps the weights)
 
@@ -49,6 +50,8 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(config.context + traits.position_offset, config.dim) if learned else None
         self.segments = nn.Embedding(config.token_types, config.dim) if config.token_types else None
         self.embedding_norm = make_norm(config) if traits.embedding_norm else None
+        self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False) if traits.smear else None
+        self.smear = nn.Parameter(torch.empty(1)) if traits.smear else None
         pair = traits.kind == "encoder-decoder"
         self.encoder = Encoder(config) if pair else None
         self.relative = nn.Embedding(config.relative_buckets, config.heads) if traits.positions == "t5" else None
@@ -129,6 +132,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What `embed` gives, with what the blocks read of it beside `x` left in `context`."""
         x = self.embed(tokens, positions, context.slots, segments)
+        if self.smear is not None and self.smear_gate is not None:
+            before = context.before(tokens)
+            there = (before >= 0).to(x.dtype)[..., None]
+            gate = self.smear * torch.sigmoid(self.smear_gate(x[..., : self.smear_gate.in_features]))
+            x = x + gate * there * self.embed(before.clamp(min=0), positions, context.slots)
         context.tokens, context.start = tokens, x
         return x
 
@@ -573,9 +581,9 @@ def initialise(model: Transformer) -> None:
     |                                 | blocks start near the identity               |                                 |
     | other matrices                  | normal, std 1 / sqrt(fan-in): keeps the      | up: .4 of it                    |
     |                                 | scale at any width                           |                                 |
-    | gates of values                 | normal, std 0.02: half open                  |                                 |
-    | weights of x, of x0, of backout | 1.15 to 1.05 and .2 to .05 by depth, .2      |                                 |
-    | norms, biases                   | a gain of 1, 0                               |                                 |
+    | gates of values, of smear       | normal, std 0.02: half open                  |                                 |
+    | weights of x, x0, backout       | 1.15 to 1.05 and .2 to .05 by depth, .2      |                                 |
+    | norms, biases, weight of smear  | a gain of 1, 0, 0                            |                                 |
 
     Where scores are not scaled, queries are smaller by the root of the head width instead, as in T5's own recipe.
 
@@ -589,11 +597,17 @@ def initialise(model: Transformer) -> None:
         if parameter.is_meta:
             continue
         kind, last = ("", *name.split("."))[-2:]
-        if last in ("keep", "again", "backout"):
+        if last in ("keep", "again", "backout", "smear"):
             share = int(kind) / max(1, config.layers - 1) if kind else 0.0
-            begin = {"keep": 1.15 - 0.1 * share, "again": 0.2 - 0.15 * share, "backout": 0.2}
+            begin = {"keep": 1.15 - 0.1 * share, "again": 0.2 - 0.15 * share, "backout": 0.2, "smear": 0.0}
             nn.init.constant_(parameter, begin[last])
-        elif last in ("content_bias", "distance_bias") or kind in ("positions", "segments", "relative", "value_gate"):
+        elif last in ("content_bias", "distance_bias") or kind in (
+            "positions",
+            "segments",
+            "relative",
+            "value_gate",
+            "smear_gate",
+        ):
             nn.init.normal_(parameter, std=0.02)
         elif last == "bias":
             nn.init.zeros_(parameter)

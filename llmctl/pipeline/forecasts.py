@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmctl.console import human_bytes, human_number, human_seconds
-from llmctl.errors import MachineError, StageError
+from llmctl.errors import LlmctlError, MachineError, StageError
 from llmctl.forecast import Forecast, Given, Unknown
 from llmctl.pipeline import machine
 from llmctl.pipeline.inputs import Inputs
@@ -97,10 +97,9 @@ def outlooks(
             made_by = next((ref.stage for ref in refs if isinstance(ref, StageRef)), "")
             params = pipeline.stages[made_by].params if made_by in pipeline.stages else None
             given[port] = Given(artifacts=there or (), params=params, forecast=forecasts.get(made_by))
-        try:
-            forecast: Forecast = load_string(spec.stage.forecast)(spec.params, given)
-        except Unknown as error:
-            found.append(Outlook(stage=spec.id, unknown=str(error)))
+        forecast = _asked(spec, spec.params, given)
+        if isinstance(forecast, str):
+            found.append(Outlook(stage=spec.id, unknown=forecast))
             continue
         forecasts[spec.id] = forecast
         most = _limit(spec, forecast) if limit is None else limit
@@ -108,6 +107,16 @@ def outlooks(
             Outlook(stage=spec.id, forecast=forecast, limit=most, speed=_recorded(spec, planner, given, forecast))
         )
     return found
+
+
+def _asked(spec: StageSpec, params: Any, given: Mapping[str, Given]) -> Forecast | str:
+    """What the stage's plugin foretells with `params`, or why it cannot: no reason not to run."""
+    try:
+        return load_string(spec.stage.forecast)(params, given)  # type: ignore[no-any-return]  # a plugin's
+    except (Unknown, LlmctlError) as error:
+        return str(error)
+    except Exception as error:  # plugin code
+        return f"its plugin failed to make one: {type(error).__name__}: {error}"
 
 
 def _limit(spec: StageSpec, forecast: Forecast) -> int | None:
@@ -133,9 +142,11 @@ def _recorded(spec: StageSpec, planner: Planner, given: Mapping[str, Given], now
     if pointer is None or not isinstance(rate, int | float) or not rate:
         return None
     try:
-        params = type(spec.params).model_validate(pointer.preimage.get("with", {}))
-        before: Forecast = load_string(spec.stage.forecast)(params, given)
-    except (Unknown, ValueError):
+        params = type(spec.params).model_validate_json(json.dumps(pointer.preimage.get("with", {})))
+    except ValueError:  # of an older version
+        return None
+    before = _asked(spec, params, given)
+    if isinstance(before, str):
         return None
     if ("peak_memory_bytes" in pointer.metrics) != now.cuda:
         return None

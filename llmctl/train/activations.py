@@ -33,6 +33,13 @@ class Pass:
     """The kernel skips what is masked instead of adding a mask (`attention: flex`)."""
     split: int = 1
     """Ranks that share each matrix (tensor parallel)."""
+    cut: int = 1
+    """Ranks that share each sequence: each has `length` tokens of it, and gathers the keys of all."""
+
+    @property
+    def keys(self) -> int:
+        """Keys that a token may see."""
+        return self.length * self.cut
 
     @property
     def tokens(self) -> int:
@@ -62,7 +69,7 @@ def around(config: ModelConfig, step: Pass) -> float:
     if traits.positions in ("t5", "alibi"):
         total += config.heads / step.split * step.length**2 * FLOAT * (step.rows if step.masked else 1)
     if step.masked and not step.skips:
-        total += tokens * step.length  # which tokens see which, one byte each
+        total += tokens * step.keys  # which tokens see which, one byte each
     if step.dropout:
         total += tokens * config.dim * (1 if step.fused else FLOAT)
     return total
@@ -126,17 +133,17 @@ def _inputs(config: ModelConfig, step: Pass, readers: int) -> Iterator[tuple[flo
 def _attention(config: ModelConfig, step: Pass, window: int) -> Iterator[tuple[float, str]]:
     traits, split = config.traits, step.split
     heads, keys = config.heads / split, config.kv_heads / split
-    q, kv = heads * config.head_dim, keys * config.head_dim
+    q, kv = heads * config.head_dim, keys * config.head_dim * step.cut
     yield from _inputs(config, step, 3)
     yield from ((q, "product"), (kv, "product"), (kv, "product"), (q, "product"), (heads, "float"))
     if traits.qk_norm:
         yield from ((q, "norm"), (kv, "norm"))
-    seen = min(step.length, window) if window else step.length
+    seen = min(step.keys, window) if window else step.keys
     if config.attention_softcap:
         yield from ((heads * seen, "float") for _ in range(3))
     elif (step.dropout and not step.fused) or traits.positions in ("t5", "xl"):
         yield from ((heads * seen, "float") for _ in range(3 if step.dropout else 1))
     if traits.positions == "xl":
-        yield (heads * step.length, "float")
+        yield (heads * step.keys, "float")
     elif step.masked and not step.skips and traits.positions not in ("t5", "alibi"):
         yield (seen, "between")  # the mask as numbers, made anew for every layer

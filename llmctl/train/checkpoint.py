@@ -182,7 +182,7 @@ class Checkpoints:
         self, path: Path, like: Callable[[str], Tensor | None], wanted: Callable[[str], bool]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for name, row in Reader(path).read_metadata().state_dict_metadata.items():
+        for name, row in Reader(path).tensors().items():
             if not wanted(name):
                 continue
             target = like(name)

@@ -38,6 +38,8 @@ def require_cut(model: nn.Module, objective: Objective, attention: str = "sdpa")
         raise UsageError(f"sequences of a model of the kind {model.config.traits.kind} cannot be cut", hint=HINT)
     if model.config.rope_scaling is not None and model.config.rope_scaling.kind == "dynamic":
         raise UsageError("rotary positions with dynamic scaling depend on the whole sequence", hint=HINT)
+    if model.config.traits.smear:
+        raise UsageError("embeddings that look at the token before (smear) need whole sequences", hint=HINT)
     if not isinstance(objective, CausalLM):
         raise UsageError(f"{type(objective).__name__} needs whole sequences", hint=HINT)
     if attention != "sdpa":

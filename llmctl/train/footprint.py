@@ -13,7 +13,7 @@ from llmctl.nn.config import ModelConfig
 from llmctl.nn.counts import count, matrices
 from llmctl.train.activations import FLOAT, Pass, around, block, widest
 from llmctl.train.params import TrainParams
-from llmctl.train.pipeline_cut import cut, in_flight
+from llmctl.train.pipeline_cut import WORDS, cut, in_flight
 
 ALLOCATOR = {"none": 0.45, "selective": 1.5, "full": 1.5}
 """What glibc keeps of freed memory, as a share of what lives, by `recompute`. Measured: .2 to .6, and 1.1 and more
@@ -25,6 +25,7 @@ INTEGERS = 8 * 5
 """Bytes per token of a batch: ids, targets, picks, positions and documents, int64 each."""
 ADVICE = {
     "weights": "train a smaller model, or share it among more ranks: parallel.dp_shard, tp or pp",
+    "casts": "share them among more ranks: parallel.dp_shard, tp or pp",
     "gradients": "share them among more ranks: parallel.dp_shard, tp or pp",
     "optimizer": "optimizer: adamw8bit or adafactor, offload_optimizer on CUDA, or more ranks: parallel.dp_shard",
     "activations": "a smaller micro_batch, recompute: full, or a shorter context",
@@ -113,7 +114,7 @@ class _Stage:
         outer = (counts.embedding + counts.positions) * (first or (last and config.tie_embeddings))
         self.inner = counts.blocks * share / ranks.tp
         self.outer = (outer + counts.head * last) / ranks.tp
-        self.head = config.vocab_size * config.dim / ranks.tp * last * (config.head in ("lm", "mlm", "pretraining"))
+        self.head = config.vocab_size * config.dim / ranks.tp * last * (config.head in WORDS)
         self.tied = first and last and config.tie_embeddings
         self.step = Pass(
             rows=load.rows,
@@ -126,6 +127,7 @@ class _Stage:
             masked=load.masked,
             skips=params.attention == "flex",
             split=ranks.tp,
+            cut=ranks.cp,
         )
         self.first, self.last = first, last
         sizes = (ranks.pp, number, max(load.micro_batches, 1), ranks.virtual_stages)
@@ -160,10 +162,6 @@ class _Stage:
         shared = ranks.dp_shard * (ranks.dp_replicate if ranks.shard_optimizer else 1)
         state = 0.0 if params.offload_optimizer else self._state() / shared
         weights = FLOAT * self.parameters / ranks.dp_shard + self._gathered()
-        # In a smaller type every matrix has a copy for as long as its product may be differentiated.
-        if load.product < FLOAT and "activations" in parts:
-            at_once = 1 if ranks.dp_shard == 1 else max(1, len(self.layers))
-            parts["activations"] += load.product * (self.inner + self.head) / at_once
         steps = params.prefetch + 2
         rows = load.rows * load.micro_batches
         found = {
@@ -172,6 +170,7 @@ class _Stage:
             "mean": FLOAT * self.parameters / ranks.dp_shard if params.ema else 0.0,
             "data": float(rows * load.length * INTEGERS * (1 if load.cuda else steps)),
             **parts,
+            "casts": self._casts() if "activations" in parts else 0.0,
         }
         found["checkpoint"] = 0.0 if load.cuda else self._copy(found)
         found["allocator"] = self._allocator(found)
@@ -188,6 +187,14 @@ class _Stage:
             return 0.0
         blocks = sum(parts.values()) - (parts.get("logits", 0.0) if self._logits() >= RETURNED else 0.0)
         return blocks * max(ALLOCATOR[self.step.recompute], CHUNKED if self.params.loss_chunk else 0.0)
+
+    def _casts(self) -> float:
+        """Every matrix has a copy in a smaller type as long as its product may be differentiated; of sharded ones those
+        of the block at work."""
+        if self.load.product == FLOAT:
+            return 0.0
+        at_once = 1 if self.params.parallel.dp_shard == 1 else max(1, len(self.layers))
+        return self.load.product * (self.inner + self.head) / at_once
 
     def _gathered(self) -> float:
         """Whole weights that sharded ones are gathered into: the block at work and the next, or all (ZeRO-2)."""

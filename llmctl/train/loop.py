@@ -171,8 +171,10 @@ class _Run:
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
-            if self.ranks.any(self.ctx.should_stop()):
+            asked = self.ranks.most(2 if self.ctx.should_stop() else int(self.ctx.should_save()))
+            if asked:
                 restoring.save(self)
+            if asked == 2:
                 self.checkpoints.wait()
                 raise self.ctx.stopped(self.step)
             self.update()
@@ -285,19 +287,19 @@ class _Run:
             decay_share=params.decay_share,
         )
 
-    def pace(self, step: int) -> tuple[float, float]:
-        """Momentum, and the share of the weight decay, at `step`."""
-        params = self.params
+    def pace(self, step: int, total: int | None = None) -> tuple[float, float]:
+        """Momentum, and the share of the weight decay, at `step` of a run of `total` steps."""
+        params, total = self.params, total or self.total
         momentum = momentum_at(
             step,
-            total=self.total,
+            total=total,
             peak=params.momentum,
             start=params.momentum_start,
             warmup=params.momentum_warmup,
             end=params.momentum_end,
             decay_share=params.decay_share,
         )
-        return momentum, decay_factor(step, total=self.total, schedule=params.decay_schedule)
+        return momentum, decay_factor(step, total=total, schedule=params.decay_schedule)
 
     def log(self) -> None:
         """A point of the curves: means since the last one."""

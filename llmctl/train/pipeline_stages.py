@@ -23,10 +23,10 @@ def require_stages(model: nn.Module) -> None:
         raise UsageError("a model of another library cannot be cut into pipeline stages", hint="set parallel.pp to 1")
     if model.encoder is not None:
         raise UsageError("an encoder-decoder cannot be cut into pipeline stages", hint="set parallel.pp to 1")
-    if model.config.traits.stream_weights or model.config.traits.backout:
+    if model.config.traits.stream_weights or model.config.traits.backout or model.config.traits.smear:
         raise UsageError(
-            f"a model of the family {model.config.arch} cannot be cut into pipeline stages: its blocks read states of "
-            "others far behind them",
+            f"a model of the family {model.config.arch} cannot be cut into pipeline stages: it reads states far "
+            "behind or beside",
             hint="set parallel.pp to 1",
         )
     further = {name for name, child in model.named_children() if child is not None} - KNOWN
@@ -55,7 +55,7 @@ class Segment(Transformer):
         held = set[str]().union(*(stage.children(whole) for stage in stages))
         for name in (*FIRST, *EVERY, "encoder"):
             setattr(self, name, getattr(whole, name) if name in held else None)
-        self.backout = None  # see require_stages
+        self.backout = self.smear = self.smear_gate = None  # see require_stages
         self.blocks = nn.ModuleList()
         for stage in stages:
             for layer in range(stage.start, stage.stop):

@@ -157,9 +157,13 @@ def restore_tensors(run: _Run, found: Checkpoint) -> None:
 
 
 def compare_schedule(run: _Run, planned: int) -> None:
-    """Warn if the rates so far, of a run of `planned` steps, are not those that one of this length has."""
+    """Warn if rate, momentum and decay so far, of a run of `planned` steps, are not what one of this length has."""
+
+    def at(step: int, total: int) -> tuple[float, ...]:
+        return run.factor(step, total), *run.pace(step, total)
+
     past = (0, run.step - 1) if run.step else ()
-    if any(run.factor(step, planned) != run.factor(step, run.total) for step in past):
+    if any(at(step, planned) != at(step, run.total) for step in past):
         share = run.factor(run.step - 1, planned)
         run.ctx.warn(
             f"its run was planned for {planned} steps, the rate was {share:.0%} of its peak at step {run.step}; "

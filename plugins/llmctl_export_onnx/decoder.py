@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmctl.nn.attention import Angles, Memory, angles_of
-from llmctl.nn.onnx_attention import CachedContext, cache_width, rotary_tables, rotates_inside
+from llmctl.nn.onnx_attention import CachedContext, cache_layers, cache_width, rotary_tables, rotates_inside
 from llmctl.nn.transformer import Transformer
 from llmctl_export_onnx import graph
 
@@ -42,7 +42,7 @@ class Traced(nn.Module):
         """
         context = self.context(input_ids, attention_mask, past)
         logits = self.model(input_ids, context.positions, context=context)
-        return logits, context.present
+        return logits, [*context.present, *context.remembered]
 
     def context(
         self, input_ids: Tensor, attention_mask: Tensor, past: Cache, memory: Memory | None = None
@@ -90,9 +90,9 @@ def cache_of(model: Transformer, infix: str = "") -> tuple[Cache, list[Any], lis
     shape = (2, config.kv_heads, 5, cache_width(config))
     zeros = torch.zeros(shape, dtype=model.embedding.weight.dtype)
     axes = {0: "batch_size", 2: "past_sequence_length"}
-    layers = range(config.layers)
+    layers = range(cache_layers(config))
     names = [f"{layer}{infix}.{kind}" for layer in layers for kind in ("key", "value")]
-    return [(zeros.clone(), zeros.clone()) for _ in layers], [(axes, axes)] * config.layers, names
+    return [(zeros.clone(), zeros.clone()) for _ in layers], [(axes, axes)] * len(layers), names
 
 
 def finish(traced: ir.Model) -> None:

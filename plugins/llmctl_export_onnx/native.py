@@ -16,7 +16,7 @@ import torch
 from llmctl import Artifact, Context, MachineError, UsageError
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.hf import load_model
-from llmctl.nn.onnx_attention import cache_width
+from llmctl.nn.onnx_attention import cache_layers, cache_width
 from llmctl.nn.transformer import Transformer
 from llmctl.ort import open_bundle, open_encoder, open_generator
 from llmctl.ort.bundle import MODEL
@@ -152,7 +152,7 @@ def _prove_decoder(job: Job) -> parity.Parity:
             heads=shape.heads,
             head_size=cache_width(shape),
             kv_heads=shape.kv_heads,
-            layers=shape.layers,
+            layers=cache_layers(shape),
         ),
         in_place=True,
         positions=False,

@@ -332,6 +332,7 @@ def extras(config: ModelConfig) -> list[tuple[str, str]]:
     traits = config.traits
     found = [
         (bool(config.value_pattern), f"embeddings of values in layers V of {config.value_pattern}"),
+        (traits.smear, "the token before in each embedding"),
         (traits.stream_weights, "weights of each block's input"),
         (traits.backout, "the middle state taken off the last"),
         (config.logit_softcap > 0, f"logits capped at {config.logit_softcap:g}"),

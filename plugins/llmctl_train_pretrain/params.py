@@ -15,7 +15,7 @@ from llmctl.train.params import Schedule, TrainParams
 SHAPE = (
     "dim", "layers", "encoder_layers", "heads", "kv_heads", "ff_dim", "context", "window", "pattern", "positions",
     "rope_theta", "norm_eps", "tie_embeddings", "qk_norm", "qk_gain", "activation", "gated", "value_pattern",
-    "stream_weights", "backout", "logit_softcap",
+    "stream_weights", "backout", "smear", "logit_softcap",
 )  # fmt: skip
 
 Goal = Literal["causal", "mlm", "mlm-nsp", "span", "corruption", "prefix"]
@@ -178,6 +178,7 @@ class PretrainParams(TrainParams):
         None, description="Each block reads a weighted sum of what came to it and what entered the first."
     )
     backout: bool | None = Field(None, description="Take a learned share of the middle state off the last one.")
+    smear: bool | None = Field(None, description="Each embedding gets a gated share of that of the token before it.")
     logit_softcap: float | None = Field(None, ge=0, description="c of logits c tanh(x / c). 0: off.")
 
     @field_validator("preset")

@@ -22,7 +22,8 @@ DECODERS = [arch for arch, traits in TRAITS.items() if traits.kind == "decoder"]
 def build(arch: str = "llama", dtype: torch.dtype = torch.float64, positions: str = "", **changes) -> Transformer:
     """A small model whose blocks do something; `positions` replaces the family's."""
     torch.manual_seed(0)
-    traits = replace(TRAITS[arch], positions=positions) if positions else TRAITS[arch]
+    traits = changes.pop("traits", TRAITS[arch])
+    traits = replace(traits, positions=positions) if positions else traits
     shape = {"vocab_size": 50, "dim": 32, "layers": 3, "heads": 4, "context": 96, "relative_distance": 40}
     model = Transformer(ModelConfig(arch=arch, traits=traits, **{**shape, **changes})).to(dtype).eval()
     zero = model.config.traits.initial == "zero"
@@ -30,6 +31,8 @@ def build(arch: str = "llama", dtype: torch.dtype = torch.float64, positions: st
         for name, parameter in model.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 parameter.copy_(0.5 * torch.randn_like(parameter)) if zero else parameter.mul_(20)
+            if name.startswith("smear"):
+                parameter.copy_(torch.randn_like(parameter))
             if "relative" in name or "content_bias" in name or "distance_bias" in name or "positions" in name:
                 parameter.copy_(torch.randn_like(parameter))
     return model.requires_grad_(False)
@@ -42,6 +45,7 @@ def ids(length: int = 24, rows: int = 2) -> torch.Tensor:
 VARIANTS = {
     **{arch: {"arch": arch} for arch in DECODERS},
     "speedrun": {"arch": "speedrun", "value_pattern": "V-", "qk_gain": 1.2, "kv_heads": 2, "logit_softcap": 15.0},
+    "smear": {"traits": replace(TRAITS["speedrun"], smear=True), "arch": "speedrun", "value_pattern": "-V"},
     "sinusoidal": {"positions": "sinusoidal"},
     "t5 bias": {"positions": "t5"},
     "none": {"positions": "none"},

@@ -26,12 +26,12 @@ SHAPE = {
     "vocab_size": 40, "dim": 32, "layers": 3, "heads": 4, "kv_heads": 2, "context": 16, "rope_theta": 500.0,
     "qk_gain": 1.2, "logit_softcap": 2.0, "value_pattern": "V-", "tie_embeddings": False,
 }  # fmt: skip
-BASE = TRAITS["speedrun"]
+BASE = replace(TRAITS["speedrun"], smear=True)
 
 
 def build(**changes) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(arch="speedrun", **{**SHAPE, **changes})).double().eval()
+    model = Transformer(ModelConfig(arch="speedrun", **{"traits": BASE, **SHAPE, **changes})).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():  # fresh outputs are 0, and would hide everything
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -56,7 +56,11 @@ def naive(model: Transformer, tokens: list[int]) -> Tensor:
     """Logits `(T, V)`, position by position."""
     w, c = dict(model.named_parameters()), model.config
     rotary, group, d = c.pattern == "L", c.heads // c.kv_heads, c.head_dim
-    start = [unit(w["embedding.weight"][t]) for t in tokens]
+    alone = [unit(w["embedding.weight"][t]) for t in tokens]
+    start = alone[:1]
+    for before, x in zip(alone, alone[1:], strict=False):
+        gate = 1 / (1 + math.exp(-float(w["smear_gate.weight"][0] @ x[:24])))
+        start.append(x + float(w["smear"]) * gate * before)
     states, middle = [x.clone() for x in start], []
     for layer in range(c.layers):
         name = f"blocks.{layer}."
@@ -115,6 +119,7 @@ WITHOUT = {
     "softcap": muted(logit_softcap=0.0),
     "weights of the stream": muted(traits=replace(BASE, stream_weights=False)),
     "backout": muted(traits=replace(BASE, backout=False)),
+    "smear": muted(traits=replace(BASE, smear=False)),
     "norm of queries": muted(traits=replace(BASE, qk_norm=False), qk_gain=1.0),
     "norm of embeddings": muted(traits=replace(BASE, embedding_norm=False)),
     "squared relu": muted(traits=replace(BASE, activation="relu")),
@@ -161,6 +166,7 @@ def test_fresh_blocks_are_the_identity_and_all_tokens_alike() -> None:
         ({"arch": "llama", "value_pattern": "VX"}, "other letters than V and -"),
         ({"arch": "bert", "value_pattern": "V"}, "value_pattern is for decoders"),
         ({"arch": "bert", "traits": replace(TRAITS["bert"], backout=True)}, "backout is for decoders"),
+        ({"arch": "bert", "traits": replace(TRAITS["bert"], smear=True)}, "smear is for decoders"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes: dict, message: str) -> None:

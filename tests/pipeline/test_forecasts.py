@@ -77,3 +77,80 @@ def test_speed_is_measured_when_asked(planned):
     train = json.loads(done.stdout)[-1]["forecast"]
     assert train["seconds"] > 0 and "just measured" in train["speed"]
     assert train["cost"] == pytest.approx(train["seconds"] / 3600 * 3)
+
+
+TRAINS = """
+from llmctl import Field, Out, Params, Stage, hookimpl
+from llmctl.forecast import Forecast, Unknown
+
+class Size(Params):
+    size: int = 10
+    how: str = ""
+
+def run(ctx, params):
+    ctx.output("metrics")
+    ctx.report({"tokens_per_s": 1000.0 / params.size})
+
+def forecast(params, inputs):
+    if params.how == "unknown":
+        raise Unknown("it is too early")
+    if params.how == "bug":
+        raise KeyError("oops")
+    memory = {"weights": params.size << 20, "activations": 1 << 20}
+    return Forecast(
+        model="a cube", parameters=params.size, operations_per_token=6 * params.size, memory=memory, moment="loss",
+        advice={"weights": "take a smaller cube"}, tokens_per_step=100, steps=20, upper_bound=params.how == "bound",
+    )
+
+@hookimpl
+def register_stages():
+    metrics = {"metrics": Out("metrics")}
+    at = {"params": "cubes:Size", "run": "cubes:run", "forecast": "cubes:forecast"}
+    return [Stage(name="cube", help="Train.", outputs=metrics, **at)]
+"""
+
+
+@pytest.fixture
+def cubes(install, llmctl, tmp_path):
+    """Plan, or run, a stage whose forecast is its size."""
+    install("cubes", {"cubes": "cubes"}, {"cubes.py": TRAINS})
+
+    def do(command, *words):
+        (tmp_path / "work" / "p.yaml").write_text("llmctl: 1\nname: p\nstages:\n  a: {uses: cube}\n")
+        return llmctl(command, "p.yaml", *words)
+
+    return do
+
+
+def told(done):
+    return json.loads(done.stdout)[0]["forecast"]
+
+
+def test_time_and_cost_follow_from_the_last_result(cubes):
+    before = told(cubes("plan", "--format", "json", "--price", "2"))
+    assert before["seconds"] is None and before["tokens"] == 2000
+    assert cubes("run").returncode == 0
+    larger = told(cubes("plan", "--format", "json", "--price", "7200", "--set", "a.size=30"))
+    # 100 tokens per second at size 10; three times the operations per token take three times as long.
+    assert larger["seconds"] == pytest.approx(3 * 2000 / 100) and "in run 20" in larger["speed"]
+    assert larger["cost"] == pytest.approx(2 * larger["seconds"])
+    assert told(cubes("plan", "--format", "json")) is None  # nothing would run
+    said = cubes("plan", "--set", "a.size=30").stdout
+    assert "time        1:00 min by 100 tokens/s in run 20" in said
+
+
+def test_a_stage_without_a_forecast_runs_all_the_same(cubes):
+    assert "a: no forecast, it is too early" in cubes("plan", "--set", "a.how=unknown").stdout
+    assert "KeyError: 'oops'" in cubes("plan", "--set", "a.how=bug").stdout
+    assert cubes("run", "--set", "a.how=bug").returncode == 0
+
+
+def test_the_doubt_and_upper_bounds_are_no_reason_to_refuse(cubes):
+    limit = ["--memory", "1GiB"]
+    assert cubes("plan", *limit, "--set", "a.size=600").returncode == 0
+    tight = cubes("plan", *limit, "--set", "a.size=800")
+    assert tight.returncode == 0 and "more than there is" in tight.stdout
+    refused = cubes("plan", *limit, "--set", "a.size=1000")
+    assert refused.returncode == 7 and "most of it are weights, 1000 MiB" in refused.stderr
+    assert "hint: take a smaller cube" in refused.stderr
+    assert cubes("plan", *limit, "--set", "a.size=1000", "--set", "a.how=bound").returncode == 7  # weights are no bound

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from llmctl.errors import UsageError
-from llmctl.nn.config import ModelConfig, RopeScaling
+from llmctl.nn.config import TRAITS, ModelConfig, RopeScaling
 from llmctl.nn.transformer import Transformer
 from llmctl.train.batches import Batch
 from llmctl.train.context_parallel import places, require_cut, share
@@ -101,6 +102,11 @@ def test_shares_are_a_piece_from_the_front_and_its_mirror_image() -> None:
             {"arch": "llama", "rope_scaling": RopeScaling(kind="dynamic", factor=2.0, original_context=16)},
             CausalLM(),
             "depend on the whole sequence",
+        ),
+        (
+            {"arch": "speedrun", "traits": replace(TRAITS["speedrun"], smear=True)},
+            CausalLM(),
+            "look at the token before",
         ),
     ],
 )

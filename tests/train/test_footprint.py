@@ -144,3 +144,24 @@ def test_copies_of_the_weights_and_micro_batches():
     one, two = planned(batch_size=8, micro_batch=8), planned(batch_size=8, micro_batch=4)
     assert two.parts["activations"] < one.parts["activations"]
     assert planned(batch_size=8, micro_batch=2).parts["gradients"] >= 4 * count(ModelConfig(**LARGE)).total
+
+
+def test_the_worst_rank_of_a_pipeline_and_its_schedules():
+    def stages(**parallel):
+        return planned(batch_size=32, micro_batch=1, recompute="none", parallel={"pp": 4, **parallel})
+
+    whole = planned(batch_size=32, micro_batch=1, recompute="none")
+    usual, all_first = stages(), stages(pp_schedule="gpipe")
+    interleaved = stages(pp_schedule="interleaved", virtual_stages=2)
+    # The first stage of four holds four micro-batches of a quarter of the blocks.
+    assert usual.parts["activations"] == pytest.approx(whole.parts["activations"], rel=0.15)
+    assert all_first.parts["activations"] == pytest.approx(8 * usual.parts["activations"], rel=0.15)
+    # 2 (4 - 1) + 4 + 1 pieces of half a stage: 5.5 instead of 4.
+    assert interleaved.parts["activations"] == pytest.approx(5.5 / 4 * usual.parts["activations"], rel=0.1)
+    assert usual.parts["optimizer"] < whole.parts["optimizer"] / 3
+
+
+def test_a_cut_sequence_keeps_its_part_and_the_keys_of_all():
+    whole, shared = (planned(recompute="none", packing="none", parallel={"cp": cp}) for cp in (1, 4))
+    assert 0.25 < shared.parts["activations"] / whole.parts["activations"] < 0.5
+    assert shared.parts["weights"] == whole.parts["weights"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleI
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from llmctl.errors import UsageError
-from llmctl.nn.config import ModelConfig
+from llmctl.nn.config import TRAITS, ModelConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.train.parallel import ParallelParams, bubble_share, schedule_misfit, sequences_at_once
 from llmctl.train.params import TrainParams
@@ -236,6 +237,9 @@ def test_what_cannot_be_cut_is_refused() -> None:
         require_stages(Transformer(ModelConfig(arch="t5", **shape)))
     with pytest.raises(UsageError, match="speedrun cannot be cut"):
         require_stages(Transformer(ModelConfig(arch="speedrun", **shape)))
+    smeared = ModelConfig(arch="llama", traits=replace(TRAITS["llama"], smear=True), **shape)
+    with pytest.raises(UsageError, match="llama cannot be cut"):
+        require_stages(Transformer(smeared))
     strange = Transformer(ModelConfig(arch="llama", **shape))
     strange.further = torch.nn.Linear(2, 2)
     with pytest.raises(UsageError, match="`further` cannot be cut"):

@@ -21,7 +21,7 @@ def launch(cases: list[Case], out: Path, ranks: int) -> Path:
     """Run the cases in `ranks` processes, as torchrun would start them; returns where their results lie."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cases.json").write_text(json.dumps(cases))
-    port = random.SystemRandom().randrange(20000, 50000)
+    port = random.SystemRandom().randrange(20000, 32000)
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(

@@ -238,3 +238,16 @@ def test_a_resumed_run_of_speedrun_is_bit_identical(make_context, make_model, ma
     assert torch.equal(*found)
     fresh = torch.cat([parameter.flatten() for parameter in make_model(**shape).parameters()])
     assert all((a != b).any() for a, b in zip(found, [fresh, fresh], strict=True))
+
+
+@pytest.mark.parametrize(("changes", "told"), [({}, False), ({"decay_schedule": "cosine"}, True)])
+def test_a_longer_run_is_told_that_decay_has_been_that_of_a_shorter_one(
+    make_context, make_model, make_examples, changes: dict, told: bool
+) -> None:
+    for steps in (4, 6):
+        values = {"max_steps": steps, "batch_size": 2, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.1}
+        params = TrainParams(**values, **changes, threads=1)
+        context = make_context()
+        fit(context, make_model(), CausalLM(), ExampleSource(make_examples(8), 32, params), params)
+    warned = [str(fields) for kind, fields in context.events if "planned for 4 steps" in str(fields)]
+    assert bool(warned) == told

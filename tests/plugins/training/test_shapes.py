@@ -40,14 +40,14 @@ def test_what_overrides_a_preset(train) -> None:
 def test_options_of_speedrun_are_options_of_every_decoder(train) -> None:
     options = {
         "qk_norm": True, "qk_gain": 1.2, "activation": "relu2", "gated": False, "value_pattern": "V-",
-        "stream_weights": True, "backout": True, "logit_softcap": 15.0,
+        "stream_weights": True, "backout": True, "smear": True, "logit_softcap": 15.0,
     }  # fmt: skip
     params = {"max_steps": 2, "preset": "llama", "groups": {"value_embedding": {"lr": 0.1}}, **options}
     first = train("train-pretrain", params=params).outputs["model"]
     config = load_model(first.path).config
     assert (config.qk_gain, config.value_pattern, config.logit_softcap) == (1.2, "V-", 15.0)
     traits = config.traits
-    assert traits.qk_norm and traits.stream_weights and traits.backout
+    assert traits.qk_norm and traits.stream_weights and traits.backout and traits.smear
     assert (traits.activation, traits.gated) == ("relu2", False)
     # To go on with it they may be said again, but not changed.
     train("train-pretrain", "again", {"max_steps": 1, "backout": True, "qk_gain": 1.2}, model=first)
