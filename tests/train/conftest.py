@@ -8,6 +8,7 @@ import random
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,25 +96,25 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 program["run"](case, out)
             return out
         (out / "cases.json").write_text(json.dumps(cases))
+        # Below the ports that the system gives away: each case takes the next one.
         port = str(random.SystemRandom().randrange(20000, 32000))
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         words = [sys.executable, str(Path(__file__).with_name("stage_program.py")), str(out / "cases.json"), str(out)]
-        started = [
-            subprocess.Popen(
-                words,
-                env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
+        started, ends = [], time.monotonic() + 250
+        for rank in range(ranks):
+            env = {**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with (out / f"said-{rank}").open("w") as said:
+                started.append(subprocess.Popen(words, env=env, stderr=said))
         try:
-            said = [process.communicate(timeout=250)[1] for process in started]
+            # One that has failed leaves the others waiting for it.
+            while time.monotonic() < ends and None in (codes := [p.poll() for p in started]) and not any(codes):
+                time.sleep(0.05)
         finally:
             for process in started:
                 process.kill()
                 process.wait()
-        assert [process.returncode for process in started] == [0] * ranks, "\n".join(said)
+        text = "\n".join((out / f"said-{rank}").read_text() for rank in range(ranks))
+        assert [process.returncode for process in started] == [0] * ranks, text
         return out
 
     return launch
