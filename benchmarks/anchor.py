@@ -2,7 +2,8 @@
 
     python benchmarks/anchor.py --recipe speedrun --seeds 0 1 2
     python benchmarks/anchor.py --recipe default
-    python benchmarks/anchor.py --recipe adamw                        the control, which must end far above
+    python benchmarks/anchor.py --recipe adamw                        a control, which must end above
+    python benchmarks/anchor.py --recipe reference                    the same from transformers' fresh weights
 
 Corpus: the top-level modules of the Python that runs this, in the order of their names, the last 12 for validation.
 Byte-level BPE of 1024 tokens (and llmctl's six special ones), rows of 128 tokens, 16 rows per step, 300 steps, 4 layers
@@ -45,10 +46,12 @@ ADAMW = ["--optimizer", "adamw", "--lr", "3e-3", "--weight-decay", "0.1"]
 RECIPES = {"default": LLAMA, "default-qwen3": QWEN3, "adamw": [*LLAMA, *ADAMW]}
 
 
-def flags(recipe: str, directory: Path) -> list[str]:
+def flags(recipe: str, directory: Path, seed: int = 0) -> list[str]:
     """What train-pretrain is given for `recipe`; that of `speedrun` is what its spec says."""
     if recipe in RECIPES:
         return RECIPES[recipe]
+    if recipe == "reference":
+        return ["--model", str(fresh_llama(directory / f"llama-{seed}", seed)), *ADAMW]
     stage = yaml.safe_load(SPEEDRUN.read_text(encoding="utf-8"))["stages"]["train"]["with"]
     own = {name: value for name, value in stage.items() if name not in FIXED}
     path = directory / "speedrun.yaml"
@@ -56,6 +59,19 @@ def flags(recipe: str, directory: Path) -> list[str]:
         yaml.safe_dump({"llmctl": 1, "name": "speedrun", "uses": "train-pretrain", "with": own}), encoding="utf-8"
     )
     return ["--config", str(path)]
+
+
+def fresh_llama(directory: Path, seed: int) -> Path:
+    """The shape of `LLAMA` with the weights that transformers draws."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "tie_word_embeddings": True}
+    limits = {"vocab_size": VOCABULARY + SPECIAL, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5}
+    LlamaForCausalLM(LlamaConfig(**shape, **special, **limits)).save_pretrained(directory)
+    return directory
 
 
 def write_corpus(directory: Path) -> str:
@@ -88,7 +104,7 @@ def train(
     running = ["--device", "cpu", "--threads", "1", "--save-every", "0", "--eval-batches", "100000"]
     running += ["--no-document-mask"]
     inputs = ["--tokens", str(made["tokens"]), "--tokenizer", str(made["tokenizer"])]
-    out = llmctl(directory, "train-pretrain", *inputs, *flags(recipe, directory), *shape, *running, *further)
+    out = llmctl(directory, "train-pretrain", *inputs, *flags(recipe, directory, seed), *shape, *running, *further)
     found = json.loads((out["metrics"] / "metrics.json").read_text(encoding="utf-8"))
     nats = window_loss(out["model"], made["tokens"])
     names = ("loss.validation", "bpb.validation", "parameters", "tokens_per_s")
@@ -120,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     further = given[given.index("--") + 1 :] if "--" in given else []
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=["speedrun", *RECIPES], default="speedrun")
+    parser.add_argument("--recipe", choices=["speedrun", *RECIPES, "reference"], default="speedrun")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args(given[: len(given) - len(further) - ("--" in given)])

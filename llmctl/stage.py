@@ -23,6 +23,8 @@ PORT = re.compile(r"[a-z][a-z0-9_]*\Z")
 TYPE = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*\Z")
 STOP_FILE = "STOP"
 """In the work directory of a stage, asks it to stop; see `llmctl.launch.stopping`."""
+SAVE_FILE = "SAVE"
+"""In the same place, asks for a checkpoint now, and to go on."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ class Context:
         emit: Emit,
         stop: Callable[[], bool] = lambda: False,
         title: str = "",
+        save: Callable[[], bool] = lambda: False,
     ) -> None:
         self.stage = stage
         """Instance id, e.g. `sft` or `sft[lr=3e-5]`."""
@@ -185,6 +188,7 @@ class Context:
         self._outputs = dict(outputs)
         self._emit = emit
         self._stop = stop
+        self._save = save
 
     def output(self, port: str) -> Path:
         """The staging directory of an output port; what lies in it when `run` returns is committed."""
@@ -237,9 +241,13 @@ class Context:
         """True after a signal or `llmctl stage stop`: write a checkpoint, then call `stopped`. Ask at every step."""
         return self._stop()
 
+    def should_save(self) -> bool:
+        """True once after SIGUSR2 or `llmctl stage save`: write a checkpoint and go on. Ask at every step."""
+        return self._save()
+
     def stopped(self, step: int) -> TempFail:
         """The exception to raise because of `should_stop`, after a checkpoint was written where the stage has any."""
-        kept = {path.name for path in self.resume_dir.glob("*")} - {STOP_FILE}
+        kept = {path.name for path in self.resume_dir.glob("*")} - {STOP_FILE, SAVE_FILE}
         how = "with a checkpoint" if kept else "without a checkpoint, as it keeps none"
         return TempFail(f"`{self.stage}` stopped at step {step} {how}", hint="run the same command again")
 

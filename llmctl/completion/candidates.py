@@ -145,6 +145,8 @@ BY_NAME: Mapping[str, Callback] = {
     "artifact": artifacts,
     "artifacts": artifacts,
     "tag words": artifacts,
+    "verify-resume stage": stages,
+    "checkpoint stage": stages,
     "why first": specs_and_artifacts,
     "why second": seconds,
     "schema name": installed,

@@ -20,7 +20,7 @@ from llmctl.launch.failures import Failure, explain
 from llmctl.launch.hooks import MetricSinks, call_stage
 from llmctl.launch.masking import Masker
 from llmctl.launch.request import Request
-from llmctl.launch.stopping import StopFlag
+from llmctl.launch.stopping import SaveFlag, StopFlag, signal_saves
 from llmctl.registry import Registry, get_registry
 from llmctl.spec.extent import has_extent
 from llmctl.stage import STOP_FILE, Artifact, Context, Stage, muted
@@ -96,6 +96,8 @@ class Launch:
     work: int = 1
     publish: Publish = "first"
     attempt: int = 1
+    stop_at: int = 0
+    """The step of progress after which to ask it to stop, 0 for none: a rehearsal stops where it wants to."""
 
 
 @dataclass
@@ -112,6 +114,9 @@ class Execution:
         self.registry: Registry = get_registry()
         self.resume = self.store.work(self.request.resume, self.launch.work)
         self.stop = StopFlag(self.resume, signals=self.rank is None)
+        self.save = SaveFlag(self.resume)
+        if self.rank is None:
+            signal_saves(self.resume)
         self.masker = Masker({name: os.environ.get(name, "") for name in self.request.secrets})
         self.begun = time.monotonic()
         self.started = timestamp()
@@ -135,7 +140,7 @@ class Execution:
         self.resume.parent.mkdir(parents=True, exist_ok=True)
         try:
             folders = {port: staging / port for port in self.request.outputs}
-            context = Context(self.request.instance, folders, self.resume, self.emit, self.stop)
+            context = Context(self.request.instance, folders, self.resume, self.emit, self.stop, save=self.save)
             self._run(stage, context)
             outputs = self._commit(context, folders)
         finally:
@@ -149,6 +154,8 @@ class Execution:
         if kind in ("log", "warning"):
             sys.stderr.write(f"{kind}: {fields.get('text', '')}\n")
         self.channel.send(kind, fields)
+        if kind == "progress" and 0 < self.launch.stop_at <= fields.get("step", 0):
+            self.stop.set()
         if kind == "metric":
             self.sinks(fields)
         if self.stop.ends_silent_stage:

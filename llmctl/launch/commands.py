@@ -20,6 +20,7 @@ def stage() -> None:
 @click.option("--work", default=1, help="Number of the work directory.")
 @click.option("--publish", type=click.Choice(["first", "replace", "no"]), default="first", help="How to publish.")
 @click.option("--attempt", default=1, help="How often this work was begun in this run, for the manifest.")
+@click.option("--stop-at", default=0, help="Step after which it is asked to stop.")
 @click.option("--events", type=int, default=1, help="Descriptor that gets the events.")
 @click.option("--parent", type=int, help="Process that this one must not outlive.")
 @click.option("--heartbeat", type=int, help="Descriptor that ends when the parent does.")
@@ -31,6 +32,7 @@ def exec_(
     work: int,
     publish: str,
     attempt: int,
+    stop_at: int,
     events: int,
     parent: int | None,
     heartbeat: int | None,
@@ -54,11 +56,25 @@ def exec_(
     from llmctl.launch.child import Channel, Launch, Publish, execute
     from llmctl.store import Store
 
-    launch = Launch(run=run_id, work=work, publish=cast(Publish, publish), attempt=attempt)
+    launch = Launch(run=run_id, work=work, publish=cast(Publish, publish), attempt=attempt, stop_at=stop_at)
     code = execute(Store.open(store_path), key, launch, Channel(events))
     if watchdog is not None:
         guard.release(watchdog)
     return code
+
+
+@stage.command("save")
+@click.option("--key", required=True, help="Action key of the request.")
+@click.option("--store", "store_path", required=True, type=click.Path(path_type=Path), help="The store.")
+def save(key: str, store_path: Path) -> None:
+    """Ask whoever works on KEY to write a checkpoint and go on, by a file in its work directory."""
+    from llmctl.launch import stopping
+    from llmctl.launch.request import Request
+    from llmctl.stage import SAVE_FILE
+    from llmctl.store import Store
+
+    store = Store.open(store_path)
+    stopping.ask(store, Request.read(store, key).resume, SAVE_FILE)
 
 
 @stage.command("stop")

@@ -42,6 +42,8 @@ class Job:
     work: int = 1
     publish: str = "first"
     attempt: int = 1
+    stop_at: int = 0
+    """The step after which it is asked to stop; 0 for none."""
     lock: Lock | None = None
     time_limit: float | None = None
     masker: Masker = NO_SECRETS
@@ -68,6 +70,9 @@ class StageProcess:
         self.job = job
         self._grace = grace
         self._signalled = False
+        self._heard = False
+        """Whether it has said anything: before that it may not know what SIGUSR2 means, and would die of it."""
+        self._saves = 0
         self._deadline: float | None = None
         self._ends = time.monotonic() + job.time_limit if job.time_limit else None
         self._timed_out = False
@@ -160,6 +165,7 @@ class StageProcess:
         except ValueError:
             return  # not ours: something in the stage wrote to a descriptor that it did not open
         event = self.job.masker.plain(event)
+        self._heard = True
         if event.get("type") in ("result", "failure"):
             self._final = event
         else:
@@ -171,6 +177,9 @@ class StageProcess:
         if stop is not None:
             stop.drain()
             requests = stop.requests
+            if stop.saves > self._saves and self._heard:
+                self._saves = stop.saves
+                self._process.send_signal(signal.SIGUSR2)
         if self._ends is not None and now >= self._ends and not self._signalled:
             self._timed_out = True
         if (requests or self._timed_out) and not self._signalled:
@@ -251,5 +260,6 @@ def command(layout: Layout, job: Job, events: int, heartbeat: int) -> list[str]:
     """The command line of a stage's process, given its ends of the two pipes."""
     words = [sys.executable, "-P", "-m", "llmctl", "stage", "exec", "--key", job.key, "--store", str(layout.root)]
     words += ["--run", job.run, "--work", str(job.work), "--publish", job.publish, "--attempt", str(job.attempt)]
+    words += ["--stop-at", str(job.stop_at)] if job.stop_at else []
     words += ["--events", str(events), "--parent", str(os.getpid()), "--heartbeat", str(heartbeat)]
     return words + (["--lock", str(job.lock.descriptor)] if job.lock else [])

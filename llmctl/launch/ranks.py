@@ -23,7 +23,7 @@ from llmctl.errors import MachineError, UsageError
 from llmctl.launch.child import Channel, Launch, tidy
 from llmctl.launch.failures import Failure, killed
 from llmctl.launch.request import Request
-from llmctl.launch.stopping import StopFlag
+from llmctl.launch.stopping import StopFlag, signal_saves
 from llmctl.launch.worker import EVENTS
 from llmctl.spec.params import Params
 from llmctl.stage import STOP_FILE, Stage
@@ -78,6 +78,7 @@ class Gang:
         """Until the agent has ended, or a rank has failed in a way that another start would not mend."""
         stop, stop_file, reports = StopFlag(resume), resume / STOP_FILE, resume / REPORTS
         failed_at, asked = 0.0, False
+        signal_saves(resume)
         try:
             while agent.poll() is None:
                 self.pass_on(reports)
@@ -99,6 +100,7 @@ class Gang:
         words = ["-P", "-m", "llmctl.launch.worker", "--key", self.request.key, "--store", str(self.store.root)]
         words += ["--reports", str(reports), "--run", launch.run, "--work", str(launch.work)]
         words += ["--publish", launch.publish, "--attempt", str(launch.attempt)]
+        words += ["--stop-at", str(launch.stop_at)]
         return {
             "words": words,
             "nodes": nodes,

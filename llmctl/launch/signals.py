@@ -1,4 +1,4 @@
-"""Stop requests: which signal asked, and a descriptor to wait on. Only commands install handlers."""
+"""Requests to stop or to save: which signal asked, and a descriptor to wait on. Only commands install handlers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.requests = 0
+        self.saves = 0
+        """How often a checkpoint was asked for, without a stop."""
         self.code = 0
         """Exit code of the first request, 0 if there was none."""
         self._read, self._write = os.pipe()
@@ -28,6 +30,12 @@ class Stop:
         """Ask to stop with exit code `code`. Safe in a signal handler."""
         self.requests += 1
         self.code = self.code or code
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._write, b"!")
+
+    def request_save(self) -> None:
+        """Ask for a checkpoint. Safe in a signal handler."""
+        self.saves += 1
         with contextlib.suppress(BlockingIOError):
             os.write(self._write, b"!")
 
@@ -54,16 +62,22 @@ class Stop:
 
 @contextlib.contextmanager
 def signals_stop() -> Iterator[Stop]:
-    """Turn SIGINT, SIGTERM, SIGHUP and SIGUSR1 into requests; one ignored on entry stays ignored (`nohup`, `&`)."""
+    """Turn SIGINT, SIGTERM, SIGHUP and SIGUSR1 into requests to stop, SIGUSR2 into one to save.
+
+    One that is ignored on entry stays ignored (`nohup`, `&`).
+    """
     with Stop() as stop:
 
         def handler(number: int, _: FrameType | None) -> None:
             stop.request(CODES[signal.Signals(number)])
 
-        before = {number: signal.getsignal(number) for number in CODES}
+        def save(number: int, _: FrameType | None) -> None:
+            stop.request_save()
+
+        before = {number: signal.getsignal(number) for number in (*CODES, signal.SIGUSR2)}
         caught = [number for number, old in before.items() if old is not signal.SIG_IGN]
         for number in caught:
-            signal.signal(number, handler)
+            signal.signal(number, save if number == signal.SIGUSR2 else handler)
         try:
             yield stop
         finally:

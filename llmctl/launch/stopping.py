@@ -1,4 +1,4 @@
-"""Requests to stop that reach a stage: signals, and the file `STOP` in its work directory, which any machine can write.
+"""Requests to stop or to save that reach a stage: signals, and files in its work directory that any machine can write.
 
 A stage asks `Context.should_stop()`; one that never asks has no checkpoint to write and is ended where it reports.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from llmctl.stage import STOP_FILE
+from llmctl.stage import SAVE_FILE, STOP_FILE
 from llmctl.store.layout import Layout
 
 GRACE = 30.0
@@ -41,6 +41,10 @@ class StopFlag:
             self._set = self._file.exists()
         return self._set
 
+    def set(self) -> None:
+        """Ask it to stop from within its own process."""
+        self._set = True
+
     def __call__(self) -> bool:
         """Whether to stop; asking marks the stage as one that writes checkpoints."""
         self.asked = True
@@ -52,11 +56,39 @@ class StopFlag:
         return not self.asked and self._is_set()
 
 
-def ask(layout: Layout, resume_key: str) -> None:
-    """Ask everyone who works on this resume key to stop."""
+class SaveFlag:
+    """True once for each request to save, which is the file `SAVE` until it was heard."""
+
+    def __init__(self, work: Path) -> None:
+        self._file = work / SAVE_FILE
+        self._looks_at = 0.0
+
+    def __call__(self) -> bool:
+        """Whether to write a checkpoint and go on."""
+        now = time.monotonic()
+        if now < self._looks_at:
+            return False
+        self._looks_at = now + PAUSE
+        found = self._file.exists()
+        self._file.unlink(missing_ok=True)
+        return found
+
+
+def signal_saves(work: Path) -> None:
+    """From now on SIGUSR2 is a request to save, for this process or for the ranks that it has started."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / SAVE_FILE).touch()
+
+    signal.signal(signal.SIGUSR2, on_signal)
+
+
+def ask(layout: Layout, resume_key: str, file: str = STOP_FILE) -> None:
+    """Ask everyone who works on this resume key to stop, or with `SAVE_FILE` to save."""
     for directory in _directories(layout, resume_key):
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / STOP_FILE).touch()
+        (directory / file).touch()
 
 
 def clear(layout: Layout, resume_key: str) -> None:

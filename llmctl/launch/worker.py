@@ -26,6 +26,9 @@ from llmctl.stage import Helped
 from llmctl.store import Store
 
 EVENTS = "events.jsonl"
+AGENT = "LLMCTL_AGENT"
+"""Variable with the process id of the agent. A rank that asks who its parent is may find that the agent has died while
+the rank was being loaded, and outlive everything."""
 LOST = ("connection closed by peer", "connection reset by peer", "socket closed", "broken pipe", "connection refused")
 """What gloo and NCCL say on a rank whose neighbour is gone."""
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -35,7 +38,8 @@ def main() -> None:
     """Run a rank, then leave at once: what torch would still tear down can wait for processes that are gone."""
     given = arguments()
     adopt_slurm(os.environ)
-    die_with(os.getppid())
+    if AGENT in os.environ:
+        die_with(int(os.environ[AGENT]))
     import faulthandler
 
     faulthandler.enable()
@@ -55,6 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=int, default=1)
     parser.add_argument("--publish", choices=("first", "replace", "no"), default="first")
     parser.add_argument("--attempt", type=int, default=1)
+    parser.add_argument("--stop-at", type=int, default=0)
     return parser.parse_args()
 
 
@@ -78,7 +83,8 @@ def run(given: argparse.Namespace, rank: int) -> int:
     try:
         request = Request.read(store, given.key)
         owner = str(request.plugin["dist"])
-        launch = Launch(run=given.run, work=given.work, publish=given.publish, attempt=given.attempt)
+        names = ("run", "work", "publish", "attempt", "stop_at")
+        launch = Launch(**{name: getattr(given, name) for name in names})
         Execution(store, request, channel, launch, rank)()
     except Helped:
         return 0

@@ -11,6 +11,7 @@ line here:
 * attention: multi-head, grouped or single key/value heads; all of the sequence, a sliding window, or both in turn
   (`llmctl/nn/attention.py`)
 * norms before each sub-layer, after its sum, or on both sides; RMSNorm or LayerNorm; with or without biases and gates
+* what nanochat adds: embeddings of values, weights of the stream, backout, smear
 * packed documents, and a key/value cache whose rows may differ in length
 * logits equal those of transformers (`llmctl/nn/hf.py` maps the weights)
 

@@ -24,7 +24,7 @@ from llmctl.pipeline.plan import Bound, Decision, Planner
 from llmctl.pipeline.result import StageResult
 from llmctl.pipeline.slots import Grant
 from llmctl.spec.resolved import Pipeline, StageSpec
-from llmctl.stage import STOP_FILE
+from llmctl.stage import SAVE_FILE, STOP_FILE
 from llmctl.store import Store, names
 from llmctl.store.keys import Keys
 from llmctl.store.locks import Lock, holder, try_lock
@@ -134,7 +134,8 @@ class Executor:
             if again.pointer is not None:
                 return self.cached(spec, again)
             # An old request to stop is no reason not to begin; one to a runner beside us is not ours.
-            (self._store.work(keys.resume, work) / STOP_FILE).unlink(missing_ok=True)
+            for file in (STOP_FILE, SAVE_FILE):
+                (self._store.work(keys.resume, work) / file).unlink(missing_ok=True)
             try:
                 self._keyring.look_up([spec])  # what was cached in the plan had no need of secrets
             except MachineError as error:

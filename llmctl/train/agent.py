@@ -17,6 +17,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from llmctl.launch.worker import AGENT
+
 DEATH = "death.json"
 
 
@@ -65,6 +67,7 @@ def main() -> int:
     # The store of the agents lasts over restarts and remembers the addresses of the ranks that are gone: the new ones
     # would call those. Without it rank 0 serves a store of its own, every time at another port.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[AGENT] = str(os.getpid())
     try:
         elastic_launch(plan.config(), sys.executable)(*plan.words)
     except ChildFailedError as error:

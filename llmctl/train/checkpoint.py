@@ -148,6 +148,8 @@ class Checkpoints:
             self._thread.shutdown()
             self._thread = None
         self._copies = {}
+        # A group that is still known when the interpreter ends is taken down too late: the process would abort.
+        self._writing = self._group = None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, rising. Any rank."""
@@ -182,7 +184,7 @@ class Checkpoints:
         self, path: Path, like: Callable[[str], Tensor | None], wanted: Callable[[str], bool]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        for name, row in Reader(path).read_metadata().state_dict_metadata.items():
+        for name, row in Reader(path).tensors().items():
             if not wanted(name):
                 continue
             target = like(name)

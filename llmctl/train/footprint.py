@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.counts import count, matrices
 from llmctl.train.activations import FLOAT, Pass, around, block, widest
-from llmctl.train.depth import WORDS, borders
 from llmctl.train.params import TrainParams
+from llmctl.train.pipeline_cut import WORDS, cut, in_flight
 
 ALLOCATOR = {"none": 0.45, "selective": 1.5, "full": 1.5}
 """What glibc keeps of freed memory, as a share of what lives, by `recompute`. Measured: .2 to .6, and 1.1 and more
@@ -60,7 +60,7 @@ class Load:
         """
         ranks = params.parallel
         share = max(1, -(-params.batch_size // ranks.data))
-        at_once = 1 if params.micro_batch == "auto" else min(params.micro_batch or share, share)
+        at_once = 1 if params.micro_batch == "auto" else min(params.sequences_at_once, share)
         smaller = params.precision in ("bf16", "fp16", "fp8") or (params.precision == "auto" and cuda)
         return cls(
             **{  # type: ignore[arg-type]  # fields of this class
@@ -101,17 +101,14 @@ def footprint(config: ModelConfig, params: TrainParams, load: Load) -> Footprint
 
 
 class _Stage:
-    """One rank's part of the model: all of it, or one stage of a pipeline."""
+    """One rank's part of the model: all of it, or the stages of a pipeline that are its own."""
 
     def __init__(self, config: ModelConfig, params: TrainParams, load: Load, number: int) -> None:
         self.config, self.params, self.load = config, params, load
         ranks, depth = params.parallel, config.layers
-        pieces = ranks.pp * ranks.virtual_stages
         first, last = number == 0, number == ranks.pp - 1
-        ends = borders(config, pieces)
-        self.layers = [
-            layer for piece in range(number, pieces, ranks.pp) for layer in range(ends[piece], ends[piece + 1])
-        ]
+        mine = [stage for stage in cut(config, ranks.pp * ranks.virtual_stages) if stage.index % ranks.pp == number]
+        self.layers = [layer for stage in mine for layer in range(stage.start, stage.stop)]
         counts, self.matrices = count(config), matrices(config)
         share = len(self.layers) / depth
         outer = (counts.embedding + counts.positions) * (first or (last and config.tie_embeddings))
@@ -133,18 +130,8 @@ class _Stage:
             cut=ranks.cp,
         )
         self.first, self.last = first, last
-        self.in_flight = self._in_flight(number) if ranks.pp > 1 else 1.0
-
-    def _in_flight(self, number: int) -> float:
-        """Micro-batches whose activations a rank holds at once (2104.04473, section 2.2): all with GPipe; with 1F1B as
-        many as there are stages from it on; interleaved, pieces of a rank count by their share of it."""
-        ranks, pieces = self.params.parallel, self.params.parallel.virtual_stages
-        most = {
-            "gpipe": float("inf"),
-            "1f1b": ranks.pp - number,
-            "interleaved": (2 * (ranks.pp - number - 1) + (pieces - 1) * ranks.pp + 1) / pieces,
-        }[ranks.pp_schedule]
-        return min(float(self.load.micro_batches), most)
+        sizes = (ranks.pp, number, max(load.micro_batches, 1), ranks.virtual_stages)
+        self.in_flight = in_flight(ranks.pp_schedule, *sizes) if ranks.pp > 1 else 1.0
 
     def _recompute(self) -> str:
         """Compiled blocks compute again what is cheap, much like `selective`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmctl.nn.counts import count, training_flops
 from llmctl.nn.families import from_hf
 from llmctl.pipeline.machine import devices
 from llmctl.train.footprint import ADVICE, Load, footprint
+from llmctl.train.parallel import bubble_share
 from llmctl.train.params import TrainParams
 
 
@@ -52,8 +53,17 @@ def forecast(
         config=config,
         rehearsal={"config": config.to_dict(), "params": _shared(params)} if rehearsed else {},
         upper_bound=upper_bound,
-        note="as if every conversation filled the context: an upper bound" if upper_bound else "",
+        note="; ".join(_notes(params, upper_bound)),
     )
+
+
+def _notes(params: TrainParams, upper_bound: bool) -> Iterator[str]:
+    if upper_bound:
+        yield "as if every conversation filled the context: an upper bound"
+    ranks, parts = params.parallel, params.micro_batches
+    if ranks.pp > 1:
+        share = bubble_share(ranks.pp, parts, ranks.virtual_stages)
+        yield f"{ranks.pp_schedule} with {parts} micro-batches: bubble {share:.1%} of the time that is computed"
 
 
 def _shared(params: TrainParams) -> dict[str, Any]:
@@ -105,7 +115,7 @@ def answers(params: TrainParams, inputs: Mapping[str, Given], port: str = "model
         raise Unknown("labelled rows have no length of their own")
     length = config.context
     share = max(1, -(-params.batch_size // params.parallel.data))
-    at_once = 1 if params.micro_batch == "auto" else min(params.micro_batch or share, share)
+    at_once = 1 if params.micro_batch == "auto" else min(params.sequences_at_once, share)
     rows = per_row * at_once
     load = {"rows": rows, "targets": rows * length, "masked": params.packing != "none"}
     found = forecast(config, params, length, rows=None, upper_bound=True, load=load)

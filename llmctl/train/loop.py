@@ -171,8 +171,10 @@ class _Run:
         every = self.params.save_every
         self.throughput.skip()
         while self.step < self.total:
-            if self.ranks.any(self.ctx.should_stop()):
+            asked = self.ranks.most(2 if self.ctx.should_stop() else int(self.ctx.should_save()))
+            if asked:
                 restoring.save(self)
+            if asked == 2:
                 self.checkpoints.wait()
                 raise self.ctx.stopped(self.step)
             self.update()

@@ -101,14 +101,14 @@ def misfit(params: TrainParams) -> str:
     parallel = params.parallel
     if params.batch_size % parallel.data:
         return f"batch_size {params.batch_size} is not divisible by the {parallel.data} processes that share it"
+    if parallel.world > 1 and params.micro_batch == "auto":
+        return "micro_batch auto is for one process: with several give a number"
     if parallel.pp > 1 and (reason := schedule_misfit(parallel.pp_schedule, parallel.pp, params.micro_batches)):
         return reason
     if parallel.pp * parallel.cp > 1 and (params.compile or params.precision == "fp8"):
         return f"{'compile' if params.compile else 'precision fp8'} does not go with pp or cp"
     if parallel.cp > 1 and params.attention != "sdpa":
         return f"the attention backend {params.attention} cannot reach across the processes of cp: use sdpa"
-    if parallel.world > 1 and params.micro_batch == "auto":
-        return "micro_batch auto is for one process: with several give a number"
     if parallel.shards and params.optimizer == "adamw8bit":
         return "adamw8bit cannot be parted by dp_shard or tp: use dp_replicate with shard_optimizer, or adamw"
     if parallel.shards and params.offload_optimizer:

@@ -18,7 +18,8 @@ from llmctl.train.batches import Batch
 from llmctl.train.objectives import CausalLM, MaskedLM, Objective
 from llmctl.train.padding import alike
 from llmctl.train.parallel import bubble_share, schedule_misfit
-from llmctl.train.pipeline_stages import Relay, Segment, cut, require_stages
+from llmctl.train.pipeline_cut import cut
+from llmctl.train.pipeline_stages import Relay, Segment, require_stages
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
@@ -62,7 +63,8 @@ class Pipeline:
     def describe(self, micro_batches: int) -> str:
         """The cut and the schedule in words, with the share of time that is waited away."""
         share = bubble_share(self.group.size(), micro_batches, self.virtual)
-        blocks = ", ".join(f"{stage.start}-{stage.stop - 1}" for stage in self.stages)
+        ends = [(str(stage.start), str(stage.stop - 1)) for stage in self.stages]
+        blocks = ", ".join(first if first == last else f"{first}-{last}" for first, last in ends)
         return (
             f"pipeline of {len(self.stages)} stages on {self.group.size()} processes, blocks {blocks}; {self.schedule} "
             f"with {micro_batches} micro-batches: bubble {share:.1%} of the time that is computed"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
@@ -13,58 +12,9 @@ from torch import Tensor, nn
 
 from llmctl.errors import UsageError
 from llmctl.nn.attention import AttentionContext
-from llmctl.nn.config import ModelConfig
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Transformer
-from llmctl.train.depth import WORDS, borders
-
-FIRST = ("embedding", "positions", "segments", "embedding_norm")
-"""What the first stage has beside its blocks."""
-LAST = ("norm", "unembedding", "masked", "pooler", "next", "classifier", "auxiliary")
-"""What the last stage has beside its blocks."""
-EVERY = ("relative",)
-"""What every stage reads: T5's table, from which each makes the bias of its own blocks."""
-KNOWN = frozenset((*FIRST, *LAST, *EVERY, "blocks", "encoder"))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of `count` stages: the blocks from `start` to `stop`, and what stands before or behind them."""
-
-    index: int
-    count: int
-    start: int
-    stop: int
-
-    @property
-    def first(self) -> bool:
-        """Whether tokens enter here."""
-        return self.index == 0
-
-    @property
-    def last(self) -> bool:
-        """Whether the loss is taken here."""
-        return self.index == self.count - 1
-
-    def children(self, model: Transformer) -> set[str]:
-        """Names of the model's children that this stage holds, `blocks` aside."""
-        names = {*EVERY, *(FIRST if self.first else ()), *(LAST if self.last else ())}
-        if self.last and model.unembedding is None and model.config.head in WORDS:
-            names.add("embedding")
-        return {name for name in names if getattr(model, name) is not None}
-
-    def names(self, model: Transformer) -> set[str]:
-        """Names of the model's parameters that this stage holds."""
-        children = self.children(model)
-        prefixes = tuple(f"blocks.{layer}." for layer in range(self.start, self.stop))
-        every = (name for name, _ in model.named_parameters())
-        return {name for name in every if name.split(".")[0] in children or name.startswith(prefixes)}
-
-
-def cut(config: ModelConfig, stages: int) -> list[Stage]:
-    """The model in `stages` stages of consecutive blocks; see `depth.borders` for where, and for what is refused."""
-    ends = borders(config, stages)
-    return [Stage(index, stages, ends[index], ends[index + 1]) for index in range(stages)]
+from llmctl.train.pipeline_cut import EVERY, FIRST, KNOWN, LAST, Stage
 
 
 def require_stages(model: nn.Module) -> None:

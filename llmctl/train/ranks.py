@@ -113,11 +113,15 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether one process of all says so; every one gets the same answer in the same step."""
+        return bool(self.most(int(flag)))
+
+    def most(self, number: int) -> int:
+        """The largest number that a process says; every one gets the same answer in the same step."""
         if self.mesh is None:
-            return flag
-        found = torch.tensor(int(flag))
+            return number
+        found = torch.tensor(number)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
+        return int(found)
 
     def wait(self) -> None:
         """Until every process is here."""

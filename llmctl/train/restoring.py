@@ -32,6 +32,7 @@ def rewind(run: _Run) -> None:
 
 def anchors(run: _Run) -> list[int]:
     """Where a rewind leads, the newest first: not to what an interruption left, on which no result may depend."""
+    run.checkpoints.wait()  # the last may still be on its way to the disk
     every = run.params.save_every
     return [step for step in run.checkpoints.newest(run.step) if (step % every if every else step) == 0]
 

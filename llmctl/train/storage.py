@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +28,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -121,8 +122,12 @@ class Reader(StorageReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Shapes, dtypes and parts of all tensors."""
+        return Metadata({**self.tensors()})
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """The same by name."""
         rows = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
-        found: dict[str, Any] = {}
+        found: dict[str, TensorStorageMetadata] = {}
         for name, row in rows.items():
             chunks = []
             for part in row["parts"]:
@@ -131,7 +136,7 @@ class Reader(StorageReader):
                 self.places[MetadataIndex(name, offsets)] = Place(Path(part["file"]).name, part["key"])
             properties = TensorProperties(dtype=dtype_of(row["dtype"]))
             found[name] = TensorStorageMetadata(properties, torch.Size(row["shape"]), chunks)
-        return Metadata(found)
+        return found
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """`read_metadata` has done it."""
@@ -171,7 +176,7 @@ def save(tensors: dict[str, Tensor], planner: SavePlanner, writer: Writer, group
     For a single process torch has the same steps behind a warning that it is one.
     """
     if group is not None:
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group)
+        save_state(tensors, storage_writer=writer, planner=planner, process_group=group)
         return
     planner.set_up_planner(tensors, is_coordinator=True)
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
@@ -182,7 +187,7 @@ def save(tensors: dict[str, Tensor], planner: SavePlanner, writer: Writer, group
 def load(tensors: dict[str, Tensor], planner: LoadPlanner, reader: Reader, group: dist.ProcessGroup | None) -> None:
     """Read `tensors` in place, as `save`."""
     if group is not None:
-        dcp.load(tensors, storage_reader=reader, planner=planner, process_group=group)
+        load_state(tensors, storage_reader=reader, planner=planner, process_group=group)
         return
     planner.set_up_planner(tensors, reader.read_metadata(), is_coordinator=True)
     plan = planner.finish_plan(planner.create_global_plan([planner.create_local_plan()])[0])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from llmctl.store import Store
@@ -89,9 +90,23 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["dp_replicate=2", "dp_shard=2", "tp=2"])
+@pytest.mark.parametrize("scheme", ["dp_replicate=2", "dp_shard=2", "tp=2", "cp=2", "pp=2"])
 def test_a_run_whose_rank_is_killed_ends_as_an_undisturbed_one(tmp_path: Path, scheme: str) -> None:
     straight = train(tmp_path, "straight", f"parallel.{scheme}", "max_steps=40")
     killed = train(tmp_path, "killed", f"parallel.{scheme}", "max_steps=40", kill_at=8)
     assert "a rank was lost" in killed and "a rank was lost" not in straight
     assert curve(tmp_path, "killed") == curve(tmp_path, "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["{pp: 2}", "{cp: 2}"])
+def test_layers_and_sequences_over_two_processes_give_the_model_of_one(tmp_path: Path, sizes: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    said = train(tmp_path, "one"), train(tmp_path, "two", f"parallel={sizes}")
+    assert curve(tmp_path, "two") == pytest.approx(curve(tmp_path, "one"), abs=1e-4)
+    assert ("bubble 12.5% of the time" in said[1]) == ("pp" in sizes)
+    models = [AutoModelForCausalLM.from_pretrained(Store(tmp_path / s).resolve("p/train").path) for s in ("one", "two")]
+    tokens = torch.arange(32)[None]
+    one, two = (model(tokens).logits for model in models)
+    assert float((one - two).detach().abs().max()) < 1e-3

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_a_failure_is_told_once_with_its_rank(how, code, message, hint, llmctl, 
     assert done.stderr.count("rank 1: ") == 1
     error, way_out = done.stderr.strip().splitlines()[-2:]
     assert message in error and hint in way_out
-    assert ranks_of(work) == []
+    wait_for(lambda: not ranks_of(work))  # the kernel ends them with their agent
 
 
 def test_all_are_started_again_when_one_is_killed(llmctl, one, work):
@@ -90,7 +92,7 @@ def test_a_signal_reaches_rank_0_as_a_request_and_all_leave(start, one, work):
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 143, stderr
     assert "error: stopped; finished stages are kept" in stderr
-    assert ranks_of(work) == []
+    wait_for(lambda: not ranks_of(work))
     # The request was for this run: the next one works.
     (left,) = (work / ".llmctl/store/work").iterdir()
     assert [path.name for path in left.iterdir()] == ["state.json"]
@@ -176,3 +178,11 @@ def test_the_loss_of_a_neighbour_is_told_from_a_failure_of_ones_own():
     assert is_loss(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:48047"))
     assert not is_loss(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_loss(ValueError("connection closed by peer"))
+
+
+@pytest.mark.parametrize(("agent", "code"), [(1, 137), (os.getpid(), 1)])
+def test_a_rank_whose_agent_died_while_it_was_loaded_ends_at_once(agent, code, tmp_path):
+    words = ["--key", "sha256:0", "--store", tmp_path / "store", "--reports", tmp_path / "reports"]
+    variables = {**os.environ, "RANK": "0", "LLMCTL_AGENT": str(agent)}
+    command = [sys.executable, "-m", "llmctl.launch.worker", *words]
+    assert subprocess.run(command, env=variables, capture_output=True).returncode == code

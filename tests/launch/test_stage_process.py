@@ -170,6 +170,17 @@ def test_a_signal_means_checkpoint_and_leave(number, code, start, one, work):
     assert json.loads(state.read_text())[0] == done + 3
 
 
+def test_sigusr2_means_checkpoint_and_go_on(start, one, work):
+    process = start("run", one("count", "max_steps: 150, pause: 0.02"))
+    wait_for(lambda: list((work / ".llmctl/store/work").glob("*/state.json")))
+    process.send_signal(signal.SIGUSR2)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+    saved = [event["step"] for event in events(work) if event["type"] == "stage.checkpoint"]
+    assert len(saved) == 1 and 0 < saved[0] < 150
+    assert not list((work / ".llmctl/store/work").glob("*/SAVE"))
+
+
 def test_a_stage_that_never_asks_is_stopped_where_it_reports(start, work):
     spec = "llmctl: 1\nname: p\nstages:\n  a: {uses: make}\n  b: {uses: upper, inputs: {text: a}, with: {sleep: 60}}\n"
     (work / "p.yaml").write_text(spec)

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from llmctl import InputError
+from llmctl.errors import UsageError
 from llmctl.nn import counts
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.presets import preset, preset_names
@@ -73,6 +74,30 @@ def test_what_transformers_has():
 
 def test_another_vocabulary():
     assert one("llama")["parameters"] - one("llama", "--vocab-size", 4096)["parameters"] == 4096 * 192
+
+
+def test_what_each_of_many_processes_would_hold():
+    spread = one("llama-3.2-1b", "--parallel", "dp_shard=16,tp=4")["spread"]
+    matrices, norms = 1_235_814_400 - 33 * 2048, 33 * 2048  # norms are whole for tensor parallelism
+    assert spread["processes"] == 64
+    assert spread["parameters_per_process"] == matrices // 64 + norms // 16
+    assert spread["training_bytes_per_process"] == 16 * spread["parameters_per_process"]
+    assert "spread" not in one("llama-3.2-1b")
+    assert "each holds          19.3M weights" in invoke("llama-3.2-1b", "--parallel", "dp_shard=16,tp=4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("llama-3.2-1b", "--parallel", "tp=16"), "kv_heads 8 cannot be cut into 16 parts"),
+        (("llama-3.2-1b", "--parallel", "dp=2"), "'dp=2' is no NAME=SIZE"),
+        (("llama-3.2-1b", "--parallel", "tp"), "'tp' is no NAME=SIZE"),
+        (("--parallel", "tp=2"), "--parallel needs the name of a model"),
+    ],
+)
+def test_what_cannot_be_spread(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        invoke(*arguments)
 
 
 def test_a_directory(tmp_path):

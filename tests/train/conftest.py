@@ -95,7 +95,7 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
                 program["run"](case, out)
             return out
         (out / "cases.json").write_text(json.dumps(cases))
-        port = str(random.SystemRandom().randrange(20000, 50000))
+        port = str(random.SystemRandom().randrange(20000, 32000))
         variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         words = [sys.executable, str(Path(__file__).with_name("stage_program.py")), str(out / "cases.json"), str(out)]
         started = [
@@ -112,6 +112,7 @@ def launch_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         finally:
             for process in started:
                 process.kill()
+                process.wait()
         assert [process.returncode for process in started] == [0] * ranks, "\n".join(said)
         return out
 

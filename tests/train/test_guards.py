@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from llmctl.errors import StageError, TempFail
-from llmctl.train import guards, loop
+from llmctl.train import guards, loop, storage
 from llmctl.train.averages import Averages
 from llmctl.train.data import ExampleSource
 from llmctl.train.device import LossScale
@@ -70,8 +71,14 @@ def test_a_step_that_is_not_finite_can_be_skipped(make_context, make_model, make
     assert other[1]["skipped"] == 0 and not torch.equal(other[0], found)
 
 
+@pytest.mark.parametrize("late", [0.0, 0.3])
 @pytest.mark.parametrize("stops", [[], [3, 2], [6], [5, 0, 4]])
-def test_weights_can_go_back_to_the_last_checkpoint(make_context, make_model, make_examples, stops) -> None:
+def test_weights_can_go_back_to_the_last_checkpoint(
+    make_context, make_model, make_examples, monkeypatch, stops, late
+) -> None:
+    """`late`: also to one that is still being written."""
+    write = storage.save_file
+    monkeypatch.setattr(storage, "save_file", lambda *given: (time.sleep(late), write(*given)))
     examples, values = make_examples(60), params(on_nonfinite="rewind")
     name = "-".join(map(str, ["rewind", *stops]))
     found, final, ctx = run(make_context, make_model, examples, name, values, {6: math.nan}, stops)

@@ -118,9 +118,7 @@ def test_weights_after_kills_equal_an_uninterrupted_runs(tmp_path: Path, expecte
 
 
 @pytest.mark.slow
-def test_a_half_written_checkpoint_is_never_taken_for_one(
-    tmp_path: Path, expected: str, moments: tuple[str, ...]
-) -> None:
+def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path: Path, expected: str) -> None:
     (tmp_path / "killed").mkdir()
     kept = tmp_path / "killed/resume/ckpt"
     for number, moment in enumerate(MOMENTS, 1):

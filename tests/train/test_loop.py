@@ -234,6 +234,16 @@ def test_dropping_any_part_of_a_checkpoint_is_noticed(make_context, make_model, 
         assert not torch.equal(straight, resumed), part
 
 
+def test_a_checkpoint_on_request_changes_nothing(make_context, make_model, make_examples) -> None:
+    examples, values = make_examples(11), params()
+    straight = trained(make_context, make_model, examples, "straight", values, [])[0]
+    ctx, model = make_context("asked"), make_model(5)
+    ctx._save = iter([False] * 5 + [True] + [False] * 20).__next__
+    fit(ctx, model, Noisy(), ExampleSource(examples, 32, values), values)
+    assert torch.equal(weights(model), straight)
+    assert [fields["step"] for kind, fields in ctx.events if kind == "checkpoint"] == [0, 4, 5, 8, 12]
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(make_context, make_model, make_examples, tmp_path) -> None:
     examples, values = make_examples(11), params()
     straight = trained(make_context, make_model, examples, "straight", values, [])[0]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,7 +21,8 @@ from llmctl.nn.config import TRAITS, ModelConfig
 from llmctl.nn.transformer import Transformer
 from llmctl.train.parallel import ParallelParams, bubble_share, schedule_misfit, sequences_at_once
 from llmctl.train.params import TrainParams
-from llmctl.train.pipeline_stages import cut, require_stages
+from llmctl.train.pipeline_cut import cut, in_flight
+from llmctl.train.pipeline_stages import require_stages
 
 Case = dict[str, Any]
 Launch = Callable[..., Path]
@@ -194,7 +196,7 @@ def bubble(todo: dict[int, list[Act]], ranks: int, virtual: int) -> float:
 
 
 @pytest.mark.parametrize(("ranks", "parts", "virtual"), [(2, 4, 1), (4, 8, 1), (8, 32, 1), (4, 8, 2), (8, 32, 2)])
-def test_bubble_share_is_that_of_the_schedule_played_through(ranks: int, parts: int, virtual: int) -> None:
+def test_bubble_and_what_is_kept_are_those_of_the_schedule_played_through(ranks: int, parts: int, virtual: int) -> None:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         stages = [
@@ -207,7 +209,11 @@ def test_bubble_share_is_that_of_the_schedule_played_through(ranks: int, parts: 
             orders = [acts(ScheduleGPipe(stages[0], parts).pipeline_order), one_forward_one_backward(ranks, parts)]
     finally:
         dist.destroy_process_group()
-    for order in orders:
+    schedules = ["gpipe", "1f1b"] if virtual == 1 else ["interleaved"]
+    for schedule, order in zip(schedules, orders, strict=True):
+        for rank, actions in order.items():
+            change = np.cumsum([1 if kind == "F" else -1 for kind, _, _ in actions])
+            assert change.max() / virtual == in_flight(schedule, ranks, rank, parts, virtual)
         assert bubble(order, ranks, virtual) == pytest.approx(bubble_share(ranks, parts, virtual))
 
 

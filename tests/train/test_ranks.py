@@ -21,7 +21,7 @@ def launch(cases: list[Case], out: Path, ranks: int) -> Path:
     """Run the cases in `ranks` processes, as torchrun would start them; returns where their results lie."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cases.json").write_text(json.dumps(cases))
-    port = random.SystemRandom().randrange(20000, 50000)
+    port = random.SystemRandom().randrange(20000, 32000)
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
@@ -104,6 +104,18 @@ TWO = [
 ]
 
 
+QUICK = {"qwen tp", "muon zero-3", "bert tp", "fine ddp", "fine micro zero-3"}
+"""Beside the plain schemes and the faults; the rest is slow."""
+MORE = [each for each in TWO if each["name"] not in QUICK | set(SCHEMES) and "fault" not in each]
+
+
+def named(*starts: str) -> list[Any]:
+    """The cases of two ranks whose names begin so, the longer list of them marked slow."""
+    found = [each["name"] for each in TWO if each["name"].startswith(starts) and "fault" not in each]
+    slow = {each["name"] for each in MORE}
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in found]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launch([*ALONE, case("fine micro", micro_batch=3, **FINE)], tmp_path_factory.mktemp("alone"), 1)
@@ -111,31 +123,41 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(TWO, tmp_path_factory.mktemp("two"), 2)
+    return launch([each for each in TWO if each not in MORE], tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launch(MORE, tmp_path_factory.mktemp("more"), 2)
+
+
+@pytest.fixture
+def out(name: str, request: pytest.FixtureRequest) -> Path:
+    """Where the results of the case `name` lie; the slow ones are run for a slow test alone."""
+    slow = name in {each["name"] for each in MORE}
+    return request.getfixturevalue("more" if slow else "two")
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@pytest.mark.parametrize("name", [*SCHEMES, "qwen zero-3", "qwen tp"])
-def test_weights_after_five_clipped_steps_are_those_of_one_process(alone: Path, two: Path, name: str) -> None:
+@pytest.mark.parametrize("name", [*SCHEMES, *named("qwen")])
+def test_weights_after_five_clipped_steps_are_those_of_one_process(alone: Path, out: Path, name: str) -> None:
     reference = "qwen" if name.startswith("qwen") else "plain"
-    assert apart(weights(two, name), weights(alone, reference)) <= 1e-5
+    assert apart(weights(out, name), weights(alone, reference)) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "name", [each["name"] for each in TWO if each["name"].startswith(("muon", "adafactor", "lion"))]
-)
-def test_other_optimizers_see_whole_matrices(alone: Path, two: Path, name: str) -> None:
+@pytest.mark.parametrize("name", named("muon", "adafactor", "lion"))
+def test_other_optimizers_see_whole_matrices(alone: Path, out: Path, name: str) -> None:
     reference = weights(alone, name.split()[0])
-    assert apart(weights(two, name), reference) <= 1e-5
+    assert apart(weights(out, name), reference) <= 1e-5
     assert apart(reference, weights(alone, "plain")) > 1e-3  # the optimizer does something else
 
 
-@pytest.mark.parametrize("name", ["gpt2 tp", "bert ddp", "bert tp", "speedrun zero-3", "speedrun tp"])
-def test_biases_other_heads_and_labels_are_spread_too(alone: Path, two: Path, name: str) -> None:
-    assert apart(weights(two, name), weights(alone, name.split()[0])) <= 1e-9
+@pytest.mark.parametrize("name", named("gpt2", "bert", "speedrun"))
+def test_biases_other_heads_and_labels_are_spread_too(alone: Path, out: Path, name: str) -> None:
+    assert apart(weights(out, name), weights(alone, name.split()[0])) <= 1e-9
 
 
 @pytest.mark.parametrize(
@@ -146,11 +168,11 @@ def test_without_one_reduction_the_weights_differ(alone: Path, two: Path, name: 
     assert apart(weights(two, name), weights(alone, reference)) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["fine ddp", "fine tp", "fine micro zero-3"])
-def test_losses_in_float64_are_those_of_any_other_split(alone: Path, two: Path, name: str) -> None:
+@pytest.mark.parametrize("name", named("fine"))
+def test_losses_in_float64_are_those_of_any_other_split(alone: Path, out: Path, name: str) -> None:
     reference = losses(alone, "fine")
     assert len(reference) == 20 and reference[-1] < reference[0] - 0.3
-    for found in (losses(alone, "fine micro"), losses(two, name)):
+    for found in (losses(alone, "fine micro"), losses(out, name)):
         assert max(abs(a - b) for a, b in zip(found, reference, strict=True)) <= 1e-9
 
 

@@ -29,7 +29,7 @@ def launch(cases: list[dict[str, Any]], out: Path, ranks: int) -> Path:
     """Run the cases in `ranks` processes, as torchrun would start them; returns where their results lie."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "cases.json").write_text(json.dumps(cases))
-    port = str(random.SystemRandom().randrange(20000, 50000))
+    port = str(random.SystemRandom().randrange(20000, 32000))
     env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
     words = [sys.executable, PROGRAM, out / "cases.json", out]
     started = [

@@ -29,6 +29,11 @@ class CountParams(Params):
     start: int = Field(0, description="first value")
 
 
+class LearnParams(Params):
+    max_steps: int = Field(10, affects="extent", description="steps")
+    fault: str = Field("", description="what is wrong with its checkpoints")
+
+
 class WrongParams(Params):
     how: str = Field("raise", description="what to do")
     size: int = Field(1, description="bytes, steps or seconds")

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -65,11 +66,37 @@ def count(ctx, params, text):
         temporary = state.with_suffix(".tmp")
         temporary.write_text(json.dumps([step, value]))
         temporary.replace(state)
+        if ctx.should_save():
+            ctx.checkpointed(step)
         if ctx.should_stop():
             ctx.checkpointed(step)
             raise ctx.stopped(step)
     (ctx.output("result") / "value.json").write_text(json.dumps(value))
     ctx.report({"begun": begun, "steps": step})
+
+
+def learn(ctx, params, text):
+    file, step, value, seen = ctx.resume_dir / "state.safetensors", 0, 1.0, 0.0
+    ctx.resume_dir.mkdir(exist_ok=True)
+    if file.exists() and params.fault != "anew":
+        data = file.read_bytes()
+        step, value = int.from_bytes(data[-16:-8], "little"), struct.unpack("<d", data[-8:])[0]
+    while step < params.max_steps:
+        seen += params.fault == "memory"
+        value, step = value * 1.1 + seen, step + 1
+        ctx.progress(step, params.max_steps)
+        shapes = {"step": ("I64", [0, 8]), "weight": ("F64", [8, 16])}
+        header = json.dumps(
+            {n: {"dtype": t, "shape": [], "data_offsets": at} for n, (t, at) in shapes.items()}
+        ).encode()
+        tensors = step.to_bytes(8, "little") + struct.pack("<d", value)
+        file.write_bytes(len(header).to_bytes(8, "little") + header + tensors)
+        if ctx.should_stop() and params.fault != "deaf":
+            raise ctx.stopped(step)
+    if params.fault == "blind":
+        file.unlink()
+        value = 0
+    (ctx.output("result") / "value.json").write_text(json.dumps({"value": value, "tokens_per_s": time.monotonic()}))
 
 
 def wrong(ctx, params):

@@ -39,6 +39,14 @@ TRAIN = Stage(
     params="fake_params:CountParams",
     run="fake_run:count",
 )
+LEARN = Stage(
+    name="learn",
+    help="Multiply, with a checkpoint after every step.",
+    inputs={"text": In("dataset.text", optional=True)},
+    outputs={"result": Out("report")},
+    params="fake_params:LearnParams",
+    run="fake_run:learn",
+)
 WRONG = Stage(
     name="wrong",
     help="Go wrong in many ways.",
@@ -80,4 +88,4 @@ PUSH = Stage(
 
 @hookimpl
 def register_stages() -> list[Stage]:
-    return [MAKE, UPPER, SCORE, TRAIN, WRONG, FLAKY, LEAK, GANG, PUSH]
+    return [MAKE, UPPER, SCORE, TRAIN, LEARN, WRONG, FLAKY, LEAK, GANG, PUSH]
