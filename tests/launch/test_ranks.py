@@ -180,7 +180,7 @@ def test_the_loss_of_a_neighbour_is_told_from_a_failure_of_ones_own():
     assert not is_loss(ValueError("connection closed by peer"))
 
 
-@pytest.mark.parametrize(("agent", "code"), [(1, 137), (os.getpid(), 1)])
+@pytest.mark.parametrize(("agent", "code"), [(1, 137), (os.getpid(), 1)], ids=["gone", "there"])
 def test_a_rank_whose_agent_died_while_it_was_loaded_ends_at_once(agent, code, tmp_path):
     words = ["--key", "sha256:0", "--store", tmp_path / "store", "--reports", tmp_path / "reports"]
     variables = {**os.environ, "RANK": "0", "LLMCTL_AGENT": str(agent)}
