@@ -158,7 +158,8 @@ class Execution:
             self.stop.set()
         if kind == "metric":
             self.sinks(fields)
-        if self.stop.ends_silent_stage:
+        # A rank does not leave alone: the others would wait for it. All ask together in the loop.
+        if self.rank is None and self.stop.ends_silent_stage:
             raise TempFail(f"`{self.request.instance}` stopped before it was done", hint="run the same command again")
 
     def _warn(self, text: str) -> None:

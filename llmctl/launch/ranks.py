@@ -137,7 +137,13 @@ class Gang:
         self._read += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            event = json.loads(line)
+            try:
+                event = json.loads(line or b"null")
+            except ValueError:
+                event = None
+                self.channel.send("warning", {"text": "what a rank said when it was killed is cut off"})
+            if event is None:
+                continue
             if event["type"] in ("result", "failure"):
                 self._final = event
             self.channel.forward(line)
@@ -231,5 +237,9 @@ def meeting_point(nodes: int) -> str:
             hint=f"run it in a Slurm job of as many nodes, or set {RDZV}=HOST:PORT; see docs/parallel.md",
         )
     listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
-    first = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
+    try:
+        first = subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError) as error:
+        hint = f"set {RDZV}=HOST:PORT to where they meet"
+        raise MachineError(f"scontrol does not tell the hosts of this job: {error}", hint=hint) from error
     return f"{first}:{20000 + int(os.environ['SLURM_JOB_ID']) % 20000}"

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import MutableMapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,13 +30,11 @@ AGENT = "LLMCTL_AGENT"
 the rank was being loaded, and outlive everything."""
 LOST = ("connection closed by peer", "connection reset by peer", "socket closed", "broken pipe", "connection refused")
 """What gloo and NCCL say on a rank whose neighbour is gone."""
-SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 def main() -> None:
     """Run a rank, then leave at once: what torch would still tear down can wait for processes that are gone."""
     given = arguments()
-    adopt_slurm(os.environ)
     if AGENT in os.environ:
         die_with(int(os.environ[AGENT]))
     import faulthandler
@@ -63,19 +60,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def adopt_slurm(environment: MutableMapping[str, str]) -> None:
-    """Where `srun` has started the ranks without torchrun, its variables become torchrun's."""
-    if "RANK" not in environment and "SLURM_PROCID" in environment:
-        environment.update({name: environment[theirs] for name, theirs in SLURM.items() if theirs in environment})
-
-
 def run(given: argparse.Namespace, rank: int) -> int:
     """The exit code of this rank."""
     given.reports.mkdir(parents=True, exist_ok=True)
     path = given.reports / EVENTS if rank == 0 else os.devnull
     channel = Channel(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if restarts and any(not json.loads(path.read_text())["lost"] for path in given.reports.glob("failure-*.json")):
+        return 1  # what a rank raises itself it would raise again; the agent only does not know that
     if restarts:
+        channel.forward(b"")  # ends what a rank that was killed may have begun to write
         most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "")
         text = f"a rank was lost: all were started again, {restarts} of at most {most} times"
         channel.send("warning", {"text": text})

@@ -35,7 +35,7 @@ BESIDE = {"device": "cpu", "parallel": {}}
 @click.argument("spec", metavar="SPEC")
 @click.argument("stage", metavar="STAGE")
 @spec_layers
-@click.option("--step", type=click.IntRange(min=0), help="The checkpoint to take.  [default: the newest]")
+@click.option("--step", type=click.IntRange(min=1), help="The checkpoint to take.  [default: the newest]")
 @click.option("--to", "target", type=click.Path(path_type=Path), metavar="DIR", help="Write the model to DIR.")
 @click.option("--force", is_flag=True, help="Replace whatever is at DIR.")
 @store_option
@@ -54,7 +54,7 @@ def checkpoint(
     """List the checkpoints of a STAGE of SPEC; with --to, make a Hugging Face directory of one of them.
 
     It is the model that the stage would leave if it ended there, with averaged weights if it averages, and may be made
-    while the stage trains. The store does not learn of it.
+    while the stage trains. The store does not learn of it. What the stage needs is made first, as `run` does.
     """
     from llmctl.registry import get_registry
     from llmctl.spec.pipeline import load_pipeline
@@ -74,6 +74,9 @@ def checkpoint(
             print_as(format_, found, lambda: table_of(found, one.id))
             return
         steps = [row["step"] for row in found]
+        if step is None and not any(steps):
+            hint = "save_every writes them; SIGUSR2 to `llmctl run` asks for one"
+            raise InputError(f"`{one.id}` has no checkpoint yet", hint=hint)
         chosen_step = max(steps, default=0) if step is None else step
         if chosen_step not in steps or not chosen_step:
             there = ", ".join(str(each) for each in steps if each) or "none"

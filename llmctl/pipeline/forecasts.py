@@ -172,7 +172,11 @@ def _rehearsed(forecast: Forecast) -> Speed:
     done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise StageError(f"the rehearsal failed: {said}", hint="leave --measure out, or run it with a smaller batch")
+        said = re.sub(r"\A[\w.]+(?:Error|Exception): ", "", said)
+        raise StageError(
+            f"the rehearsal failed: {said}",
+            hint="--measure needs the device of the spec, and memory for one micro-batch",
+        )
     rate = float(json.loads(done.stdout)["tokens_per_s"])
     several = f" × {forecast.processes} processes, if nothing is lost" if forecast.processes > 1 else ""
     text = f"{human_number(rate)} tokens/s in {STEPS} steps just measured{several}"
@@ -227,6 +231,8 @@ def _lines(outlook: Outlook, forecast: Forecast, price: float | None) -> Iterato
     cost = outlook.cost(price) if price is not None else None
     if cost is not None:
         yield f"  cost        {cost:.2f} at {price:g} per hour and process"
+    elif price is not None:
+        yield "  cost        not known without the time"
 
 
 def to_json(outlook: Outlook, price: float | None) -> dict[str, Any]:

@@ -197,7 +197,10 @@ class Rehearsal:
                 name = self.damaged(third)
                 found = list(self.differences(straight, self.train(third, after=at)))
                 if not found:
-                    raise StageError(f"`{id}`: nothing tells that {name} was set to zero in the checkpoint")
+                    raise StageError(
+                        f"`{id}`: nothing tells that {name} was set to zero in the checkpoint",
+                        hint="the comparison is blind to it: please report this",
+                    )
                 yield f"{id}: control: with {name} set to zero in the checkpoint {len(found)} differences are found"
 
     def damaged(self, store: Store) -> str:

@@ -30,7 +30,7 @@ NAME = "context-parallel"
 HINT = "set parallel.cp to 1"
 
 
-def require_cut(model: nn.Module, objective: Objective, attention: str = "sdpa") -> None:
+def require_cut(model: nn.Module, objective: Objective) -> None:
     """UsageError where cutting sequences would give something else than the whole."""
     if not isinstance(model, Transformer):
         raise UsageError("sequences of a model of another library cannot be cut across ranks", hint=HINT)
@@ -42,8 +42,6 @@ def require_cut(model: nn.Module, objective: Objective, attention: str = "sdpa")
         raise UsageError("embeddings that look at the token before (smear) need whole sequences", hint=HINT)
     if not isinstance(objective, CausalLM):
         raise UsageError(f"{type(objective).__name__} needs whole sequences", hint=HINT)
-    if attention != "sdpa":
-        raise UsageError(f"the attention backend `{attention}` cannot reach across ranks", hint="use sdpa")
 
 
 def share(batch: Batch, rank: int, ranks: int) -> Batch:

@@ -36,7 +36,7 @@ class Source(ABC):
             raise InputError("there is nothing to train on", hint="give more data")
         self.size, self.seed, self.packed = size, params.seed, params.packing != "none"
         self.batch_size, self.at_once = params.batch_size, params.sequences_at_once
-        self.swept = min(self.at_once, SWEPT) if params.micro_batch == "auto" else params.micro_batch or self.batch_size
+        self.swept = min(self.at_once, SWEPT) if params.micro_batch == "auto" else self.at_once
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     @property

@@ -60,7 +60,7 @@ class Load:
         """
         ranks = params.parallel
         share = max(1, -(-params.batch_size // ranks.data))
-        at_once = 1 if params.micro_batch == "auto" else min(params.sequences_at_once, share)
+        at_once = 1 if params.micro_batch == "auto" else params.sequences_at_once
         smaller = params.precision in ("bf16", "fp16", "fp8") or (params.precision == "auto" and cuda)
         return cls(
             **{  # type: ignore[arg-type]  # fields of this class

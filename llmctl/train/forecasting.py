@@ -114,8 +114,7 @@ def answers(params: TrainParams, inputs: Mapping[str, Given], port: str = "model
     if config.traits.kind == "encoder-decoder":
         raise Unknown("labelled rows have no length of their own")
     length = config.context
-    share = max(1, -(-params.batch_size // params.parallel.data))
-    at_once = 1 if params.micro_batch == "auto" else min(params.sequences_at_once, share)
+    at_once = 1 if params.micro_batch == "auto" else params.sequences_at_once
     rows = per_row * at_once
     load = {"rows": rows, "targets": rows * length, "masked": params.packing != "none"}
     found = forecast(config, params, length, rows=None, upper_bound=True, load=load)

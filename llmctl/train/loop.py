@@ -187,6 +187,7 @@ class _Run:
             if last or (every and self.step % every == 0):
                 self.heartbeat.enter("checkpoint", self.step)
                 restoring.save(self)
+        self.checkpoints.wait()  # what goes wrong with the last one is an error while those before are still there
 
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
@@ -337,7 +338,6 @@ class _Run:
 
     def finish(self) -> dict[str, float]:
         """Write the curves and sum up: means over the last steps, the last validation, sizes and speed."""
-        self.checkpoints.wait()
         if self.ranks.main:
             self.checkpoints.finish(self.step)
         self.averages.finish()

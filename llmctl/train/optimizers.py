@@ -99,6 +99,8 @@ class Optimizers:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in trained}
         outer = model.outer_names if isinstance(model, ForeignModel) else frozenset()
         self._kinds = {p: "embedding" if name in outer else kind_of(name, p) for p, name in self._names.items()}
+        self._every: dict[str, Tensor] = getattr(model, "every", None) or {n: p for p, n in self._names.items()}
+        """Of the whole model, of which a rank of a pipeline holds some."""
         self.rates = Rates.plan(params, getattr(getattr(model, "config", None), "dim", 0))
         groups = self._groups(params)
         self.all: list[torch.optim.Optimizer] = []
@@ -128,10 +130,11 @@ class Optimizers:
             # Kernels for many tensors take those that are parted over the same ranks.
             mesh = getattr(parameter, "device_mesh", None)
             members.setdefault(((kind, *keys), mesh), []).append(parameter)
-        if idle := set(params.groups) - {key for keys, _ in members for key in keys}:
+        named = {part for name, shape in self._every.items() for part in (kind_of(name, shape), *name.split("."))}
+        if idle := set(params.groups) - named:
             raise UsageError(
                 f"groups names `{min(idle)}`, which is in no parameter's name",
-                hint=f"a kind ({', '.join(KINDS)}) or a part of a name: {_few_parts(self._names.values())}",
+                hint=f"a kind ({', '.join(KINDS)}) or a part of a name: {_few_parts(self._every)}",
             )
         groups = []
         for ((kind, *keys), _), alike in sorted(members.items(), key=lambda item: KINDS.index(item[0][0][0])):

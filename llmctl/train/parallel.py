@@ -115,6 +115,8 @@ def misfit(params: TrainParams) -> str:
         return "offload_optimizer is for whole weights: leave it off with dp_shard or tp"
     if parallel.shard_optimizer and params.offload_optimizer:
         return "offload_optimizer and shard_optimizer exclude each other"
+    if parallel.shard_optimizer and params.optimizer == "schedule-free":
+        return "schedule-free needs all of its state for the mean of the weights: dp_shard instead of shard_optimizer"
     if parallel.tp > 1 and (params.compile or params.precision == "fp8"):
         return f"{'compile' if params.compile else 'precision fp8'} does not go with tp"
     return ""

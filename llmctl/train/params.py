@@ -211,10 +211,12 @@ class TrainParams(Params):
 
     @property
     def sequences_at_once(self) -> int:
-        """`micro_batch` with its default filled in; with `auto` what is tried first."""
+        """`micro_batch` with its default filled in, at most a process's share of the batch; with `auto` what is tried
+        first."""
+        share = max(1, self.batch_size // self.parallel.data)
         if self.parallel.pp > 1 and not self.micro_batch:
-            return sequences_at_once(self.batch_size // self.parallel.data, self.parallel.pp)
-        return self.batch_size if self.micro_batch == "auto" else self.micro_batch or self.batch_size
+            return sequences_at_once(share, self.parallel.pp)
+        return share if self.micro_batch == "auto" else min(self.micro_batch or share, share)
 
     @property
     def micro_batches(self) -> int:

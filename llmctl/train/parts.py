@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -18,12 +18,16 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def placed(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape.
+    """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape; of
+    another shape with as many axes it is whole on every rank of `like`.
 
     One that is parted already stays as it is.
     """
     if isinstance(whole, DTensor):
         return whole
+    if isinstance(like, DTensor) and whole.ndim == like.ndim and whole.shape != like.shape:
+        # Adafactor's sums along one axis, which go together with parts of the other.
+        return DTensor.from_local(whole.to(like.device), like.device_mesh, [Replicate()] * like.device_mesh.ndim)
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole.to(like.device)
     shape, start = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)

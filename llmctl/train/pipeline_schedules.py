@@ -97,8 +97,13 @@ class Pipeline:
 
     def average(self, group: dist.ProcessGroup) -> None:
         """Average the gradients held here over `group`: the same stages, with other tokens."""
-        works = []
-        for parameter in self.relay.parameters():
+        works, parameters = [], list(self.relay.parameters())
+        # One that nobody has used stays without a gradient: with zeros the optimizer would let it decay.
+        used = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
+        dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
+        for parameter, wanted in zip(parameters, used.tolist(), strict=True):
+            if not wanted:
+                continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             works.append(dist.all_reduce(parameter.grad, dist.ReduceOp.AVG, group=group, async_op=True))

@@ -97,6 +97,8 @@ class Relay(Segment):
         for stage in stages:
             for name in stage.names(whole):
                 self.holders[name] = sorted({*self.holders[name], stage.index % ranks})
+        self.every = {name: torch.empty_like(parameter, device="meta") for name, parameter in whole.named_parameters()}
+        """Shapes of the whole model's parameters."""
         self.total = sum(parameter.numel() for parameter in whole.parameters())
         """Parameters of the whole model."""
         self._shared = _groups([ranks for ranks in self.holders.values() if len(ranks) > 1], group)

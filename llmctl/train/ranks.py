@@ -111,10 +111,6 @@ class Ranks:
         dist.all_reduce(stacked, group=self.group("tokens"))
         return dict(zip(values, stacked.unbind(), strict=True))
 
-    def any(self, flag: bool) -> bool:
-        """Whether one process of all says so; every one gets the same answer in the same step."""
-        return bool(self.most(int(flag)))
-
     def most(self, number: int) -> int:
         """The largest number that a process says; every one gets the same answer in the same step."""
         if self.mesh is None:
@@ -126,7 +122,7 @@ class Ranks:
     def wait(self) -> None:
         """Until every process is here."""
         if self.mesh is not None:
-            self.any(False)  # on the host: a barrier of NCCL would occupy the GPU
+            self.most(0)  # on the host: a barrier of NCCL would occupy the GPU
 
 
 ALONE = Ranks(ParallelParams())

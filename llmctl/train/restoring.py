@@ -27,7 +27,10 @@ def rewind(run: _Run) -> None:
             continue
         run.ctx.warn(f"step {run.step} took the weights back to those of step {step}")
         return
-    raise StageError(f"step {run.step} is not finite or a spike, and no checkpoint is left to go back to")
+    raise StageError(
+        f"step {run.step} is not finite or a spike, and no checkpoint is left to go back to",
+        hint="lower lr, or set a smaller save_every",
+    )
 
 
 def anchors(run: _Run) -> list[int]:
@@ -103,7 +106,10 @@ def first_checkpoint(run: _Run) -> None:
     read = load(run, run.step).tensors
     found = {name: tensor for name, tensor in tensors(run).items() if name in read}
     if not found or not same_tensors(found, {name: read[name] for name in found}):
-        raise StageError(f"a checkpoint in {run.checkpoints.directory} reads back differently from what was saved")
+        raise StageError(
+            f"a checkpoint in {run.checkpoints.directory} reads back differently from what was saved",
+            hint="this disk or file system cannot be trusted: use another store",
+        )
 
 
 def resume(run: _Run) -> bool:

@@ -31,10 +31,11 @@ def learn_labels(ctx: Context, params: SftParams, task: Task, model: Artifact, d
         )
     net, tokenizer = open_model(model, ctx)
     check_kind(task, net.config)
-    if task == "embedding" and params.micro_batch:
+    if task == "embedding" and (params.micro_batch or params.parallel.data > 1):
         raise UsageError(
-            "micro_batch cannot be set with task embedding: the wrong texts are the others of the whole batch",
-            hint="lower batch_size instead",
+            f"{'micro_batch' if params.micro_batch else 'data parallelism'} does not go with task embedding: the wrong "
+            "texts are the others of the whole batch",
+            hint="lower batch_size instead" if params.micro_batch else "set parallel.dp_replicate and dp_shard to 1",
         )
     labels = find_labels(data, task)
     if HEADS[task] != net.config.head or labels != net.config.labels:

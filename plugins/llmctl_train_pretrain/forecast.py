@@ -27,7 +27,7 @@ def forecast(params: PretrainParams, inputs: Mapping[str, Given]) -> Forecast:
     found = training(config, params, length, rows=rows, rehearsed=plain, load={"masked": _masked(params)})
     if share == 1:
         return found
-    at_once = 1 if params.micro_batch == "auto" else params.micro_batch or params.batch_size
+    at_once = 1 if params.micro_batch == "auto" else params.sequences_at_once
     load = {"targets": round(share * at_once * length), "masked": _masked(params)}
     return training(config, params, length, rows=rows, load=load)
 

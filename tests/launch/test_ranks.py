@@ -13,7 +13,7 @@ import pytest
 
 from llmctl.errors import MachineError, UsageError
 from llmctl.launch.ranks import meeting_point, per_node
-from llmctl.launch.worker import adopt_slurm, is_loss
+from llmctl.launch.worker import is_loss
 from llmctl.store import Store
 
 
@@ -163,15 +163,6 @@ def test_processes_are_shared_out_to_machines(monkeypatch):
         meeting_point(2)
     monkeypatch.setenv("LLMCTL_RDZV", "node1:29400")
     assert meeting_point(2) == "node1:29400"
-
-
-def test_the_variables_of_srun_stand_in_for_those_of_torchrun():
-    found = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}
-    adopt_slurm(found)
-    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("3", "8", "1")
-    given = {"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "3"}
-    adopt_slurm(given)
-    assert given["RANK"] == "0"
 
 
 def test_the_loss_of_a_neighbour_is_told_from_a_failure_of_ones_own():

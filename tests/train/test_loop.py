@@ -234,6 +234,26 @@ def test_dropping_any_part_of_a_checkpoint_is_noticed(make_context, make_model, 
         assert not torch.equal(straight, resumed), part
 
 
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error_and_the_one_before_stays(
+    make_context, make_model, make_examples, monkeypatch
+) -> None:
+    values, write = params(), loop.Checkpoints.save
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def save(self, step: int, *given, **named) -> None:
+        if step == 12:
+            monkeypatch.setattr("llmctl.train.storage.save_file", full)
+        write(self, step, *given, **named)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", save)
+    ctx = make_context("full")
+    with pytest.raises(StageError, match="No space left on device"):
+        fit(ctx, make_model(5), Noisy(), ExampleSource(make_examples(11), 32, values), values)
+    assert loop.Checkpoints(ctx.resume_dir / "ckpt").steps() == [4, 8]
+
+
 def test_a_checkpoint_on_request_changes_nothing(make_context, make_model, make_examples) -> None:
     examples, values = make_examples(11), params()
     straight = trained(make_context, make_model, examples, "straight", values, [])[0]

@@ -27,6 +27,14 @@ NORMS = 3 * (2 * 128 + 2 * CONFIG.head_dim) + 128
         ({"parallel": {"dp_shard": 2}, "optimizer": "adamw8bit"}, "adamw8bit cannot be parted"),
         ({"parallel": {"dp_shard": 2}, "offload_optimizer": True}, "offload_optimizer is for whole weights"),
         ({"parallel": {"dp_replicate": 2}, "micro_batch": "auto"}, "micro_batch auto is for one process"),
+        (
+            {
+                "parallel": {"dp_replicate": 2, "shard_optimizer": True},
+                "optimizer": "schedule-free",
+                "schedule": "constant",
+            },
+            "schedule-free needs all of its state",
+        ),
         ({"parallel": {"tp": 2}, "compile": True}, "compile does not go with tp"),
         ({"parallel": {"tp": 2}, "precision": "fp8"}, "precision fp8 does not go with tp"),
         ({"parallel": {"tp": 0}}, "greater than or equal to 1"),
@@ -35,6 +43,16 @@ NORMS = 3 * (2 * 128 + 2 * CONFIG.head_dim) + 128
 def test_what_does_not_go_together_is_refused_with_the_parameters(values, message) -> None:
     with pytest.raises(ValidationError, match=message):
         TrainParams(**values)
+
+
+def test_no_process_computes_more_at_once_than_its_share() -> None:
+    eight = {"dp_shard": 8}
+    assert [TrainParams(batch_size=64, micro_batch=n, parallel=eight).sequences_at_once for n in (0, 4, 32)] == [
+        8,
+        4,
+        8,
+    ]
+    assert TrainParams(batch_size=64).sequences_at_once == 64
 
 
 def test_the_product_of_the_sizes_is_the_number_of_processes() -> None:

@@ -33,6 +33,8 @@ SCHEDULES: dict[str, Case] = {
     "1f1b": {"pp": 2},
     "interleaved": {"pp": 2, "pp_schedule": "interleaved", "virtual_stages": 2},
 }
+GROUPS = {"head": {"lr": 0.01}, "embedding": {"lr": 0.02}}
+"""Each is on one of the stages alone."""
 FAMILIES: dict[str, Case] = {
     "gpt2": {"arch": "gpt2"},
     "t5 table": {"arch": "lamda"},
@@ -55,6 +57,7 @@ TWO = [
     *(case(name, parallel) for name, parallel in SCHEDULES.items()),
     case("untied 1f1b", SCHEDULES["1f1b"], UNTIED),
     case("muon interleaved", SCHEDULES["interleaved"], optimizer="muon", weight_decay=0.1, ema=0.9, recompute="full"),
+    case("untied groups", SCHEDULES["1f1b"], UNTIED, groups=GROUPS),
     case("fine", SCHEDULES["1f1b"], max_steps=20, double=True),
     case("resumed", SCHEDULES["gpipe"], max_steps=2),
     case("resumed", SCHEDULES["interleaved"], max_steps=3),  # goes on from there
@@ -68,6 +71,7 @@ TWO = [
     ),
 ]
 ALONE = [case("plain"), case("untied", shape=UNTIED), case("muon", optimizer="muon", weight_decay=0.1, ema=0.9)]
+ALONE += [case("groups", shape=UNTIED, groups=GROUPS)]
 ALONE += [case("fine alone", max_steps=20, double=True)]
 
 
@@ -95,7 +99,12 @@ def piece(out: Path, name: str, ranks: int = 2) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [*((name, "plain") for name in SCHEDULES), ("untied 1f1b", "untied"), ("muon interleaved", "muon")],
+    [
+        *((name, "plain") for name in SCHEDULES),
+        ("untied 1f1b", "untied"),
+        ("untied groups", "groups"),
+        ("muon interleaved", "muon"),
+    ],
 )
 def test_weights_after_five_clipped_steps_are_those_of_one_process(
     alone: Path, two: Path, name: str, reference: str

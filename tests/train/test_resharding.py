@@ -59,6 +59,7 @@ def cases(steps: int, parallel: dict[str, Any] | None = None) -> list[dict[str, 
     """Every way to part a model, AdamW and Muon; `parallel` is how all of them are continued instead."""
     found = [case(name, PARTED[name] if parallel is None else parallel, max_steps=steps) for name in PARTED]
     found += [case(name, BY_MUON[name] if parallel is None else parallel, max_steps=steps, **MUON) for name in BY_MUON]
+    found.append(case("adafactor", ZERO3 if parallel is None else parallel, max_steps=steps, optimizer="adafactor"))
     return [*found, case("fine", ZERO3 if parallel is None else parallel, max_steps=steps, double=True)]
 
 
