@@ -18,7 +18,7 @@ from llmctl.train.eight_bit import AdamW8bit
 from llmctl.train.muon import Muon
 from llmctl.train.offload import Offload
 from llmctl.train.params import TrainParams
-from llmctl.train.parts import placed
+from llmctl.train.parts import everywhere, placed
 from llmctl.train.ranks import ALONE, Ranks
 
 TABLES = ("embedding", "value_embedding", "positions", "segments", "relative", "content_bias", "distance_bias")
@@ -211,7 +211,9 @@ class Optimizers:
                 raise InputError(f"the checkpoint has optimizer state for `{name}`, which the model lacks")
             parameter = parameters[name]
             if parameter in owners:  # with a shared optimizer some are another rank's
-                owners[parameter].state[parameter][key] = placed(value, parameter)
+                # Adafactor's sums along an axis meet gradients in parts; Muon's are those of gathered matrices.
+                put = everywhere if key in ("row_var", "col_var") else placed
+                owners[parameter].state[parameter][key] = put(value, parameter)
         if self.offload is not None:
             self.offload.put_away()
 

@@ -17,17 +17,20 @@ def gathered(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def everywhere(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole` on every rank of the parted `like`, such that both can be computed with."""
+    if isinstance(whole, DTensor) or not isinstance(like, DTensor):
+        return whole.to(like.device)
+    return DTensor.from_local(whole.to(like.device), like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+
+
 def placed(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape; of
-    another shape with as many axes it is whole on every rank of `like`.
+    """`whole`, which every rank has, on the device of `like` and parted as it is, if that is of the same shape.
 
     One that is parted already stays as it is.
     """
     if isinstance(whole, DTensor):
         return whole
-    if isinstance(like, DTensor) and whole.ndim == like.ndim and whole.shape != like.shape:
-        # Adafactor's sums along one axis, which go together with parts of the other.
-        return DTensor.from_local(whole.to(like.device), like.device_mesh, [Replicate()] * like.device_mesh.ndim)
     if not isinstance(like, DTensor) or whole.shape != like.shape:
         return whole.to(like.device)
     shape, start = compute_local_shape_and_global_offset(whole.shape, like.device_mesh, like.placements)
