@@ -33,8 +33,8 @@ def learn_labels(ctx: Context, params: SftParams, task: Task, model: Artifact, d
     check_kind(task, net.config)
     if task == "embedding" and (params.micro_batch or params.parallel.data > 1):
         raise UsageError(
-            f"{'micro_batch' if params.micro_batch else 'data parallelism'} does not go with task embedding: the wrong "
-            "texts are the others of the whole batch",
+            f"{'micro_batch' if params.micro_batch else 'data parallelism'} cannot be set with task embedding: the "
+            "wrong texts are the others of the whole batch",
             hint="lower batch_size instead" if params.micro_batch else "set parallel.dp_replicate and dp_shard to 1",
         )
     labels = find_labels(data, task)

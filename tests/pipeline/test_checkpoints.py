@@ -27,7 +27,7 @@ def test_what_is_not_there_is_told(fake_stages, llmctl, spec, work):
     done = llmctl("checkpoint", "p.yaml", "c")
     assert (done.returncode, done.stdout) == (0, "`c` has no checkpoint\n")
     for words, code, said in (
-        (("c", "--to", "out"), 5, "`c` has no checkpoint of step 0"),
+        (("c", "--to", "out"), 5, "`c` has no checkpoint yet"),
         (("c", "--step", "3"), 2, "--step and --force say how to write a model"),
         (("a",), 2, "`a` does not train in steps"),
     ):

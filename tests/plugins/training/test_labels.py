@@ -202,6 +202,7 @@ def test_pooling_is_written_for_those_who_embed(tune, data_of, tmp_path: Path) -
         ("bert", "classification", {"pooling": "cls"}, "pooling belongs to task embedding"),
         ("bert", "classification", {"probe_tokens": 3}, "probe_tokens belongs to task chat"),
         ("bert", "embedding", {"micro_batch": 2}, "micro_batch cannot be set"),
+        ("bert", "embedding", {"parallel": {"dp_replicate": 2}}, "data parallelism cannot be set"),
     ],
 )
 def test_contradictions_are_usage_errors(tune, data_of, base, task, params, message: str) -> None:
