@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. The order is temperature, then top-k, then top-p, as in transformers.
+    """How the next token is chosen: penalties and bias, temperature, top-k, top-p, min-p, as in transformers.
 
-    `temperature=0` is greedy, or beam search if `beams` is above 1. `top_k=0` and `top_p=1` switch those filters off.
+    `temperature=0` is greedy, or beam search if `beams` is above 1. `top_k=0`, `top_p=1` and `min_p=0` switch those
+    filters off. `repetition_penalty` divides positive and multiplies negative logits of tokens in prompt or answer
+    (Keskar et al. 1909.05858); `frequency_penalty` is subtracted once per occurrence in the answer, `presence_penalty`
+    once for every token that occurs in it, and `logit_bias` added, all three as OpenAI's API has them.
     Equal seeds give equal tokens on one device and build; without a seed every call differs.
 
     `n` answers to one prompt come from `Generator.candidates`: the n best beams, or n draws with the seeds `seed`,
@@ -38,6 +41,12 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what is added to its logit)."""
     seed: int | None = None
     beams: int = 1
     length_penalty: float = 1.0
@@ -50,6 +59,16 @@ class Sampling:
             (self.temperature >= 0, f"temperature must not be negative, got {self.temperature}"),
             (self.top_k >= 0, f"top_k must not be negative, got {self.top_k}"),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
+            (0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}"),
+            (self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}"),
+            *(
+                (math.isfinite(value), f"{name} must be a finite number, got {value}")
+                for name, value in (
+                    ("repetition_penalty", self.repetition_penalty),
+                    ("frequency_penalty", self.frequency_penalty),
+                    ("presence_penalty", self.presence_penalty),
+                )
+            ),
             (self.beams >= 1, f"beams must be at least 1, got {self.beams}"),
             (self.n >= 1, f"n must be at least 1, got {self.n}"),
             # Beyond it, length ** penalty leaves the range of a float for long answers.

@@ -1,0 +1,161 @@
+"""What it means to answer many requests side by side, free of any framework: a server knows only this.
+
+An `Engine` deals in token ids, as a `llmctl.generator.Generator` does, but its answers advance together: requests join
+and leave between two steps. Stop strings, text and HTTP are the caller's: it cancels a choice whose text has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from llmctl.errors import LlmctlError
+from llmctl.generator import Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llmctl.generator import Generator
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""`stop` after an EOS id, `length` at `max_new_tokens` or the end of the context."""
+
+
+class QueueFullError(LlmctlError):
+    """No further request is taken at present."""
+
+
+class Constraint(Protocol):
+    """What one answer must look like, followed token by token. It has a state, so every answer has its own."""
+
+    def mask(self) -> np.ndarray:
+        """Which tokens may come next, `(V,)` bool; EOS ids are among them where the answer may end here."""
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token, which the mask allowed."""
+
+    def copy(self) -> Constraint:
+        """A second one in the same state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how its `sampling.n` answers are chosen."""
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    constraint: Constraint | None = None
+    """In its first state; copied for every answer."""
+    logprobs: int | None = None
+    """Score each token, with that many of the likeliest alternatives; None: nothing is scored."""
+    prompt_logprobs: int | None = None
+    """Likewise for the tokens of the prompt."""
+    client: str = ""
+    """Who asks: waiting requests of different clients are admitted in turn."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Natural log-probabilities under the model itself: temperature 1, nothing filtered, biased or penalised."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and theirs, best first."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step did for one answer."""
+
+    ticket: int
+    choice: int = 0
+    """Which of the `sampling.n` answers."""
+    tokens: tuple[int, ...] = ()
+    """New ids, without the EOS id; more than one where drafted tokens were accepted."""
+    scores: tuple[TokenScores, ...] = ()
+    """Those of `tokens`, if asked for."""
+    prompt_scores: tuple[TokenScores | None, ...] | None = None
+    """Of the whole prompt, on the first event of choice 0 if asked for; its first token has none."""
+    cached: int = 0
+    """On the first event: tokens of the prompt whose keys were there already."""
+    finish_reason: FinishReason | None = None
+    """On the last event of this choice."""
+    error: BaseException | None = None
+    """The request has failed; there are no further events of it."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the engine was opened, and its state now."""
+
+    waiting: int = 0
+    running: int = 0
+    """Answers that advance with every step."""
+    slots: int = 0
+    """Most answers side by side."""
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    """Tokens of prompts that the prefix cache saved."""
+    cache_used: int = 0
+    """Tokens whose keys and values are held, those of past answers included."""
+    cache_capacity: int = 0
+    evictions: int = 0
+    drafted: int = 0
+    """Tokens that speculation proposed, and how many of them the model confirmed."""
+    accepted: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How much an engine does at once."""
+
+    slots: int = 16
+    """Most answers side by side."""
+    max_queue: int = 64
+    """Requests that may wait; a further one raises QueueFullError."""
+    context: int = 0
+    """Most tokens of one sequence, prompt and answer; 0: the model's context."""
+    prefill_tokens: int = 256
+    """Most tokens of prompts that are read between two steps of the running answers."""
+    prefix_cache: bool = True
+    """Keep keys and values of past sequences, for prompts that begin alike."""
+    speculation: Literal["none", "prompt-lookup", "draft"] = "none"
+    draft: Generator | None = None
+    """The small model that proposes tokens, for `speculation="draft"`."""
+    draft_tokens: int = 4
+    """Tokens proposed at a time."""
+
+
+class Engine(Protocol):
+    """One opened model answering many requests. All calls come from one thread, or one at a time."""
+
+    context_length: int
+    vocab_size: int
+    eos_ids: frozenset[int]
+    backend: str
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its ticket.
+
+        Raises UsageError for a prompt that cannot be answered, QueueFullError if too many wait.
+        """
+
+    def cancel(self, ticket: int, choice: int | None = None) -> None:
+        """Nobody wants this answer, or any of the request's answers, any more; no further event comes of it."""
+
+    def step(self) -> list[Event]:
+        """Advance: admit what fits, read prompts under the budget, one token for every running answer."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+
+    def stats(self) -> EngineStats:
+        """Counts and state."""
+
+    def close(self) -> None:
+        """Give the memory back; what is unfinished is cancelled."""
