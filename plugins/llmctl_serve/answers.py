@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -14,7 +14,7 @@ from llmctl.text.grounding import REFUSAL, CitationFilter, citations, missing_ci
 from llmctl.text.retrieval import Index
 from llmctl.text.streaming import Delta
 from llmctl_serve.errors import ApiError
-from llmctl_serve.metrics import ServerMetrics
+from llmctl_serve.exchange import Exchange
 from llmctl_serve.requests import ChatRequest, CompletionRequest
 from llmctl_serve.responses import DONE, Answered, Shape, event, grounds_fields, usage_counts
 from llmctl_serve.service import Grounding, Service
@@ -70,6 +70,8 @@ class Answer:
         answer.text += text
         answer.tokens += len(piece.delta.token_ids)
         answer.finish_reason = last
+        if last and self.job is not None:
+            self.job.exchange.finished(last, piece.index, answer.text)
         answer.scores = piece.scores if last and piece.scores else answer.scores
         return piece.index, text, last
 
@@ -84,36 +86,42 @@ class Answer:
         return grounds_fields(citations(self.done[0].text, self.grounding.passages), self.grounding.refused)
 
 
-async def chat_answer(service: Service, worker: Worker, metrics: ServerMetrics, body: ChatRequest) -> Answer:
+async def chat_answer(service: Service, worker: Worker, exchange: Exchange, body: ChatRequest) -> Answer:
     """Accept a chat request. ApiError, LlmctlError or QueueFullError refuse it before anything is sent."""
     # Tokenizing and searching take milliseconds; the event loop goes on meanwhile.
     choices, grounding = await asyncio.to_thread(service.chat_choices, body)
-    return _accept(Shape("chat", service.model_id), service, worker, metrics, choices, body.n, grounding)
+    return _accept(Shape("chat", service.model_id), service, worker, exchange, choices, body.n, grounding)
 
 
-async def completion_answer(
-    service: Service, worker: Worker, metrics: ServerMetrics, body: CompletionRequest
-) -> Answer:
+async def completion_answer(service: Service, worker: Worker, exchange: Exchange, body: CompletionRequest) -> Answer:
     """Accept a text completion, as `chat_answer`."""
     choices = await asyncio.to_thread(service.completion_choices, body)
-    return _accept(Shape("completion", service.model_id), service, worker, metrics, choices, body.n, None)
+    return _accept(Shape("completion", service.model_id), service, worker, exchange, choices, body.n, None)
 
 
 def _accept(
     shape: Shape,
     service: Service,
     worker: Worker,
-    metrics: ServerMetrics,
+    exchange: Exchange,
     choices: Sequence[Choice],
     n: int,
     grounding: Grounding | None,
 ) -> Answer:
     job = None
     if choices:
-        job = Job(choices, asyncio.get_running_loop())
-        worker.submit(job)
+        job = Job(choices, asyncio.get_running_loop(), exchange)
     prompt_tokens = sum(len(choice.prompt) for choice in choices[::n])
-    metrics.prompt_tokens.inc(prompt_tokens)
+    exchange.asked(
+        model=service.model_id,
+        prompt_tokens=prompt_tokens,
+        max_tokens=sum(choice.sampling.max_new_tokens for choice in choices),
+        operation={"chat": "chat", "completion": "text_completion"}[shape.kind],
+        settings=asdict(choices[0].sampling) if choices else {},
+        prompts=[{"token_ids": list(choice.prompt)} for choice in choices[::n]],
+    )
+    if job is not None:
+        worker.submit(job)
     return Answer(shape, len(choices) or n, prompt_tokens, job, worker.cancel, service.index, grounding)
 
 

@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 from llmctl import InputError, LlmctlError, UsageError, __version__
 from llmctl_serve.answers import answer_stream, answer_whole, chat_answer, completion_answer
 from llmctl_serve.errors import ApiError, from_validation
+from llmctl_serve.exchange import exchange_of
+from llmctl_serve.guard import Guard
 from llmctl_serve.metrics import ServerMetrics
-from llmctl_serve.middleware import ApiKey, BodyLimit, Observed
 from llmctl_serve.requests import ChatRequest, CompletionRequest
 from llmctl_serve.service import Service
 from llmctl_serve.worker import QueueFullError, Worker
@@ -22,18 +23,22 @@ from llmctl_serve.worker import QueueFullError, Worker
 Warn = Callable[[str], None]
 
 
-def create_app(service: Service, worker: Worker, metrics: ServerMetrics, api_key: str, warn: Warn) -> FastAPI:
-    """The application; with an `api_key` every path under /v1 asks for it."""
-    app = FastAPI(title="llmctl", version=__version__, telemetry={"tracing": False, "metrics": False, "logs": False})
+def create_app(service: Service, worker: Worker, guard: Guard, warn: Warn) -> FastAPI:
+    """The application, with its guard around it."""
+    metrics = guard.metrics
+    # Traces are our own, and /docs would load scripts from elsewhere.
+    app = FastAPI(
+        title="llmctl",
+        version=__version__,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        docs_url=None,
+        redoc_url=None,
+    )
     _add_models(app, service)
     _add_operations(app, service, worker, metrics)
-    _add_generation(app, service, worker, metrics)
+    _add_generation(app, service, worker)
     _add_errors(app, warn)
-    # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit, limit=service.params.max_request_bytes)
-    if api_key:
-        app.add_middleware(ApiKey, key=api_key)
-    app.add_middleware(Observed, metrics=metrics)
+    guard.protect(app)
     return app
 
 
@@ -75,11 +80,11 @@ def _add_operations(app: FastAPI, service: Service, worker: Worker, metrics: Ser
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_generation(app: FastAPI, service: Service, worker: Worker, metrics: ServerMetrics) -> None:
+def _add_generation(app: FastAPI, service: Service, worker: Worker) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        answer = await chat_answer(service, worker, metrics, body)
+        answer = await chat_answer(service, worker, exchange_of(request), body)
         if body.stream:
             return _events(answer_stream(answer, body.include_usage))
         return JSONResponse(await answer_whole(answer, request))
@@ -87,7 +92,7 @@ def _add_generation(app: FastAPI, service: Service, worker: Worker, metrics: Ser
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
-        answer = await completion_answer(service, worker, metrics, body)
+        answer = await completion_answer(service, worker, exchange_of(request), body)
         if body.stream:
             return _events(answer_stream(answer, body.include_usage))
         return JSONResponse(await answer_whole(answer, request))

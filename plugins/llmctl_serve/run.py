@@ -10,6 +10,7 @@ import shlex
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.app import create_app
 from llmctl_serve.defaults import default_sampling
+from llmctl_serve.guard import Guard
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.params import ServeParams
 from llmctl_serve.server import HttpServer, endpoint, listen, url
@@ -38,15 +40,16 @@ def run(ctx: Context, params: ServeParams, model: Artifact, index: Artifact | No
     """Open the port, then the model; serve; leave a receipt."""
     api_key = read_key(params)
     check_signature(params, model)
-    with listen(params.host, params.port) as listener:
+    metrics = ServerMetrics(params.metrics_per_key)
+    with closing(Guard(params, metrics, api_key, ctx.warn)) as guard, listen(params.host, params.port) as listener:
         base = url(listener)
         service = open_service(params, model, index)
-        metrics = ServerMetrics()
-        worker = Worker(service.generator, service.tokenizer, metrics, params.max_queue, ctx.warn)
+        worker = Worker(service.generator, service.tokenizer, params.max_queue, ctx.warn)
+        metrics.watch(service.model_id, worker.stats, artifact=model.id, backend=service.generator.backend)
         worker.start()
-        app = create_app(service, worker, metrics, api_key, ctx.warn)
+        app = create_app(service, worker, guard, ctx.warn)
         try:
-            with HttpServer(app, listener, params.drain_seconds, worker.stop) as server:
+            with HttpServer(app, listener, params.drain_seconds, worker.stop, **guard.uvicorn()) as server:
                 asked = smoke(ctx, service, listener, api_key) if params.mode == "smoke" else []
                 if params.mode == "foreground":
                     announce(ctx, service, listener)
@@ -202,4 +205,4 @@ def report_smoke(ctx: Context, asked: Sequence[Asked]) -> None:
 
 
 def _total(counter: Any) -> float:
-    return float(counter.collect()[0].samples[0].value)
+    return float(sum(sample.value for sample in counter.collect()[0].samples if sample.name.endswith("_total")))

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmctl import LlmctlError
+from llmctl.engine import EngineStats
 from llmctl.generator import Generator, Sampling
 from llmctl.text.streaming import Delta, stream_text
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.errors import ApiError
+from llmctl_serve.exchange import Exchange
 from llmctl_serve.logprobs import TokenScore, score_tokens
-from llmctl_serve.metrics import ServerMetrics
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class QueueFullError(Exception):
 class Job:
     """The answers to one request, generated one after the other. `pieces` is read in the event loop; None ends it."""
 
-    def __init__(self, choices: Sequence[Choice], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, choices: Sequence[Choice], loop: asyncio.AbstractEventLoop, exchange: Exchange) -> None:
         self.choices = list(choices)
         self.pieces: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
         self.cancelled = threading.Event()
         self.submitted = time.perf_counter()
         self._loop = loop
+        self.exchange = exchange
 
     def put(self, item: Piece | BaseException | None) -> None:
         """Hand something to the event loop from the worker's thread; dropped once nobody reads."""
@@ -71,11 +73,10 @@ class Worker:
         self,
         generator: Generator,
         tokenizer: Tokenizer,
-        metrics: ServerMetrics,
         max_queue: int,
         warn: Callable[[str], None],
     ) -> None:
-        self._generator, self._tokenizer, self._metrics, self._warn = generator, tokenizer, metrics, warn
+        self._generator, self._tokenizer, self._warn = generator, tokenizer, warn
         self._max_queue = max_queue
         self._waiting: deque[Job] = deque()
         self._running: Job | None = None
@@ -87,6 +88,10 @@ class Worker:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def stats(self) -> EngineStats:
+        """What waits and what runs."""
+        return EngineStats(waiting=len(self._waiting), running=int(self._running is not None), slots=1)
 
     @property
     def depth(self) -> int:
@@ -100,7 +105,6 @@ class Worker:
                 waiting = len(self._waiting)
                 raise QueueFullError(waiting, min(60, max(1, round(self._seconds * waiting))))
             self._waiting.append(job)
-            self._metrics.queue_depth.set(len(self._waiting))
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
@@ -109,7 +113,6 @@ class Worker:
             job.cancelled.set()
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._metrics.queue_depth.set(len(self._waiting))
 
     def stop(self) -> None:
         """Answer everything that is left with 503 and end the thread. A second call changes nothing."""
@@ -126,7 +129,7 @@ class Worker:
     def _work(self) -> None:
         while (job := self._take()) is not None:
             started = time.perf_counter()
-            self._metrics.running.set(1)
+            job.exchange.admitted()
             try:
                 for choice in job.choices:
                     if not job.cancelled.is_set():
@@ -138,7 +141,6 @@ class Worker:
                 self._warn(f"generation failed: {type(error).__name__}: {error}")
                 job.put(error)
             finally:
-                self._metrics.running.set(0)
                 self._running = None
                 self._seconds += 0.2 * (time.perf_counter() - started - self._seconds)
 
@@ -149,23 +151,18 @@ class Worker:
             if self._stopping:
                 return None
             self._running = self._waiting.popleft()
-            self._metrics.queue_depth.set(len(self._waiting))
             return self._running
 
     def _generate(self, job: Job, choice: Choice) -> None:
-        last = job.submitted
         ids: list[int] = []
         text = ""
         stream = stream_text(self._generator, self._tokenizer, choice.prompt, choice.sampling, choice.stop)
         for delta in stream:
-            now = time.perf_counter()
-            self._metrics.observe(len(delta.token_ids), now - last, first=not ids)
-            last = now
+            job.exchange.emitted(len(delta.token_ids), choice.index)
             ids += delta.token_ids
             text += delta.text
             if job.cancelled.is_set():
                 stream.close()  # type: ignore[attr-defined]  # a generator: ends the model's own stream
-                self._metrics.cancelled.inc()
                 return
             scores: list[TokenScore] = []
             if delta.finish_reason and choice.scored is not None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve import SERVE
 from llmctl_serve.app import create_app
 from llmctl_serve.defaults import default_sampling
+from llmctl_serve.guard import Guard
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.params import ServeParams
 from llmctl_serve.server import HttpServer, endpoint, listen, url
@@ -62,17 +63,21 @@ class Running:
 
 
 @contextmanager
-def running(generator, index=None, api_key="", default=None, **params):
+def running(generator, index=None, api_key="", default=None, tracing=None, **params):
     params = ServeParams(port=0, **{"drain_seconds": 5, **params})
     warnings = []
-    metrics = ServerMetrics()
-    with listen(params.host, 0) as listener:
+    metrics = ServerMetrics(params.metrics_per_key)
+    with (
+        closing(Guard(params, metrics, api_key, warnings.append, tracing)) as guard,
+        listen(params.host, 0) as listener,
+    ):
         service = Service(generator, generator.tokenizer, "byte-model", params, default or Sampling(), index)
-        worker = Worker(generator, generator.tokenizer, metrics, params.max_queue, warnings.append)
+        worker = Worker(generator, generator.tokenizer, params.max_queue, warnings.append)
+        metrics.watch("byte-model", worker.stats)
         worker.start()
-        app = create_app(service, worker, metrics, api_key, warnings.append)
+        app = create_app(service, worker, guard, warnings.append)
         try:
-            with HttpServer(app, listener, params.drain_seconds, worker.stop):
+            with HttpServer(app, listener, params.drain_seconds, worker.stop, **guard.uvicorn()):
                 found = Running(service, worker, metrics, listener)
                 found.warnings = warnings
                 yield found
@@ -409,7 +414,7 @@ def test_full_queue_is_429_and_the_event_loop_stays_free(scripted, byte_tokenize
 
 
 def raw_request(body):
-    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    head = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
     return "\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
@@ -422,7 +427,9 @@ def test_a_client_that_leaves_ends_the_generation(scripted, byte_tokenizer, stre
         client.sendall(raw_request(body))
         wait_until(lambda: generator.generated > 20)
         client.close()
-        wait_until(lambda: "llmctl_cancelled_total 1.0" in server.get("/metrics")[1])
+        wait_until(
+            lambda: 'llmctl_cancelled_total{model="byte-model",reason="client_left"} 1.0' in server.get("/metrics")[1]
+        )
         assert generator.generated < 2000
         generator.default = "ok"
         assert server.client.chat.completions.create(model="byte-model", messages=QUESTION).choices
@@ -448,13 +455,13 @@ def test_metrics_count_what_happened(server):
     text = server.get("/metrics")[1]
     prompt = len(server.service.tokenizer.encode_chat(QUESTION, add_generation_prompt=True).ids)
     for line in (
-        'llmctl_requests_total{path="/v1/chat/completions",status="200"} 1.0',
-        'llmctl_requests_total{path="/v1/chat/completions",status="400"} 1.0',
-        "llmctl_completion_tokens_total 8.0",
-        f"llmctl_prompt_tokens_total {prompt}.0",
-        "llmctl_time_to_first_token_seconds_count 1.0",
-        "llmctl_inter_token_seconds_count 7.0",
-        "llmctl_queue_depth 0.0",
+        'llmctl_requests_total{model="byte-model",route="/v1/chat/completions",status="200"} 1.0',
+        'llmctl_requests_total{model="none",route="/v1/chat/completions",status="400"} 1.0',
+        'llmctl_completion_tokens_total{model="byte-model"} 8.0',
+        f'llmctl_prompt_tokens_total{{model="byte-model"}} {prompt}.0',
+        'llmctl_time_to_first_token_seconds_count{model="byte-model"} 1.0',
+        'llmctl_inter_token_seconds_count{model="byte-model"} 7.0',
+        'llmctl_queue_depth{model="byte-model"} 0.0',
     ):
         assert line in text.splitlines(), line
     assert "python_gc" not in text  # a registry of its own
@@ -581,7 +588,9 @@ def test_the_port_in_use_stops_before_the_model_loads(tmp_path, model_dir, opens
 
 def test_an_unknown_host_is_explained(tmp_path, model_dir):
     with pytest.raises(MachineError, match="no address"):
-        run_stage(SERVE, tmp_path, {"host": "no.such.host.invalid"}, model=Artifact(model_dir, "model.onnx"))
+        run_stage(
+            SERVE, tmp_path, {"host": "no.such.host.invalid", "insecure": True}, model=Artifact(model_dir, "model.onnx")
+        )
 
 
 def test_foreground_serves_until_stopped(tmp_path, model_dir, opens, scripted):
