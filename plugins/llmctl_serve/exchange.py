@@ -2,11 +2,11 @@
 
 The outermost middleware makes an `Exchange`; a route finds it with `exchange_of(request)` and says what happens:
 
-    exchange.asked(model=…, artifact=…, prompt_tokens=…, max_tokens=…)   # accepted as well-formed; may raise ApiError 429
-    exchange.admitted(cached=…)                                          # an engine has begun with it
-    exchange.emitted(tokens, choice)                                     # from any thread, as often as there are new tokens
-    exchange.finished("stop", choice)                                    # the end of one choice
-    exchange.failed("code")                                              # a stream whose status was 200 has broken off
+    exchange.asked(model=…, artifact=…, prompt_tokens=…, max_tokens=…)   # well-formed; may raise ApiError 429
+    exchange.admitted(cached=…)         # an engine has begun with it
+    exchange.emitted(tokens, choice)    # as often as there are new tokens; from any thread
+    exchange.finished("stop", choice)   # the end of one choice
+    exchange.failed("code")             # a stream whose status was 200 has broken off
 
 Nothing else is needed: whatever ends the request, the middleware settles reservations, counts, logs and traces.
 """

@@ -16,7 +16,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import InputError, UsageError
+from llmctl_serve.files import replace_file
 from llmctl_serve.rate_limits import Limits
 
 PREFIX = "llmctl"
@@ -88,9 +88,7 @@ def fixed_key(text: str) -> Key:
     return _stored("env", text, SCOPES, None, None, "")
 
 
-def _stored(
-    id: str, text: str, scopes: tuple[str, ...], limits: Limits | None, expires: str | None, note: str
-) -> Key:
+def _stored(id: str, text: str, scopes: tuple[str, ...], limits: Limits | None, expires: str | None, note: str) -> Key:
     salt = secrets.token_hex(16)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return Key(id, salt, digest(salt, text), scopes, limits, created, expires, note=note)
@@ -230,17 +228,3 @@ def changing(path: Path) -> Iterator[KeyFile]:
         yield KeyFile(path, read_keys(path) if path.exists() else {})
     finally:
         os.close(lock)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, with mode 0600; it is on the disk on return."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

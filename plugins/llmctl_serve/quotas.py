@@ -17,10 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import InputError
+from llmctl_serve.files import replace_file
 
 EVERY = 5.0
 """Seconds between two writings."""
 DAY = 86_400
+CLIENTS = 10_000
+"""Addresses that are told apart within a day; what further ones use is counted together."""
+SHARED = "addr:others"
 
 
 @dataclass
@@ -66,16 +70,20 @@ class Quotas:
         if (today := self._today()) != self._day:
             self._day, self._used, self._changed = today, {}, True
 
+    def _name(self, who: str) -> str:
+        known = who in self._used or not who.startswith("addr:") or len(self._used) < CLIENTS
+        return who if known else SHARED
+
     def used(self, who: str) -> Used:
         """What a client has used today."""
         self._turn()
-        return self._used.get(who) or Used()
+        return self._used.get(self._name(who)) or Used()
 
     def add(self, who: str, requests: int, tokens: int, day: str = "") -> str:
         """Count, or give back with negative numbers; the day they are counted on. Refunds of a past day are void."""
         self._turn()
         if day in ("", self._day):
-            used = self._used.setdefault(who, Used())
+            used = self._used.setdefault(self._name(who), Used())
             used.requests += requests
             used.tokens += tokens
             self._changed = True
@@ -91,8 +99,6 @@ class Quotas:
 
     def save(self) -> None:
         """Write the file; a disk that refuses is only warned of, as answers matter more."""
-        from llmctl_serve.keys import replace_file
-
         with self._writing:
             if self._path is None or not self._changed:
                 return

@@ -16,14 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from llmctl_serve.quotas import Quotas
+from llmctl_serve.quotas import SHARED, Quotas
 
 MINUTE = 60 * 10**9
 """Nanoseconds."""
 PARTS = 60
 ADDRESSES = 10_000
 """Clients without a key that are told apart; further ones share one allowance until an old one has been idle."""
-SHARED = "addr:others"
 
 Reason = Literal["requests", "tokens", "concurrency", "requests_per_day", "tokens_per_day"]
 
