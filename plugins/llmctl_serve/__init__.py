@@ -10,6 +10,7 @@ SERVE = Stage(
     inputs={
         "model": In("model.onnx", "model.hf"),
         "index": In("index.rag", optional=True, help="answer from these documents, with citations"),
+        "draft": In("model.onnx", optional=True, help="a small model that proposes tokens, for speculation"),
     },
     outputs={"receipt": Out("deployment"), "metrics": Out("metrics")},
     params="llmctl_serve.params:ServeParams",

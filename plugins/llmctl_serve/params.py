@@ -21,7 +21,32 @@ class ServeParams(SafetyParams):
     model_name: str | None = Field(
         default=None, min_length=1, description="model id that clients see; default: name of the model's directory"
     )
+    models: dict[str, str] = Field(
+        default={},
+        affects="nothing",
+        description="further models by the names that clients use: names in the store, ids or directories; "
+        "SIGUSR2 swaps in what a name points to by then",
+    )
+    model_root: str | None = Field(
+        default=None,
+        min_length=1,
+        affects="nothing",
+        description="directory below which `POST /admin/models` may load models that are not in the store",
+    )
+    slots: int = Field(default=16, ge=1, le=1024, description="most answers that advance side by side")
     max_queue: int = Field(default=64, ge=1, description="requests that may wait; a further one is answered with 429")
+    context: int = Field(default=0, ge=0, description="most tokens of prompt and answer; 0: the model's context")
+    prefill_tokens: int = Field(
+        default=256, ge=1, description="most tokens of prompts that are read between two steps of running answers"
+    )
+    prefix_cache: bool = Field(
+        default=True, description="keep keys and values of past sequences, for prompts that begin alike"
+    )
+    speculation: Literal["none", "prompt-lookup", "draft"] = Field(
+        default="none",
+        description="propose tokens and let the model confirm several at once: from the text, or by `draft`",
+    )
+    draft_tokens: int = Field(default=4, ge=1, le=64, description="tokens that speculation proposes at a time")
     max_new_tokens: int = Field(
         default=256, ge=1, description="tokens of an answer when the request does not limit them"
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import threading
 
 import pytest
@@ -167,7 +166,7 @@ def test_racing_commands_lose_no_key(path):
     for thread in threads:
         thread.join()
     assert len(read_keys(path)) == 8
-    assert sorted(os.listdir(path.parent)) == ["keys.jsonl", "keys.jsonl.lock"]
+    assert sorted(each.name for each in path.parent.iterdir()) == ["keys.jsonl", "keys.jsonl.lock"]
 
 
 def test_a_key_of_the_environment_beside_those_of_the_file(path):
