@@ -26,6 +26,7 @@ WORDS: dict[Reason, str] = {
     "tokens_per_day": "tokens per day",
 }
 BEARER = {"WWW-Authenticate": 'Bearer realm="llmctl"'}
+FORWARDED = (b"x-forwarded-for", b"forwarded", b"x-real-ip")
 SCOPED = {"WWW-Authenticate": 'Bearer realm="llmctl", error="insufficient_scope"'}
 """RFC 6750, section 3.1."""
 
@@ -137,7 +138,12 @@ class Admissions:
 
     def _check_key(self, scope: Scope, exchange: Exchange, needed: str) -> Key | None:
         if self._keys is None:
-            return None  # the server listens on this machine only, or was told to trust everybody
+            # The server listens on this machine only, or was told to trust everybody; but what a proxy passes on only
+            # seems to come from here.
+            if needed == "admin" and any(header(scope, name) for name in FORWARDED):
+                message = "without API keys nothing that a proxy passes on may administer the server"
+                raise ApiError(403, message, code="missing_scope")
+            return None
         scheme, _, given = header(scope, b"authorization").partition(b" ")
         key = self._keys.find(given.strip()) if scheme.lower() == b"bearer" else None
         if key is None:

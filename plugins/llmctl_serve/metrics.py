@@ -28,6 +28,25 @@ BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NONE = "none"
 """The label of a request that reached no model."""
 
+REFUSALS = (401, 403, 408, 413, 421, 429, 431, 503)
+REASONS = frozenset(
+    (
+        "invalid_api_key",
+        "missing_scope",
+        "admin_only",
+        "host_not_allowed",
+        "origin_not_allowed",
+        "body_too_large",
+        "headers_too_large",
+        "timeout",
+        "first_token_timeout",
+        "queue_full",
+        "shutting_down",
+        *(f"rate_limit_{why}" for why in ("requests", "tokens", "concurrency", "requests_per_day", "tokens_per_day")),
+    )
+)
+"""What `reason` may be; anything else is `other`."""
+
 GAUGES = {
     "waiting": ("llmctl_queue_depth", "Requests that wait for the engine."),
     "running": ("llmctl_running", "Answers that advance with every step: the size of the batch."),
@@ -147,15 +166,13 @@ class ServerMetrics:
         """Stop showing an engine; what was counted of its requests stays."""
         self.engines.forget(model)
 
-    def reject(self, reason: str) -> None:
-        """Count a request that was turned away."""
-        self.rejected.labels(reason).inc()
-
     def ended(self, exchange: Exchange) -> None:
         """Count a request that has ended."""
         model = exchange.model or NONE
         self.requests.labels(exchange.route, str(exchange.status), model).inc()
         self.duration.labels(exchange.route, model).observe(exchange.seconds)
+        if exchange.status in REFUSALS:
+            self.rejected.labels(exchange.error if exchange.error in REASONS else "other").inc()
         if exchange.cut:
             self.cancelled.labels(model, exchange.cut).inc()
         if exchange.asked_at is None:

@@ -37,7 +37,7 @@ def test_full_queue_is_429_and_the_event_loop_stays_free(scripted, byte_tokenize
 
 
 def raw_request(body):
-    head = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    head = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
     return "\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
