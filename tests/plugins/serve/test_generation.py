@@ -133,7 +133,7 @@ def test_sampling_defaults_come_from_the_model(server, tmp_path):
     assert default_sampling(tmp_path) == Sampling()  # transformers is greedy without do_sample
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5, "top_p": 0.9}')
     assert default_sampling(tmp_path) == Sampling(temperature=0.5, top_k=50, top_p=0.9)
-    from llmctl_serve.requests import ChatRequest
+    from llmctl_serve.conversations import ChatRequest
 
     def sampling(**fields):
         return server.service.sampling(ChatRequest(messages=QUESTION, **fields), 1, None)
