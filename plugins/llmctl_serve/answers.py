@@ -118,7 +118,8 @@ class Answer:
     def _part(self, piece: Piece) -> Part:
         answer = self.done[piece.index]
         answer.tokens += piece.tokens
-        text, calls, scores = piece.text, [], self._scores(piece)
+        text, scores = piece.text, self._scores(piece)
+        calls: list[dict[str, Any]] = []
         answer.total += sum(one.logprob for one, _ in piece.scores)
         if piece.finish_reason is not None and piece.end is not None:
             answer.total += piece.end.logprob
