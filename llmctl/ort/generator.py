@@ -10,12 +10,12 @@ import onnxruntime as ort
 
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
-from llmctl.engine import Engine, EngineOptions, Request
+from llmctl.engine import Constraint, Engine, EngineOptions, Request
 from llmctl.errors import InputError, UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
+from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
-from llmctl.ort.sampling import Sampler, check_ids, log_probabilities, log_probability, rank
+from llmctl.ort.sampling import Sampler, check_ids, choose, log_probabilities, log_probability, rank, state
 from llmctl.ort.scheduler import OrtEngine
 from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.ort.sessions import open_session, provider
@@ -90,36 +90,48 @@ class OrtGenerator:
         check_ids(prompt, self.vocab_size)
         return room
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> Iterator[int]:
         """Yield new token ids; see `Generator.stream`. Checks the prompt at once."""
         check_single(sampling)
-        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)))
+        check_bias(sampling, self.vocab_size)
+        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)), constraint)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[list[int]]:
         """The new ids for many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
         check_single(sampling)
         limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
         if not self.in_place or len(prompts) <= 1 or sampling.beams > 1:
-            return [list(self._stream(p, sampling, limit)) for p, limit in zip(prompts, limits, strict=True)]
+            return [
+                list(self._stream(p, sampling, limit, constraint)) for p, limit in zip(prompts, limits, strict=True)
+            ]
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         options = EngineOptions(slots=min(BATCH, len(prompts)), max_queue=len(prompts), context=longest)
-        return run_all(self.engine(options), [Request(prompt=prompt, sampling=sampling) for prompt in prompts])
+        requests = [Request(prompt=prompt, sampling=sampling, constraint=constraint) for prompt in prompts]
+        return run_all(self.engine(options), requests)
 
-    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+    def candidates(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[Candidate]:
         """Several answers to one prompt with their scores; see `Generator.candidates`."""
         limit = min(sampling.max_new_tokens, self.room(prompt))
+        singles = [sampling] if sampling.beams > 1 else sampling.draws()
+        states = [state(single, prompt, self.vocab_size, constraint) for single in singles]
         rows = self._borrow(len(prompt) + limit)
         try:
             # A copy: the next prompt overwrites the logits.
             logits = prefill(rows, 0, prompt)[None].copy()
             if sampling.beams > 1:
                 search = BeamSearch(sampling, self.eos_ids, limit)
-                return search_beams(rows.keep([0]), logits, search, rank)[: sampling.n]
-            answers = [Answer(Sampler(single), limit) for single in sampling.draws()]
+                return search_beams(rows.keep([0]), logits, search, rank, states[0])[: sampling.n]
+            answers = [Answer(one, limit) for one in states]
             for start in range(0, len(answers), BATCH):
                 some = answers[start : start + BATCH]
                 copies = np.repeat(logits, len(some), axis=0)
-                draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, log_probability)
+                draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, choose, log_probability)
             return [answer.candidate(sampling.length_penalty) for answer in answers]
         finally:
             self._idle = rows
@@ -162,11 +174,14 @@ class OrtGenerator:
         rows.restart()
         return rows
 
-    def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int) -> Iterator[int]:
+    def _stream(
+        self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None
+    ) -> Iterator[int]:
         if sampling.beams > 1:
-            yield from self.candidates(prompt, sampling)[0].ids
+            yield from self.candidates(prompt, sampling, constraint)[0].ids
             return
-        sample, rows = Sampler(sampling), self._borrow(len(prompt) + limit)
+        sample = Sampler(sampling, prompt, self.vocab_size, constraint)
+        rows = self._borrow(len(prompt) + limit)
         try:
             logits = prefill(rows, 0, prompt)
             for left in reversed(range(limit)):

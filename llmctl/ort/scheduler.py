@@ -21,9 +21,8 @@ from llmctl.engine import EngineOptions, EngineStats, Event, FinishReason, Queue
 from llmctl.errors import UsageError
 from llmctl.generator import check_prompt
 from llmctl.ort.cache_memory import token_bytes
-from llmctl.ort.choices import choose, rank, scores, state
 from llmctl.ort.prefixes import Prefix, PrefixPool
-from llmctl.ort.sampling import check_ids
+from llmctl.ort.sampling import check_ids, choose, rank, scores, state
 from llmctl.ort.slots import Slots
 from llmctl.ort.tasks import Lane, Task
 from llmctl.ort.waiting import FairQueue
