@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
+import onnxruntime as ort
 
 from llmctl.ort.cache import Layout
+from llmctl.ort.cuda_driver import CudaDriver
 
 
 class CacheMemory(Protocol):
@@ -72,6 +75,82 @@ class HostMemory:
         self._arrays = []
 
 
+class DeviceMemory:
+    """`CacheMemory` for sessions on CUDA: the driver's own two-dimensional copies, as ONNX Runtime has none of parts.
+
+    A slot's tokens are KV runs of `d` numbers each, one capacity apart, so one `cuMemcpy2D` moves them within a tensor,
+    or between it and the host. `run_with_iobinding` returns when the session's stream is done, and every move here is
+    waited for, so the two never overlap, though they are on different streams.
+    """
+
+    def __init__(self, layout: Layout, slots: int, capacity: int, driver: Driver) -> None:
+        self._layout, self._capacity, self._driver = layout, capacity, driver
+        self._size = np.dtype(layout.cache_dtype).itemsize
+        shape = (slots, layout.kv_heads, capacity, layout.head_dim)
+        # Zeros, as kernels may load a whole tile and weigh what is behind a row's end with 0: there must be no NaN.
+        zeros = (np.zeros(shape, layout.cache_dtype) for _ in layout.past)
+        self._values = [ort.OrtValue.ortvalue_from_numpy(array, layout.device, 0) for array in zeros]
+        self._row = layout.kv_heads * capacity * layout.head_dim * self._size
+        self.bytes = slots * self._row * len(self._values)
+
+    def addresses(self, slot: int) -> list[int]:
+        """See `CacheMemory`."""
+        return [value.data_ptr() + slot * self._row for value in self._values]
+
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """See `CacheMemory`."""
+        self._move(zip(self.addresses(source), self.addresses(target), strict=True), start, stop)
+
+    def exchange(self, one: int, other: int, stop: int) -> None:
+        """See `CacheMemory`. By way of the host: a second copy on the device would need memory for it."""
+        kept = self.save(one, stop)
+        self.copy(other, one, 0, stop)
+        self.load(other, kept, stop)
+
+    def save(self, slot: int, stop: int) -> np.ndarray:
+        """See `CacheMemory`."""
+        layout = self._layout
+        saved = np.empty((len(self._values), layout.kv_heads, stop, layout.head_dim), layout.cache_dtype)
+        for address, part in zip(self.addresses(slot), saved, strict=True):
+            self._driver.copy(address, self._pitch, part.ctypes.data, part.strides[0], part.strides[0], len(part))
+        self._driver.wait()
+        return saved
+
+    def load(self, slot: int, saved: np.ndarray, stop: int) -> None:
+        """See `CacheMemory`."""
+        width = stop * self._layout.head_dim * self._size
+        for address, part in zip(self.addresses(slot), saved, strict=True):
+            self._driver.copy(part.ctypes.data, part.strides[0], address, self._pitch, width, len(part))
+        self._driver.wait()
+
+    def close(self) -> None:
+        """See `CacheMemory`."""
+        self._values = []
+
+    @property
+    def _pitch(self) -> int:
+        return self._capacity * self._layout.head_dim * self._size
+
+    def _move(self, pairs: Iterable[tuple[int, int]], start: int, stop: int) -> None:
+        token = self._layout.head_dim * self._size
+        for source, target in pairs:
+            offset, width = start * token, (stop - start) * token
+            if width:
+                heads = self._layout.kv_heads
+                self._driver.copy(source + offset, self._pitch, target + offset, self._pitch, width, heads)
+        self._driver.wait()
+
+
+class Driver(Protocol):
+    """What moves bytes on a device, or to and from it."""
+
+    def copy(self, source: int, source_pitch: int, target: int, target_pitch: int, width: int, height: int) -> None:
+        """`height` runs of `width` bytes, a pitch apart on either side."""
+
+    def wait(self) -> None:
+        """Return when all copies are done."""
+
+
 def token_bytes(layout: Layout) -> int:
     """Bytes that one token's keys and values take in all layers."""
     width = layout.kv_heads * layout.head_dim * np.dtype(layout.cache_dtype).itemsize
@@ -80,4 +159,6 @@ def token_bytes(layout: Layout) -> int:
 
 def open_memory(layout: Layout, slots: int, capacity: int) -> CacheMemory:
     """Memory for the cache where the session of `layout` computes."""
+    if layout.device == "cuda":
+        return DeviceMemory(layout, slots, capacity, CudaDriver())
     return HostMemory(layout, slots, capacity)

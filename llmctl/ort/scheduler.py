@@ -59,6 +59,7 @@ class OrtEngine:
         """Whose prompt has been read and whose further draws wait for slots."""
         self._running: list[Lane] | None = None
         """The lanes of the next decode step by slot; None: somebody came or went."""
+        self._closed = False
         self._next_ticket = 0
         self._counts = EngineStats(slots=options.slots, cache_capacity=options.slots * self.context_length + size)
         self._steps = self._prompt_tokens = self._generated = self._cached = self._evictions = 0
@@ -68,6 +69,8 @@ class OrtEngine:
     def submit(self, request: Request) -> int:
         """See `Engine.submit`. Requests that a free slot awaits do not count as waiting."""
         sampling = request.sampling
+        if self._closed:
+            raise UsageError("the engine is closed")
         check_prompt(request.prompt, self.context_length)
         check_ids(request.prompt, self.vocab_size)
         if sampling.beams > self.options.slots:
@@ -130,6 +133,7 @@ class OrtEngine:
         """See `Engine.close`; a second call does nothing."""
         for ticket in list(self._tasks):
             self.cancel(ticket)
+        self._closed = True
         self._pool.clear()
         self._slots.close()
 
