@@ -159,6 +159,7 @@ class OrtEngine:
         try:
             logits = self._slots.step([lane.token for lane in lanes])  # type: ignore[misc]
         except Exception as error:  # onnxruntime's share no base; whoever runs must hear of it, and the engine goes on
+            self._slots.lengths[: len(lanes)] = 0  # whether keys and values were written nobody knows
             for task in {id(lane.task): lane.task for lane in lanes}.values():
                 self._fail(task, error, events)
             return

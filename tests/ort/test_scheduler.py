@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,8 +173,9 @@ class _Faults:
 @pytest.mark.parametrize("fault", ["neighbour", "short_copy", "stale_prefix", "stale_pool", "lengths"])
 def test_faults_are_seen(trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     getattr(_Faults, fault)(monkeypatch)
-    _, wrong, _ = run_traffic(trained_generator, 60)
-    assert wrong > 0
+    with pytest.raises(AssertionError):  # what the tests above would say
+        _, wrong, _ = run_traffic(trained_generator, 60)
+        assert wrong == 0
 
 
 def test_answers_equal_those_of_transformers(trained_generator: OrtGenerator, trained_dir) -> None:
@@ -181,7 +183,7 @@ def test_answers_equal_those_of_transformers(trained_generator: OrtGenerator, tr
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(trained_dir, dtype=torch.float32).eval()
-    requests = list(mixed_requests(12, seed=4))
+    requests = list(mixed_requests(6, seed=4))
     engine = engine_of(trained_generator, slots=4, prefill_tokens=10)
     tickets = [engine.submit(request) for request in requests]
     found = finish(engine)
@@ -350,7 +352,7 @@ def test_a_conversation_is_read_once(trained_generator: OrtGenerator) -> None:
 
 def test_sequences_that_lost_their_slot_come_back_from_the_pool(trained_generator: OrtGenerator) -> None:
     random = np.random.default_rng(12)
-    prompts = [trained.sentence(random, 40) for _ in range(3)]
+    prompts = [[10 + i, *trained.sentence(random, 39)] for i in range(3)]
     engine = engine_of(trained_generator, slots=1)
     cached = []
     for prompt in [*prompts, prompts[2], prompts[1]]:
@@ -441,9 +443,10 @@ def test_a_session_that_fails_ends_the_running_requests_and_no_others(
 
     with monkeypatch.context() as patch:
         patch.setattr(Slots, "step", fails)
-        errors = [event.ticket for event in engine.step() if event.error is not None]
-    assert errors == tickets[:2]
-    assert finish(engine)[tickets[2], 0] == list(trained_generator.stream([5, 9], request.sampling))
+        events = engine.step()
+    assert [event.ticket for event in events if event.error is not None] == tickets[:2]
+    began = {(event.ticket, 0): list(event.tokens) for event in events if event.error is None}
+    assert finish(engine, began)[tickets[2], 0] == list(trained_generator.stream([5, 9], request.sampling))
     assert_empty(engine)
 
 
@@ -500,16 +503,16 @@ def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator:
 
 
 def test_memory_stays_flat(trained_generator: OrtGenerator) -> None:
-    import psutil
-
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        pytest.skip("resident memory is read from Linux's /proc")
     engine = engine_of(trained_generator, slots=8, prefill_tokens=64, max_queue=999)
-    process = psutil.Process()
 
     def traffic(seed: int) -> int:
         for request in mixed_requests(150, seed):
             engine.submit(request)
         finish(engine)
-        return int(process.memory_info().rss)
+        return int(statm.read_text().split()[1])  # pages
 
     traffic(0)
     before = traffic(1)

@@ -36,6 +36,8 @@ def train(path: Path, steps: int = 200) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other on a busy machine take minutes for seconds
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -57,5 +59,6 @@ def train(path: Path, steps: int = 200) -> Path:
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     model.eval().save_pretrained(path)
     return path
