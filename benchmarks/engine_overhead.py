@@ -56,7 +56,7 @@ def bare(generator: OrtGenerator, prompts: list[list[int]], room: int) -> Callab
     last = logits.reshape(-1)[: batch * layout.vocab_size].reshape(batch, layout.vocab_size)
     length = PROMPT
 
-    def step() -> np.ndarray:
+    def step(_kept: HostMemory = memory) -> np.ndarray:  # the binding knows addresses alone and keeps no array alive
         nonlocal length
         length += 1
         run(length)
