@@ -20,18 +20,17 @@ from llmctl.beams import BeamSearch
 from llmctl.engine import EngineOptions, EngineStats, Event, FinishReason, QueueFullError, Request, TokenScores
 from llmctl.errors import UsageError
 from llmctl.generator import check_prompt
+from llmctl.ort.allocation import Allocation
+from llmctl.ort.beam_rows import advance, found_answers, score_answer
 from llmctl.ort.cache_memory import token_bytes
-from llmctl.ort.prefixes import Prefix, PrefixPool
-from llmctl.ort.sampling import check_ids, choose, rank, scores, state
+from llmctl.ort.prefixes import PrefixPool
+from llmctl.ort.sampling import check_ids, choose, scores, state
 from llmctl.ort.slots import Slots
 from llmctl.ort.tasks import Lane, Task
 from llmctl.ort.waiting import FairQueue
 
 if TYPE_CHECKING:
     from llmctl.ort.generator import OrtGenerator
-
-WORTH_KEEPING = 16
-"""Fewer tokens than these are read again sooner than they are saved."""
 
 
 class OrtEngine:
@@ -47,22 +46,17 @@ class OrtEngine:
         self._pool = PrefixPool(size)
         self.memory_bytes = self._slots.memory_bytes + size * token_bytes(generator.layout)
         """Most bytes that keys and values can take, those of past sequences included."""
-        self._owners: list[Lane | None] = [None] * options.slots
-        self._used = np.zeros(options.slots, np.int64)
-        """When each slot was last taken or left, by the count of such events."""
-        self._clock = 0
+        self._allocation = Allocation(self._slots, self._pool, remembers=options.prefix_cache)
         self._waiting: FairQueue[Task] = FairQueue()
         self._tasks: dict[int, Task] = {}
         self._reading: list[Task] = []
         """Whose prompt is being read, in the order of admission."""
         self._forking: list[Task] = []
         """Whose prompt has been read and whose further draws wait for slots."""
-        self._running: list[Lane] | None = None
-        """The lanes of the next decode step by slot; None: somebody came or went."""
         self._closed = False
         self._next_ticket = 0
         self._counts = EngineStats(slots=options.slots, cache_capacity=options.slots * self.context_length + size)
-        self._steps = self._prompt_tokens = self._generated = self._cached = self._evictions = 0
+        self._steps = self._prompt_tokens = self._generated = self._cached = 0
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -78,7 +72,7 @@ class OrtEngine:
                 f"{sampling.beams} beams need as many slots, the engine has {self.options.slots}",
                 hint=f"set beams to {self.options.slots} or less, or open the engine with more slots",
             )
-        if len(self._waiting) >= self.options.max_queue + len(self._free()):
+        if len(self._waiting) >= self.options.max_queue + len(self._allocation.free()):
             raise QueueFullError(f"{len(self._waiting)} requests wait already", hint="try again later")
         prompt = np.asarray(request.prompt, np.int32)
         limit = min(sampling.max_new_tokens, self.context_length - len(prompt))
@@ -120,13 +114,13 @@ class OrtEngine:
         return replace(
             self._counts,
             waiting=len(self._waiting),
-            running=sum(owner is not None and owner.token is not None for owner in self._owners),
+            running=self._allocation.running,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated,
             cached_tokens=self._cached,
             cache_used=int(self._slots.lengths.sum()) + self._pool.used,
-            evictions=self._evictions + self._pool.evictions,
+            evictions=self._allocation.evictions + self._pool.evictions,
         )
 
     def close(self) -> None:
@@ -153,7 +147,7 @@ class OrtEngine:
 
     def _decode(self, events: list[Event]) -> None:
         """One token for every running lane."""
-        lanes = self._compact()
+        lanes = self._allocation.compact()
         if not lanes:
             return
         try:
@@ -164,29 +158,6 @@ class OrtEngine:
                 self._fail(task, error, events)
             return
         self._choose(lanes, logits, events)
-
-    def _compact(self) -> list[Lane]:
-        """The running lanes, moved to the first slots."""
-        if self._running is not None:
-            return self._running
-        runs = [owner is not None and owner.token is not None for owner in self._owners]
-        count = sum(runs)
-        holes = (slot for slot in range(count) if not runs[slot])
-        for slot in range(count, len(runs)):
-            if runs[slot]:
-                self._exchange(slot, next(holes))
-        self._running = [owner for owner in self._owners[:count] if owner is not None]
-        return self._running
-
-    def _exchange(self, one: int, other: int) -> None:
-        self._slots.exchange(one, other)
-        both = [one, other]
-        self._used[both] = self._used[both[::-1]]
-        self._owners[one], self._owners[other] = self._owners[other], self._owners[one]
-        for slot in both:
-            owner = self._owners[slot]
-            if owner is not None:
-                owner.slot = slot
 
     def _choose(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
         """The next tokens of `lanes` from `logits (len(lanes), V)`."""
@@ -245,7 +216,7 @@ class OrtEngine:
         self._generated += kept
         if reason is None:
             if lane.token is None:
-                self._running = None
+                self._allocation.changed()
             lane.token = tokens[-1]
         events.append(self._event(lane.task, lane.choice, tuple(tokens[:kept]), tuple(scored[:kept]), reason))
         if reason is not None:
@@ -269,27 +240,12 @@ class OrtEngine:
 
     # -- slots ---------------------------------------------------------------------------------------------------------
 
-    def _free(self) -> list[int]:
-        return [slot for slot, owner in enumerate(self._owners) if owner is None]
-
-    def _take(self, lane: Lane, slot: int) -> None:
-        self._owners[slot], lane.slot = lane, slot
-        self._touch(slot)
-
-    def _touch(self, slot: int) -> None:
-        self._clock += 1
-        self._used[slot] = self._clock
-
     def _end(self, lane: Lane) -> None:
         """A lane has ended; what its slot holds stays, for prompts that begin alike."""
         lane.done, lane.token = True, None
         task = lane.task
         if lane.slot >= 0:
-            self._owners[lane.slot] = None
-            self._touch(lane.slot)
-            if not self.options.prefix_cache and not task.pending:
-                self._slots.lengths[lane.slot] = 0
-            self._running = None
+            self._allocation.release(lane)
         if all(other.done for other in task.lanes):
             self._forget(task)
 
@@ -309,6 +265,23 @@ class OrtEngine:
         elif all(lane.slot < 0 for lane in task.lanes):
             self._waiting.remove(task.request.client, task)
 
+    def _search(self, task: Task, logits: np.ndarray, events: list[Event]) -> None:
+        """Advance the beams of a request; when the search ends, all answers come at once."""
+        if advance(task, logits, self._slots):
+            self._allocation.changed()
+            return
+        for choice, answer in enumerate(found_answers(task)):
+            if choice in task.cancelled:
+                continue
+            if answer is None:
+                events.append(self._event(task, choice, (), (), "cancelled"))
+                continue
+            self._generated += len(answer.ids)
+            scored = score_answer(task, answer.ids, self._slots, self.options.prefill_tokens)
+            reason: FinishReason = "stop" if answer.ended else "length"
+            events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
+        self._end_all(task)
+
     def _fail(self, task: Task, error: Exception, events: list[Event]) -> None:
         if task.ticket in self._tasks:
             events.append(Event(task.ticket, error=error))
@@ -320,7 +293,7 @@ class OrtEngine:
         """Give free slots to whose turn it is. Who needs more than are free waits for them, and nobody overtakes."""
         while len(self._waiting):
             task = self._waiting.first()
-            free = len(self._free())
+            free = len(self._allocation.free())
             if free < (len(task.lanes) if task.search is not None else 1):
                 return
             self._waiting.pop()
@@ -328,13 +301,13 @@ class OrtEngine:
             self._begin(task, first)
             if task.search is not None:
                 for lane in others:
-                    self._place(lane, np.zeros(0, np.int32))
+                    self._allocation.place(lane, np.zeros(0, np.int32))
 
     def _begin(self, task: Task, lane: Lane) -> None:
         """Have the prompt read into a slot of this lane."""
         task.reading = lane
         known = task.prompt[:0] if task.scored_prompt else task.prompt[:-1]  # the last one's logits are needed
-        task.fed = self._place(lane, known)
+        task.fed = self._allocation.place(lane, known)
         if not task.told:
             task.cached = task.fed
             self._cached += task.fed
@@ -346,50 +319,6 @@ class OrtEngine:
             self._reading.remove(task)
         task.reading = None
         self._forking.append(task)
-
-    def _place(self, lane: Lane, known: np.ndarray) -> int:
-        """Take a free slot that holds as much of `known (T,)` as can be found anywhere; how many tokens of it.
-
-        What the slot held otherwise goes to the pool.
-        """
-        slots, free = self._slots, self._free()
-        siblings = any(other is not lane and other.slot >= 0 for other in lane.task.lanes)
-        shared = slots.match(known) if self.options.prefix_cache or siblings else np.zeros(slots.count, np.int64)
-        pooled, length = self._pool.match(known) if len(known) else (None, 0)
-        source = int(shared.argmax())
-        best = max(int(shared[source]), length)
-        # A slot of which nothing is lost is taken as it is; then an empty one; then the one that was unused longest.
-        slot = min(
-            free, key=lambda s: (not 0 < best == shared[s] == slots.lengths[s], slots.lengths[s] > 0, self._used[s])
-        )
-        if shared[slot] == best:
-            self._retire(slot, best)
-            slots.lengths[slot] = best
-        else:
-            self._retire(slot, 0)
-            if int(shared[source]) == best:
-                slots.copy(source, slot, best)
-            elif pooled is not None:
-                slots.load(slot, pooled.tokens, pooled.values, best)
-        self._take(lane, slot)
-        if best and self._owners[source] is None and int(shared[source]) == best:
-            self._touch(source)
-        return best
-
-    def _retire(self, slot: int, kept: int) -> None:
-        """All but the first `kept` tokens of a slot are about to be overwritten."""
-        slots, length = self._slots, int(self._slots.lengths[slot])
-        if length == kept:
-            return
-        tokens = slots.contents[slot, :length]
-        elsewhere = slots.match(tokens)
-        elsewhere[slot] = 0
-        if not self.options.prefix_cache or elsewhere.max() == length or self._pool.covers(tokens):
-            return
-        if length - kept < WORTH_KEEPING or length > self._pool.capacity:
-            self._evictions += 1
-            return
-        self._pool.add(Prefix(tokens.copy(), slots.memory.save(slot, length)))
 
     def _read(self, events: list[Event]) -> None:
         """Read prompts, at most `prefill_tokens` tokens of them.
@@ -453,13 +382,13 @@ class OrtEngine:
             for lane in task.pending:
                 if lane.done:  # an earlier one has failed, and the request with it
                     continue
-                if not self._free():
+                if not self._allocation.free():
                     return
                 if task.logits is None or self._slots.match(task.prompt).max() < len(task.prompt):
                     self._forking.remove(task)
                     self._begin(task, lane)  # nobody read it, or the last one that held the prompt is overwritten
                     break
-                self._place(lane, task.prompt)
+                self._allocation.place(lane, task.prompt)
                 try:
                     self._draw([lane], task.logits, events)
                 except Exception as error:  # of a constraint, as in `_choose`
@@ -468,76 +397,6 @@ class OrtEngine:
                 if task in self._forking:
                     self._forking.remove(task)
                     task.logits = None
-
-    # -- beams ---------------------------------------------------------------------------------------------------------
-
-    def _search(self, task: Task, logits: np.ndarray, events: list[Event]) -> None:
-        """Advance all beams of a request from their `logits (B, V)`, in the order of `task.beams`."""
-        search, old = task.search, task.beams
-        assert search is not None
-        states = [lane.state for lane in old] if old[0].state.adjusts else []
-        parents = search.step(rank(logits, search.totals, search.wanted, states))
-        if not parents:
-            self._finish_beams(task, events)
-            return
-        # A beam that goes on keeps its slot for the first of its continuations; the others take slots of dead beams.
-        staying: dict[int, int] = {}
-        for place, parent in enumerate(parents):
-            staying.setdefault(parent, place)
-        spare = [lane for lane in task.lanes if lane not in [old[parent] for parent in staying]]
-        new: list[Lane] = []
-        for place, parent in enumerate(parents):
-            lane = old[parent]
-            if staying[parent] != place:
-                lane = spare.pop()
-                start = len(task.prompt) if lane.shares else 0
-                self._slots.copy(old[parent].slot, lane.slot, int(self._slots.lengths[old[parent].slot]), start)
-                lane.shares = True
-            new.append(lane)
-        if states:
-            copies = [old[parent].state.copy() for parent in parents]
-            for lane, one, token in zip(new, copies, search.tokens, strict=True):
-                one.accept(token)
-                lane.state = one
-        for lane in task.lanes:
-            lane.token = None
-        for lane, token in zip(new, search.tokens, strict=True):
-            lane.token = token
-        if new != old:
-            self._running = None
-        task.beams = new
-
-    def _finish_beams(self, task: Task, events: list[Event]) -> None:
-        """All answers at once. Choices for which no beam was found are cancelled by the engine."""
-        assert task.search is not None
-        found = task.search.finished[: task.request.sampling.n]
-        slot = task.beams[0].slot
-        for choice in range(task.request.sampling.n):
-            if choice in task.cancelled:
-                continue
-            if choice >= len(found):
-                events.append(self._event(task, choice, (), (), "cancelled"))
-                continue
-            answer = found[choice]
-            self._generated += len(answer.ids)
-            scored = self._score_answer(task, slot, answer.ids)
-            reason: FinishReason = "stop" if answer.ended else "length"
-            events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
-        self._end_all(task)
-
-    def _score_answer(self, task: Task, slot: int, answer: Sequence[int]) -> tuple[TokenScores, ...]:
-        """The scores of an answer that a search has found, if asked for: it is read once more, as no beam kept them."""
-        count = task.request.logprobs
-        if count is None or not answer:
-            return ()
-        start = len(task.prompt) - 1
-        self._slots.lengths[slot] = start
-        whole = np.concatenate([task.prompt[-1:], np.asarray(answer[:-1], np.int32)])
-        found: list[TokenScores] = []
-        for at in range(0, len(whole), self.options.prefill_tokens):
-            logits = self._slots.feed(slot, whole[at : at + self.options.prefill_tokens])
-            found += scores(logits, answer[at : at + len(logits)], count)
-        return tuple(found)
 
 
 def _context(most: int, options: EngineOptions) -> int:

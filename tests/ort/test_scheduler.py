@@ -43,8 +43,8 @@ def finish(engine: Engine, answers: dict[tuple[int, int], list[int]] | None = No
 
 def assert_empty(engine: OrtEngine) -> None:
     """Every slot was returned and nothing is remembered of any request."""
-    assert engine._owners == [None] * engine.options.slots
-    assert not (engine._tasks or engine._reading or engine._forking or len(engine._waiting) or engine._running)
+    assert engine._allocation.owners == [None] * engine.options.slots
+    assert not (engine._tasks or engine._reading or engine._forking or len(engine._waiting))
     stats = engine.stats()
     assert (stats.waiting, stats.running) == (0, 0)
     assert stats.cache_used <= stats.cache_capacity
@@ -484,9 +484,9 @@ def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator:
                 found[event.ticket, event.choice] += event.tokens
                 if event.finish_reason is not None:
                     whole.add((event.ticket, event.choice))
-        owned = [owner for owner in engine._owners if owner is not None]
+        owned = [owner for owner in engine._allocation.owners if owner is not None]
         assert len(owned) == len({id(owner) for owner in owned})
-        assert all(engine._owners[owner.slot] is owner and not owner.done for owner in owned)
+        assert all(engine._allocation.owners[owner.slot] is owner and not owner.done for owner in owned)
     while engine.busy:
         for event in engine.step():
             assert (event.ticket, event.choice) not in gone
