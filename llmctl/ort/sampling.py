@@ -132,7 +132,7 @@ def _keys(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """
     bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)  # -0 becomes 0
     falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
-    return (falling.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)  # type: ignore[no-any-return]
+    return (falling.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
 
 
 @dataclass(frozen=True)
