@@ -250,7 +250,7 @@ async def _accept(
             max_tokens=asked.max_tokens,
             operation="chat" if kind == "chat" else "text_completion",
             stream=body.stream,
-            settings=settings(body),
+            settings={**settings(body), **{"seed": prompt.request.sampling.seed for prompt in asked.prompts[:1]}},
             prompts=[list(prompt.request.prompt) for prompt in asked.prompts],
         )
         job = None
