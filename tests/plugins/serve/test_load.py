@@ -50,7 +50,9 @@ def test_a_client_that_leaves_ends_the_generation(scripted, byte_tokenizer, stre
         client.sendall(raw_request(body))
         wait_until(lambda: generator.generated > 20)
         client.close()
-        wait_until(lambda: "llmctl_cancelled_total 1.0" in server.get("/metrics")[1])
+        wait_until(
+            lambda: 'llmctl_cancelled_total{model="byte-model",reason="client_left"} 1.0' in server.get("/metrics")[1]
+        )
         assert generator.generated < 2000
         generator.default = "ok"
         assert server.client.chat.completions.create(model="byte-model", messages=QUESTION).choices
@@ -76,13 +78,13 @@ def test_metrics_count_what_happened(server):
     text = server.get("/metrics")[1]
     prompt = len(server.service.tokenizer.encode_chat(QUESTION, add_generation_prompt=True).ids)
     for line in (
-        'llmctl_requests_total{path="/v1/chat/completions",status="200"} 1.0',
-        'llmctl_requests_total{path="/v1/chat/completions",status="400"} 1.0',
-        "llmctl_completion_tokens_total 8.0",
-        f"llmctl_prompt_tokens_total {prompt}.0",
-        "llmctl_time_to_first_token_seconds_count 1.0",
-        "llmctl_inter_token_seconds_count 7.0",
-        "llmctl_queue_depth 0.0",
+        'llmctl_requests_total{model="byte-model",route="/v1/chat/completions",status="200"} 1.0',
+        'llmctl_requests_total{model="none",route="/v1/chat/completions",status="400"} 1.0',
+        'llmctl_completion_tokens_total{model="byte-model"} 8.0',
+        f'llmctl_prompt_tokens_total{{model="byte-model"}} {prompt}.0',
+        'llmctl_time_to_first_token_seconds_count{model="byte-model"} 1.0',
+        'llmctl_inter_token_seconds_count{model="byte-model"} 7.0',
+        'llmctl_queue_depth{model="byte-model"} 0.0',
     ):
         assert line in text.splitlines(), line
     assert "python_gc" not in text  # a registry of its own
