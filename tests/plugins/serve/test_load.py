@@ -50,9 +50,8 @@ def test_a_client_that_leaves_ends_the_generation(scripted, byte_tokenizer, stre
         client.sendall(raw_request(body))
         wait_until(lambda: generator.generated > 20)
         client.close()
-        wait_until(
-            lambda: 'llmctl_cancelled_total{model="byte-model",reason="client_left"} 1.0' in server.get("/metrics")[1]
-        )
+        line = 'llmctl_cancelled_total{model="byte-model",reason="client_left"} 1.0'
+        wait_until(lambda: line in server.get("/metrics")[1])
         assert generator.generated < 2000
         generator.default = "ok"
         assert server.client.chat.completions.create(model="byte-model", messages=QUESTION).choices
