@@ -28,8 +28,9 @@ def register_stages() -> list[Stage]:
 
 @hookimpl
 def register_commands() -> list[Command]:
-    """Offer `chat` and `generate`."""
+    """Offer `chat`, `generate` and `bench`."""
     return [
         Command(name="chat", help="Talk to a model in the terminal.", target="llmctl_serve.chat:chat"),
         Command(name="generate", help="Continue a text with a model.", target="llmctl_serve.chat:generate"),
+        Command(name="bench", help="Measure a server under load.", target="llmctl_serve.bench.command:bench"),
     ]
