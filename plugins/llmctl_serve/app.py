@@ -15,6 +15,7 @@ from llmctl_serve.answers import answer_stream, answer_whole, chat_answer, compl
 from llmctl_serve.errors import ApiError, from_validation
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.middleware import ApiKey, BodyLimit, Observed
+from llmctl_serve.pages import mount_page
 from llmctl_serve.requests import ChatRequest, CompletionRequest
 from llmctl_serve.service import Service
 from llmctl_serve.worker import QueueFullError, Worker
@@ -28,6 +29,8 @@ def create_app(service: Service, worker: Worker, metrics: ServerMetrics, api_key
     _add_models(app, service)
     _add_operations(app, service, worker, metrics)
     _add_generation(app, service, worker, metrics)
+    if service.params.page:
+        mount_page(app)
     _add_errors(app, warn)
     # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, limit=service.params.max_request_bytes)

@@ -30,6 +30,7 @@ class ServeParams(Params):
     drain_seconds: int = Field(
         default=20, ge=0, description="time that running requests get to finish after a stop signal"
     )
+    page: bool = Field(default=True, description="offer a page to chat with the model at /")
     api_key_env: str | None = Field(
         default=None, min_length=1, description="environment variable that holds the key clients must send"
     )

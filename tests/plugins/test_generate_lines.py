@@ -86,7 +86,8 @@ def test_stdin_and_sampling_of_a_line(bundle, tmp_path):
 def test_bad_lines_have_errors_that_name_them_and_the_others_answers(bundle, tmp_path):
     rows = [
         "{oops", "[1]", {"id": "none"}, ask("loads?", temperature="hot"), ask("loads?", temperature=-1),
-        {"prompt": "x" * 90}, {"prompt": "a", "messages": []}, ask("loads?", id="good"), ask("q", n=2), ask("q", logit_bias={"a": 1}),
+        {"prompt": "x" * 90}, {"prompt": "a", "messages": []}, ask("loads?", id="good"), ask("q", n=2),
+        ask("q", logit_bias={"a": 1}),
     ]  # fmt: skip
     source = write_lines(tmp_path / "in.jsonl", rows)
     target = tmp_path / "out.jsonl"
