@@ -115,7 +115,7 @@ class LocalAnswers:
         from llmctl.text.streaming import completion_of
 
         found = []
-        for prompt, ids in zip(prompts, generator.generate(prompts, sampling), strict=True):
+        for prompt, ids in zip(prompts, generator.generate(prompts, sampling, *session.constraint), strict=True):
             ended = len(ids) < min(sampling.max_new_tokens, generator.room(prompt))
             whole = Candidate(ids, [], ended)
             found.append([Said(completion_of(session.tokenizer, whole, session.stop), whole)])

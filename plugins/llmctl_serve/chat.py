@@ -11,6 +11,7 @@ import click
 from llmctl import UsageError
 from llmctl_serve.candidates import Output
 from llmctl_serve.endpoint import is_url
+from llmctl_serve.forms import Form
 from llmctl_serve.options import options
 from llmctl_serve.remote import RemoteSession, open_remote
 from llmctl_serve.repl import Repl, show, use_history
@@ -30,14 +31,17 @@ def open_either(
     threads: int,
     stop: Sequence[str],
     given: dict[str, Any],
+    form: Form | None,
     system: str = "",
 ) -> Session | RemoteSession:
     """A model that is opened here, or one of the server at a URL."""
     if artifact is not None and is_url(artifact):
-        return open_remote(artifact, model, api_key_env, stop, given, system)
+        session = open_remote(artifact, model, api_key_env, stop, given, system)
+        session.form = form.fields() if form else {}
+        return session
     if model is not None or api_key_env is not None:
         raise UsageError("--model and --api-key-env are for a server", hint="give its URL: llmctl chat http://…")
-    return open_session(artifact, device, threads, stop, given, system)
+    return open_session(artifact, device, threads, stop, given, system, form)
 
 
 def write_answers(session: Session | RemoteSession, output: Output, prompt: Callable[[Session], list[int]]) -> None:
@@ -64,6 +68,7 @@ def chat(
     output: Output,
     model: str | None,
     api_key_env: str | None,
+    form: Form | None,
     history: bool,
     **given: Any,
 ) -> None:
@@ -79,7 +84,7 @@ def chat(
             f"{output.option} is not for a conversation, which goes on from one answer",
             hint="ask one question with --prompt, or pipe questions into the command",
         )
-    session = open_either(artifact, model, api_key_env, device, threads, stop, given, system)
+    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, system)
     if conversation:
         save = use_history(history)
         try:
@@ -112,6 +117,7 @@ def generate(
     output: Output,
     model: str | None,
     api_key_env: str | None,
+    form: Form | None,
     source: str | None,
     target: str,
     batch: int,
@@ -131,7 +137,7 @@ def generate(
     if source is not None:
         if prompt is not None:
             raise UsageError("both --prompt and --input are given", hint="leave one of them out")
-        session = open_either(artifact, model, api_key_env, device, threads, stop, given, system)
+        session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, system)
         answer_lines(session, artifact, given, output, source, target, batch, fail_fast, retry_errors)
         return
     for name, used in (("--output", target != "-"), ("--fail-fast", fail_fast), ("--retry-errors", retry_errors)):
@@ -144,7 +150,7 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     if not text:
         raise UsageError("the text to continue is empty", hint="give --prompt, or pipe a text into the command")
-    session = open_either(artifact, model, api_key_env, device, threads, stop, given)
+    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form)
     if output.streams:
         show(session.continue_text(text))
     else:

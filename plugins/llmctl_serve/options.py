@@ -10,6 +10,7 @@ import click
 
 from llmctl import UsageError
 from llmctl_serve.candidates import Output
+from llmctl_serve.forms import read_form
 
 EARLY: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
 OPTIONS = (
@@ -26,6 +27,9 @@ OPTIONS = (
     click.option("--frequency-penalty", type=float, help="Taken off a logit per occurrence in the answer."),
     click.option("--presence-penalty", type=float, help="Taken off the logits of tokens in the answer."),
     click.option("--logit-bias", multiple=True, metavar="ID=VALUE", help="Added to a token's logit; repeatable."),
+    click.option("--json-schema", "schema", metavar="FILE", help="Answers are JSON of this schema."),
+    click.option("--regex", help="Answers match this expression (Rust's syntax)."),
+    click.option("--grammar", metavar="FILE", help="Answers follow this grammar (Lark's notation, from `start`)."),
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
     click.option("--beams", type=click.IntRange(1), help="Follow this many likeliest answers; 1 is greedy."),
     click.option("--length-penalty", type=float, help="Answers are ranked by log-probability / length ** this."),
@@ -56,6 +60,9 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
         best_of: int | None,
         early_stopping: str | None,
         logit_bias: Sequence[str],
+        schema: str | None,
+        regex: str | None,
+        grammar: str | None,
         **given: Any,
     ) -> None:
         if best_of is not None:
@@ -66,6 +73,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             given["n"] = best_of
         output = Output(json=format_ == "json", logprobs=logprobs, best_of=best_of is not None, n=given["n"] or 1)
         early = None if early_stopping is None else EARLY[early_stopping]
+        given["form"] = read_form(schema, regex, grammar)
         command(output=output, early_stopping=early, logit_bias=parse_bias(logit_bias) or None, **given)
 
     wrapped: Callable[..., None] = run

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl import Artifact, UsageError
+from llmctl_serve.forms import Form
 from llmctl_serve.spent import Spent
 
 if TYPE_CHECKING:
@@ -28,8 +30,8 @@ class Session:
     stop: Sequence[str] = ()
     system: str = ""
     turns: list[dict[str, str]] = field(default_factory=list)
-    constraint: Constraint | None = None
-    """What every answer must look like, in its first state."""
+    form: Form | None = None
+    """What every answer must look like."""
     spent: Spent | None = None
     """On the last answer."""
     device: str = "auto"
@@ -39,6 +41,11 @@ class Session:
     def backend(self) -> str:
         """For a human."""
         return self.generator.backend
+
+    @cached_property
+    def constraint(self) -> tuple[Constraint, ...]:
+        """The form as an argument that a generator takes last; nothing where there is none."""
+        return () if self.form is None else (self.form.constraint(self.generator, self.tokenizer),)
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -56,6 +63,7 @@ class Session:
         """Talk to another model, which goes on with this conversation and answers as its own defaults say."""
         other = open_session(name, self.device, self.threads, self.stop, {})
         self.generator, self.tokenizer, self.sampling = other.generator, other.tokenizer, other.sampling
+        self.__dict__.pop("constraint", None)  # it is of the other model's tokens
 
     def tokens(self) -> str:
         """How much of the context the conversation takes."""
@@ -108,7 +116,7 @@ class Session:
 
         spent = Spent(prompt=len(ids))
         try:
-            for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop):
+            for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop, *self.constraint):
                 spent.note(len(delta.token_ids))
                 yield delta.text
         finally:
@@ -130,7 +138,13 @@ def find_model(text: str | None) -> Artifact:
 
 
 def open_session(
-    artifact: str | None, device: str, threads: int, stop: Sequence[str], given: dict[str, Any], system: str = ""
+    artifact: str | None,
+    device: str,
+    threads: int,
+    stop: Sequence[str],
+    given: dict[str, Any],
+    system: str = "",
+    form: Form | None = None,
 ) -> Session:
     """Open a model; `given` overrides its `generation_config.json`, None leaves a value as it is."""
     from llmctl.registry import get_registry
@@ -141,4 +155,4 @@ def open_session(
     sampling = default_sampling(found.path, **{key: value for key, value in given.items() if value is not None})
     tokenizer = Tokenizer.load(found.path)
     generator = get_registry().open_generator(found, device=device, threads=threads)
-    return Session(generator, tokenizer, sampling, stop, system, device=device, threads=threads)
+    return Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)

@@ -222,3 +222,52 @@ def test_a_kill_loses_no_line_that_was_answered(tmp_path):
     found = read_lines(target.read_text())
     assert [(row["id"], row["text"]) for row in found] == [(i + 1, f"p{i}") for i in range(40)]
     assert len(stub.bodies) <= 40 + 2 * 4  # those under way were asked again, no others
+
+
+def test_answers_have_the_form_that_is_asked_for(real_models, tmp_path):
+    """A random model writes JSON of the schema all the same; on a server the form becomes a field of the request."""
+    jsonschema = pytest.importorskip("jsonschema")
+    pytest.importorskip("llguidance")
+    _, onnx = real_models
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "grammar.lark").write_text('start: "yes" | "no"')
+    source = write_lines(
+        tmp_path / "in.jsonl", [ask("q"), ask("r", temperature=1.0, seed=1), ask("s", temperature=1.0, n=2)]
+    )
+    flags = ("--input", source, "--max-new-tokens", 40)
+    rows = read_lines(invoke(onnx.path, *flags, "--json-schema", tmp_path / "schema.json").stdout)
+    for text in [rows[0]["text"], rows[1]["text"], *(one["text"] for one in rows[2]["candidates"])]:
+        jsonschema.validate(json.loads(text), schema)
+    assert invoke(onnx.path, "--prompt", "q", "--regex", "[ab]{3}c").stdout.strip() in {
+        x + y + z + "c" for x in "ab" for y in "ab" for z in "ab"
+    }  # fmt: skip
+    assert invoke(onnx.path, "--prompt", "q", "--grammar", tmp_path / "grammar.lark", command=chat).stdout in (
+        "yes\n", "no\n",
+    )  # fmt: skip
+    with Stub() as stub:
+        invoke(stub.url, *flags, "--regex", "a+")
+        assert stub.bodies[0]["guided_regex"] == "a+"
+    with pytest.raises(UsageError, match="contradict"):
+        invoke(onnx.path, "--prompt", "q", "--regex", "a", "--grammar", "b")
+    with pytest.raises(InputError, match="cannot be read"):
+        invoke(onnx.path, "--prompt", "q", "--json-schema", tmp_path / "none")
+
+
+def test_penalties_and_bias_reach_the_model(real_models):
+    _, onnx = real_models
+
+    def text(*flags):
+        return invoke(onnx.path, "--prompt", "ab", "--max-new-tokens", 12, "--format", "json", *flags).stdout
+
+    biased = text("--logit-bias", "70=1000")
+    assert biased != text()
+    assert json.loads(biased)["candidates"][0]["tokens"] == 12
+    assert text("--logit-bias", "70=1000", "--frequency-penalty", 2000) != biased
+    with pytest.raises(UsageError, match="no ID=VALUE"):
+        text("--logit-bias", "x=1")

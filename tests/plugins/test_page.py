@@ -33,6 +33,7 @@ class Server:
     def __init__(self):
         self.parts, self.delay, self.asked, self.left = ["Hello", " there"], 0.0, [], 0
         self.scores, self.key, self.broken, self.url = True, "", False, ""
+        self.fault = ""
 
     def app(self):
         app = FastAPI(telemetry={"tracing": False, "metrics": False, "logs": False})
@@ -48,6 +49,8 @@ class Server:
         async def chat(request: Request):
             body = await request.json()
             self.asked.append(body)
+            if self.fault:
+                return JSONResponse({"error": {"message": self.fault}}, 500)
             if body.get("logprobs") and not self.scores:
                 message = "`logprobs` is not supported together with `stream`"
                 return JSONResponse({"error": {"message": message}}, 400)
@@ -270,13 +273,18 @@ def test_text_is_never_markup(opened, server, scores):
 
 def test_errors_are_said_in_words(opened, server):
     server.key = KEY
-    with opened("401") as page:
+    with opened("Failed to load resource") as page:
         playwright.expect(page.locator("#problem")).to_contain_text("the API key is missing or wrong (status 401)")
         page.locator("#settings-button").click()
         page.locator("#key").fill(KEY)
         page.locator("#key").blur()
         playwright.expect(page.locator("#problem")).to_be_hidden()
-        server.broken = True
+        server.fault = "the server failed on this request"
+        ask(page, "my question")
+        playwright.expect(page.locator("#problem")).to_contain_text("the server failed on this request (status 500)")
+        playwright.expect(page.locator(".turn")).to_have_count(0)
+        assert page.locator("#question").input_value() == "my question"  # it is not lost
+        server.fault, server.broken = "", True
         ask(page, "hello")
         playwright.expect(page.locator("#problem")).to_contain_text("broke off")
         answered(page, "Hello there")  # what came is kept

@@ -117,11 +117,13 @@ async function* events(response) {
 
 // -- asking -----------------------------------------------------------------------------------------------------------
 
-async function answer() {
+// Answers the last turn. Without a word of an answer the conversation is `before` again; true if there was one.
+async function answer(before) {
   const system = $("system").value.trim();
   const messages = turns.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: "system", content: system });
   const turn = { role: "assistant", content: "", tokens: [], note: "" };
+  const held = []; // tokens whose text has not come yet: parts of a character, or of what may be a stop string
   running = new AbortController();
   turns.push(turn);
   const item = show(turn, turns.length - 1);
@@ -130,11 +132,13 @@ async function answer() {
   explain("");
   const begun = performance.now();
   let usage = null;
+  let ended = false;
   try {
     for await (const event of events(await request(messages, running.signal))) {
       usage = event.usage || usage;
-      for (const choice of event.choices || []) take(turn, item, choice);
+      for (const choice of event.choices || []) take(turn, item, choice, held);
     }
+    ended = true;
     if (!turn.note) turn.note = counted(usage, (performance.now() - begun) / 1000);
   } catch (error) {
     if (error.name === "AbortError") turn.note = "stopped";
@@ -144,15 +148,17 @@ async function answer() {
     }
   }
   running = null;
-  if (!turn.content && turn.note !== "stopped" && !$("problem").hidden) turns.pop();
+  const good = ended || turn.content !== "";
+  if (!good) turns = before;
   if (turn.tokens.map((token) => token.text).join("") !== turn.content) delete turn.tokens;
   $("live").textContent = turn.content;
   busy(false);
   save();
   draw();
+  return good;
 }
 
-function take(turn, item, choice) {
+function take(turn, item, choice, held) {
   const text = (choice.delta || {}).content || "";
   const found = (choice.logprobs || {}).content || [];
   if (choice.finish_reason === "length") turn.note = "ended at the limit of tokens";
@@ -160,8 +166,14 @@ function take(turn, item, choice) {
   turn.content += text;
   for (const one of found) {
     const top = (one.top_logprobs || []).map((other) => [other.token, other.logprob]);
-    turn.tokens.push({ text: one.token, logprob: one.logprob, top });
+    held.push({ text: one.token, logprob: one.logprob, top });
   }
+  if (!text) return;
+  const same = held.map((token) => token.text).join("") === text;
+  const sum = held.reduce((total, token) => total + token.logprob, 0);
+  if (same) turn.tokens.push(...held);
+  else if (held.length) turn.tokens.push({ text, logprob: sum, top: [] });
+  held.length = 0;
   const place = item.querySelector(".text");
   const down = $("conversation").parentElement;
   const atEnd = down.scrollHeight - down.scrollTop - down.clientHeight < 60;
@@ -174,17 +186,18 @@ function counted(usage, seconds) {
   return `${usage.completion_tokens} tokens, ${(usage.completion_tokens / seconds).toFixed(1)} tokens/s`;
 }
 
-function send(text) {
+async function send(text, before = [...turns]) {
   if (running || !text.trim()) return;
   turns.push({ role: "user", content: text });
   draw();
-  answer();
+  if (!(await answer(before)) && !$("question").value) $("question").value = text; // nothing typed is lost
 }
 
 function again(at) {
+  const before = turns;
   turns = turns.slice(0, at);
   draw();
-  answer();
+  answer(before);
 }
 
 // -- the page ---------------------------------------------------------------------------------------------------------
@@ -237,8 +250,9 @@ function edit(item, at) {
   area.setAttribute("aria-label", "Edit the question");
   const done = () => {
     if (!area.value.trim()) return;
+    const before = turns;
     turns = turns.slice(0, at);
-    send(area.value);
+    send(area.value, before);
   };
   area.addEventListener("keydown", (event) => {
     if (enters(event)) {
