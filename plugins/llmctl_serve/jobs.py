@@ -93,7 +93,8 @@ def _read_job(line: bytes, number: int, where: str) -> Job:
         return Job(number, where, problem=LineError("bad_line", f"{where} is no JSON: {error}"))
     if not isinstance(row, dict):
         return Job(number, where, problem=LineError("bad_line", f"{where} is no JSON object"))
-    overrides, carried = {}, {}
+    overrides: dict[str, Any] = {}
+    carried: dict[str, Any] = {}
     for key, value in row.items():
         own = ALIASES.get(key, key)
         if own in OVERRIDES:
