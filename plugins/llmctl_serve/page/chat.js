@@ -175,7 +175,7 @@ function take(turn, item, choice, held) {
   else if (held.length) turn.tokens.push({ text, logprob: sum, top: [] });
   held.length = 0;
   const place = item.querySelector(".text");
-  const down = $("conversation").parentElement;
+  const down = scroller();
   const atEnd = down.scrollHeight - down.scrollTop - down.clientHeight < 60;
   place.append(document.createTextNode(text));
   if (atEnd) down.scrollTop = down.scrollHeight;
@@ -222,8 +222,13 @@ function draw() {
   $("conversation").replaceChildren();
   turns.forEach(show);
   $("empty").hidden = turns.length > 0;
-  const down = $("conversation").parentElement;
+  const down = scroller();
   down.scrollTop = down.scrollHeight;
+}
+
+function scroller() {
+  const main = $("conversation").parentElement;
+  return getComputedStyle(main).overflowY === "visible" ? main.parentElement : main; // narrow screens scroll as a whole
 }
 
 function show(turn, at) {
