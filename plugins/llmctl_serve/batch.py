@@ -329,7 +329,8 @@ def answer_file(answerer: Answerer, source: str, target: str, fail_fast: bool, r
         progress.end()
     if progress.failed:
         hint = "the same command with --retry-errors asks them again" if target != STDIO else None
-        raise StageError(f"{progress.failed} lines have no answer; the first: {progress.first}", hint=hint)
+        lines = "1 line has" if progress.failed == 1 else f"{progress.failed} lines have"
+        raise StageError(f"{lines} no answer; the first: {progress.first}", hint=hint)
 
 
 def _up_to_failure(rows: list[Row]) -> list[Row]:

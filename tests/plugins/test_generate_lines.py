@@ -126,7 +126,7 @@ def test_a_second_run_goes_on_where_the_first_one_was_killed(bundle, model, tmp_
 def test_errors_are_asked_again_when_that_is_wanted(bundle, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", [ask("a"), {"prompt": "x" * 90, "id": "long"}, ask("b")])
     target = tmp_path / "out.jsonl"
-    with pytest.raises(StageError, match="1 lines have no answer"):
+    with pytest.raises(StageError, match="1 line has no answer"):
         invoke(bundle, "--input", source, "--output", target)
     invoke(bundle, "--input", source, "--output", target)  # an error is an end too
     write_lines(source, [ask("a"), {"prompt": "x", "id": "long", "max_tokens": 2}, ask("b")])
@@ -171,7 +171,7 @@ def test_a_server_answers_lines_in_order_though_the_first_takes_longest(tmp_path
     )
     with (
         Stub(plan) as stub,
-        pytest.raises(StageError, match="1 lines have no answer; the first: .*in.jsonl:3: planted"),
+        pytest.raises(StageError, match="1 line has no answer; the first: .*in.jsonl:3: planted"),
     ):
         target = tmp_path / "out.jsonl"
         invoke(stub.url, "--input", source, "--output", target, "--batch", 3, "--system", "be kind", "--min-p", 0.1)
