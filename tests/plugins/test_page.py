@@ -315,7 +315,9 @@ def test_narrow_screens_do_not_scroll_sideways(opened, server, tmp_path):
         ask(page, "A question that is longer than the narrow screen is wide, so that it has to be broken")
         playwright.expect(page.locator(".assistant .text")).to_contain_text("xxx")
         playwright.expect(page.locator("#send")).to_be_visible()
-        playwright.expect(page.get_by_role("button", name="Regenerate")).to_be_in_viewport()  # scrolled to the end
+        playwright.expect(page.get_by_role("button", name="Regenerate")).to_be_in_viewport(
+            ratio=1
+        )  # scrolled to the end
         shoot(page, tmp_path, "narrow")
         page.locator("#settings-button").click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
