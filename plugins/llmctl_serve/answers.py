@@ -241,7 +241,7 @@ async def _accept(
             max_tokens=asked.max_tokens,
             operation="chat" if kind == "chat" else "text_completion",
             stream=body.stream,
-            settings=settings(body),
+            settings={**settings(body), "seed": asked.prompts[0].request.sampling.seed if asked.prompts else None},
             prompts=[list(prompt.request.prompt) for prompt in asked.prompts],
         )
         job = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Guard:
             Observed,
             metrics=self.metrics,
             warn=self.warn,
-            routes=lambda: _plain_routes(app),
+            routes=cache(lambda: _plain_routes(app)),
             access=self.access,
             requests=self.requests,
             tracing=self.tracing,
@@ -105,4 +106,6 @@ class Guard:
 
 
 def _plain_routes(app: FastAPI) -> frozenset[str]:
-    return frozenset(path for route in app.routes if "{" not in (path := getattr(route, "path", "{")))
+    """Paths without parameters: those of the schema, and of pages that are not in it."""
+    own = [getattr(route, "path", "{") for route in app.routes]
+    return frozenset(path for path in (*app.openapi()["paths"], *own) if "{" not in path)
