@@ -42,8 +42,9 @@ class GrammarConstraint:
             return ends
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        bits = np.unpackbits(packed, count=len(self._usable), bitorder="little").view(np.bool_)
-        return bits & self._usable
+        bits: np.ndarray = np.unpackbits(packed, count=len(self._usable), bitorder="little").view(np.bool_)
+        bits &= self._usable
+        return bits
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token, which the mask allowed."""
@@ -51,7 +52,6 @@ class GrammarConstraint:
             return
         if not self._matcher.consume_token(token):
             self._check()
-            raise ValueError(f"token {token} was not allowed here")
 
     def copy(self) -> GrammarConstraint:
         """A second one in the same state."""
@@ -77,7 +77,8 @@ class Constraints:
         self.vocab_size, self.eos_ids = vocab_size, frozenset(id for id in eos_ids if id < vocab_size)
         if not self.eos_ids:
             raise UsageError("the model has no EOS id, so an answer of a given form could not end")
-        self._tokenizer = _open(tokenizer, vocab_size, sorted(self.eos_ids))
+        self.tokenizer = tokenizer
+        self._matched = _open(tokenizer, vocab_size, sorted(self.eos_ids))
         usable = np.zeros(vocab_size, np.bool_)
         usable[: tokenizer.vocab_size] = True
         usable[[id for id in tokenizer.special_ids if id < vocab_size]] = False
@@ -86,12 +87,19 @@ class Constraints:
         self._usable = usable
         self._compiled: Callable[[str], GrammarConstraint] = lru_cache(COMPILED)(self._compile)
 
-    def json_schema(self, schema: Mapping[str, Any] | bool) -> GrammarConstraint:
-        """JSON that `schema` accepts (draft 2020-12 as far as llguidance knows it). UsageError names what it lacks."""
+    def json_schema(self, schema: Mapping[str, Any] | bool, white_space: str = WHITE_SPACE) -> GrammarConstraint:
+        """JSON that `schema` accepts (draft 2020-12 as far as llguidance knows it). UsageError names what it lacks.
+
+        Between its parts may stand what `white_space` matches, or nothing.
+        """
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, Mapping):
+            raise UsageError(f"a JSON schema is an object, not {json.dumps(schema, default=str)}")
         if problem := _schema_problem(schema):
             path = _path_to(problem, schema, schema)
             raise UsageError(f"the JSON schema is refused at {path}: {problem}", hint="correct or leave out that part")
-        return self._compiled(_json_grammar(schema)).copy()
+        return self._compiled(_json_grammar(schema, white_space)).copy()
 
     def json_object(self) -> GrammarConstraint:
         """Any JSON object."""
@@ -110,6 +118,11 @@ class Constraints:
             raise UsageError("the grammar is empty", hint="give at least a rule `start: …`")
         return self._built("grammar", _library().LLMatcher.grammar_from_lark(lark))
 
+    def embedded(self, schema: Mapping[str, Any], white_space: str = WHITE_SPACE) -> str:
+        """JSON that `schema` accepts, as a part of a rule of a `grammar`."""
+        options = {"x-guidance": {"whitespace_pattern": white_space}}
+        return f"%json {json.dumps({**options, **schema})}"
+
     def choices(self, texts: Sequence[str]) -> GrammarConstraint:
         """One of these texts."""
         if not texts or not all(texts):
@@ -126,7 +139,7 @@ class Constraints:
         return self._compiled(grammar).copy()
 
     def _compile(self, grammar: str) -> GrammarConstraint:
-        matcher = _library().LLMatcher(self._tokenizer, grammar, log_level=0)
+        matcher = _library().LLMatcher(self._matched, grammar, log_level=0)
         if matcher.is_error():
             raise UsageError(f"the constraint is refused: {_one_line(matcher.get_error())}", hint="make it simpler")
         return GrammarConstraint(matcher, self._usable, self.eos_ids)
@@ -154,18 +167,21 @@ def _library() -> Any:
 def _open(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> llguidance.LLTokenizer:
     source = (tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8")
     try:
-        return _library().LLTokenizer(source, n_vocab=max(vocab_size, tokenizer.vocab_size), eos_token=eos_ids)
+        opened: llguidance.LLTokenizer = _library().LLTokenizer(
+            source, n_vocab=max(vocab_size, tokenizer.vocab_size), eos_token=eos_ids
+        )
     except ValueError as error:
         raise UsageError(
             f"answers of a given form need a tokenizer of bytes, that of {tokenizer.directory} is none: "
             f"{_one_line(str(error))}",
             hint="use a model with a byte-level BPE, or one with byte fallback",
         ) from error
+    return opened
 
 
-def _json_grammar(schema: Any) -> str:
+def _json_grammar(schema: Any, white_space: str = WHITE_SPACE) -> str:
     grammar: str = _library().LLMatcher.grammar_from_json_schema(
-        json.dumps(schema, sort_keys=False), overrides={"whitespace_pattern": WHITE_SPACE}
+        json.dumps(schema, sort_keys=False), overrides={"whitespace_pattern": white_space}
     )
     return grammar
 
