@@ -138,7 +138,7 @@ class OneByOne:
 
     def _tokens(self, request: Request) -> Iterator[int]:
         guide = {} if request.constraint is None else {"constraint": request.constraint}
-        return self._generator.stream(request.prompt, request.sampling, **guide)  # type: ignore[arg-type]
+        return self._generator.stream(request.prompt, request.sampling, **guide)
 
     def _streamed(self, ticket: int, request: Request) -> Iterator[list[Event]]:
         limit, count = request.sampling.max_new_tokens, 0
@@ -171,7 +171,7 @@ class OneByOne:
         found: Sequence[Candidate] = self._generator.candidates(
             request.prompt,
             request.sampling,
-            **guide,  # type: ignore[arg-type]
+            **guide,
         )
         events = []
         for choice, one in enumerate(found):

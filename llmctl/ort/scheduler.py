@@ -218,7 +218,8 @@ class OrtEngine:
             if lane.token is None:
                 self._allocation.changed()
             lane.token = tokens[-1]
-        events.append(self._event(lane.task, lane.choice, tuple(tokens[:kept]), tuple(scored[:kept]), reason))
+        shown = tuple(scored[: kept + (reason == "stop")])  # an end has a score too
+        events.append(self._event(lane.task, lane.choice, tuple(tokens[:kept]), shown, reason))
         if reason is not None:
             self._end(lane)
 

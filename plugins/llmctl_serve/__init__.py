@@ -29,9 +29,10 @@ def register_stages() -> list[Stage]:
 
 @hookimpl
 def register_commands() -> list[Command]:
-    """Offer `chat`, `generate` and `keys`."""
+    """Offer `chat`, `generate`, `bench` and `keys`."""
     return [
         Command(name="chat", help="Talk to a model in the terminal.", target="llmctl_serve.chat:chat"),
         Command(name="generate", help="Continue a text with a model.", target="llmctl_serve.chat:generate"),
+        Command(name="bench", help="Measure a server under load.", target="llmctl_serve.bench.command:bench"),
         Command(name="keys", help="Make and revoke a server's API keys.", target="llmctl_serve.key_commands:keys"),
     ]

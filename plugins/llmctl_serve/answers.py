@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.requests import Request
 
 from llmctl import LlmctlError
 from llmctl.engine import TokenScores
 from llmctl.text.grounding import REFUSAL, CitationFilter, citations, missing_citation, quote
+from llmctl_serve.constraining import CallReader
 from llmctl_serve.conversations import ChatRequest
 from llmctl_serve.errors import ApiError
 from llmctl_serve.exchange import Exchange, exchange_of
@@ -31,16 +32,6 @@ from llmctl_serve.responses import (
 from llmctl_serve.service import Asked, Service
 from llmctl_serve.speech import Piece
 from llmctl_serve.worker import Job
-
-
-class Reader(Protocol):
-    """Separates calls of tools from what is said, while it comes."""
-
-    def add(self, text: str) -> tuple[str, list[dict[str, Any]]]:
-        """(what is said, chunks of calls as in `delta.tool_calls`) of further text."""
-
-    def flush(self) -> tuple[str, list[dict[str, Any]]]:
-        """What was held back, at the end."""
 
 
 @dataclass
@@ -67,18 +58,17 @@ class Answer:
         self.done = [Answered(scores=[] if scored else None) for _ in range(count)]
         grounding = self.asked.grounding
         self._filters = [CitationFilter(len(grounding.passages) if grounding else 0) for _ in range(count)]
-        self._readers: list[Reader | None] = [self._reader() for _ in range(count)]
+        self._readers: list[CallReader | None] = [self._reader() for _ in range(count)]
 
     @property
     def service(self) -> Service:
         """The model's service."""
         return self.model.service
 
-    def _reader(self) -> Reader | None:
+    def _reader(self) -> CallReader | None:
         if not isinstance(self.body, ChatRequest) or not self.body.callable_tools or self.job is None:
             return None
-        assert self.service.constraints is not None
-        return self.service.constraints.reader(self.body)
+        return CallReader(self.body)
 
     @property
     def _echoes(self) -> bool:
@@ -128,7 +118,8 @@ class Answer:
     def _part(self, piece: Piece) -> Part:
         answer = self.done[piece.index]
         answer.tokens += piece.tokens
-        text, calls, scores = piece.text, [], self._scores(piece)
+        text, scores = piece.text, self._scores(piece)
+        calls: list[dict[str, Any]] = []
         answer.total += sum(one.logprob for one, _ in piece.scores)
         if piece.finish_reason is not None and piece.end is not None:
             answer.total += piece.end.logprob

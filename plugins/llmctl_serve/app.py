@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,7 @@ from llmctl_serve.errors import ApiError, from_validation
 from llmctl_serve.guard import Guard
 from llmctl_serve.models import Models
 from llmctl_serve.operations import model_routes, operation_routes
+from llmctl_serve.pages import mount_page
 from llmctl_serve.requests import CompletionRequest
 from llmctl_serve.schemas import ChatCompletion, Completion, errors, streamed
 from llmctl_serve.tokens import token_routes
@@ -26,8 +28,8 @@ from llmctl_serve.tokens import token_routes
 Warn = Callable[[str], None]
 
 
-def create_app(models: Models, guard: Guard, warn: Warn) -> FastAPI:
-    """The application, with its guard around it."""
+def create_app(models: Models, guard: Guard, warn: Warn, page: bool = False) -> FastAPI:
+    """The application, with its guard around it; `page`: with the chat page."""
     # Traces are our own, and /docs would load scripts from elsewhere.
     app = FastAPI(
         title="llmctl",
@@ -42,9 +44,26 @@ def create_app(models: Models, guard: Guard, warn: Warn) -> FastAPI:
     app.include_router(model_routes(models))
     app.include_router(operation_routes(models, guard.metrics))
     app.include_router(admin_routes(models))
+    if page:
+        mount_page(app)
     _add_errors(app, warn)
     guard.protect(app)
+    _describe_truly(app)
     return app
+
+
+def _describe_truly(app: FastAPI) -> None:
+    """FastAPI describes a 422 of its own for every route; here a wrong field is a 400 in OpenAI's form."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _add_generation(app: FastAPI, models: Models) -> None:

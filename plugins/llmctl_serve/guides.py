@@ -68,16 +68,13 @@ class Guided(Strict):
 
 def guide_of(body: Guided, form: ResponseFormat | None = None) -> Guide | None:
     """The form that a request prescribes, if it prescribes one. ValueError for two at once."""
-    found = [
-        Guide(kind, value, param)
-        for kind, value, param in (
-            ("schema", body.guided_json, "guided_json"),
-            ("regex", body.guided_regex, "guided_regex"),
-            ("choice", body.guided_choice, "guided_choice"),
-            ("grammar", body.guided_grammar, "guided_grammar"),
-        )
-        if value is not None
+    named: list[tuple[Kind, Any, str]] = [
+        ("schema", body.guided_json, "guided_json"),
+        ("regex", body.guided_regex, "guided_regex"),
+        ("choice", body.guided_choice, "guided_choice"),
+        ("grammar", body.guided_grammar, "guided_grammar"),
     ]
+    found = [Guide(kind, value, param) for kind, value, param in named if value is not None]
     if (structured := body.structured_outputs) is not None:
         param = "structured_outputs"
         asked: list[tuple[Kind, Any]] = [

@@ -18,7 +18,7 @@ from llmctl.store.signing import require_signed
 from llmctl.text.pooling import says_pooling
 from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
-from llmctl_serve.constraining import Constraints
+from llmctl_serve.constraining import Forms
 from llmctl_serve.defaults import default_sampling
 from llmctl_serve.params import ServeParams
 from llmctl_serve.service import Service
@@ -55,7 +55,7 @@ class Opener:
             engine=engine,
             default=default_sampling(artifact.path),
             index=self.index,
-            constraints=Constraints(tokenizer, engine.vocab_size, engine.eos_ids),
+            forms=Forms(tokenizer, engine.vocab_size, engine.eos_ids),
         )
 
     def _open(self, artifact: Artifact) -> Generator | OrtEncoder:

@@ -53,6 +53,7 @@ class ServeParams(SafetyParams):
     drain_seconds: int = Field(
         default=20, ge=0, description="time that running requests get to finish after a stop signal"
     )
+    page: bool = Field(default=True, description="offer a page to chat with the model at /")
     require_signed_by: str | None = Field(
         default=None,
         min_length=1,

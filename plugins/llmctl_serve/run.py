@@ -47,7 +47,7 @@ def run(
     with closing(Guard(params, metrics, api_key, ctx.warn)) as guard, listen(params.host, params.port) as listener:
         base = url(listener)
         models = open_models(ctx, params, metrics, model, index, draft)
-        app = create_app(models, guard, ctx.warn)
+        app = create_app(models, guard, ctx.warn, params.page)
         try:
             with HttpServer(app, listener, params.drain_seconds, models.close, **guard.uvicorn()) as server:
                 asked = smoke(ctx, params, models, listener, api_key) if params.mode == "smoke" else []

@@ -15,7 +15,7 @@ from llmctl.ort.encoder import OrtEncoder
 from llmctl.text.grounding import Grounds, find_grounds, grounded_prompt
 from llmctl.text.retrieval import Index, Passage
 from llmctl.text.tokenizer import Tokenizer
-from llmctl_serve.constraining import Constraints
+from llmctl_serve.constraining import Forms
 from llmctl_serve.conversations import ChatRequest, Retrieval
 from llmctl_serve.errors import ApiError
 from llmctl_serve.guides import guide_of
@@ -73,7 +73,7 @@ class Service:
     default: Sampling = field(default_factory=Sampling)
     index: Index | None = None
     created: int = field(default_factory=lambda: int(time.time()))
-    constraints: Constraints | None = None
+    forms: Forms | None = None
 
     @property
     def context_length(self) -> int:
@@ -223,11 +223,11 @@ class Service:
         tools = request.callable_tools if isinstance(request, ChatRequest) else []
         if guide is None and not tools:
             return None
-        assert self.constraints is not None
+        assert self.forms is not None
         if guide is not None:
-            return self.constraints.guided(guide)
+            return self.forms.guided(guide)
         assert isinstance(request, ChatRequest)
-        return self.constraints.calling(request)
+        return self.forms.calling(request)
 
     def sampling(self, request: CommonRequest, limit: int | None, draws: int = 1) -> Sampling:
         """What the request says, else the model's `generation_config.json`, beams included.

@@ -18,7 +18,7 @@ from llmctl.generator import Sampling
 from llmctl.one_by_one import OneByOne
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.app import create_app
-from llmctl_serve.constraining import Constraints
+from llmctl_serve.constraining import Forms
 from llmctl_serve.guard import Guard
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.models import Models
@@ -78,7 +78,7 @@ def make_service(generator, name=NAME, artifact=None, index=None, default=None, 
         engine=engine,
         index=index,
         default=default or Sampling(),
-        constraints=Constraints(generator.tokenizer, engine.vocab_size, engine.eos_ids),
+        forms=Forms(generator.tokenizer, engine.vocab_size, engine.eos_ids),
     )
 
 

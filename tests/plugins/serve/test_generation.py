@@ -133,10 +133,10 @@ def test_sampling_defaults_come_from_the_model(server, tmp_path):
     assert default_sampling(tmp_path) == Sampling()  # transformers is greedy without do_sample
     (tmp_path / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5, "top_p": 0.9}')
     assert default_sampling(tmp_path) == Sampling(temperature=0.5, top_k=50, top_p=0.9)
-    from llmctl_serve.requests import ChatRequest
+    from llmctl_serve.conversations import ChatRequest
 
     def sampling(**fields):
-        return server.service.sampling(ChatRequest(messages=QUESTION, **fields), 1, None)
+        return server.service.sampling(ChatRequest(messages=QUESTION, seed=1, **fields), None)
 
     assert sampling().temperature == 0
     assert sampling(temperature=0.3, top_p=0.5, top_k=4) == Sampling(temperature=0.3, top_p=0.5, top_k=4, seed=1)
@@ -145,7 +145,7 @@ def test_sampling_defaults_come_from_the_model(server, tmp_path):
     wanting = replace(server.service, default=own)
 
     def sampling(**fields):
-        return wanting.sampling(ChatRequest(messages=QUESTION, **fields), 1, None)
+        return wanting.sampling(ChatRequest(messages=QUESTION, seed=1, **fields), None)
 
     assert sampling() == sampling(temperature=0) == replace(own, seed=1)
     assert sampling(temperature=0.3) == Sampling(temperature=0.3, seed=1)
@@ -164,7 +164,7 @@ def test_logprobs_are_those_of_the_model(server):
     assert content[0].top_logprobs[1].logprob == pytest.approx(np.log(0.1 / 261), abs=1e-5)
     plain = server.client.completions.create(model="byte-model", prompt="ab", max_tokens=2, logprobs=2)
     assert plain.choices[0].logprobs.token_logprobs == pytest.approx([np.log(0.9)] * 2, abs=1e-6)
-    assert plain.choices[0].logprobs.text_offset == [0, 1]  # "ï" in two halves
+    assert plain.choices[0].logprobs.text_offset == [0, 0]  # both halves of "ï" begin where it does
 
 
 def test_models_health_and_docs(server):

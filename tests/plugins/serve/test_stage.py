@@ -26,7 +26,9 @@ def test_the_port_in_use_stops_before_the_model_loads(tmp_path, model_dir, opens
 
 def test_an_unknown_host_is_explained(tmp_path, model_dir):
     with pytest.raises(MachineError, match="no address"):
-        run_stage(SERVE, tmp_path, {"host": "no.such.host.invalid"}, model=Artifact(model_dir, "model.onnx"))
+        run_stage(
+            SERVE, tmp_path, {"host": "no.such.host.invalid", "insecure": True}, model=Artifact(model_dir, "model.onnx")
+        )
 
 
 def test_foreground_serves_until_stopped(tmp_path, model_dir, opens, scripted):
