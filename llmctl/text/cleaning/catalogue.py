@@ -1,4 +1,4 @@
-"""Which cleaning steps there are. A new one is a class `(params, seed)`, its parameters in `params`, and a line here."""
+"""Which cleaning steps there are. A new one is a class `(params, seed)`, parameters in `params`, a line here."""
 
 from __future__ import annotations
 
@@ -8,8 +8,18 @@ from llmctl.stage import load_string
 from llmctl.text.cleaning.step import CorpusStep, Step
 
 STEPS = {
+    "code": "llmctl.text.cleaning.code:Code",
+    "unicode": "llmctl.text.cleaning.unicode:UnicodeRepair",
     "length": "llmctl.text.cleaning.length:Length",
+    "boilerplate": "llmctl.text.cleaning.boilerplate:Boilerplate",
+    "repeated-lines": "llmctl.text.cleaning.boilerplate:RepeatedLines",
+    "language": "llmctl.text.cleaning.language:Language",
+    "quality": "llmctl.text.cleaning.quality:Quality",
+    "toxicity": "llmctl.text.cleaning.toxicity:Toxicity",
+    "pii": "llmctl.text.cleaning.pii:PersonalData",
     "exact-duplicates": "llmctl.text.cleaning.duplicates:ExactDuplicates",
+    "near-duplicates": "llmctl.text.cleaning.near_duplicates:NearDuplicates",
+    "decontaminate": "llmctl.text.cleaning.decontamination:Decontaminate",
 }
 """Name → import string of the class."""
 
