@@ -21,9 +21,8 @@ from llmctl.text.cleaning.step import Drop, Noted, Outcome
 from llmctl.text.cleaning.words import WordHashes, words_of
 from llmctl.text.documents import Document
 
-SENTENCE_ENDS = tuple(
-    ".?!\"'”’…。？！︒؟۔।॥։።՞։؛๏᙮᠃᠉⳹꓿꘎꤮꩝꩞꩟꫰꫱꯫︖︕﹒﹖﹗．｡𑁇𑂾"
-)  # of many scripts; lines of prose end so
+SENTENCE_ENDS = tuple("!.?։؝؞؟۔܀܁܂߹।॥၊။።፧፨᠃᠉᥄᥅។៕‼‽⁇⁈⁉⸮。꓿꘎꘏﹒﹖﹗！．？｡")
+"""Unicode's property Sentence_Terminal, of scripts in use."""
 SENTENCE = re.compile(r"[.!?…。？！؟।]+[\"'”’)\]]*(?=\s|\Z)")
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 DOCUMENT_RULES = ("lorem_ipsum", "curly_bracket")
@@ -88,7 +87,7 @@ class Quality(Routed):
 
 def gopher_quality(text: str, words: list[str], bounds: GopherQualityParams) -> str:
     """The rule of Gopher's quality set that the text breaks."""
-    plain = [word for word in words if len(word) > 1 or word.isalnum()]  # a sign is a word of its own
+    plain = [word for word in words if word[0].isalnum() or any(map(str.isalnum, word))]  # signs are words, too
     if len(plain) < bounds.min_words:
         return "few_words"
     if len(plain) > bounds.max_words:
@@ -145,8 +144,9 @@ def c4(text: str, rules: C4Params, removed: Counter[str]) -> tuple[str, str]:
     sentences = 0
     for raw in text.splitlines():
         line = raw.strip()
+        words = line.split()  # citations are words still, as in the published code
         line = CITATION.sub("", line) if rules.citations else line
-        if reason := _line_of_c4(line, rules):
+        if reason := _line_of_c4(line, words, rules):
             if reason in DOCUMENT_RULES:
                 return reason, text
             removed[reason] += bool(line)
@@ -158,11 +158,10 @@ def c4(text: str, rules: C4Params, removed: Counter[str]) -> tuple[str, str]:
     return "", "\n".join(kept).strip()
 
 
-def _line_of_c4(line: str, rules: C4Params) -> str:
-    words = line.split()
+def _line_of_c4(line: str, words: list[str], rules: C4Params) -> str:
     if any(len(word) > rules.max_word_chars for word in words):
         return "long_word"
-    if rules.end_mark and (not line.endswith((".", "?", "!", '"', "'", "”")) or line.endswith("...")):
+    if rules.end_mark and (not line.endswith((".", "?", "!", '"', "'")) or line.endswith("...")):
         return "no_end_mark"
     if len(words) < rules.min_line_words:
         return "short_line"

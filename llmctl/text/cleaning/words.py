@@ -12,8 +12,8 @@ import numpy.typing as npt
 from llmctl.errors import MachineError
 
 Hashes = npt.NDArray[np.uint64]
-WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
-"""A run of letters and digits, apostrophes within it included, or one sign."""
+WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")
+"""A run of letters and digits, apostrophes within it included, or a run of signs."""
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Thai to Chinese
 NORMAL = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 APOSTROPHES = str.maketrans("", "", "'’")
