@@ -12,6 +12,16 @@ DATA = Stage(
             "files", optional=True, many=True, help="text, Markdown, JSONL or Parquet files; CSV for labelled rows"
         ),
         "text": In("dataset.text", optional=True, help="text to work on instead of reading files"),
+        "evaluation": In(
+            "dataset.text",
+            "dataset.chat",
+            "dataset.preference",
+            "dataset.labelled",
+            "files",
+            optional=True,
+            many=True,
+            help="evaluation data that the step `decontaminate` looks for",
+        ),
     },
     outputs={
         "text": Out("dataset.text"),

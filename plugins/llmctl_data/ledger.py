@@ -26,8 +26,8 @@ def size_of(text: str) -> int:
 class StepLedger:
     """What one step did."""
 
-    def __init__(self, name: str, place: int, seed: int) -> None:
-        self.name, self._place, self._seed = name, place, seed
+    def __init__(self, name: str, place: int, seed: int, masks: bool = False) -> None:
+        self.name, self._place, self._seed, self._masks = name, place, seed, masks
         self.documents_in = self.documents_out = self.edited = self.tagged = self.bytes_in = self.bytes_out = 0
         self.dropped: Counter[str] = Counter()
         self.found: Counter[str] = Counter()
@@ -70,7 +70,12 @@ class StepLedger:
         kept = self.samples.setdefault(kind, Reservoir())
         key = rank(self._seed, "sample", self._place, kind, before.id)
         if kept.wants(key):
-            kept.offer(key, before.id, {"id": before.id, "detail": detail, **_change(before.text, after)})
+            change = _change(before.text, after)
+            if self._masks:  # where personal data are looked for, the audit shows none, of whatever step
+                from llmctl.text.cleaning.pii import masked
+
+                change = {what: masked(text) for what, text in change.items()}
+            kept.offer(key, before.id, {"id": before.id, "detail": detail, **change})
 
     def to_json(self) -> dict[str, Any]:
         """For `merge`."""

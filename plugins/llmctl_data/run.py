@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llmctl import Artifact, Context, InputError, UsageError
 from llmctl.text.datasets import DatasetWriter
@@ -18,8 +20,17 @@ from llmctl_data.tasks import split_by_hash
 CANDIDATES_PER_FACT = 4
 
 
-def run(ctx: Context, params: DataParams, files: list[Artifact] | None, text: Artifact | None) -> None:
+def run(
+    ctx: Context,
+    params: DataParams,
+    files: list[Artifact] | None,
+    text: Artifact | None,
+    evaluation: list[Artifact] | None,
+) -> None:
     """Produce the outputs that `params.emit` names."""
+    if evaluation and not any(step.name == "decontaminate" for step in params.steps):
+        raise UsageError("evaluation is bound, and no step uses it", hint="add {name: decontaminate} to steps")
+    held = [artifact.path for artifact in evaluation or ()]
     if params.has_labels:
         result = _label(ctx, params, files or [], text)
         book = None
@@ -30,9 +41,9 @@ def run(ctx: Context, params: DataParams, files: list[Artifact] | None, text: Ar
 
         with Spool(ctx, params, params.reader) as out:
             book = read_library(ctx, params, out)
-        result = _write_text(ctx, params, out.found())
+        result = _write_text(ctx, params, out.found(), held)
     else:
-        result = _write_text(ctx, params, _sources(params, files or [], text))
+        result = _write_text(ctx, params, _sources(params, files or [], text), held)
         book = _facts(ctx, params, result)
     report.write_reports(ctx, params, result)
     if book is not None:
@@ -68,9 +79,9 @@ def _label(ctx: Context, params: DataParams, files: list[Artifact], text: Artifa
     return _write_text(ctx, params, out.found())
 
 
-def _write_text(ctx: Context, params: DataParams, found: Found) -> shards.Result:
+def _write_text(ctx: Context, params: DataParams, found: Found, evaluation: Sequence[Path] = ()) -> shards.Result:
     """Read, clean and split what was found, and write the output `text`."""
-    result = shards.run_shards(ctx, params, found)
+    result = shards.run_shards(ctx, params, found, evaluation)
     shards.check_result(result, params.validation_share)
     kept = result.kept
     if ctx.wants("text"):

@@ -70,10 +70,13 @@ def workers_of(params: DataParams) -> int:
     return params.workers or len(os.sched_getaffinity(0))
 
 
-def run_shards(ctx: Context, params: DataParams, found: Found) -> Result:
+def run_shards(ctx: Context, params: DataParams, found: Found, evaluation: Sequence[Path] = ()) -> Result:
     """Do everything up to the dataset's parts. InputError if no document is left; raises TempFail when stopped."""
     work = ctx.resume_dir / WORK
     steps = [step.model_dump(mode="json") for step in params.steps]
+    for told in steps:
+        if told["name"] == "decontaminate":
+            told["evaluation"] = [str(path) for path in evaluation]
     made = [tasks.build_step(told, params.seed) for told in steps]  # what one of them lacks is said before any work
     corpus = [place for place, step in enumerate(made) if isinstance(step, CorpusStep)]
     facts = {
@@ -140,7 +143,7 @@ def _gather(plan: Plan, work: Path, found: Found) -> Result:
 
 def _with_params(plan: Plan, steps: Sequence[StepLedger]) -> Iterator[tuple[dict[str, Any], StepLedger]]:
     for told, step in zip(plan.steps, steps, strict=True):
-        yield {"name": told["name"], "params": {k: v for k, v in told.items() if k != "name"}}, step
+        yield {"name": told["name"], "params": {k: v for k, v in told.items() if k not in ("name", "evaluation")}}, step
 
 
 def _place_first(result: Result) -> None:

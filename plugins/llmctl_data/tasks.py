@@ -54,6 +54,11 @@ class Worker:
             self._steps[place] = build_step(self.plan.steps[place], self.plan.seed)
         return self._steps[place]
 
+    def _ledger(self, place: int) -> StepLedger:
+        """An empty ledger of the step at this place."""
+        masks = any(told["name"] == "pii" for told in self.plan.steps)
+        return StepLedger(self.plan.steps[place]["name"], place, self.plan.seed, masks)
+
     def do(self, phase: str, number: int) -> None:
         """Do one task, unless it is done. Raises LlmctlError for what a user can act on."""
         target = folder(self.work, phase, number)
@@ -72,14 +77,14 @@ class Worker:
 
     def _read(self, segment: int, number: int, out: Path) -> None:
         places = self.plan.steps_of(segment)
-        ledgers = {place: StepLedger(self.plan.steps[place]["name"], place, self.plan.seed) for place in places}
+        ledgers = {place: self._ledger(place) for place in places}
         reading = Reading(self.plan, out) if segment == 0 else None
         documents: Iterable[tuple[Document, Known]]
         if reading is not None:
             documents = reading.documents(pieces_of(self.work, number))
         else:
             place = self.plan.corpus[segment - 1]
-            ledgers = {place: StepLedger(self.plan.steps[place]["name"], place, self.plan.seed), **ledgers}
+            ledgers = {place: self._ledger(place), **ledgers}
             documents = self._filtered(segment, number, ledgers[place])
         steps = [(self.step(place), ledgers[place]) for place in places]
         cleaned = through(documents, steps)
@@ -272,13 +277,16 @@ def _clean(
 
 
 def build_step(told: dict[str, Any], seed: int) -> Step | CorpusStep:
-    """The step that its parameters, as JSON, describe."""
+    """The step that its parameters, as JSON, describe; `evaluation` among them is where its other input lies."""
     import pydantic
 
     from llmctl.text.cleaning.catalogue import build
     from llmctl.text.cleaning.params import AnyStep
 
-    return build(pydantic.TypeAdapter(AnyStep).validate_python(told), seed)
+    params = {name: value for name, value in told.items() if name != "evaluation"}
+    return build(
+        pydantic.TypeAdapter(AnyStep).validate_python(params), seed, [Path(p) for p in told.get("evaluation", ())]
+    )
 
 
 def serve(work: Path) -> None:

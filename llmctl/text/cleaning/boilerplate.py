@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from llmctl.text.cleaning.kinds import Routed, with_text
 from llmctl.text.cleaning.params import BoilerplateParams, RepeatedLinesParams
+from llmctl.text.cleaning.pii import masked
 from llmctl.text.cleaning.step import Drop, Finding, Noted, Outcome, Resolution, Signature, Signatures
 from llmctl.text.documents import Document
 
@@ -138,7 +139,7 @@ class RepeatedLines(Routed):
         for key, _, _, _, first in gone if self._params.keep_first else ():
             verdicts.setdefault(first, []).append(key)
         most = sorted(gone, key=lambda line: (-line[1], line[3]))[:20]
-        facts = {"lines": len(gone), "most_frequent": [[line[3], line[1]] for line in most]}
+        facts = {"lines": len(gone), "most_frequent": [[masked(line[3]), line[1]] for line in most]}
         return Resolution(verdicts.items(), sorted(line[0] for line in gone), facts)
 
     def filter(self, document: Document, verdict: Any, shared: Any) -> Outcome:

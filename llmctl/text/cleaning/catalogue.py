@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from llmctl.stage import load_string
@@ -24,10 +26,13 @@ STEPS = {
 """Name → import string of the class."""
 
 
-def build(params: Any, seed: int) -> Step | CorpusStep:
+def build(params: Any, seed: int, evaluation: Sequence[Path] = ()) -> Step | CorpusStep:
     """The step that `params` (one entry of the stage's `steps`) describes; its modules are imported now.
+
+    `evaluation` is where the input of that name lies, for the step that looks for it.
 
     Raises MachineError, naming the extra, if one that the step needs is not installed.
     """
-    made: Step | CorpusStep = load_string(STEPS[params.name])(params, seed)
+    make = load_string(STEPS[params.name])
+    made: Step | CorpusStep = make(params, seed, evaluation) if params.name == "decontaminate" else make(params, seed)
     return made

@@ -7,7 +7,7 @@ from collections import Counter
 
 from llmctl.text.cleaning.kinds import Routed, with_meta, with_text
 from llmctl.text.cleaning.params import PiiKind, PiiParams
-from llmctl.text.cleaning.personal_data import find
+from llmctl.text.cleaning.personal_data import FINDERS, find
 from llmctl.text.cleaning.step import Drop, Noted, Outcome
 from llmctl.text.documents import Document
 
@@ -57,6 +57,15 @@ class PersonalData(Routed):
             length += len(put)
             done = end
         return "".join([*parts, text[done:]]), tags
+
+
+def masked(text: str) -> str:
+    """The text with the kind of everything that is personal data in its place: for reports."""
+    parts, done = [], 0
+    for start, end, kind in find(text, frozenset(FINDERS), "US"):
+        parts += [text[done:start], f"<{kind.upper()}>"]
+        done = end
+    return "".join([*parts, text[done:]])
 
 
 def hashed(value: str, key: bytes) -> str:
