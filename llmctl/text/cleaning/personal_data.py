@@ -64,11 +64,13 @@ def phones(text: str, region: str) -> Iterator[Span]:
         return
     matcher, leniency = _matcher()
     for match in matcher(text, region or None, leniency=leniency.VALID):
-        before = text[max(0, match.start - 1) : match.start]
-        digits = sum(map(str.isdigit, match.raw_string))
-        formatted = not match.raw_string.isdigit()
-        if digits >= 7 and (formatted or _is_announced(text, match.start)) and not (before and before in "$€£#=_/.@-"):
-            yield match.start, match.end
+        raw = match.raw_string
+        start = match.start + (raw.startswith("(") and ")" not in raw)  # the bracket is the sentence's
+        before = text[start - 1 : start] if start else ""
+        digits = sum(map(str.isdigit, raw))
+        announced = not raw.isdigit() or _is_announced(text, start)
+        if digits >= 7 and announced and not (before and before in "$€£#=_/.@-"):
+            yield start, match.end
 
 
 def _is_announced(text: str, start: int) -> bool:
@@ -187,7 +189,7 @@ def find(text: str, kinds: frozenset[PiiKind], region: str) -> list[tuple[int, i
     taken: list[tuple[int, int, PiiKind]] = []
     digits = any(map(text.__contains__, "0123456789"))
     for kind, finder in FINDERS.items():
-        if kind not in kinds or not (digits or kind in ("email", "url_credentials")):
+        if kind not in kinds or not (digits or kind in ("email", "url_credentials", "key")):
             continue
         for start, end in finder(text, region):
             if all(end <= other or start >= stop for other, stop, _ in taken):
