@@ -26,12 +26,12 @@ LINES = {
     r"|next (?:page|post|article)|previous (?:page|post|article)|(?:«|←)?\s*previous|next\s*(?:»|→)?|breadcrumbs?)",
     "trail": r"\w[\w &'’-]{0,30}(?:\s*[>»›]\s*\w[\w &'’-]{0,40}){2,}",
     "bar": r"\w[\w &'’-]{0,24}(?:\s*[|·•]\s*\w[\w &'’-]{0,24}){2,}",
+    "newsletter": r".{0,60}\b(?:sign up|subscribe)\b.{0,40}\b(?:newsletter|mailing list|updates|inbox)\b.{0,60}",
     "account": r"(?:log ?in|sign ?in|sign ?up|register|log ?out|subscribe|create (?:an )?account|my account)"
     r"(?:\s*(?:[|·•/]|or|to|for)\s*.{0,60})?",
     "sharing": r"(?:share|tweet|pin|like|follow)(?: (?:this|us|on|via|it))*(?: (?:article|page|post|story))?"
     r"(?: (?:on|via|with) )?(?:\s*(?:facebook|twitter|x|linkedin|pinterest|whatsapp|reddit|instagram"
     r"|e-?mail|,|and|\|))*",
-    "newsletter": r".{0,60}\b(?:sign up|subscribe)\b.{0,40}\b(?:newsletter|mailing list|updates|inbox)\b.{0,60}",
     "advertisement": r"advertisements?|sponsored(?: content)?|story continues below.{0,30}"
     r"|read (?:more|next|also)(?:\W.{0,80})?|related (?:articles|posts|stories)|you (?:may|might) also like.{0,40}"
     r"|(?:leave a )?(?:reply|comment)s?|\d+ comments?",

@@ -37,6 +37,7 @@ LINE = re.compile(
     )"""
 )
 COMMENT = re.compile(r"^\s*(?:#(?!#)|//|\*|/\*|--|;|%)")
+DOCSTRING = re.compile(r"^[ \t]*[rbuf]?(\"{3}|'{3}).*?\1[ \t]*$", re.MULTILINE | re.DOTALL)
 SHARE = 0.5
 """Share of the lines that must look like code, comments left aside."""
 
@@ -55,7 +56,7 @@ def by_shebang(text: str) -> str:
 
 def looks_like_code(text: str) -> bool:
     """Whether at least half of the lines look like code; nothing of less than 2 such lines, but for `;` and `{`."""
-    lines = [line for line in text.splitlines()[:400] if line.strip()]
+    lines = [line for line in DOCSTRING.sub("", text).splitlines()[:400] if line.strip()]
     judged = [line for line in lines if not COMMENT.match(line)] or lines
     hits = sum(LINE.match(line) is not None for line in judged)
     if not judged or hits / len(judged) < SHARE:
