@@ -81,8 +81,12 @@ class Quality(Routed):
         blocks = repeated_blocks(text, bounds.lines, bounds.paragraphs, bounds.line_chars, bounds.paragraph_chars)
         if blocks or not words:
             return blocks
-        top, repeated = sorted(bounds.top_ngrams.items()), sorted(bounds.repeated_ngrams.items())
+        top, repeated = _by_length(bounds.top_ngrams), _by_length(bounds.repeated_ngrams)
         return repeated_ngrams(text, words, self._hashes.of(words), top, repeated)
+
+
+def _by_length(bounds: dict[str, float]) -> list[tuple[int, float]]:
+    return sorted((int(n), most) for n, most in bounds.items())
 
 
 def gopher_quality(text: str, words: list[str], bounds: GopherQualityParams) -> str:

@@ -9,10 +9,11 @@ from llmctl.text.cleaning.kind_params import KINDS, Kind, StepParams
 
 Rules = Literal["gopher-repetition", "gopher-quality", "c4", "fineweb"]
 Share = Annotated[float, Field(ge=0, le=1, description="a share from 0 to 1")]
+Length = Annotated[str, Field(pattern="^([2-9]|[1-9][0-9])$", description="words of an n-gram")]
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
-TOP = {2: 0.20, 3: 0.18, 4: 0.16}
+TOP = {"2": 0.20, "3": 0.18, "4": 0.16}
 """n, and the largest share of the characters that the most frequent n-gram may have (Gopher, table A1)."""
-REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+REPEATED = {"5": 0.15, "6": 0.14, "7": 0.13, "8": 0.12, "9": 0.11, "10": 0.10}
 """n, and the largest share of the characters that may lie in n-grams seen before (Gopher, table A1)."""
 
 
@@ -23,8 +24,8 @@ class GopherRepetitionParams(Params):
     paragraphs: Share = Field(0.30, description="repeated paragraphs among the paragraphs")
     line_chars: Share = Field(0.20, description="characters in repeated lines")
     paragraph_chars: Share = Field(0.20, description="characters in repeated paragraphs")
-    top_ngrams: dict[int, float] = Field(TOP, description="n: characters in the most frequent n-gram")
-    repeated_ngrams: dict[int, float] = Field(REPEATED, description="n: characters in n-grams seen before")
+    top_ngrams: dict[Length, Share] = Field(TOP, description="n: characters in the most frequent n-gram")
+    repeated_ngrams: dict[Length, Share] = Field(REPEATED, description="n: characters in n-grams seen before")
 
 
 class GopherQualityParams(Params):
