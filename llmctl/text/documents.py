@@ -1,4 +1,4 @@
-"""What a reader makes of a source and a cleaning step passes on: a text, where it comes from, and what is known of it."""
+"""What a reader makes of a source and a cleaning step passes on: a text, its origin, and what is known of it."""
 
 from __future__ import annotations
 

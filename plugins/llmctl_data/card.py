@@ -11,7 +11,8 @@ from llmctl.console import human_bytes
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: 3px 10px 3px 0; vertical-align: top; }
+table { border-collapse: collapse; width: 100%; } 
+th, td { text-align: left; padding: 3px 10px 3px 0; vertical-align: top; }
 th { border-bottom: 1px solid #999; } td { border-bottom: 1px solid #e4e4e4; } td.n, th.n { text-align: right; }
 pre { background: #f4f4f4; padding: .5em; white-space: pre-wrap; overflow-wrap: anywhere; }
 svg { width: 100%; max-width: 640px; } .bar { fill: #4472a8; } text { font: 12px system-ui, sans-serif; fill: #444; }
@@ -28,7 +29,7 @@ def page(audit: Mapping[str, Any]) -> str:
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Data card</title>",
         f"<style>{STYLE}</style></head><body><h1>Data card</h1>",
-        f"<p>{kept['documents']:,} documents, {escape(human_bytes(kept['bytes']))}, {kept['characters']:,} characters.</p>",
+        f"<p>{kept['documents']:,} documents, {human_bytes(kept['bytes'])}, {kept['characters']:,} characters.</p>",
         *sources(audit["sources"]),
         *reading(audit),
         *cleaning(audit["steps"]),

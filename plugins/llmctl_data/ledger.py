@@ -1,6 +1,6 @@
 """What happened to the documents: counts, lengths, rejects and samples of a task, which add up over tasks.
 
-Everything here merges to the same whatever the tasks were given to whom: sums, minima and maxima, and reservoirs by rank.
+Everything here merges to the same, whoever did the tasks: sums, minima and maxima, and reservoirs by rank.
 Counts are Python's integers, of any size.
 """
 

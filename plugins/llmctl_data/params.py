@@ -95,12 +95,10 @@ class SourceParams(Params):
 
     path: str = Field(
         min_length=1,
-        description="pattern for names of bound files (`*` crosses directories; the first entry that fits counts), or a "
-        "URL: s3://, https://, any of fsspec's, hf://datasets/ORG/NAME[@REVISION]/PATTERN (`?stream`: without the cache)",
+        description="pattern for names of bound files (`*` crosses directories; the first entry that fits counts), or "
+        "a URL: s3://, https://, any of fsspec's, hf://datasets/ORG/NAME[@REVISION]/PATTERN (`?stream`: no cache)",
     )
-    name: str | None = Field(
-        None, min_length=1, description="what the source is called in the audit; by default `path`"
-    )
+    name: str | None = Field(None, min_length=1, description="what the audit calls the source; by default `path`")
     format: Format | None = Field(None, description="format of its files, where their names do not tell")
     fields: dict[str, str] = Field({}, description="as `fields` of the stage, for this source; added to them")
     rows: Literal["text", "record"] = Field(
@@ -150,8 +148,8 @@ class DataParams(Params):
     column: str = Field("text", min_length=1, description="column of JSONL and Parquet rows that holds the text")
     fields: dict[str, str] = Field(
         {},
-        description="columns of JSONL, JSON, CSV, TSV and Parquet rows, nested ones as `a.b.0`, by what they are: text, "
-        "id, source, url, license, language, date or any other name that a document's `meta` is to have",
+        description="columns of JSONL, JSON, CSV, TSV and Parquet rows, nested ones as `a.b.0`, by what they are: "
+        "text, id, source, url, license, language, date or any other name that a document's `meta` is to have",
     )
     sources: list[SourceParams] = Field([], description="what is said of some of the files, and URLs to read")
     steps: list[AnyStep] = Field([], description="cleaning steps, in the order in which they are taken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -118,11 +119,7 @@ def first_of(folder: Path) -> dict[str, Any] | None:
 
 def rows_of(folder: Path, splits: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """(row, split) of a task in the order in which they were read, without the one aside."""
-    opened = {split: gzip.open(folder / ROWS.format(split), "rt", encoding="utf-8", newline="\n") for split in splits}
-    try:
+    with contextlib.ExitStack() as stack:
+        opened = {split: stack.enter_context(gzip.open(folder / ROWS.format(split), "rb")) for split in splits}
         for place in (folder / ORDER).read_bytes():
-            split = splits[place]
-            yield json.loads(opened[split].readline()), split
-    finally:
-        for file in opened.values():
-            file.close()
+            yield json.loads(opened[splits[place]].readline()), splits[place]

@@ -60,7 +60,7 @@ class Plan:
 
 
 def pack(pieces: Sequence[Piece], task_bytes: int) -> Iterator[list[Piece]]:
-    """Pieces of about `task_bytes` together, in order; those of a source with a limit are one task, after the others."""
+    """Pieces of about `task_bytes` together, in order; those of a source with a limit are one task, at the end."""
     limited: dict[str, list[Piece]] = {}
     held: list[Piece] = []
     size = 0

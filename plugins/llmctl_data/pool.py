@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Pool:
     def run(self, phase: str, numbers: Sequence[int], done: Done, stop: Callable[[], bool]) -> bool:
         """Do all tasks of a phase that are not done yet, `done()` after each; False if `stop` said so before the end.
 
-        Raises what a task raised: of several that of the lowest number that was tried; StageError for a worker that died.
+        Raises what a task raised, of several that of the lowest number; StageError for a worker that died.
         """
         left = []
         for number in numbers:
@@ -120,11 +120,9 @@ class _Process:
         """Have one task done."""
         self.asked = f"{phase}/{number}"
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # its end is an answer, too
             self._process.stdin.write(f"{phase} {number}\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its end is an answer, too
 
     def code(self) -> int:
         """How it ended."""
@@ -137,10 +135,8 @@ class _Process:
         self._process.wait()
         self._thread.join()
         for pipe in (self._process.stdin, self._process.stdout):
-            try:
+            with suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -1,11 +1,12 @@
 """Files behind URLs: listed and sized through fsspec; datasets of the Hugging Face hub come from its cache.
 
-A local path is part of a stage's key by its content; what lies at a URL is not: the user vouches that it stays as it is,
-and the audit notes what the store behind it says of each file (ETag, checksum).
+A local path is part of a stage's key by its content; what lies at a URL is not: the user vouches that it stays as it
+is, and the audit notes what the store behind it says of each file (ETag, checksum).
 """
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,9 @@ def expand_hub(url: str) -> list[tuple[str, str, int]]:
     if len(parts) < 2 or not all(parts[:2]):
         raise InputError(f"{url} names no dataset", hint="hf://datasets/ORG/NAME[@REVISION]/PATTERN")
     name, _, revision = parts[1].partition("@")
-    pattern = parts[2] if len(parts) == 3 and parts[2] else "**"
+    pattern = parts[2].replace("**", "*") if len(parts) == 3 and parts[2] else "*"
     if url.endswith("?stream"):
-        return expand_stream(address, pattern)
+        return expand_stream(address, parts[2] if len(parts) == 3 and parts[2] else "**")
     try:
         root = huggingface_hub.snapshot_download(
             f"{parts[0]}/{name}",
@@ -109,9 +110,7 @@ def expand_hub(url: str) -> list[tuple[str, str, int]]:
         ) from error
     found = [path for path in sorted(Path(root).rglob("*")) if path.is_file() and not path.name.startswith(".")]
     names = [(path.relative_to(root).as_posix(), path) for path in found]
-    import fnmatch
-
-    chosen = [(name, path) for name, path in names if fnmatch.fnmatchcase(name, pattern.replace("**", "*"))]
+    chosen = [(name, path) for name, path in names if fnmatch.fnmatchcase(name, pattern)]
     chosen = [(name, path) for name, path in chosen if name not in ("README.md", "dataset_infos.json")]
     if not chosen:
         raise InputError(
@@ -127,7 +126,7 @@ def expand_stream(address: str, pattern: str) -> list[tuple[str, str, int]]:
     files = HfFileSystem()
     base = address.removesuffix(pattern).rstrip("/") if pattern != "**" else address.rstrip("/")
     try:
-        found = files.glob(f"{base}/{pattern}", detail=True)
+        found: Any = files.glob(f"{base}/{pattern}", detail=True)
     except Exception as error:  # the hub's client has errors of its own, and so has its connection
         raise InputError(f"cannot list {address}: {' '.join(str(error).split())}", hint="check the name") from error
     root = base.removeprefix("hf://")

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,7 @@ def _gather(plan: Plan, work: Path, found: Found) -> Result:
         for task in every:
             for place, told in _ledger(folder(work, f"read-{segment}", task))["steps"].items():
                 steps[int(place)].merge(told)
-    audits = [
-        {**told, **{k: v for k, v in step.audit().items() if k != "name"}} for told, step in _with_params(plan, steps)
-    ]
+    audits = [{**step.audit(), "params": _told(told)} for told, step in zip(plan.steps, steps, strict=True)]
     for number, place in enumerate(plan.corpus):
         facts = json.loads((folder(work, f"resolve-{number}", 0) / shuffle.FACTS).read_text()) if plan.tasks else {}
         audits[place]["facts"] = facts
@@ -141,9 +140,8 @@ def _gather(plan: Plan, work: Path, found: Found) -> Result:
     return result
 
 
-def _with_params(plan: Plan, steps: Sequence[StepLedger]) -> Iterator[tuple[dict[str, Any], StepLedger]]:
-    for told, step in zip(plan.steps, steps, strict=True):
-        yield {"name": told["name"], "params": {k: v for k, v in told.items() if k not in ("name", "evaluation")}}, step
+def _told(params: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if key not in ("name", "evaluation")}
 
 
 def _place_first(result: Result) -> None:
@@ -153,7 +151,7 @@ def _place_first(result: Result) -> None:
     """
     used = set(result.kept.groups["split"])
     firsts = [(number, told) for number, place in enumerate(result.folders) if (told := parts.first_of(place))]
-    for number, told in firsts[1:]:
+    for _, told in firsts[1:]:
         used.add(told["split"])
         _count(result.kept, told, told["split"])
     if firsts and result.found.spooled:
@@ -199,12 +197,7 @@ def _hint(result: Result) -> str:
 
 def all_rejects(result: Result, most: int | None = None) -> Iterator[Reject]:
     """What was rejected: while the files were listed, then task by task."""
-    given = 0
-    for reject in _rejects(result):
-        if most is not None and given >= most:
-            return
-        yield reject
-        given += 1
+    yield from islice(_rejects(result), most)
 
 
 def _rejects(result: Result) -> Iterator[Reject]:

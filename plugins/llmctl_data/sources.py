@@ -140,7 +140,7 @@ def _fault(path: Path, name: str, root: Path) -> Reject | None:
         if not path.is_symlink():
             return _unreadable(name, error)
         try:
-            target = os.readlink(path)
+            target = str(path.readlink())
         except OSError:
             target = "?"
         reason = "link loop" if error.errno == 40 or _is_loop(path) else "broken link"
@@ -164,7 +164,7 @@ def _is_loop(path: Path) -> bool:
         if path in seen:
             return True
         seen.add(path)
-        path = Path(os.path.normpath(path.parent / os.readlink(path)))
+        path = Path(os.path.normpath(path.parent / path.readlink()))
     return False
 
 

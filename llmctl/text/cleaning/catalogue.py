@@ -1,4 +1,4 @@
-"""Which cleaning steps there are. A new one is a class `(params, seed)`, parameters in `params`, a line here."""
+"""Which cleaning steps there are. A new one is a class `(params, seed)`, its parameters, and a line here."""
 
 from __future__ import annotations
 

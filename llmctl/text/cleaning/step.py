@@ -1,15 +1,15 @@
 """The two kinds of cleaning steps, as the stage `data` runs them over shards in parallel.
 
-A *step* looks at one document at a time. A *corpus step* needs to know all of them: duplicates, balance. Its work is cut
-into four phases that are files to files, so any number of processes on any number of machines gives the same result:
+A *step* looks at one document at a time. A *corpus step* needs to know all of them: duplicates, balance. Its work is
+cut into four phases that are files to files, so that any number of processes on any machines gives the same result:
 
 1. `signatures(document)`, in the task that has the document;
 2. `match(signatures)`: all signatures of the corpus, shuffled by their key, a range of keys at a time;
 3. `resolve(findings)`: once, over what matching found;
 4. `filter(document, verdict, shared)`, again in the task that has the document.
 
-Neither may depend on the order of tasks, on time, or on chance other than `llmctl.text.cleaning.samples.rank`. A step is
-made once in every process, by `catalogue.build`, and loads what it needs late. Counts and samples are kept by the runner.
+Neither may depend on the order of tasks, on time, or on chance other than `llmctl.text.cleaning.samples.rank`. A step
+is made once in every process, by `catalogue.build`, and loads what it needs late. The runner keeps counts and samples.
 """
 
 from __future__ import annotations
@@ -85,9 +85,10 @@ class Signatures:
         """(key, references, payloads) of every key."""
         import numpy as np
 
-        starts = np.flatnonzero(np.concatenate(([True], self.keys[1:] != self.keys[:-1]))) if len(self.keys) else []
-        ends = [*starts[1:], len(self.keys)]
-        for start, end in zip(starts, ends, strict=True) if len(self.keys) else ():
+        if not len(self.keys):
+            return
+        starts = np.flatnonzero(np.concatenate(([True], self.keys[1:] != self.keys[:-1]))).tolist()
+        for start, end in zip(starts, [*starts[1:], len(self.keys)], strict=True):
             yield int(self.keys[start]), self.refs[start:end].tolist(), self.payloads[start:end]
 
 

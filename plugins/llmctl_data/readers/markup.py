@@ -60,7 +60,7 @@ def with_trafilatura(page: str) -> tuple[str, dict[str, Any]]:
         from trafilatura import bare_extraction
     except ModuleNotFoundError as error:
         raise MachineError("reading HTML needs trafilatura", hint=INSTALL) from error
-    found = bare_extraction(page, favor_precision=True, include_comments=False, with_metadata=True)
+    found: Any = bare_extraction(page, favor_precision=True, include_comments=False, with_metadata=True)
     if found is None:
         return "", {}
     named = {"title": found.title, "date": found.date, "url": found.url, "license": found.license}

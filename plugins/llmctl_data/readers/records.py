@@ -171,7 +171,7 @@ def read_by_plugin(piece: Piece, limit: int) -> Iterator[Document | Reject | Not
 def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Document | Reject:
     """The document of a row by `fields`; a reject if it has no text there."""
     fields: Mapping[str, str] = piece.options["fields"]
-    place = {"line": number} if line else {"row": number}
+    place: dict[str, Any] = {"line": number} if line else {"row": number}
     limit = int(piece.options["max_document_bytes"])
     if keeps_all(piece):
         from llmctl_data.records import record_to_text

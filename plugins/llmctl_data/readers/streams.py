@@ -68,7 +68,7 @@ def unpack(raw: BinaryIO, name: str) -> io.BufferedReader:
     elif packing == "bzip2":
         stream = bz2.BZ2File(raw)
     elif packing == "xz":
-        stream = lzma.LZMAFile(raw)
+        stream = lzma.LZMAFile(raw)  # noqa: SIM115  # closed with `raw`
     else:
         stream = raw
     return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, BLOCK)
