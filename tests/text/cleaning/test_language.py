@@ -43,7 +43,8 @@ def test_code_and_random_letters_are_no_language() -> None:
         " ".join("".join(rng.choices(string.ascii_lowercase, k=rng.randint(4, 9))) for _ in range(40))
         for _ in range(20)
     ]
-    found = [step().identify(text)[0] for text in CODE + noise]
+    language = step()
+    found = [language.identify(text)[0] for text in CODE + noise]
     assert found == ["none"] * len(found)
 
 
