@@ -43,7 +43,8 @@ def pdf(text: str) -> bytes:
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R"
+        b" /Resources << /Font << /F1 5 0 R >> >> >>",
         b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
@@ -155,8 +156,10 @@ def test_a_line_of_200_mb_is_named_and_never_held(tmp_path):
 
     root = messy(tmp_path / "raw", 200_000_000)
     code = (
-        "import sys, pathlib; from llmctl import Artifact; from llmctl.testing import run_stage; from llmctl_data import DATA;"
-        "run_stage(DATA, pathlib.Path(sys.argv[2]), {'emit': ['text']}, files=[Artifact(pathlib.Path(sys.argv[1]), 'files')])"
+        "import sys\nfrom pathlib import Path\nfrom llmctl import Artifact\n"
+        "from llmctl.testing import run_stage\nfrom llmctl_data import DATA\n"
+        "files = [Artifact(Path(sys.argv[1]), 'files')]\n"
+        "run_stage(DATA, Path(sys.argv[2]), {'emit': ['text']}, files=files)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     subprocess.run([sys.executable, "-c", code, str(root), str(tmp_path / "out")], check=True, timeout=280)
@@ -173,7 +176,7 @@ def test_on_error_fail_ends_at_the_first_fault(tmp_path):
         run(root, tmp_path / "out", {"on_error": "fail"})
 
 
-# --- the same whoever did it -------------------------------------------------------------------------------------------
+# --- the same whoever did it ---
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +239,7 @@ def test_a_task_is_a_command(big, tmp_path):
     assert told["documents"] > 0
 
 
-# --- sources -----------------------------------------------------------------------------------------------------------
+# --- sources ---
 
 
 def test_sources_say_what_their_files_are(tmp_path):
