@@ -76,9 +76,15 @@ class Worker:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _read(self, segment: int, number: int, out: Path) -> None:
+        with contextlib.ExitStack() as stack:
+            self._read_into(segment, number, out, stack)
+
+    def _read_into(self, segment: int, number: int, out: Path, stack: contextlib.ExitStack) -> None:
         places = self.plan.steps_of(segment)
         ledgers = {place: self._ledger(place) for place in places}
         reading = Reading(self.plan, out) if segment == 0 else None
+        if reading is not None:
+            stack.callback(reading.close)
         documents: Iterable[tuple[Document, Known]]
         if reading is not None:
             documents = reading.documents(pieces_of(self.work, number))
@@ -95,7 +101,6 @@ class Worker:
         told["steps"] = {str(place): ledger.to_json() for place, ledger in ledgers.items()}
         if reading is not None:
             told["read"] = reading.ledger.to_json()
-            reading.close()
         (out / LEDGER).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
 
     def _filtered(self, segment: int, number: int, ledger: StepLedger) -> Iterator[tuple[Document, Known]]:
@@ -117,12 +122,12 @@ class Worker:
 
     def _hand_on(self, documents: Iterable[tuple[Document, Known]], step: CorpusStep, out: Path) -> dict[str, Any]:
         """Write the documents for the next segment, and their signatures."""
-        file, signatures = DocumentFile(out), shuffle.SignatureWriter()
-        for document, known in documents:
-            for key, payload in step.signatures(document):
-                signatures.add(key, file.count, payload)
-            file.add(document, known)
-        file.close()
+        signatures = shuffle.SignatureWriter()
+        with contextlib.closing(DocumentFile(out)) as file:
+            for document, known in documents:
+                for key, payload in step.signatures(document):
+                    signatures.add(key, file.count, payload)
+                file.add(document, known)
         signatures.write(out)
         return {"documents": file.count}
 
@@ -130,16 +135,16 @@ class Worker:
         """Write the rows of the dataset."""
         rows, ledger = RowFiles(out), DocumentLedger()
         first = True
-        for document, known in documents:
-            split = document.split or split_by_hash(self.plan.seed, self.plan.validation_share, document)
-            if first:
-                rows.set_aside(document, split, known)
-                first = False
-                continue
-            size = size_of(document.text)
-            rows.add(document, split, size)
-            ledger.add(document, size, split=split, **known)
-        rows.close()
+        with contextlib.closing(rows):
+            for document, known in documents:
+                split = document.split or split_by_hash(self.plan.seed, self.plan.validation_share, document)
+                if first:
+                    rows.set_aside(document, split, known)
+                    first = False
+                    continue
+                size = size_of(document.text)
+                rows.add(document, split, size)
+                ledger.add(document, size, split=split, **known)
         return {"kept": ledger.to_json(), "splits": rows.splits, "columns": rows.columns}
 
     def _match(self, place: int, number: int, out: Path) -> None:

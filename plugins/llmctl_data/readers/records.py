@@ -37,7 +37,7 @@ def read_jsonl(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[
 
 def _from_line(piece: Piece, text: str, number: int) -> Document | Reject:
     try:
-        row = load_json(text)
+        row = load_json(text.rstrip("\r\n"))  # a line end would count as a further line
     except ValueError as error:
         column = error.colno if isinstance(error, json.JSONDecodeError) else None
         detail = f"no valid JSON: {error}"
