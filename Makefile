@@ -46,9 +46,9 @@ clean:  ## remove the environment and every cache, keep .llmctl and exports
 	@touch $@
 
 .venv/.ready-dev: pyproject.toml constraints.txt constraints-cpu.txt tools/setup.py
-	@$(PYTHON) tools/setup.py all,dev
+	@$(PYTHON) tools/setup.py all,dev,test-browser
 	@touch $@ .venv/.ready-run
 
 .venv/.ready-docs: pyproject.toml constraints.txt constraints-cpu.txt tools/setup.py
-	@$(PYTHON) tools/setup.py all,dev,docs
+	@$(PYTHON) tools/setup.py all,dev,docs,test-browser
 	@touch $@ .venv/.ready-dev .venv/.ready-run

@@ -16,11 +16,14 @@ from llmctl.generator import Candidate, Sampling
 
 
 class Continuation(NamedTuple):
-    """A token that may follow a beam, and its log-probability there."""
+    """A token that may follow a beam."""
 
     beam: int
     token: int
     logprob: float
+    """The model's own."""
+    score: float
+    """What the search adds up: `logprob`, changed by bias, penalties and constraints."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,11 @@ class Beam:
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     total: float = 0.0
+    """Sum of the scores: of `logprobs` where nothing changes them."""
 
-    def extend(self, token: int, logprob: float) -> Beam:
+    def extend(self, token: int, logprob: float, score: float) -> Beam:
         """The beam with one more token."""
-        return Beam((*self.ids, token), (*self.logprobs, logprob), self.total + logprob)
+        return Beam((*self.ids, token), (*self.logprobs, logprob), self.total + score)
 
 
 class BeamSearch:
@@ -47,8 +51,12 @@ class BeamSearch:
         self.sampling, self.eos_ids, self.limit = sampling, eos_ids, limit
         self.width = sampling.beams
         self.beams = [Beam()]
-        self.finished: list[Candidate] = []
+        self._finished: list[tuple[float, Candidate]] = []
+
+    @property
+    def finished(self) -> list[Candidate]:
         """The best answers so far, best first, at most `width`."""
+        return [answer for _, answer in self._finished]
 
     @property
     def wanted(self) -> int:
@@ -57,7 +65,7 @@ class BeamSearch:
 
     @property
     def totals(self) -> list[float]:
-        """Log-probability of each beam, to be added to those of its continuations."""
+        """Score of each beam, to be added to those of its continuations."""
         return [beam.total for beam in self.beams]
 
     @property
@@ -69,14 +77,15 @@ class BeamSearch:
         """Take the best continuations, best first; for each new beam the old one that it continues, none at the end."""
         full = len(self.beams[0].ids) + 1 == self.limit
         going: list[tuple[int, Beam]] = []
-        for rank, (parent, token, logprob) in enumerate(best):
+        for rank, (parent, token, logprob, score) in enumerate(best):
             ended = token in self.eos_ids
+            longer = self.beams[parent].extend(token, logprob, score)
             if not (ended or full):
-                going.append((parent, self.beams[parent].extend(token, logprob)))
+                going.append((parent, longer))
             elif self._accepts(rank):
-                self._finish(self.beams[parent], token, logprob, ended)
-        self.finished.sort(key=self._worth, reverse=True)
-        del self.finished[self.width :]
+                self._finish(longer, ended)
+        self._finished.sort(key=lambda one: one[0], reverse=True)
+        del self._finished[self.width :]
         going = going[: self.width]
         if not going or self._over(going[0][1]):
             return []
@@ -87,23 +96,24 @@ class BeamSearch:
         """Only the best `width` may end: those below are there to go on in the place of ended ones."""
         return rank < self.width
 
-    def _finish(self, beam: Beam, token: int, logprob: float, ended: bool) -> None:
-        ids = list(beam.ids) if ended else [*beam.ids, token]
-        self.finished.append(Candidate(ids, [*beam.logprobs, logprob], ended, self.sampling.length_penalty))
+    def _finish(self, beam: Beam, ended: bool) -> None:
+        ids = list(beam.ids[:-1] if ended else beam.ids)
+        answer = Candidate(ids, list(beam.logprobs), ended, self.sampling.length_penalty)
+        self._finished.append((self._worth(answer, beam.total), answer))
 
-    def _worth(self, answer: Candidate) -> float:
-        return self._score(answer.logprob, len(answer.logprobs))
+    def _worth(self, answer: Candidate, total: float) -> float:
+        return self._score(total, len(answer.logprobs))
 
     def _score(self, total: float, length: int) -> float:
         return total / math.pow(length, self.sampling.length_penalty)
 
     def _over(self, best: Beam) -> bool:
         """Whether no unfinished beam is to be followed any further; `best` is the likeliest."""
-        if len(self.finished) < self.width:
+        if len(self._finished) < self.width:
             return False
         if self.sampling.early_stopping is True:
             return True
         length = len(best.ids)
         if self.sampling.early_stopping == "never" and self.sampling.length_penalty > 0:
             length = self.limit  # log-probabilities are negative: the longest answer has the best score
-        return self._score(best.total, length) <= min(map(self._worth, self.finished))
+        return self._score(best.total, length) <= self._finished[-1][0]

@@ -6,7 +6,7 @@ because logits are only handed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,8 +15,24 @@ from llmctl.generator import Candidate
 
 Logits = Any
 """An engine's own array: `(B, V)` for rows, `(V,)` for one of them."""
-Rank = Callable[[Logits, Sequence[float], int], Sequence[Continuation]]
-"""(logits of all beams, what to add to the log-probabilities of each, how many) -> the best continuations."""
+Rank = Callable[[Logits, Sequence[float], int, Sequence[Any]], Sequence[Continuation]]
+"""(logits of all beams, what to add to the scores of each, how many, states) -> the best continuations."""
+Choose = Callable[[Logits, Sequence[Any]], Iterable[int]]
+"""(logits of some rows, the states of their answers) -> the next token of each; the states move on."""
+
+
+class State(Protocol):
+    """An engine's memory of one answer: what it said, and what it may say next."""
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether it changes logits, so that it must be told of every token."""
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+
+    def copy(self) -> State:
+        """A second answer that begins like this one."""
 
 
 class Rows(Protocol):
@@ -36,7 +52,7 @@ class Rows(Protocol):
 class Answer:
     """One answer while it is drawn."""
 
-    sample: Callable[[Logits], int]
+    state: State
     limit: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -52,6 +68,7 @@ def draw(
     logits: Logits,
     answers: Sequence[Answer],
     eos_ids: frozenset[int],
+    choose: Choose,
     score: Callable[[Logits, int], float] | None = None,
 ) -> None:
     """Fill the answers, one for each row, until all have ended; `logits` are those after the prompts.
@@ -61,17 +78,17 @@ def draw(
     at = list(range(len(answers)))  # the answer that each row belongs to
     alive = set(at)
     while True:
-        for row, index in enumerate(at):
-            if index in alive:
-                answer = answers[index]
-                token = answer.sample(logits[row])
-                if score is not None:
-                    answer.logprobs.append(score(logits[row], token))
-                answer.ended = token in eos_ids
-                if not answer.ended:
-                    answer.ids.append(token)
-                if answer.ended or len(answer.ids) == answer.limit:
-                    alive.remove(index)
+        going = [row for row, index in enumerate(at) if index in alive]
+        chosen = choose(logits if len(going) == len(at) else logits[going], [answers[at[row]].state for row in going])
+        for row, token in zip(going, map(int, chosen), strict=True):
+            answer = answers[at[row]]
+            if score is not None:
+                answer.logprobs.append(score(logits[row], token))
+            answer.ended = token in eos_ids
+            if not answer.ended:
+                answer.ids.append(token)
+            if answer.ended or len(answer.ids) == answer.limit:
+                alive.remove(at[row])
         if not alive:
             return
         going = [row for row, index in enumerate(at) if index in alive]
@@ -83,10 +100,19 @@ def draw(
         logits = rows.step([answers[index].ids[-1] if answers[index].ids else 0 for index in at])
 
 
-def search_beams(rows: Rows, logits: Logits, search: BeamSearch, rank: Rank) -> list[Candidate]:
-    """Run a beam search from one row, whose prompt has given `logits (1, V)`; the finished answers, best first."""
-    width = 1
-    while parents := search.step(rank(logits, search.totals, search.wanted)):
+def search_beams(
+    rows: Rows, logits: Logits, search: BeamSearch, rank: Rank, state: State | None = None
+) -> list[Candidate]:
+    """Run a beam search from one row, whose prompt has given `logits (1, V)`; the finished answers, best first.
+
+    `state` is that of the empty answer, where bias, penalties or a constraint may change what beams are ranked by.
+    """
+    width, states = 1, [state] if state is not None and state.adjusts else []
+    while parents := search.step(rank(logits, search.totals, search.wanted, states)):
+        if states:
+            states = [states[parent].copy() for parent in parents]
+            for one, token in zip(states, search.tokens, strict=True):
+                one.accept(token)
         if parents != list(range(width)):
             rows = rows.keep(parents)
         width = len(parents)

@@ -18,6 +18,8 @@ from llmctl.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from llmctl.engine import Constraint
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -69,6 +71,17 @@ class Sampling:
                     ("presence_penalty", self.presence_penalty),
                 )
             ),
+            *(
+                (
+                    token >= 0 and math.isfinite(value),
+                    f"logit_bias of token {token} is {value}: give an id and a number",
+                )
+                for token, value in self.logit_bias
+            ),
+            (
+                len({token for token, _ in self.logit_bias}) == len(self.logit_bias),
+                "logit_bias names a token twice",
+            ),
             (self.beams >= 1, f"beams must be at least 1, got {self.beams}"),
             (self.n >= 1, f"n must be at least 1, got {self.n}"),
             # Beyond it, length ** penalty leaves the range of a float for long answers.
@@ -92,9 +105,9 @@ class Sampling:
                 "set temperature to 0, or beams to 1",
             ),
             (
-                several and (self.top_k > 0 or self.top_p < 1),
-                f"beam search does not filter tokens, but top_k is {self.top_k} and top_p {self.top_p}",
-                "leave top_k and top_p out, or set beams to 1",
+                several and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
+                f"beam search filters no tokens, but top_k is {self.top_k}, top_p {self.top_p}, min_p {self.min_p}",
+                "leave top_k, top_p and min_p out, or set beams to 1",
             ),
             (
                 several and self.n > self.beams,
@@ -184,16 +197,23 @@ class Generator(Protocol):
         Raises UsageError if the prompt is empty or leaves no room in the context.
         """
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> Iterator[int]:
         """Yield new token ids one by one; ends at an EOS id, `max_new_tokens` or the context length.
 
-        With beams all of them come at the end. Raises UsageError for a prompt as `room` does, and for `n > 1`.
+        With beams all of them come at the end. `constraint`, in its first state, says what the answer must look like;
+        it is copied. Raises UsageError for a prompt as `room` does, and for `n > 1`.
         """
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[list[int]]:
         """The new ids for many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
 
-    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+    def candidates(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[Candidate]:
         """`sampling.n` answers with their scores: beams best first, draws in the order of their seeds.
 
         The prompt runs through the model once. Fewer beams come back only where fewer answers exist.
@@ -231,6 +251,16 @@ def prompt_room(prompt: Sequence[int], context_length: int, encoder_decoder: boo
     """
     check_prompt(prompt, context_length, encoder_decoder)
     return context_length - (1 if encoder_decoder else len(prompt))
+
+
+def check_bias(sampling: Sampling, vocab_size: int | None) -> None:
+    """UsageError if the logit bias names an id that is not below `vocab_size`."""
+    for token, _ in sampling.logit_bias:
+        if vocab_size is not None and token >= vocab_size:
+            raise UsageError(
+                f"logit_bias names token {token}, the model's vocabulary has {vocab_size}",
+                hint="give ids of the model's own tokenizer",
+            )
 
 
 def check_single(sampling: Sampling) -> None:

@@ -3,6 +3,8 @@
 Standard library only, and readable by old Pythons, so that an unsupported one gets a sentence instead of a traceback.
 """
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if sys.platform == "win32" else "bin")
 LOG = VENV / "setup.log"
+BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 OLDEST, NEWEST = (3, 11), (3, 13)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # torch's own index of CPU builds
 
@@ -93,6 +96,25 @@ def install_torch():
     return pins
 
 
+def install_browser():
+    """Take Debian's chromium for the tests of the chat page, where apt may be used; without one they are skipped."""
+    if any(shutil.which(name) for name in BROWSERS):
+        return
+    command = ["apt-get", "install", "-y", "--no-install-recommends", BROWSERS[0]]
+    if not (shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0):
+        sys.stderr.write("no chromium: the chat page is not tested (as root: {})\n".format(" ".join(command)))
+        return
+    sys.stderr.write("installing chromium (for the tests of the chat page) …\n")
+    with LOG.open("a", encoding="utf-8") as log:
+        for words in (["apt-get", "update"], command):
+            try:
+                code = subprocess.call(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=300)
+            except subprocess.TimeoutExpired:
+                code = 1
+    if code:
+        sys.stderr.write("chromium cannot be had here: the chat page is not tested\n")
+
+
 def main():
     """Set up and say what was taken."""
     check_python()
@@ -100,6 +122,8 @@ def main():
     extras = sys.argv[1] if len(sys.argv) > 1 else "all"
     constraints = install_torch()
     pip("installing llmctl[{}]".format(extras), constraints + ["-e", ".[{}]".format(extras)])
+    if "test-browser" in extras.split(","):
+        install_browser()
     sys.stderr.write("ready: torch {}, {}\n".format(installed_torch(), BIN / "llmctl"))
 
 

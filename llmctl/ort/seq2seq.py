@@ -9,11 +9,12 @@ import onnxruntime as ort
 
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
+from llmctl.engine import Constraint
 from llmctl.errors import UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
+from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
 from llmctl.ort.bundle import DECODER_WITH_PAST, Bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
-from llmctl.ort.sampling import Sampler, check_ids, log_probability, rank
+from llmctl.ort.sampling import AnswerState, check_ids, choose, log_probability, rank, state
 from llmctl.ort.sessions import provider
 
 BATCH = 16
@@ -48,37 +49,44 @@ class OrtSeq2Seq:
         check_ids(prompt, self.vocab_size)
         return room
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> Iterator[int]:
         """Yield new token ids; see `Generator.stream`. Checks the prompt at once."""
         check_single(sampling)
-        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)))
+        check_bias(sampling, self.vocab_size)
+        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)), constraint)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[list[int]]:
         """The answers to many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
         check_single(sampling)
         limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
         if sampling.beams > 1:
-            return [self.candidates(prompt, sampling)[0].ids for prompt in prompts]
-        found = [Answer(Sampler(sampling), limit) for limit in limits]
+            return [self.candidates(prompt, sampling, constraint)[0].ids for prompt in prompts]
+        found = [Answer(self._state(sampling, constraint), limit) for limit in limits]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
             rows, logits = self.begin([prompts[i] for i in chosen], [[self.start_id]] * len(chosen), limits[0])
-            draw(rows, logits[:, -1], [found[i] for i in chosen], self.eos_ids)
+            draw(rows, logits[:, -1], [found[i] for i in chosen], self.eos_ids, choose)
         return [answer.ids for answer in found]
 
-    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+    def candidates(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[Candidate]:
         """Several answers to one prompt with their scores; see `Generator.candidates`."""
         limit = min(sampling.max_new_tokens, self.room(prompt))
         rows, logits = self.begin([prompt], [[self.start_id]], limit)
         if sampling.beams > 1:
             search = BeamSearch(sampling, self.eos_ids, limit)
-            return search_beams(rows, logits[:, -1], search, rank)[: sampling.n]
-        found = [Answer(Sampler(single), limit) for single in sampling.draws()]
+            return search_beams(rows, logits[:, -1], search, rank, self._state(sampling, constraint))[: sampling.n]
+        found = [Answer(self._state(single, constraint), limit) for single in sampling.draws()]
         for start in range(0, len(found), BATCH):
             some = found[start : start + BATCH]
             copies = np.repeat(logits[:, -1], len(some), axis=0)
-            draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, log_probability)
+            draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, choose, log_probability)
         return [answer.candidate(sampling.length_penalty) for answer in found]
 
     def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
@@ -139,15 +147,21 @@ class OrtSeq2Seq:
         rows.fill([found[name] for name in layout.present], [count] * len(prompts))
         return rows, np.asarray(found["logits"], np.float32)
 
-    def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int) -> Iterator[int]:
+    def _state(self, sampling: Sampling, constraint: Constraint | None) -> AnswerState:
+        """Penalties count what the decoder is given, as in transformers: not what the encoder reads."""
+        return state(sampling, [self.start_id], self.vocab_size, constraint)
+
+    def _stream(
+        self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None
+    ) -> Iterator[int]:
         if sampling.beams > 1:
-            yield from self.candidates(prompt, sampling)[0].ids
+            yield from self.candidates(prompt, sampling, constraint)[0].ids
             return
-        sample = Sampler(sampling)
+        answer = self._state(sampling, constraint)
         rows, logits = self.begin([prompt], [[self.start_id]], limit)
         last = logits[0, -1]
         for left in reversed(range(limit)):
-            token = sample(last)
+            token = int(choose(last[None], [answer])[0])
             if token in self.eos_ids:
                 return
             yield token

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from llmctl.generator import Candidate, Generator, Sampling
 from llmctl.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmctl.engine import Constraint
 
 FinishReason = Literal["stop", "length"]
 UNFINISHED = "\ufffd"
@@ -102,6 +105,7 @@ def stream_text(
     prompt_ids: Sequence[int],
     sampling: Sampling,
     stop: Sequence[str] = (),
+    constraint: Constraint | None = None,
 ) -> Iterator[Delta]:
     """Generate after `prompt_ids` and yield text as it becomes final; the last delta has a `finish_reason`.
 
@@ -109,7 +113,9 @@ def stream_text(
     The texts joined are `tokenizer.decode` of all ids, cut before the first stop string.
     """
     limit = min(sampling.max_new_tokens, generator.room(prompt_ids))
-    return _texts(generator.stream(prompt_ids, sampling), tokenizer, limit, stop)
+    # A generator of a plugin may be older than constraints.
+    asked = (prompt_ids, sampling) if constraint is None else (prompt_ids, sampling, constraint)
+    return _texts(generator.stream(*asked), tokenizer, limit, stop)
 
 
 def _texts(tokens: Iterator[int], tokenizer: Tokenizer, limit: int, stop: Sequence[str]) -> Iterator[Delta]:

@@ -16,11 +16,17 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llmctl.errors import InputError
+from llmctl.text.tools import check_tools, plain_calls, tools_prompt
 
 if TYPE_CHECKING:
     import jinja2
 
 ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
+WORD = re.compile(r"[A-Za-z0-9_-]+\Z")
+_COMPARED = ("role", "type", "id", "tool_call_id")
+"""What templates compare or measure: left as it is if it is one word."""
+_NAMING = ("properties", "patternProperties", "$defs", "definitions", "arguments")
+"""Objects whose keys are a user's own names."""
 PRIVATE = range(0xF0000, 0x10FFFE)
 """Supplementary private-use planes: characters that mean nothing, so marks can be drawn from those a chat lacks."""
 
@@ -61,18 +67,46 @@ class ChatTemplate:
         longest_first = sorted(special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) if special else r"(?!)")
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` gives it."""
-        return self._render([plain_message(message) for message in messages], add_generation_prompt)
+    @property
+    def source(self) -> str:
+        """The template itself."""
+        return self._source
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template reads `tools`; else `llmctl.text.tools.tools_prompt` describes them."""
+        return _reads_tools(self._source)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """The text of a conversation, as transformers' `apply_chat_template(tokenize=False)` gives it."""
+        return self._render(*self._prepared(messages, tools), add_generation_prompt)
+
+    def _prepared(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """What the template is given: messages of plain content, and the tools if it reads them."""
+        plain = [plain_message(message) for message in messages]
+        if self.takes_tools:
+            return plain, check_tools(tools)
+        if tools or any(message["role"] == "tool" or message.get("tool_calls") for message in plain):
+            plain = tools_prompt(plain, tools)
+        return plain, []
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> str:
         import jinja2
 
         try:
             text: str = _compiled(self._source).render(
                 **self._names,
                 messages=messages,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
@@ -82,15 +116,20 @@ class ChatTemplate:
             ) from error
         return text
 
-    def pieces(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> list[Piece]:
+    def pieces(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[Piece]:
         """The rendered chat in pieces to be encoded one after the other; one piece if nothing needs care."""
         if not messages:
             raise InputError("the conversation is empty", hint="give at least one message")
-        plain = [plain_message(message) for message in messages]
-        text = self._render(plain, add_generation_prompt)
-        spans = self._spans(plain, text, add_generation_prompt)
+        plain, shown = self._prepared(messages, tools)
+        text = self._render(plain, shown, add_generation_prompt)
+        spans = self._spans(plain, shown, text, add_generation_prompt)
         if spans is None:
-            return self._unmarked(plain, text, add_generation_prompt)
+            return self._unmarked(plain, shown, text, add_generation_prompt)
         foreign = [(span.start, span.end) for span in spans]
         matches = list(self._pattern.finditer(text))
         spoken = self._closed([span for span in spans if span.spoken], text)
@@ -98,13 +137,16 @@ class ChatTemplate:
             return [Piece(text, None, True, tuple(spoken))]
         return list(self._apart(text, foreign, spoken))
 
-    def _spans(self, messages: list[dict[str, Any]], text: str, add_generation_prompt: bool) -> list[Span] | None:
-        """Which stretches of `text` come from messages; None if the template looks into them."""
-        marks = _free_marks(json.dumps(messages, ensure_ascii=False, default=str) + self._source)
+    def _spans(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], text: str, add_generation_prompt: bool
+    ) -> list[Span] | None:
+        """Which stretches of `text` come from messages and tools; None if the template looks into them."""
+        marks = _free_marks(json.dumps([messages, tools], ensure_ascii=False, default=str) + self._source)
         opening: dict[str, tuple[bool, str]] = {}
         closing: set[str] = set()
 
-        def mark(value: Any, spoken: bool) -> Any:
+        def mark(value: Any, spoken: bool, names: bool = False) -> Any:
+            """`names`: all keys of an object are a user's words, and so is what stands under `type`."""
             if isinstance(value, str) and value.strip():
                 body = value.strip()  # marks go inside the white space, so that `trim` still finds it
                 lead, tail = value.split(body, 1)
@@ -113,22 +155,28 @@ class ChatTemplate:
                 closing.add(closed)
                 return lead + opened + body + closed + tail
             if isinstance(value, Mapping):
-                return {key: item if key in ("role", "type") else mark(item, False) for key, item in value.items()}
+                return {
+                    mark(key, False) if names or self._pattern.search(key) else key: item
+                    if key in _COMPARED and _is_word(item) and not names
+                    else mark(item, False, key in _NAMING)
+                    for key, item in value.items()
+                }
             if isinstance(value, list):
-                return [mark(item, False) for item in value]
+                return [mark(item, False, names) for item in value]
             return value
 
         marked = []
         for message in messages:
             spoken = message["role"] == "assistant"
+            kept = {key for key, value in message.items() if key in _COMPARED and _is_word(value)}
             marked.append(
                 {
-                    key: value if key == "role" else mark(value, spoken and key == "content")
+                    key: value if key in kept else mark(value, spoken and key == "content")
                     for key, value in message.items()
                 }
             )
         try:
-            rendered = self._render(marked, add_generation_prompt)
+            rendered = self._render(marked, mark(tools, False), add_generation_prompt)
         except InputError:
             return None
         found = _unmark(rendered, opening, closing)
@@ -154,9 +202,11 @@ class ChatTemplate:
                 cut = match.end()
         yield from _text_piece(text, cut, len(text), spoken)
 
-    def _unmarked(self, messages: list[dict[str, Any]], text: str, add_generation_prompt: bool) -> list[Piece]:
+    def _unmarked(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], text: str, add_generation_prompt: bool
+    ) -> list[Piece]:
         """A template that changes what messages say: refuse typed special tokens, find the assistant by its words."""
-        typed = self._pattern.search(json.dumps(messages, ensure_ascii=False, default=str))
+        typed = self._pattern.search(json.dumps([messages, tools], ensure_ascii=False, default=str))
         if typed:
             raise InputError(
                 f"a message holds the special token {typed.group()} as text, and this chat template rewrites messages",
@@ -185,7 +235,15 @@ def plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not ROLE.match(role):
         raise InputError(f"a message has the role {role!r}", hint="use system, user or assistant")
-    return {**message, "role": role, "content": plain_content(message.get("content"))}
+    plain = {**message, "role": role, "content": plain_content(message.get("content"))}
+    if message.get("tool_calls"):
+        plain["tool_calls"] = plain_calls(message["tool_calls"])
+    return plain
+
+
+def _is_word(value: Any) -> bool:
+    """Whether a value cannot hold a special token, so that a template may compare it."""
+    return isinstance(value, str) and WORD.match(value) is not None
 
 
 def plain_content(content: Any) -> str:
@@ -262,8 +320,26 @@ def _text_piece(text: str, start: int, end: int, spoken: list[tuple[int, int]]) 
 
 
 @lru_cache(maxsize=32)
+def _reads_tools(source: str) -> bool:
+    import jinja2.meta
+
+    _compiled(source)  # refuses what is no template
+    return "tools" in jinja2.meta.find_undeclared_variables(_environment().parse(source))
+
+
+@lru_cache(maxsize=32)
 def _compiled(source: str) -> jinja2.Template:
-    """`source` compiled under transformers' conventions (`utils/chat_template_utils.py`)."""
+    import jinja2
+
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    """Transformers' conventions (`utils/chat_template_utils.py`)."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -289,7 +365,4 @@ def _compiled(source: str) -> jinja2.Template:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"the chat template is no valid Jinja: line {error.lineno}: {error.message}") from error
+    return environment

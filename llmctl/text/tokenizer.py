@@ -228,13 +228,19 @@ class Tokenizer:
         added = self._special.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> ChatIds:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> ChatIds:
         """Ids of a conversation and the mask of what the assistant says, its closing token included.
 
         Equal to transformers' `apply_chat_template(tokenize=True)` unless a message holds the text of a special token:
         there it stays ordinary text. With `add_generation_prompt` the ids end where the assistant's answer begins.
+        `tools` are functions as OpenAI's API has them; a template that knows none gets them in its system message.
         """
-        pieces = self.chat_template.pieces(messages, add_generation_prompt)
+        pieces = self.chat_template.pieces(messages, add_generation_prompt, tools)
         ids: list[int] = []
         mask: list[int] = []
         for piece in pieces:

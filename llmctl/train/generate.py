@@ -11,14 +11,15 @@ from torch import Tensor
 
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
+from llmctl.engine import Constraint
 from llmctl.errors import MachineError, UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
+from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
 from llmctl.nn.attention import Memory
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.opening import open_network
 from llmctl.nn.transformer import Transformer
 from llmctl.train.rows import TorchRows, inference, remember
-from llmctl.train.sampling import Sampler, log_probability, rank
+from llmctl.train.sampling import Sampler, choose, log_probability, rank
 
 MAX_ROWS = 64
 CACHE_BYTES = 1 << 30
@@ -93,19 +94,31 @@ class TorchGenerator:
         self._check_ids(prompt)
         return room
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> Iterator[int]:
         """Yield new ids one by one; see `Generator.stream`. A bad prompt is refused at the call."""
         check_single(sampling)
-        return self._stream(list(prompt), sampling, min(sampling.max_new_tokens, self.room(prompt)))
+        limit, sampler = min(sampling.max_new_tokens, self.room(prompt)), self._sampler(prompt, sampling, constraint)
+        return self._stream(list(prompt), sampling, limit, constraint, sampler)
 
-    def _stream(self, prompt: list[int], sampling: Sampling, limit: int) -> Iterator[int]:
+    def _sampler(self, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None) -> Sampler:
+        """Penalties count what the decoder is given, as in transformers: not what an encoder reads."""
+        check_bias(sampling, self.vocab_size)
+        given = list(prompt)
+        if self.encoder_decoder:
+            given = [start for start in (self.model.config.decoder_start_id,) if start is not None]
+        return Sampler(sampling, self.device, given, constraint)
+
+    def _stream(
+        self, prompt: list[int], sampling: Sampling, limit: int, constraint: Constraint | None, sampler: Sampler
+    ) -> Iterator[int]:
         if sampling.beams > 1:
-            yield from self.candidates(prompt, sampling)[0].ids
+            yield from self.candidates(prompt, sampling, constraint)[0].ids
             return
         # The model runs inside functions of its own: a `with` around a yield would leave inference mode switched on
         # in the caller.
         rows, logits = self._start([prompt], limit)
-        sampler = Sampler(sampling, self.device)
         for left in reversed(range(limit)):
             token = sampler(logits[0])
             if token in self.eos_ids:
@@ -114,35 +127,41 @@ class TorchGenerator:
             if left:
                 logits = rows.step([token])
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[list[int]]:
         """New ids for many prompts, in order; prompts of similar length run together."""
         check_single(sampling)
         limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
         if sampling.beams > 1:
-            return [self.candidates(prompt, sampling)[0].ids for prompt in prompts]
+            return [self.candidates(prompt, sampling, constraint)[0].ids for prompt in prompts]
         results: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         count = self._rows(max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=1))
         for start in range(0, len(order), count):
             chosen = order[start : start + count]
             rows, logits = self._start([prompts[i] for i in chosen], max(limits[i] for i in chosen))
-            answers = [Answer(Sampler(sampling, self.device), limits[i]) for i in chosen]
-            draw(rows, logits, answers, self.eos_ids)
+            answers = [Answer(self._sampler(prompts[i], sampling, constraint), limits[i]) for i in chosen]
+            draw(rows, logits, answers, self.eos_ids, choose)
             for i, answer in zip(chosen, answers, strict=True):
                 results[i] = answer.ids
         return results
 
-    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+    def candidates(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[Candidate]:
         """Several answers to one prompt with their scores; see `Generator.candidates`."""
         limit = min(sampling.max_new_tokens, self.room(prompt))
         rows, logits = self._start([prompt], limit)
         if sampling.beams > 1:
-            return search_beams(rows, logits, BeamSearch(sampling, self.eos_ids, limit), rank)[: sampling.n]
-        answers = [Answer(Sampler(single, self.device), limit) for single in sampling.draws()]
+            sampler = self._sampler(prompt, sampling, constraint)
+            return search_beams(rows, logits, BeamSearch(sampling, self.eos_ids, limit), rank, sampler)[: sampling.n]
+        answers = [Answer(self._sampler(prompt, single, constraint), limit) for single in sampling.draws()]
         count = self._rows(len(prompt) + limit)
         for start in range(0, len(answers), count):
             some = answers[start : start + count]
-            draw(rows.keep([0] * len(some)), logits.expand(len(some), -1), some, self.eos_ids, log_probability)
+            copies = logits.expand(len(some), -1)
+            draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, choose, log_probability)
         return [answer.candidate(sampling.length_penalty) for answer in answers]
 
     def answer_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:

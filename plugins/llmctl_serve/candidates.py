@@ -79,7 +79,7 @@ def answers(session: Session, prompt: Sequence[int], scored: int | None = None) 
     """
     generator, tokenizer = session.generator, session.tokenizer
     found = []
-    for whole in generator.candidates(prompt, session.sampling):
+    for whole in generator.candidates(prompt, session.sampling, *session.constraint):
         completion = completion_of(tokenizer, whole, session.stop)
         candidate = whole.cut(len(completion.token_ids))
         scores = None

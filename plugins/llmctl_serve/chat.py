@@ -1,27 +1,21 @@
-"""`llmctl chat` and `llmctl generate`: a model in the terminal, or in a pipe, one question per line."""
+"""`llmctl chat` and `llmctl generate`: a model in the terminal, in a pipe, or over the lines of a file."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
 
-from llmctl import LlmctlError, UsageError
+from llmctl import UsageError
 from llmctl_serve.candidates import Output
+from llmctl_serve.endpoint import is_url
+from llmctl_serve.forms import Form
 from llmctl_serve.options import options
-from llmctl_serve.session import Session, open_session
-
-HELP = "/reset forgets the conversation, /exit ends (as does Ctrl-D)"
-
-
-def show(parts: Iterator[str]) -> None:
-    """Write an answer as it comes, and end the line."""
-    for part in parts:
-        click.echo(part, nl=False)
-        sys.stdout.flush()
-    click.echo()
+from llmctl_serve.remote import RemoteSession, open_remote
+from llmctl_serve.repl import Repl, show, use_history
+from llmctl_serve.session import Session, find_model, open_session
 
 
 def lines() -> Iterator[str]:
@@ -29,9 +23,41 @@ def lines() -> Iterator[str]:
     return (line.strip() for line in sys.stdin if line.strip())
 
 
+def open_either(
+    artifact: str | None,
+    model: str | None,
+    api_key_env: str | None,
+    device: str,
+    threads: int,
+    stop: Sequence[str],
+    given: dict[str, Any],
+    form: Form | None,
+    system: str = "",
+) -> Session | RemoteSession:
+    """A model that is opened here, or one of the server at a URL."""
+    if artifact is not None and is_url(artifact):
+        session = open_remote(artifact, model, api_key_env, stop, given, system)
+        session.form = form.fields() if form else {}
+        return session
+    if model is not None or api_key_env is not None:
+        raise UsageError("--model and --api-key-env are for a server", hint="give its URL: llmctl chat http://…")
+    return open_session(artifact, device, threads, stop, given, system, form)
+
+
+def write_answers(session: Session | RemoteSession, output: Output, prompt: Callable[[Session], list[int]]) -> None:
+    """Answers that are finished before they are printed: several, scored, or as JSON."""
+    if isinstance(session, RemoteSession):
+        raise UsageError(
+            f"{output.option} prints finished answers of a model that is opened here",
+            hint="ask a server with llmctl generate URL --input FILE",
+        )
+    output.write(session, prompt(session))
+
+
 @click.command()
 @options
 @click.option("--system", default="", help="System message.")
+@click.option("--history/--no-history", default=True, help="Remember what is typed, for the next conversation.")
 def chat(
     artifact: str | None,
     prompt: str | None,
@@ -40,11 +66,15 @@ def chat(
     threads: int,
     system: str,
     output: Output,
+    model: str | None,
+    api_key_env: str | None,
+    form: Form | None,
+    history: bool,
     **given: Any,
 ) -> None:
-    """Talk to a model: ARTIFACT is a model directory, a reference or an id (default exports/quickstart).
+    """Talk to a model: ARTIFACT is a model directory, a reference, an id, or a server's URL.
 
-    Without a terminal on stdin every line is a question of its own.
+    Without ARTIFACT it is exports/quickstart. Without a terminal on stdin every line is a question of its own.
     """
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt is empty", hint="give a question")
@@ -54,45 +84,30 @@ def chat(
             f"{output.option} is not for a conversation, which goes on from one answer",
             hint="ask one question with --prompt, or pipe questions into the command",
         )
-    session = open_session(artifact, device, threads, stop, given, system)
+    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, system)
     if conversation:
-        converse(session)
+        save = use_history(history)
+        try:
+            Repl(session).run()
+        finally:
+            save()
     for question in () if conversation else lines() if prompt is None else (prompt,):
         session.reset()
         if output.streams:
             show(session.ask(question))
         else:
-            output.write(session, session.question(question)[1])
-
-
-def converse(session: Session) -> None:
-    """Read, answer, repeat. What cannot be answered is explained and the conversation goes on."""
-    import readline  # noqa: F401  # gives input() line editing and history
-
-    click.echo(f"{session.generator.backend}. {HELP}", err=True)
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            click.echo()
-            return
-        if question in ("/exit", "/quit"):
-            return
-        if question == "/reset":
-            session.reset()
-        elif question.startswith("/"):
-            click.echo(f"unknown command {question.split()[0]}; {HELP}", err=True)
-        elif question:
-            try:
-                show(session.ask(question))
-            except KeyboardInterrupt:
-                click.echo("\n(interrupted)", err=True)
-            except LlmctlError as error:
-                click.echo(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""), err=True)
+            write_answers(session, output, lambda opened, asked=question: opened.question(asked)[1])  # type: ignore[misc]
 
 
 @click.command()
 @options
+@click.option("--input", "source", help="JSON Lines of prompts or messages; - is stdin.")
+@click.option("--output", "target", default="-", show_default=True, help="Append answers here; what is there is kept.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Lines answered side by side.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first line without an answer.")
+@click.option("--retry-errors", is_flag=True, help="Ask again what failed in an earlier run.")
+@click.option("--system", default="", help="System message of messages that have none.")
+@click.option("--url", help="A server's URL; the same as giving it as ARTIFACT.")
 def generate(
     artifact: str | None,
     prompt: str | None,
@@ -100,19 +115,67 @@ def generate(
     device: str,
     threads: int,
     output: Output,
+    model: str | None,
+    api_key_env: str | None,
+    form: Form | None,
+    source: str | None,
+    target: str,
+    batch: int,
+    fail_fast: bool,
+    retry_errors: bool,
+    system: str,
+    url: str | None,
     **given: Any,
 ) -> None:
-    """Continue a text with a model: ARTIFACT is a model directory, a reference or an id (default exports/quickstart).
+    """Continue a text, or answer the lines of a file: ARTIFACT is a model directory, a reference, an id, or a URL.
 
-    The text is --prompt, or all of stdin.
+    The text is --prompt, or all of stdin. With --input every line is {"prompt": …} or {"messages": […]}.
     """
+    if url is not None and artifact is not None:
+        raise UsageError("both ARTIFACT and --url are given", hint="leave one of them out")
+    artifact = url or artifact
+    if source is not None:
+        if prompt is not None:
+            raise UsageError("both --prompt and --input are given", hint="leave one of them out")
+        session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, system)
+        answer_lines(session, artifact, given, output, source, target, batch, fail_fast, retry_errors)
+        return
+    for name, used in (("--output", target != "-"), ("--fail-fast", fail_fast), ("--retry-errors", retry_errors)):
+        if used:
+            raise UsageError(f"{name} is of the lines of a file", hint="give --input FILE")
+    if system:
+        raise UsageError("--system is of messages, and a text is continued as it is", hint="give --input FILE")
     if prompt is None and sys.stdin.isatty():
         raise UsageError("there is no text to continue", hint="give --prompt, or pipe a text into the command")
     text = sys.stdin.read() if prompt is None else prompt
     if not text:
         raise UsageError("the text to continue is empty", hint="give --prompt, or pipe a text into the command")
-    session = open_session(artifact, device, threads, stop, given)
+    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form)
     if output.streams:
         show(session.continue_text(text))
     else:
-        output.write(session, session.beginning(text))
+        write_answers(session, output, lambda opened: opened.beginning(text))
+
+
+def answer_lines(
+    session: Session | RemoteSession,
+    artifact: str | None,
+    given: dict[str, Any],
+    output: Output,
+    source: str,
+    target: str,
+    batch: int,
+    fail_fast: bool,
+    retry_errors: bool,
+) -> None:
+    """Answer the lines of a file."""
+    from llmctl_serve.batch import Answerer, LocalAnswers, RemoteAnswers, answer_file
+
+    if isinstance(session, RemoteSession):
+        if output.best_of:
+            raise UsageError("--best-of compares scores, which a server does not give", hint="use -n and choose")
+        answerer: Answerer = RemoteAnswers(session, output, batch)
+    else:
+        wanted = {name: value for name, value in given.items() if value is not None}
+        answerer = LocalAnswers(session, wanted, output, find_model(artifact).path, batch)
+    answer_file(answerer, source, target, fail_fast, retry_errors)

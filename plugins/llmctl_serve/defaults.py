@@ -9,7 +9,7 @@ from typing import Any
 from llmctl import InputError
 from llmctl.generator import Sampling
 
-DRAWING = {"temperature", "top_k", "top_p"}
+DRAWING = {"temperature", "top_k", "top_p", "min_p"}
 SEARCHING = {"beams", "length_penalty", "early_stopping"}
 
 
@@ -17,12 +17,12 @@ def default_sampling(directory: Path, **given: Any) -> Sampling:
     """How a model wants to be sampled: its `generation_config.json`, read as transformers reads it.
 
     What is `given` overrides the file. Without `do_sample` that is greedy, or a beam search with `num_beams`; with it
-    temperature 1, top-k 50 and top-p 1 unless it says otherwise. Who is given beams gets no draws from the file, and
-    who is given draws no beams.
+    temperature 1, top-k 50 and top-p 1 unless it says otherwise. A repetition penalty holds for all of them. Who is
+    given beams gets no draws from the file, and who is given draws no beams.
     """
     path = directory / "generation_config.json"
     wanted = _read(path)
-    draws = given.get("temperature") or given.get("top_k") or given.get("top_p", 1) < 1
+    draws = given.get("temperature") or given.get("top_k") or given.get("top_p", 1) < 1 or given.get("min_p")
     settled = set()
     if "beams" in given and not draws or ("beams" in wanted and given.get("temperature") == 0):
         settled |= DRAWING
@@ -45,6 +45,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "temperature": (int, float),
     "top_k": (int,),
     "top_p": (int, float),
+    "min_p": (int, float),
+    "repetition_penalty": (int, float),
 }
 """What each value may be."""
 
@@ -63,9 +65,9 @@ def _read(path: Path) -> dict[str, Any]:
     for name, kinds in _KINDS.items():
         if name in said and (not isinstance(said[name], kinds) or (isinstance(said[name], bool) and bool not in kinds)):
             raise InputError(f"{path}: {name} is {said[name]!r}", hint="correct it or leave it out")
-    found: dict[str, Any] = {}
+    found = {name: said[name] for name in ("repetition_penalty",) if name in said}  # greedy or not
     if said.get("num_beams", 1) > 1:
-        found = {"beams": said["num_beams"]}
+        found |= {"beams": said["num_beams"]}
         found |= {name: said[name] for name in ("length_penalty", "early_stopping") if name in said}
     if said.get("do_sample"):
         found |= {"temperature": 1.0, "top_k": 50, **{name: said[name] for name in DRAWING if name in said}}

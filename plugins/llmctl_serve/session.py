@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl import Artifact, UsageError
+from llmctl_serve.forms import Form
+from llmctl_serve.spent import Spent
 
 if TYPE_CHECKING:
+    from llmctl.engine import Constraint
     from llmctl.generator import Generator, Sampling
     from llmctl.text.tokenizer import Tokenizer
 
@@ -26,24 +30,59 @@ class Session:
     stop: Sequence[str] = ()
     system: str = ""
     turns: list[dict[str, str]] = field(default_factory=list)
+    form: Form | None = None
+    """What every answer must look like."""
+    spent: Spent | None = None
+    """On the last answer."""
+    device: str = "auto"
+    threads: int = 0
+
+    @property
+    def backend(self) -> str:
+        """For a human."""
+        return self.generator.backend
+
+    @cached_property
+    def constraint(self) -> tuple[Constraint, ...]:
+        """The form as an argument that a generator takes last; nothing where there is none."""
+        return () if self.form is None else (self.form.constraint(self.generator, self.tokenizer),)
 
     def reset(self) -> None:
         """Forget the conversation."""
         self.turns.clear()
 
+    def set(self, name: str, value: Any) -> None:
+        """Change how answers are chosen. UsageError for a value out of range, or that contradicts another."""
+        self.sampling = replace(self.sampling, **{name: value})
+
+    def values(self) -> dict[str, Any]:
+        """How answers are chosen."""
+        return asdict(self.sampling)
+
+    def switch(self, name: str) -> None:
+        """Talk to another model, which goes on with this conversation and answers as its own defaults say."""
+        other = open_session(name, self.device, self.threads, self.stop, {})
+        self.generator, self.tokenizer, self.sampling = other.generator, other.tokenizer, other.sampling
+        self.__dict__.pop("constraint", None)  # it is of the other model's tokens
+
+    def tokens(self) -> str:
+        """How much of the context the conversation takes."""
+        return f"{len(self._ids(self.turns))} of {self.generator.context_length} tokens"
+
     def ask(self, question: str) -> Iterator[str]:
-        """Stream the answer and remember it. Old turns are dropped while they leave no room for an answer.
+        """Stream the answer and remember it, as far as it came.
 
-        UsageError if the question alone does not fit.
+        Old turns are dropped while they leave no room for an answer. UsageError if the question alone does not fit.
         """
-        from llmctl.text.streaming import stream_text
-
         asked, ids = self.question(question)
         answer = ""
-        for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop):
-            answer += delta.text
-            yield delta.text
-        self.turns = [*asked, {"role": "assistant", "content": answer}]
+        try:
+            for text in self._stream(ids):
+                answer += text
+                yield text
+        finally:
+            if answer:  # a part of it, where it was interrupted
+                self.turns = [*asked, {"role": "assistant", "content": answer}]
 
     def question(self, text: str) -> tuple[list[dict[str, str]], list[int]]:
         """The turns that a question stands after, itself included, and their ids."""
@@ -70,11 +109,19 @@ class Session:
 
     def continue_text(self, text: str) -> Iterator[str]:
         """Stream the continuation of a text."""
+        return self._stream(self.beginning(text))
+
+    def _stream(self, ids: Sequence[int]) -> Iterator[str]:
         from llmctl.text.streaming import stream_text
 
-        ids = self.beginning(text)
-        for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop):
-            yield delta.text
+        spent = Spent(prompt=len(ids))
+        try:
+            for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop, *self.constraint):
+                spent.note(len(delta.token_ids))
+                yield delta.text
+        finally:
+            spent.end()
+            self.spent = spent
 
 
 def find_model(text: str | None) -> Artifact:
@@ -91,7 +138,13 @@ def find_model(text: str | None) -> Artifact:
 
 
 def open_session(
-    artifact: str | None, device: str, threads: int, stop: Sequence[str], given: dict[str, Any], system: str = ""
+    artifact: str | None,
+    device: str,
+    threads: int,
+    stop: Sequence[str],
+    given: dict[str, Any],
+    system: str = "",
+    form: Form | None = None,
 ) -> Session:
     """Open a model; `given` overrides its `generation_config.json`, None leaves a value as it is."""
     from llmctl.registry import get_registry
@@ -102,4 +155,4 @@ def open_session(
     sampling = default_sampling(found.path, **{key: value for key, value in given.items() if value is not None})
     tokenizer = Tokenizer.load(found.path)
     generator = get_registry().open_generator(found, device=device, threads=threads)
-    return Session(generator, tokenizer, sampling, stop, system)
+    return Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)

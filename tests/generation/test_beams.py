@@ -15,7 +15,7 @@ from llmctl.beams import BeamSearch, Continuation
 from llmctl.decoding import search_beams
 from llmctl.errors import UsageError
 from llmctl.generator import Candidate, Generator, Sampling
-from llmctl.ort import engine as ort_engine
+from llmctl.ort import generator as ort_engine
 from llmctl.ort.cache import InPlaceRows
 from llmctl.ort.sampling import rank
 from llmctl.train import generate as torch_engine
@@ -114,8 +114,8 @@ class Narrow(BeamSearch):
 class EosUncounted(BeamSearch):
     """The length without EOS."""
 
-    def _worth(self, answer: Candidate) -> float:
-        return self._score(answer.logprob, max(1, len(answer.ids)))
+    def _worth(self, answer: Candidate, total: float) -> float:
+        return self._score(total, max(1, len(answer.ids)))
 
 
 class Hasty(BeamSearch):
@@ -272,7 +272,7 @@ def test_one_beam_is_greedy(engine: str, model: Flat, monkeypatch) -> None:
 def test_every_beam_may_end_at_once() -> None:
     search = BeamSearch(Sampling(beams=2), frozenset({0, 1}), 5)
     assert search.wanted == 6
-    assert search.step([Continuation(0, 1, -0.1), Continuation(0, 0, -2.0)]) == []
+    assert search.step([Continuation(0, 1, -0.1, -0.1), Continuation(0, 0, -2.0, -2.0)]) == []
     assert [one.ids for one in search.finished] == [[], []]
     assert search.finished[0].score == pytest.approx(-0.1)
 
@@ -286,8 +286,8 @@ def test_every_beam_may_end_at_once() -> None:
         ({"early_stopping": "soon", "beams": 2}, "must be true, false or \"never\", got 'soon'", None),
         ({"early_stopping": 1, "beams": 2}, "early_stopping must be", None),
         ({"beams": 4, "temperature": 0.7}, "temperature is 0.7", "set temperature to 0, or beams to 1"),
-        ({"beams": 4, "top_k": 5}, "top_k is 5", "leave top_k and top_p out"),
-        ({"beams": 4, "top_p": 0.5}, "top_p 0.5", "leave top_k and top_p out"),
+        ({"beams": 4, "top_k": 5}, "top_k is 5", "leave top_k, top_p and min_p out"),
+        ({"beams": 4, "top_p": 0.5}, "top_p 0.5", "leave top_k, top_p and min_p out"),
         ({"beams": 2, "n": 3}, "2 beams cannot give 3 answers", "set beams to 3 or more, or n to 2 or less"),
         ({"n": 3}, "greedy decoding has one answer, but n is 3", "temperature above 0"),
         ({"early_stopping": True}, "but beams is 1", "set beams above 1"),

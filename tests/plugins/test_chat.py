@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
 import pty
+import stat
 import sys
 import time
 
@@ -16,6 +19,8 @@ from llmctl.generator import Sampling
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.chat import chat, generate
 from llmctl_serve.session import Session, find_model
+
+from .stub import Plan, Stub
 
 
 @pytest.fixture
@@ -127,31 +132,117 @@ def read_until(master, text, seconds=20):
     return found.decode()
 
 
-def test_a_real_terminal(bundle):
-    child, master = pty.fork()
-    if child == 0:  # the fork has the fixture's scripted model
-        os.dup2(1, 2)
-        sys.stdin = io.TextIOWrapper(io.FileIO(0))
-        sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
-        sys.stderr = sys.__stderr__ = io.TextIOWrapper(io.FileIO(2, "w"), write_through=True)
-        code = 1
+@pytest.fixture
+def terminal(tmp_path, monkeypatch):
+    """`with terminal(arguments) as typed`: `llmctl chat` in a pty; `typed(text, answer)` types and waits for both."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+    @contextlib.contextmanager
+    def run(*arguments):
+        child, master = pty.fork()
+        if child == 0:  # the fork has the fixture's scripted model
+            os.dup2(1, 2)
+            sys.stdin = io.TextIOWrapper(io.FileIO(0))
+            sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
+            sys.stderr = sys.__stderr__ = io.TextIOWrapper(io.FileIO(2, "w"), write_through=True)
+            code = 1
+            try:
+                chat.main([str(argument) for argument in arguments], standalone_mode=False)
+                code = 0
+            finally:
+                os._exit(code)
+
+        def typed(text, answer="", end=b"> "):
+            os.write(master, text if isinstance(text, bytes) else text.encode() + b"\n")
+            found = read_until(master, answer.encode())
+            return found if found.endswith(end.decode()) else found + read_until(master, end)
+
+        typed.screen = read_until(master, b"> ")
+        typed.master = master
         try:
-            chat.main([str(bundle)], standalone_mode=False)
-            code = 0
+            yield typed
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         finally:
-            os._exit(code)
-    try:
-        assert "scripted" in read_until(master, b"> ")
-        for typed, answer in (
-            ("dedent?", "textwrap ☃"),
-            ("/reset", ""),
-            ("loads?", "json"),
-            ("/nonsense", "unknown command /nonsense"),
-            ("x" * 70, "context is 64"),
-        ):
-            os.write(master, typed.encode() + b"\n")
-            assert answer in read_until(master, b"> ")
-        os.write(master, b"/exit\n")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    finally:
-        os.close(master)
+            os.close(master)
+
+    return run
+
+
+def test_a_real_terminal(bundle, terminal, tmp_path):
+    with terminal(bundle) as typed:
+        assert "scripted" in typed.screen
+        typed("dedent?", "textwrap ☃")
+        typed("/tokens", "of 64 tokens")
+        typed("/reset")
+        assert "tokens/s" in typed("loads?", "json")
+        typed("/nonsense", "unknown command /nonsense")
+        typed("x" * 70, "context is 64")
+        typed("/help", "/retry")
+        os.write(typed.master, b"/exit\n")
+    history = tmp_path / "state" / "llmctl" / "chat_history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert "dedent?" in history.read_text()
+
+
+def test_commands_of_a_conversation(bundle, terminal, tmp_path):
+    saved = tmp_path / "talk.json"
+    with terminal(bundle, "--no-history") as typed:
+        typed("/system be kind", "is set")
+        typed("loads?", "json")
+        assert "[system] be kind" in typed("/show", "[assistant] json")
+        typed("/retry", "json")
+        typed(f"/save {saved}", "2 messages")
+        typed("/undo", "0 messages are left")
+        typed("/undo", "nothing to take back")
+        typed("/retry", "no question")
+        typed(f"/load {saved}", "2 messages from")
+        typed("/show", "[assistant] json")
+        typed(f"/load {tmp_path}/none", "holds no conversation")
+        typed("/set max_new_tokens=2")
+        typed("/set", "max_new_tokens=2")
+        typed("/reset")
+        typed("dedent?", "\nte\r\n")
+        typed("/set temperature=-1", "must not be negative")
+        typed("/set colour=red", "cannot be set")
+        typed("/set top_k=many", "cannot be")
+        typed("/model", "scripted")
+        typed("/reset")
+        typed('"""', "", b". ")
+        typed("two", "", b". ")
+        typed("lines", "", b". ")
+        typed('"""', "ye")
+        typed("/show", "[user] two\r\nlines")
+        os.write(typed.master, b"\x04")  # Ctrl-D
+    assert json.loads(saved.read_text())["messages"][1] == {"role": "assistant", "content": "json"}
+    assert not (tmp_path / "state").exists()
+
+
+def test_an_interrupt_stops_the_answer_and_a_second_one_the_program(model_dir, opens, scripted, terminal):
+    (model_dir / "model.onnx").touch()
+    slow = scripted(Tokenizer.load(model_dir), {"long": "abcdefghij" * 20}, context_length=400, delay=0.02)
+    opens({model_dir: slow})
+    with terminal(model_dir, "--no-history") as typed:
+        os.write(typed.master, b"long\n")
+        read_until(typed.master, b"abcdefghij")
+        assert "(interrupted)" in typed(b"\x03", "(interrupted)")
+        assert "[assistant] abcdefghij" in typed("/show", "[assistant] abcdefghij")  # what came is remembered
+        typed(b"\x03", "Ctrl-C again ends")
+        os.write(typed.master, b"\x03")
+
+
+def test_a_conversation_with_a_server(terminal):
+    with Stub(lambda number, body: Plan(["Answer", f" {number}"], ttft=0.01)) as stub:
+        stub.models = ["one", "two"]
+        with terminal(stub.url, "--model", "one", "--no-history", "--temperature", 0.5) as typed:
+            assert f"one at {stub.url}/v1" in typed.screen
+            typed("hello", "Answer 0")
+            typed("/system short", "is set")
+            typed("/set temperature=0.2")
+            typed("/model two", "two at")
+            typed("/model three", "no model `three`")
+            assert "2 tokens after" in typed("again", "Answer 1")
+            os.write(typed.master, b"/quit\n")
+    first, second = stub.bodies
+    assert (first["model"], first["temperature"], first["stream"]) == ("one", 0.5, True)
+    assert (second["model"], second["temperature"]) == ("two", 0.2)
+    assert [turn["role"] for turn in second["messages"]] == ["system", "user", "assistant", "user"]

@@ -12,7 +12,7 @@ from llmctl import Artifact, InputError, TempFail
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.generator import Candidate, Sampling
-from llmctl.ort.sampling import Sampler, log_probability, rank
+from llmctl.ort.sampling import choose, log_probability, rank, state
 from llmctl.testing import run_stage
 from llmctl.text.shards import ShardWriter
 from llmctl_eval import EVAL
@@ -42,8 +42,8 @@ class Chain:
         rows, logits, limit = _Rows(self.table, [prompt[-1]]), self.table[[prompt[-1]]], sampling.max_new_tokens
         if sampling.beams > 1:
             return search_beams(rows, logits, BeamSearch(sampling, self.eos_ids, limit), rank)[: sampling.n]
-        answers = [Answer(Sampler(single), limit) for single in sampling.draws()]
-        draw(rows.keep([0] * sampling.n), logits.repeat(sampling.n, 0), answers, self.eos_ids, log_probability)
+        answers = [Answer(state(single, prompt, self.vocab_size), limit) for single in sampling.draws()]
+        draw(rows.keep([0] * sampling.n), logits.repeat(sampling.n, 0), answers, self.eos_ids, choose, log_probability)
         return [one.candidate(sampling.length_penalty) for one in answers]
 
 

@@ -10,11 +10,13 @@ import onnxruntime as ort
 
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
+from llmctl.engine import Constraint, Engine, EngineOptions, Request
 from llmctl.errors import InputError, UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_single, prompt_room
+from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
-from llmctl.ort.sampling import Sampler, check_ids, log_probabilities, log_probability, rank
+from llmctl.ort.sampling import Sampler, check_ids, choose, log_probabilities, log_probability, rank, state
+from llmctl.ort.scheduler import OrtEngine
 from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.ort.sessions import open_session, provider
 
@@ -70,46 +72,66 @@ class OrtGenerator:
             raise ValueError(f"this graph has no in-place cache, so no batch of {batch}")
         return GrowingRows(self.session, self.layout, 1, capacity)
 
+    def engine(self, options: EngineOptions) -> Engine:
+        """Open an engine that answers many requests side by side, over the same session.
+
+        Raises UsageError for options that make no sense, and for graphs that concatenate their cache.
+        """
+        if not self.in_place:
+            raise UsageError(
+                "this graph concatenates its cache, so its answers cannot be batched",
+                hint="export the model with llmctl export-onnx",
+            )
+        return OrtEngine(self, options)
+
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow; see `Generator.room`."""
         room = prompt_room(prompt, self.context_length)
         check_ids(prompt, self.vocab_size)
         return room
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> Iterator[int]:
         """Yield new token ids; see `Generator.stream`. Checks the prompt at once."""
         check_single(sampling)
-        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)))
+        check_bias(sampling, self.vocab_size)
+        return self._stream(prompt, sampling, min(sampling.max_new_tokens, self.room(prompt)), constraint)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[list[int]]:
         """The new ids for many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
         check_single(sampling)
         limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
-        if not self.in_place or len(prompts) == 1 or sampling.beams > 1:
-            return [list(self._stream(p, sampling, limit)) for p, limit in zip(prompts, limits, strict=True)]
-        answers = [Answer(Sampler(sampling), limit) for limit in limits]
-        # Prompts of like length end at like times, so batches stay full.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            self._batch([prompts[i] for i in chosen], [answers[i] for i in chosen])
-        return [answer.ids for answer in answers]
+        if not self.in_place or len(prompts) <= 1 or sampling.beams > 1:
+            return [
+                list(self._stream(p, sampling, limit, constraint)) for p, limit in zip(prompts, limits, strict=True)
+            ]
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        options = EngineOptions(slots=min(BATCH, len(prompts)), max_queue=len(prompts), context=longest)
+        requests = [Request(prompt=prompt, sampling=sampling, constraint=constraint) for prompt in prompts]
+        return run_all(self.engine(options), requests)
 
-    def candidates(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> list[Candidate]:
+    def candidates(
+        self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
+    ) -> list[Candidate]:
         """Several answers to one prompt with their scores; see `Generator.candidates`."""
         limit = min(sampling.max_new_tokens, self.room(prompt))
+        singles = [sampling] if sampling.beams > 1 else sampling.draws()
+        states = [state(single, prompt, self.vocab_size, constraint) for single in singles]
         rows = self._borrow(len(prompt) + limit)
         try:
             # A copy: the next prompt overwrites the logits.
             logits = prefill(rows, 0, prompt)[None].copy()
             if sampling.beams > 1:
                 search = BeamSearch(sampling, self.eos_ids, limit)
-                return search_beams(rows.keep([0]), logits, search, rank)[: sampling.n]
-            answers = [Answer(Sampler(single), limit) for single in sampling.draws()]
+                return search_beams(rows.keep([0]), logits, search, rank, states[0])[: sampling.n]
+            answers = [Answer(one, limit) for one in states]
             for start in range(0, len(answers), BATCH):
                 some = answers[start : start + BATCH]
                 copies = np.repeat(logits, len(some), axis=0)
-                draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, log_probability)
+                draw(rows.keep([0] * len(some)), copies, some, self.eos_ids, choose, log_probability)
             return [answer.candidate(sampling.length_penalty) for answer in answers]
         finally:
             self._idle = rows
@@ -152,11 +174,14 @@ class OrtGenerator:
         rows.restart()
         return rows
 
-    def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int) -> Iterator[int]:
+    def _stream(
+        self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None
+    ) -> Iterator[int]:
         if sampling.beams > 1:
-            yield from self.candidates(prompt, sampling)[0].ids
+            yield from self.candidates(prompt, sampling, constraint)[0].ids
             return
-        sample, rows = Sampler(sampling), self._borrow(len(prompt) + limit)
+        sample = Sampler(sampling, prompt, self.vocab_size, constraint)
+        rows = self._borrow(len(prompt) + limit)
         try:
             logits = prefill(rows, 0, prompt)
             for left in reversed(range(limit)):
@@ -169,12 +194,19 @@ class OrtGenerator:
         finally:
             self._idle = rows
 
-    def _batch(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> None:
-        """Up to BATCH answers side by side. Prefill runs row by row, so no prompt is padded to another's length."""
-        needed = max(len(prompt) + answer.limit for prompt, answer in zip(prompts, answers, strict=True))
-        rows = InPlaceRows(self.session, self.layout, len(prompts), min(needed, self.context_length))
-        logits = np.stack([prefill(rows, row, prompt) for row, prompt in enumerate(prompts)])
-        draw(rows, logits, answers, self.eos_ids)
+
+def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """The tokens of one answer for each request, in order; the engine is closed."""
+    try:
+        found: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
+        while engine.busy:
+            for event in engine.step():
+                if event.error is not None:
+                    raise event.error
+                found[event.ticket] += event.tokens
+        return list(found.values())
+    finally:
+        engine.close()
 
 
 def prefill(rows: Rows, row: int, prompt: Sequence[int]) -> np.ndarray:

@@ -1,0 +1,127 @@
+"""What an answer remembers from token to token: its random numbers, what it said, and what it may say next."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmctl.engine import Constraint
+from llmctl.errors import UsageError
+from llmctl.generator import Sampling, check_bias
+
+
+class Tally:
+    """How often each token occurred, as arrays that change logits in one go."""
+
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        found, counts = np.unique(np.asarray(tokens, np.int64), return_counts=True)
+        self._size = len(found)
+        self._at = {token: place for place, token in enumerate(found.tolist())}
+        self._ids = np.concatenate([found, np.zeros(64, np.int64)])
+        self._counts = np.concatenate([counts, np.zeros(64)]).astype(np.float32)
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The distinct tokens, int64."""
+        return self._ids[: self._size]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each of `ids` occurred, float32."""
+        return self._counts[: self._size]
+
+    def add(self, token: int) -> None:
+        """The token occurred once more."""
+        place = self._at.setdefault(token, self._size)
+        if place == self._size:
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[place], self._size = token, place + 1
+        self._counts[place] += 1
+
+    def copy(self) -> Tally:
+        """Another one with the same counts."""
+        other = Tally()
+        other._size, other._at = self._size, dict(self._at)
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        return other
+
+
+class AnswerState:
+    """One answer while it is chosen. Made by `state`."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], constraint: Constraint | None) -> None:
+        self.sampling = sampling
+        self.random = np.random.default_rng(sampling.seed)
+        self.constraint = constraint
+        self.bias_ids = np.array([token for token, _ in sampling.logit_bias], np.int64)
+        self.bias = np.array([value for _, value in sampling.logit_bias], np.float32)
+        self.seen = Tally(prompt) if sampling.repetition_penalty != 1 else None
+        """Tokens of prompt and answer."""
+        self.said = Tally() if sampling.frequency_penalty or sampling.presence_penalty else None
+        """Tokens of the answer."""
+        self.adjusts = bool(sampling.logit_bias or self.seen or self.said or constraint)
+        """Whether logits are changed before a token is chosen, and tokens must be told to `accept`."""
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        if self.seen is not None:
+            self.seen.add(token)
+        if self.said is not None:
+            self.said.add(token)
+        if self.constraint is not None:
+            self.constraint.accept(token)
+
+    def copy(self) -> AnswerState:
+        """A second answer that begins like this one; its random numbers are the same too."""
+        other = copy.copy(self)
+        other.random = copy.deepcopy(self.random)
+        other.seen = self.seen and self.seen.copy()
+        other.said = self.said and self.said.copy()
+        other.constraint = self.constraint and self.constraint.copy()
+        return other
+
+
+def state(
+    sampling: Sampling, prompt: Sequence[int], vocab_size: int | None, constraint: Constraint | None = None
+) -> AnswerState:
+    """The state of a new answer to `prompt`; for an encoder-decoder that is what the decoder begins with.
+
+    `constraint` is copied. Raises UsageError if the logit bias names an id that is not below `vocab_size`.
+    """
+    check_bias(sampling, vocab_size)
+    return AnswerState(sampling, prompt, constraint and constraint.copy())
+
+
+def adjust(logits: np.ndarray, rows: Sequence[int], states: Sequence[AnswerState]) -> None:
+    """Write bias, penalties and constraints into `logits (B, V)` float32: those of `states[i]` into row `rows[i]`."""
+    biased = [(row, one.bias_ids, one.bias) for row, one in zip(rows, states, strict=True) if len(one.bias)]
+    if biased:
+        at = _places([(row, ids) for row, ids, _ in biased])
+        np.add.at(logits, at, np.concatenate([values for _, _, values in biased]))
+    seen = [(row, one.seen.ids, one.sampling) for row, one in zip(rows, states, strict=True) if one.seen is not None]
+    if seen:
+        at = _places([(row, ids) for row, ids, _ in seen])
+        penalty = np.repeat([s.repetition_penalty for _, _, s in seen], [len(ids) for _, ids, _ in seen])
+        values, penalty = logits[at], penalty.astype(np.float32)
+        logits[at] = np.where(values < 0, values * penalty, values / penalty)
+    said = [(row, one.said, one.sampling) for row, one in zip(rows, states, strict=True) if one.said is not None]
+    if said:
+        at = _places([(row, tally.ids) for row, tally, _ in said])
+        logits[at] -= np.concatenate(
+            [tally.counts * np.float32(s.frequency_penalty) + np.float32(s.presence_penalty) for _, tally, s in said]
+        )
+    for row, one in zip(rows, states, strict=True):
+        if one.constraint is not None:
+            allowed = one.constraint.mask()
+            if not allowed.any():
+                raise UsageError("the constraint allows no token here", hint="relax the schema, regex or grammar")
+            np.copyto(logits[row], -np.inf, where=~allowed)
+
+
+def _places(found: Sequence[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of all ids of all rows, to index logits with."""
+    return np.repeat([row for row, _ in found], [len(ids) for _, ids in found]), np.concatenate([i for _, i in found])

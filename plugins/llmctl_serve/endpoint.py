@@ -1,0 +1,122 @@
+"""Where an OpenAI-compatible server is, and how one talks to it: address, key, and what went wrong in one word."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from llmctl import InputError, UsageError
+
+KEY = "OPENAI_API_KEY"
+"""Holds the key unless another variable is named."""
+
+
+class HttpFailure(Exception):
+    """A request that got no whole answer. `kind` is fit for counting: "status 500", "timeout", "broken off", …"""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind, self.message = kind, message
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """The base of a server's API."""
+
+    host: str
+    port: int
+    tls: bool = False
+    base: str = "/v1"
+    key: str = ""
+
+    @property
+    def url(self) -> str:
+        """`http://127.0.0.1:8000/v1`."""
+        return f"{'https' if self.tls else 'http'}://{self.address}{self.base}"
+
+    @property
+    def address(self) -> str:
+        """Host and port, as in the header `Host`."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of every request."""
+        key = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return {"Host": self.address, "Content-Type": "application/json", "Accept": "*/*", **key}
+
+
+def is_url(text: str | None) -> bool:
+    """Whether `text` names a server and no model."""
+    return text is not None and text.startswith(("http://", "https://"))
+
+
+def parse_endpoint(text: str, key_env: str | None = None) -> Endpoint:
+    """The endpoint at a URL; `/v1` is added to one without a path. The key comes from `key_env`, else OPENAI_API_KEY.
+
+    UsageError for what is no such URL, and for a variable that is named and not set.
+    """
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise UsageError(f"{text} is no URL: {error}", hint="for example http://127.0.0.1:8000") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or parts.username:
+        raise UsageError(f"`{text}` is no address of a server", hint="for example http://127.0.0.1:8000 or …/v1")
+    if key_env is not None and not os.environ.get(key_env):
+        raise UsageError(f"the environment variable {key_env} is not set", hint=f"export {key_env}=… first")
+    key = os.environ.get(key_env or KEY, "").strip()
+    if not key.isprintable() or not key.isascii():
+        raise UsageError(f"the key in {key_env or KEY} holds characters that no header can carry")
+    tls = parts.scheme == "https"
+    return Endpoint(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/") or "/v1", key)
+
+
+def error_text(raw: bytes) -> str:
+    """What a server says went wrong: OpenAI's `error.message`, else the beginning of the body in one line."""
+    try:
+        body = json.loads(raw)
+    except ValueError:
+        return " ".join(raw[:300].decode(errors="replace").split()) or "no reason is given"
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(error, dict):
+        error = error.get("message") or error.get("detail") or error
+    return str(error)[:500]
+
+
+def read_event(line: bytes) -> dict[str, Any] | None:
+    """The JSON of a `data:` line; None for the end, `[DONE]`. HttpFailure for an error that is sent as an event."""
+    data = line[5:].strip()
+    if data == b"[DONE]":
+        return None
+    try:
+        event = json.loads(data)
+    except ValueError as error:
+        raise HttpFailure("bad event", f"an event is no JSON: {data[:100].decode(errors='replace')}") from error
+    if not isinstance(event, dict):
+        raise HttpFailure("bad event", "an event is no JSON object")
+    if event.get("error"):
+        raise HttpFailure("error event", error_text(data))
+    return event
+
+
+def event_parts(event: dict[str, Any]) -> Iterator[tuple[int, str, str | None, Any]]:
+    """(index, text, finish reason, logprobs) of every choice of a chunk, of a chat or of a completion."""
+    for choice in event.get("choices") or ():
+        said = choice.get("delta", choice)
+        text = said.get("content") or said.get("reasoning_content") or said.get("text") or ""
+        yield choice.get("index", 0), text, choice.get("finish_reason"), choice.get("logprobs")
+
+
+def pick_model(found: dict[str, Any], url: str) -> str:
+    """The only model of a server's `/models`. UsageError if there are several, InputError if there is none."""
+    names = [str(one.get("id")) for one in found.get("data") or () if isinstance(one, dict)]
+    if not names:
+        raise InputError(f"{url} has no model", hint="name one with --model")
+    if len(names) > 1:
+        raise UsageError(f"{url} has {len(names)} models", hint=f"choose with --model: {', '.join(names[:8])}")
+    return names[0]

@@ -1,0 +1,278 @@
+"""`llmctl bench` against a server whose delays and faults are planned: it must find them again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from llmctl import InputError, StageError, UsageError
+from llmctl.text.tokenizer import Tokenizer
+from llmctl_serve.bench.command import bench, token_counter
+from llmctl_serve.bench.load import Load, Record, Runner
+from llmctl_serve.bench.prompts import Lengths, Prompt, linear_counter, make_prompts, parse_lengths, read_prompts
+from llmctl_serve.bench.summary import meets, parse_limits, pooled_quantiles, quantile, summarise
+from llmctl_serve.endpoint import parse_endpoint
+from llmctl_serve.http_client import HttpClient
+
+from .stub import Plan, Stub
+
+NEAR = 0.03
+"""Seconds that this machine may add to a planned delay."""
+
+
+def measured(stub, load, plan_prompts=None, timeout=10.0, **limits):
+    """(summary, records) of one load."""
+
+    async def run():
+        client = HttpClient(parse_endpoint(stub.url), timeout)
+        try:
+            prompts = plan_prompts or [Prompt("hello", 8)]
+            return await Runner(client, "stub", True).run(load, prompts, 0, lambda *_: None)
+        finally:
+            await client.close()
+
+    records = asyncio.run(run())
+    return summarise(load, records, limits), records
+
+
+def invoke(*args):
+    result = CliRunner().invoke(bench, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_the_planted_percentiles_are_found():
+    # 20 requests, one in ten of them slow: p50 is that of the fast, p95 and p99 those of the slow.
+    def plan(number, body):
+        return Plan(["a"] * 5, ttft=0.3 if number % 10 == 0 else 0.1, itl=0.02)
+
+    with Stub(plan) as stub:
+        found, _ = measured(stub, Load("closed", 4, requests=20))
+    assert found["answered"] == found["requests"] == 20
+    assert 0.1 <= found["ttft"]["p50"] < 0.1 + NEAR
+    assert 0.3 - 0.001 <= found["ttft"]["p99"] < 0.3 + NEAR
+    assert 0.02 <= found["itl"]["p50"] < 0.02 + NEAR / 2
+    assert found["tpot"]["p50"] == pytest.approx(0.02, abs=NEAR / 2)
+    assert 0.18 <= found["e2e"]["p50"] < 0.18 + 2 * NEAR
+    assert found["output_tokens"] == 100
+    assert found["output_tokens_per_s"] == pytest.approx(100 / found["seconds"])
+
+
+def test_a_stall_is_charged_to_all_who_would_have_waited():
+    # Arrivals every 20 ms; the server answers nothing for a second. In a closed loop one request would suffer.
+    begin = time.perf_counter()
+
+    def plan(number, body):
+        return Plan(["a"], ttft=max(0.0, begin + 1.0 - time.perf_counter()))
+
+    with Stub(plan) as stub:
+        begin = time.perf_counter()
+        found, records = measured(stub, Load("poisson", 50, requests=50))
+    assert found["ttft"]["p50"] > 0.3
+    assert found["ttft"]["max"] > 0.9
+    assert sum(record.ttft > 0.1 for record in records) > 35
+    assert found["client_lag"]["p99"] < 0.05
+
+
+def test_arrivals_are_those_of_a_poisson_process_and_come_again_with_their_seed():
+    from scipy import stats
+
+    load = Load("poisson", 10, requests=2000)
+    times = list(load.arrivals(1))
+    assert times == list(load.arrivals(1)) != list(load.arrivals(2))
+    assert stats.kstest(np.diff(times), "expon", args=(0, 0.1)).pvalue > 0.01
+    bursts = list(Load("poisson", 10, requests=2000, burst=8).arrivals(1))
+    assert [bursts.count(at) for at in sorted(set(bursts))] == [8] * 250
+    assert max(bursts) == pytest.approx(200, rel=0.2)  # the rate is still 10 a second
+    assert max(Load("poisson", 10, seconds=5).arrivals(1)) < 5
+
+
+def test_failures_are_counted_by_kind_and_the_rest_is_measured():
+    faults = ["", "status", "broken", "cut", "error event", "garbage", "close", "hang", "", ""]
+    with Stub(lambda number, body: Plan(fault=faults[number])) as stub:
+        found, records = measured(stub, Load("closed", 1, requests=10), timeout=0.5, e2e=10.0)
+    assert found["errors"] == {
+        "broken off": 3, "status 500": 1, "error event": 1, "protocol": 1, "timeout": 1,
+    }  # fmt: skip
+    assert [record.error is None for record in records] == [not fault for fault in faults]
+    assert found["answered"] == 3
+    assert found["goodput"]["share"] == 0.3
+    assert "planted" in found["error_examples"]["status 500"]
+    assert found["ttft"]["n"] == 3
+
+
+def test_a_server_that_is_not_there():
+    with Stub() as stub:
+        url = stub.url
+    with pytest.raises(StageError, match="no connection"):
+        invoke("--url", url)
+
+
+def test_connections_are_used_again():
+    with Stub() as stub:
+        measured(stub, Load("closed", 2, requests=20))
+    assert len(stub.bodies) == 20
+    assert stub.connections == 2
+
+
+def test_goodput_of_records_whose_times_are_known():
+    def record(first, gap, count=4):
+        return Record(1.0, 1.0, [1 + first + i * gap for i in range(count)], 1 + first + count * gap)
+
+    fine, late, halting = record(0.1, 0.02), record(0.5, 0.02), record(0.1, 0.2)
+    limits = parse_limits("ttft=200ms, itl=0.05s")
+    assert limits == {"ttft": 0.2, "itl": 0.05}
+    assert [meets(one, limits) for one in (fine, late, halting)] == [True, False, False]
+    assert meets(halting, {"ttft": 0.2})
+    failed = record(0.1, 0.02)
+    failed.error = "timeout"
+    found = summarise(Load("closed", 1, requests=4), [fine, late, halting, failed], limits)
+    assert found["goodput"]["share"] == 0.25
+    assert found["goodput"]["requests_per_s"] == pytest.approx(0.25 * 4 / found["seconds"])
+    assert fine.tpot == pytest.approx(0.02)
+    for wrong in ("ttft=200", "speed=1s", "ttft=0ms", "ttft"):
+        with pytest.raises(UsageError, match="is no limit"):
+            parse_limits(wrong)
+
+
+@pytest.mark.parametrize("size", [5, 37, 400])
+def test_intervals_are_those_of_scipy(size):
+    from scipy import stats
+
+    values = list(np.random.default_rng(size).exponential(size=size))
+    for level in (50, 90, 95, 99):
+        ours = quantile(values, level)
+        theirs = stats.quantile_test(values, p=level / 100).confidence_interval(0.95)
+        assert ours.value == pytest.approx(np.percentile(values, level))
+        for mine, other in ((ours.low, theirs.low), (ours.high, theirs.high)):
+            assert (mine is None and np.isnan(other)) or mine == other
+
+
+def test_the_interval_of_gaps_knows_that_those_of_one_answer_are_alike():
+    rng = np.random.default_rng(0)
+    groups = [list(np.full(50, level)) for level in rng.exponential(size=30)]
+    grouped = pooled_quantiles(groups)[50]
+    alone = quantile([value for group in groups for value in group], 50)
+    assert grouped.value == alone.value
+    assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
+
+
+def test_lengths_follow_their_distributions():
+    def draw(text):
+        rng = random.Random(0)
+        return [parse_lengths(text).draw(rng) for _ in range(4000)]
+
+    assert set(draw("12")) == {12}
+    assert (min(draw("uniform:3:9")), max(draw("uniform:3:9"))) == (3, 9)
+    logs = np.log(draw("lognormal:200:0.5"))
+    assert np.median(logs) == pytest.approx(np.log(200), abs=0.05)
+    assert logs.std() == pytest.approx(0.5, abs=0.03)
+    for wrong in ("0", "-1", "uniform:9:3", "lognormal:5", "normal:1:2", "x"):
+        with pytest.raises(UsageError, match="no length in tokens"):
+            parse_lengths(wrong)
+
+
+def test_made_up_prompts_have_their_lengths_and_their_shared_beginning(byte_tokenizer):
+    counter = token_counter(byte_tokenizer, True)
+    prompts = make_prompts(20, Lengths("uniform", 60, 90), Lengths("fixed", 7), 0.5, counter, 3)
+    counts = [counter(prompt.content) for prompt in prompts]
+    assert all(50 <= count <= 90 for count in counts)
+    assert len({prompt.content[:20] for prompt in prompts}) == 1
+    assert len({prompt.content for prompt in prompts}) == 20
+    apart = make_prompts(20, Lengths("fixed", 60), Lengths("fixed", 7), 0.0, counter, 3)
+    assert len({prompt.content[:12] for prompt in apart}) > 15
+    assert [p.content for p in apart] == [
+        p.content for p in make_prompts(20, Lengths("fixed", 60), Lengths("fixed", 7), 0.0, counter, 3)
+    ]
+    exact = make_prompts(5, Lengths("fixed", 100), Lengths("fixed", 7), 0.25, linear_counter(5, 1), 0)
+    assert [len(prompt.content.split()) for prompt in exact] == [95] * 5
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"messages": [{"role": "user", "content": "b"}], "max_tokens": 3}\n')
+    first, second = read_prompts(path, True, Lengths("fixed", 9), 0)
+    assert (first.content, first.max_tokens, second.max_tokens) == ("a", 9, 3)
+    with pytest.raises(InputError, match=r"prompts.jsonl:3 holds messages"):
+        read_prompts(path, False, Lengths("fixed", 9), 0)
+    path.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(InputError, match=r"prompts.jsonl:2 is no JSON"):
+        read_prompts(path, True, Lengths("fixed", 9), 0)
+
+
+def test_the_command_prints_a_table_and_writes_numbers_and_a_page(tmp_path, monkeypatch):
+    monkeypatch.setenv("BENCH_KEY", "secret")
+    plan = lambda number, body: Plan(["a"] * 4, ttft=0.01, itl=0.002)  # noqa: E731
+    with Stub(plan) as stub:
+        result = invoke(
+            "--url", stub.url, "--concurrency", "1,4", "--rate", "40", "--burst", 2, "--requests", 8, "--warmup", 3,
+            "--prompt-tokens", 25, "--output-tokens", 4, "--api-key-env", "BENCH_KEY", "--slo", "ttft=1s",
+            "--body", '{"temperature": 0}', "--json", tmp_path / "x.json", "--html", tmp_path / "x.html",
+        )  # fmt: skip
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("stub at http://127.0.0.1:")
+    assert [line.split("  ")[0] for line in lines[2:]] == ["1 at a time", "4 at a time", "40/s in bursts of 2"]
+    assert all("100.0 %" in line for line in lines[2:])
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert [load["requests"] for load in written["loads"]] == [8, 8, 8]  # the warm-up is not counted
+    assert [len(load["records"]) for load in written["loads"]] == [8, 8, 8]
+    assert written["loads"][0]["prompt_tokens"] == 8 * 25
+    real = [body for body in stub.bodies if body.get("stream") and body["max_tokens"] == 4]
+    assert len(real) == 3 * 8 + 3
+    assert all(body["temperature"] == 0 and body["model"] == "stub" for body in real)
+    assert {headers["authorization"] for headers in stub.headers} == {"Bearer secret"}
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("<svg") == 6
+    assert "Throughput against" in page
+    assert "http" not in page.replace(stub.url, "")  # nothing is fetched
+
+
+def test_a_load_that_ends_by_time():
+    with Stub(lambda number, body: Plan(ttft=0.05)) as stub:
+        found, records = measured(stub, Load("closed", 2, seconds=0.5))
+    assert 10 <= found["requests"] <= 22
+    assert max(record.intended for record in records) < 0.5 <= found["seconds"] + 0.06
+
+
+def test_the_client_is_cheap():
+    """Its own cost per token, against a server that says everything at once: below a fifth of a millisecond."""
+    with Stub(lambda number, body: Plan(["word"] * 200)) as stub:
+        found, _ = measured(stub, Load("closed", 1, requests=10))
+    assert found["tpot"]["p50"] < 0.0002
+
+
+def test_options_that_make_no_sense(tmp_path):
+    for arguments, text in (
+        (["--url", "ftp://x"], "no address of a server"),
+        (["--url", "http://x", "model"], "both a model and --url"),
+        (["--url", "http://x", "--concurrency", "0"], "no positive number"),
+        (["--url", "http://x", "--burst", "2"], "--burst is of arrivals"),
+        (["--url", "http://x", "--body", "[1]"], "no JSON object"),
+        (["--url", "http://x", "--api-key-env", "NOT_THERE"], "NOT_THERE is not set"),
+        (["--url", "http://x", "--json", str(tmp_path / "no" / "x")], "no directory"),
+    ):
+        with pytest.raises(UsageError, match=text):
+            invoke(*arguments)
+
+
+@pytest.mark.slow
+def test_a_bundle_is_served_and_measured(real_models, tmp_path):
+    _, onnx = real_models
+    result = invoke(
+        onnx.path, "--concurrency", "1,2", "--requests", 6, "--prompt-tokens", 30, "--output-tokens", 8, "--threads", 1,
+        "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    assert "served here (chat)" in result.stdout
+    written = json.loads((tmp_path / "x.json").read_text())
+    tokenizer = Tokenizer.load(onnx.path)
+    assert tokenizer.vocab_size == 262
+    for load in written["loads"]:
+        assert (load["answered"], load["errors"]) == (6, {})
+        assert 6 * 15 <= load["prompt_tokens"] <= 6 * 30

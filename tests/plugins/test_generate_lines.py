@@ -1,0 +1,274 @@
+"""`llmctl generate --input`: JSON Lines in and out, in batches, in order, resumable, on a bundle and on a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from llmctl import InputError, StageError, UsageError
+from llmctl.text.tokenizer import Tokenizer
+from llmctl_serve.chat import chat, generate
+
+from .stub import Plan, Stub
+
+
+@pytest.fixture
+def model(model_dir, scripted):
+    return scripted(Tokenizer.load(model_dir), {"dedent": "textwrap", "loads": "json"}, context_length=64)
+
+
+@pytest.fixture
+def bundle(model_dir, opens, model):
+    """A directory that looks like a bundle; its model answers by script."""
+    (model_dir / "model.onnx").touch()
+    opens({model_dir: model})
+    return model_dir
+
+
+def invoke(*args, command=generate, **options):
+    result = CliRunner().invoke(command, [str(arg) for arg in args], **options)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def write_lines(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def read_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def ask(question, **more):
+    return {"messages": [{"role": "user", "content": question}], **more}
+
+
+def test_lines_are_answered_in_order_and_in_batches(bundle, model, tmp_path):
+    rows = [ask("dedent?", id="a", label=3), ask("loads?"), {"prompt": "ab", "max_tokens": 5}, ask("x", id=9)]
+    source = write_lines(tmp_path / "in.jsonl", [*rows, "", ask("loads again?")])
+    result = invoke(bundle, "--input", source, "--batch", 2, "--max-new-tokens", 8)
+    found = read_lines(result.stdout)
+    assert [row["id"] for row in found] == ["a", 2, 3, 9, 6]
+    assert [row["text"] for row in found][:2] == ["textwrap", "json"]
+    assert [row["finish_reason"] for row in found] == ["length", "stop", "length", "stop", "stop"]
+    assert found[0]["label"] == 3
+    assert found[2]["tokens"] == 5
+    assert found[0]["prompt_tokens"] == len("dedent?") + 4
+    assert set(found[1]) == {"id", "text", "finish_reason", "tokens", "prompt_tokens"}
+    assert model.batches == [2, 1, 1, 1]  # unlike sampling is not mixed, and a batch does not wait for another
+    assert "5 answered, 0 failed, 0 there already" in result.stderr
+
+
+def test_stdin_and_sampling_of_a_line(bundle, tmp_path):
+    rows = [
+        ask("q", temperature=1.0, seed=3), ask("q", temperature=1.0, seed=3, n=3), ask("loads?", stop="so"),
+        ask("loads?", logprobs=2), ask("loads?", beams=2, n=2),
+    ]  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    alone, three, stopped, scored, beams = read_lines(invoke(bundle, "--input", "-", input=text).stdout)
+    assert three["candidates"][0]["text"] == alone["text"]
+    assert len({one["text"] for one in three["candidates"]}) > 1
+    assert (stopped["text"], stopped["finish_reason"]) == ("j", "stop")
+    assert [len(one["top_logprobs"]) for one in scored["logprobs"]] == [2] * 4
+    assert len(beams["candidates"]) == 2
+    assert beams["candidates"][0]["score"] > beams["candidates"][1]["score"]
+
+
+def test_bad_lines_have_errors_that_name_them_and_the_others_answers(bundle, tmp_path):
+    rows = [
+        "{oops", "[1]", {"id": "none"}, ask("loads?", temperature="hot"), ask("loads?", temperature=-1),
+        {"prompt": "x" * 90}, {"prompt": "a", "messages": []}, ask("loads?", id="good"), ask("q", n=2),
+        ask("q", logit_bias={"a": 1}),
+    ]  # fmt: skip
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(StageError, match=rf"9 lines have no answer; the first: {source}:1 is no JSON") as caught:
+        invoke(bundle, "--input", source, "--output", target)
+    assert caught.value.exit_code == 3
+    found = read_lines(target.read_text())
+    assert [row["id"] for row in found] == [1, 2, "none", 4, 5, 6, 7, "good", 9, 10]
+    problems = [row.get("error", {}).get("message", "") for row in found]
+    for number, words in enumerate(
+        ("is no JSON", "no JSON object", "either", "`temperature`", "temperature must not", "context is 64", "either",
+         "", "greedy decoding has one answer", "`logit_bias`"), start=1
+    ):  # fmt: skip
+        assert words in problems[number - 1]
+        assert not words or f"in.jsonl:{number}" in problems[number - 1]
+
+
+def test_a_second_run_goes_on_where_the_first_one_was_killed(bundle, model, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [ask(f"q{i}", id=f"r{i}") for i in range(6)])
+    target = tmp_path / "out.jsonl"
+    invoke(bundle, "--input", source, "--output", target)
+    whole = target.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    target.write_bytes(b"".join(lines[:3]) + lines[3][:10])
+    model.batches.clear()
+    result = invoke(bundle, "--input", source, "--output", target)
+    assert target.read_bytes() == whole
+    assert model.batches == [3]
+    assert "half written" in result.stderr
+    assert "3 answered, 0 failed, 3 there already" in result.stderr
+    model.batches.clear()
+    invoke(bundle, "--input", source, "--output", target)
+    assert (target.read_bytes(), model.batches) == (whole, [])
+
+
+def test_errors_are_asked_again_when_that_is_wanted(bundle, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [ask("a"), {"prompt": "x" * 90, "id": "long"}, ask("b")])
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(StageError, match="1 line has no answer"):
+        invoke(bundle, "--input", source, "--output", target)
+    invoke(bundle, "--input", source, "--output", target)  # an error is an end too
+    write_lines(source, [ask("a"), {"prompt": "x", "id": "long", "max_tokens": 2}, ask("b")])
+    invoke(bundle, "--input", source, "--output", target, "--retry-errors")
+    found = read_lines(target.read_text())
+    assert [row["id"] for row in found] == [1, 3, "long"]
+    assert not any("error" in row for row in found)
+
+
+def test_fail_fast_ends_at_the_first_failure(bundle, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [ask("a"), "{", ask("b")])
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(StageError, match="in.jsonl:2"):
+        invoke(bundle, "--input", source, "--output", target, "--fail-fast")
+    assert [row["id"] for row in read_lines(target.read_text())] == [1, 2]
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(bundle, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [ask("a", id=1), ask("b", id=1)])
+    with pytest.raises(InputError, match=r"in.jsonl:2 has the id 1 of .*in.jsonl:1"):
+        invoke(bundle, "--input", source, "--output", tmp_path / "out.jsonl")
+    with pytest.raises(UsageError, match="one file"):
+        invoke(bundle, "--input", source, "--output", source)
+    with pytest.raises(InputError, match="cannot be read"):
+        invoke(bundle, "--input", tmp_path / "none", "--output", tmp_path / "out.jsonl")
+    foreign = write_lines(tmp_path / "foreign.jsonl", ["hello"])
+    write_lines(source, [ask("a")])
+    with pytest.raises(InputError, match="foreign.jsonl:1 is no answer"):
+        invoke(bundle, "--input", source, "--output", foreign)
+    assert foreign.read_text() == "hello\n"
+    with pytest.raises(UsageError, match="--output is of the lines"):
+        invoke(bundle, "--prompt", "a", "--output", tmp_path / "x")
+
+
+def test_a_server_answers_lines_in_order_though_the_first_takes_longest(tmp_path):
+    def plan(number, body):
+        words = [message["content"] for message in body["messages"]][-1] if "messages" in body else body["prompt"]
+        return Plan([words.upper()], ttft=0.4 if words == "q0" else 0.0, fault="status" if words == "q2" else "")
+
+    source = write_lines(
+        tmp_path / "in.jsonl", [*(ask(f"q{i}") for i in range(4)), {"prompt": "more", "temperature": 0.5, "top_k": 4}]
+    )
+    with (
+        Stub(plan) as stub,
+        pytest.raises(StageError, match="1 line has no answer; the first: .*in.jsonl:3: planted"),
+    ):
+        target = tmp_path / "out.jsonl"
+        invoke(stub.url, "--input", source, "--output", target, "--batch", 3, "--system", "be kind", "--min-p", 0.1)
+    found = read_lines(target.read_text())
+    assert [row.get("text") for row in found] == ["Q0", "Q1", None, "Q3", "MORE"]
+    assert found[2]["error"]["type"] == "status 500"
+    assert found[0]["tokens"] == 1
+    assert stub.bodies[0]["messages"][0] == {"role": "system", "content": "be kind"}
+    last = stub.bodies[-1]
+    assert (last["prompt"], last["temperature"], last["top_k"], last["min_p"]) == ("more", 0.5, 4, 0.1)
+    assert "seed" not in last
+
+
+def test_a_server_streams_a_text_and_answers_a_question():
+    with Stub(lambda number, body: Plan(["to", " be"])) as stub:
+        assert invoke("--url", stub.url, "--prompt", "or not").stdout == "to be\n"
+        assert invoke(stub.url, "--prompt", "x", "--temperature", 0.5, command=chat).stdout == "to be\n"
+        assert stub.bodies[-1]["temperature"] == 0.5
+        with pytest.raises(UsageError, match="no beams"):
+            invoke(stub.url, "--prompt", "x", "--beams", 2, command=chat)
+        stub.models = ["a", "b"]
+        with pytest.raises(UsageError, match="has 2 models"):
+            invoke(stub.url, "--prompt", "x", command=chat)
+        invoke(stub.url, "--prompt", "x", "--model", "b", command=chat)
+        assert stub.bodies[-1]["model"] == "b"
+    with Stub(lambda number, body: Plan(fault="broken")) as stub, pytest.raises(StageError, match="broken off"):
+        invoke(stub.url, "--prompt", "x", command=chat)
+
+
+def test_a_kill_loses_no_line_that_was_answered(tmp_path):
+    """A real process, killed twice in the middle: in the end every line is answered once, in order."""
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"p{i}"} for i in range(40)])
+    target = tmp_path / "out.jsonl"
+    with Stub(lambda number, body: Plan([body["prompt"]], ttft=0.05)) as stub:
+        command = [sys.executable, "-m", "llmctl", "generate", stub.url, "--batch", "2"]
+        command += ["--input", str(source), "--output", str(target)]
+        for _ in range(2):
+            size = target.stat().st_size if target.exists() else 0
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 20
+            while (not target.exists() or target.stat().st_size < size + 200) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(process.pid, signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        before = len(stub.bodies)
+        assert 4 <= before < 40
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    found = read_lines(target.read_text())
+    assert [(row["id"], row["text"]) for row in found] == [(i + 1, f"p{i}") for i in range(40)]
+    assert len(stub.bodies) <= 40 + 2 * 4  # those under way were asked again, no others
+
+
+def test_answers_have_the_form_that_is_asked_for(real_models, tmp_path):
+    """A random model writes JSON of the schema all the same; on a server the form becomes a field of the request."""
+    jsonschema = pytest.importorskip("jsonschema")
+    pytest.importorskip("llguidance")
+    _, onnx = real_models
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": ["x", "y"]}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "grammar.lark").write_text('start: "yes" | "no"')
+    source = write_lines(
+        tmp_path / "in.jsonl", [ask("q"), ask("r", temperature=1.0, seed=1), ask("s", temperature=1.0, n=2)]
+    )
+    space = Tokenizer.load(onnx.path).encode(" \n\t\r")  # JSON may go on with it for ever
+    flags = ("--input", source, "--max-new-tokens", 40, *(f"--logit-bias={token}=-1000" for token in space))
+    rows = read_lines(invoke(onnx.path, *flags, "--json-schema", tmp_path / "schema.json").stdout)
+    for text in [rows[0]["text"], rows[1]["text"], *(one["text"] for one in rows[2]["candidates"])]:
+        jsonschema.validate(json.loads(text), schema)
+    assert invoke(onnx.path, "--prompt", "q", "--regex", "[ab]{3}c").stdout.strip() in {
+        x + y + z + "c" for x in "ab" for y in "ab" for z in "ab"
+    }  # fmt: skip
+    assert invoke(onnx.path, "--prompt", "q", "--grammar", tmp_path / "grammar.lark", command=chat).stdout in (
+        "yes\n", "no\n",
+    )  # fmt: skip
+    with Stub() as stub:
+        invoke(stub.url, *flags, "--regex", "a+")
+        assert stub.bodies[0]["guided_regex"] == "a+"
+    with pytest.raises(UsageError, match="contradict"):
+        invoke(onnx.path, "--prompt", "q", "--regex", "a", "--grammar", "b")
+    with pytest.raises(InputError, match="cannot be read"):
+        invoke(onnx.path, "--prompt", "q", "--json-schema", tmp_path / "none")
+
+
+def test_penalties_and_bias_reach_the_model(real_models):
+    _, onnx = real_models
+
+    def text(*flags):
+        return invoke(onnx.path, "--prompt", "ab", "--max-new-tokens", 12, "--format", "json", *flags).stdout
+
+    biased = text("--logit-bias", "70=1000")
+    assert biased != text()
+    assert json.loads(biased)["candidates"][0]["tokens"] == 12
+    assert text("--logit-bias", "70=1000", "--frequency-penalty", 2000) != biased
+    with pytest.raises(UsageError, match="no ID=VALUE"):
+        text("--logit-bias", "x=1")
