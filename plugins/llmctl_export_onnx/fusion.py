@@ -139,7 +139,8 @@ def _joined(graph: ir.Graph, products: Sequence[ir.Node], before: ir.Node) -> ir
     graph.insert_before(before, node)
     source = products[0].outputs[0]
     out = node.outputs[0]
-    out.dtype = source.dtype
+    if source.dtype is not None:
+        out.dtype = source.dtype
     if source.shape is not None:
         out.shape = ir.Shape([*source.shape[:-1], sum(_width(product) for product in products)])
     return out
@@ -150,7 +151,7 @@ def _joined_weight(graph: ir.Graph, weights: Sequence[ir.Value]) -> ir.Value:
     arrays = [weight.const_value.numpy() for weight in weights if weight.const_value is not None]
     name = joined_name([str(weight.name) for weight in weights])
     tensor = ir.tensor(np.ascontiguousarray(np.concatenate(arrays, axis=-1)), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value
 
@@ -173,7 +174,7 @@ def _same_shape(a: ir.Value, b: ir.Value) -> bool:
 
 def _take_over(new: ir.Value, old: ir.Value) -> None:
     """Everyone who reads `old` reads `new`, which gets its name and type."""
-    new.dtype, new.shape = old.dtype, old.shape
+    new.type, new.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new)
 
 
@@ -186,5 +187,6 @@ def _remove(graph: ir.Graph, nodes: Sequence[ir.Node]) -> None:
 
 def _forget(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
     for value in values:
-        if value.is_initializer() and not value.uses() and value.name in graph.initializers:
-            del graph.initializers[value.name]
+        name = value.name
+        if name is not None and value.is_initializer() and not value.uses() and name in graph.initializers:
+            del graph.initializers[name]
