@@ -151,7 +151,9 @@ def _joined_weight(graph: ir.Graph, weights: Sequence[ir.Value]) -> ir.Value:
     arrays = [weight.const_value.numpy() for weight in weights if weight.const_value is not None]
     name = joined_name([str(weight.name) for weight in weights])
     tensor = ir.tensor(np.ascontiguousarray(np.concatenate(arrays, axis=-1)), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 
