@@ -100,6 +100,7 @@ def llama_cpp(file: Path, threads: int) -> Answer:
         params.n_seq_max, params.n_threads, params.n_threads_batch = sequences, threads, threads
         if "fp32" in file.name:
             params.type_k = params.type_v = 0
+            params.flash_attn_type = 0  # which would round queries to half precision
         return lib.llama_init_from_model(model, params)
 
     contexts: dict[int, Any] = {}
