@@ -24,7 +24,7 @@ DEVICES = ("auto", "cpu", "cuda")
 SPIN = "LLMCTL_SPIN_US"
 """Environment variable: microseconds for which threads without work look for some before they sleep; 0: not at all."""
 SPIN_US = 1000
-"""Longer than the gap between two operators or two steps, so decoding never waits for a thread to wake; shorter than
+"""Meant to outlast the gap between two operators or two steps; shorter than
 anyone notices on an idle server, which then takes no CPU time."""
 
 _log = logging.getLogger(__name__)
