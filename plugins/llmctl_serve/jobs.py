@@ -96,7 +96,7 @@ def _read_job(line: bytes, number: int, where: str) -> Job:
     overrides: dict[str, Any] = {}
     carried: dict[str, Any] = {}
     for key, value in row.items():
-        own = ALIASES.get(key, key)
+        own = str(ALIASES.get(key, key))
         if own in OVERRIDES:
             overrides[own] = value
         elif key not in OWN:
