@@ -75,7 +75,7 @@ class Event:
     tokens: tuple[int, ...] = ()
     """New ids, without the EOS id; more than one where drafted tokens were accepted."""
     scores: tuple[TokenScores, ...] = ()
-    """Those of `tokens`, if asked for."""
+    """Those of `tokens`, if asked for, and after them that of the EOS id if the answer ended with one."""
     prompt_scores: tuple[TokenScores | None, ...] | None = None
     """Of the whole prompt, on the first event of choice 0 if asked for; its first token has none."""
     cached: int = 0

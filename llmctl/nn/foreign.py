@@ -46,6 +46,8 @@ class ForeignModel(nn.Module):
         self.split = self.packs = False
         self.loss_chunk = 0
         """As that of `Transformer`."""
+        self.loss = None
+        """Likewise; a foreign model is compiled as a whole."""
         self._find_out()
 
     # -- computing ----------------------------------------------------------------------------------------------------

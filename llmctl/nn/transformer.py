@@ -45,6 +45,8 @@ class Transformer(nn.Module):
         """How attention is computed: a name in `llmctl.nn.attention`."""
         self.loss_chunk = 0
         """Targets whose logits a loss holds at a time (`llmctl.train.cross_entropy`); 0: all."""
+        self.loss: Callable[[Tensor, Tensor], Tensor] | None = None
+        """How training takes the loss of states and targets; set by `llmctl.train.compilation`."""
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = traits.positions == "learned"
         self.positions = nn.Embedding(config.context + traits.position_offset, config.dim) if learned else None

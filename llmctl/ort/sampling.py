@@ -20,7 +20,7 @@ from llmctl.ort.history import AnswerState, adjust, state
 
 __all__ = ["AnswerState", "candidates", "check_ids", "choose", "log_probabilities", "rank", "scores", "state"]
 
-FIRST_POOL = 64
+FIRST_POOL = 128
 """Tokens that are sorted at first; most draws fall among them, and the others are sorted in a second or third try."""
 LOWEST = np.finfo(np.float32).min
 
@@ -106,19 +106,33 @@ class _Pool:
 def _ranked(logits: np.ndarray, width: int) -> _Pool:
     """The `width` likeliest tokens of each row, and those that equal the last of them: what is in depends on no tie."""
     rows, count = logits.shape
-    if width < count:
-        least = np.partition(logits, count - width, axis=1)[:, count - width]
+    if width >= count:
+        keys = _keys(logits, np.arange(count))
+        sizes = np.count_nonzero(logits >= LOWEST, axis=1)
+        complete = np.ones(rows, np.bool_)
     else:
-        least = np.full(rows, -np.inf, logits.dtype)
-    complete = least < LOWEST
-    row, ids = np.nonzero(logits >= np.maximum(least, LOWEST)[:, None])
-    values = logits[row, ids]
-    order = np.lexsort((-values, row))  # stable, so that among equals the smaller id stays first
-    sizes = np.bincount(row, minlength=rows)
-    at = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    pool = _Pool(np.zeros((rows, sizes.max()), np.int64), np.full((rows, sizes.max()), -np.inf), sizes, complete)
-    pool.ids[row, at], pool.values[row, at] = ids[order], values[order]
-    return pool
+        least = np.partition(logits, count - width, axis=1)[:, count - width]
+        complete = least < LOWEST
+        row, ids = np.nonzero(logits >= np.maximum(least, LOWEST)[:, None])
+        sizes = np.bincount(row, minlength=rows)
+        keys = np.full((rows, sizes.max()), np.iinfo(np.uint64).max)
+        keys[row, np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)] = _keys(logits[row, ids], ids)
+    keys.sort(axis=1)
+    keys = keys[:, : sizes.max()]
+    inside = np.arange(keys.shape[1]) < sizes[:, None]
+    ids = np.where(inside, keys & np.uint64(0xFFFFFFFF), 0).astype(np.int64)
+    values = np.where(inside, np.take_along_axis(logits, ids, axis=1), -np.inf)
+    return _Pool(ids, values.astype(np.float64), sizes, complete)
+
+
+def _keys(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Numbers that sort as the largest float32 first and, of equal ones, the smaller id; the id is their lower half.
+
+    Sorting whole numbers is several times as fast as a stable sort of indices.
+    """
+    bits = (values.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)  # -0 becomes 0
+    falling = np.where(bits >> 31, bits, ~bits & np.uint32(0x7FFFFFFF))
+    return (falling.astype(np.uint64) << np.uint64(32)) | ids.astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -216,7 +230,7 @@ def _draw(logits: np.ndarray, samplings: Sequence[Sampling], uniform: np.ndarray
         left = left[~done]
         if not len(left):
             return result
-        width *= 32
+        width = width * 16 if width < 1024 else size
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:

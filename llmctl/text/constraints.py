@@ -42,8 +42,9 @@ class GrammarConstraint:
             return ends
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
-        bits = np.unpackbits(packed, count=len(self._usable), bitorder="little").view(np.bool_)
-        return bits & self._usable
+        bits: np.ndarray = np.unpackbits(packed, count=len(self._usable), bitorder="little").view(np.bool_)
+        bits &= self._usable
+        return bits
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token, which the mask allowed."""
@@ -166,13 +167,16 @@ def _library() -> Any:
 def _open(tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> llguidance.LLTokenizer:
     source = (tokenizer.directory / "tokenizer.json").read_text(encoding="utf-8")
     try:
-        return _library().LLTokenizer(source, n_vocab=max(vocab_size, tokenizer.vocab_size), eos_token=eos_ids)
+        opened: llguidance.LLTokenizer = _library().LLTokenizer(
+            source, n_vocab=max(vocab_size, tokenizer.vocab_size), eos_token=eos_ids
+        )
     except ValueError as error:
         raise UsageError(
             f"answers of a given form need a tokenizer of bytes, that of {tokenizer.directory} is none: "
             f"{_one_line(str(error))}",
             hint="use a model with a byte-level BPE, or one with byte fallback",
         ) from error
+    return opened
 
 
 def _json_grammar(schema: Any, white_space: str = WHITE_SPACE) -> str:

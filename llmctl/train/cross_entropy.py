@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llmctl.nn.kernels import summed_cross_entropy
@@ -50,10 +50,19 @@ def token_losses(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
+def head_loss(model: Transformer, states: Tensor, targets: Tensor) -> Tensor:
+    """Sum of -log p of `targets (N,)` given `states (N, D)`, all logits at once."""
+    return summed_cross_entropy(wide(model.head(states)), targets)
+
+
 def _of(model: Transformer, states: Tensor, targets: Tensor, accuracy: bool) -> tuple[Tensor, Tensor]:
+    if not accuracy:
+        # A head that is spread over ranks is left to torch's own operations.
+        compiled = model.loss if model.loss and type(model.head_weight) in (Tensor, nn.Parameter) else None
+        loss = compiled(states, targets) if compiled else head_loss(model, states, targets)
+        return loss, torch.zeros_like(loss)
     logits = wide(model.head(states))
-    loss = summed_cross_entropy(logits, targets)
-    return loss, hits(logits, targets) if accuracy else torch.zeros_like(loss)
+    return summed_cross_entropy(logits, targets), hits(logits, targets)
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -105,8 +105,9 @@ class TorchGenerator:
     def _sampler(self, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None) -> Sampler:
         """Penalties count what the decoder is given, as in transformers: not what an encoder reads."""
         check_bias(sampling, self.vocab_size)
-        start = self.model.config.decoder_start_id
-        given = [start] if self.encoder_decoder and start is not None else prompt
+        given = list(prompt)
+        if self.encoder_decoder:
+            given = [start for start in (self.model.config.decoder_start_id,) if start is not None]
         return Sampler(sampling, self.device, given, constraint)
 
     def _stream(

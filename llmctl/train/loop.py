@@ -31,6 +31,7 @@ from llmctl.train.device import Compute, LossScale
 from llmctl.train.display import Display, used
 from llmctl.train.fp8 import fp8_blocks
 from llmctl.train.guards import Guard
+from llmctl.train.heap import keep_freed
 from llmctl.train.memory import HINT
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
@@ -66,6 +67,8 @@ def fit(
     checkpoint when the run was asked to stop.
     """
     compute = Compute.of(params)
+    if compute.device.type == "cpu":
+        keep_freed()
     total = params.max_steps or max(1, math.ceil(params.epochs * source.steps_per_epoch))
     if any(parameter.dtype in HALVES for parameter in model.parameters()):
         model.float()  # such weights stall: an update below their last digit is lost

@@ -37,6 +37,6 @@ def open_generator(artifact: Artifact, options: Mapping[str, Any]) -> Generator 
     """Open `model.onnx` bundles; needs nothing but the base installation."""
     if artifact.type != "model.onnx":
         return None
-    from llmctl.ort import engine
+    from llmctl.ort import generator as engine
 
     return engine.open_generator(artifact.path, options.get("device", "auto"), options.get("threads", 0))

@@ -13,7 +13,7 @@ import numpy as np
 from llmctl.errors import StageError
 from llmctl.ort import OrtGenerator
 from llmctl.ort.cache import InPlaceRows
-from llmctl.ort.engine import prefill
+from llmctl.ort.generator import prefill
 
 GREEDY_TOKENS = 64
 RAGGED_ROWS = 4

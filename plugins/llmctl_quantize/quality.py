@@ -13,7 +13,7 @@ import numpy as np
 
 from llmctl.errors import InputError
 from llmctl.ort import OrtGenerator
-from llmctl.ort.engine import prefill
+from llmctl.ort.generator import prefill
 from llmctl.stage import Artifact
 from llmctl.text.datasets import read_rows, splits
 from llmctl.text.shards import TokenShards

@@ -10,6 +10,7 @@ SERVE = Stage(
     inputs={
         "model": In("model.onnx", "model.hf"),
         "index": In("index.rag", optional=True, help="answer from these documents, with citations"),
+        "draft": In("model.onnx", optional=True, help="a small model that proposes tokens, for speculation"),
     },
     outputs={"receipt": Out("deployment"), "metrics": Out("metrics")},
     params="llmctl_serve.params:ServeParams",
@@ -28,9 +29,10 @@ def register_stages() -> list[Stage]:
 
 @hookimpl
 def register_commands() -> list[Command]:
-    """Offer `chat`, `generate` and `bench`."""
+    """Offer `chat`, `generate`, `bench` and `keys`."""
     return [
         Command(name="chat", help="Talk to a model in the terminal.", target="llmctl_serve.chat:chat"),
         Command(name="generate", help="Continue a text with a model.", target="llmctl_serve.chat:generate"),
         Command(name="bench", help="Measure a server under load.", target="llmctl_serve.bench.command:bench"),
+        Command(name="keys", help="Make and revoke a server's API keys.", target="llmctl_serve.key_commands:keys"),
     ]

@@ -1,104 +1,106 @@
-"""The HTTP application: routes, errors, authorisation and limits."""
+"""The HTTP application: its routes, and the form of its errors."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from llmctl import InputError, LlmctlError, UsageError, __version__
-from llmctl_serve.answers import answer_stream, answer_whole, chat_answer, completion_answer
+from llmctl_serve.admin import admin_routes
+from llmctl_serve.answers import Answer, answer_stream, answer_whole, chat_answer, completion_answer
+from llmctl_serve.conversations import ChatRequest
+from llmctl_serve.embeddings import embedding_routes
 from llmctl_serve.errors import ApiError, from_validation
-from llmctl_serve.metrics import ServerMetrics
-from llmctl_serve.middleware import ApiKey, BodyLimit, Observed
+from llmctl_serve.guard import Guard
+from llmctl_serve.models import Models
+from llmctl_serve.operations import model_routes, operation_routes
 from llmctl_serve.pages import mount_page
-from llmctl_serve.requests import ChatRequest, CompletionRequest
-from llmctl_serve.service import Service
-from llmctl_serve.worker import QueueFullError, Worker
+from llmctl_serve.requests import CompletionRequest
+from llmctl_serve.schemas import ChatCompletion, Completion, errors, streamed
+from llmctl_serve.tokens import token_routes
 
 Warn = Callable[[str], None]
 
 
-def create_app(service: Service, worker: Worker, metrics: ServerMetrics, api_key: str, warn: Warn) -> FastAPI:
-    """The application; with an `api_key` every path under /v1 asks for it."""
-    app = FastAPI(title="llmctl", version=__version__, telemetry={"tracing": False, "metrics": False, "logs": False})
-    _add_models(app, service)
-    _add_operations(app, service, worker, metrics)
-    _add_generation(app, service, worker, metrics)
-    if service.params.page:
+def create_app(models: Models, guard: Guard, warn: Warn, page: bool = False) -> FastAPI:
+    """The application, with its guard around it; `page`: with the chat page."""
+    # Traces are our own, and /docs would load scripts from elsewhere.
+    app = FastAPI(
+        title="llmctl",
+        version=__version__,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_generation(app, models)
+    app.include_router(embedding_routes(models))
+    app.include_router(token_routes(models))
+    app.include_router(model_routes(models))
+    app.include_router(operation_routes(models, guard.metrics))
+    app.include_router(admin_routes(models))
+    if page:
         mount_page(app)
     _add_errors(app, warn)
-    # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit, limit=service.params.max_request_bytes)
-    if api_key:
-        app.add_middleware(ApiKey, key=api_key)
-    app.add_middleware(Observed, metrics=metrics)
+    guard.protect(app)
+    _describe_truly(app)
     return app
 
 
-def _add_models(app: FastAPI, service: Service) -> None:
-    described = {
-        "id": service.model_id,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "llmctl",
-        "max_model_len": service.generator.context_length,
-    }
+def _describe_truly(app: FastAPI) -> None:
+    """FastAPI describes a 422 of its own for every route; here a wrong field is a 400 in OpenAI's form."""
+    described = app.openapi
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The models of this server: one."""
-        return {"object": "list", "data": [described]}
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return schema
 
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        """One model."""
-        service.check_model(model)
-        return described
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _add_operations(app: FastAPI, service: Service, worker: Worker, metrics: ServerMetrics) -> None:
-    @app.get("/healthz")
-    async def healthz() -> dict[str, Any]:
-        """Whether the server can answer."""
-        return {
-            "status": "ok",
-            "model": service.model_id,
-            "backend": service.generator.backend,
-            "queue_depth": worker.depth,
-        }
+def _add_generation(app: FastAPI, models: Models) -> None:
+    refusals = errors(400, 404, 413, 415)
 
-    @app.get("/metrics")
-    async def exposition() -> Response:
-        """Prometheus' text format."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _add_generation(app: FastAPI, service: Service, worker: Worker, metrics: ServerMetrics) -> None:
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses={**streamed(ChatCompletion), **refusals})
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        answer = await chat_answer(service, worker, metrics, body)
-        if body.stream:
-            return _events(answer_stream(answer, body.include_usage))
-        return JSONResponse(await answer_whole(answer, request))
+        return await _respond(await chat_answer(models, body, request), request)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses={**streamed(Completion), **refusals})
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
-        answer = await completion_answer(service, worker, metrics, body)
-        if body.stream:
-            return _events(answer_stream(answer, body.include_usage))
-        return JSONResponse(await answer_whole(answer, request))
+        return await _respond(await completion_answer(models, body, request), request)
 
 
-def _events(parts: AsyncIterator[bytes]) -> StreamingResponse:
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(parts, media_type="text/event-stream", headers=headers)
+async def _respond(answer: Answer, request: Request) -> Response:
+    artifact = answer.service.artifact.id
+    headers = {"x-llmctl-model": artifact} if artifact else {}
+    if answer.body.stream:
+        return Events(answer, headers)
+    return JSONResponse(await answer_whole(answer, request), headers=headers)
+
+
+class Events(StreamingResponse):
+    """An answer as server-sent events. It is given up however the response ends, even before its first byte."""
+
+    def __init__(self, answer: Answer, headers: Mapping[str, str]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(answer_stream(answer), media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102  # ASGI
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
 
 
 def _add_errors(app: FastAPI, warn: Warn) -> None:
@@ -106,19 +108,16 @@ def _add_errors(app: FastAPI, warn: Warn) -> None:
     async def api_error(_: Request, error: ApiError) -> Response:
         return error.response()
 
-    @app.exception_handler(QueueFullError)
-    async def queue_full(_: Request, error: QueueFullError) -> Response:
-        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)}).response()
-
     @app.exception_handler(LlmctlError)
     async def expected(_: Request, error: LlmctlError) -> Response:
         return to_api(error).response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        kind = request.headers.get("content-type", "")
-        if not kind.startswith("application/json"):
-            return ApiError(400, "the body must be JSON, sent with `Content-Type: application/json`").response()
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method in ("POST", "PUT", "PATCH") and kind != "application/json":
+            message = "the body must be JSON, sent with `Content-Type: application/json`"
+            return ApiError(415, message, code="unsupported_media_type").response()
         return from_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
@@ -131,10 +130,10 @@ def _add_errors(app: FastAPI, warn: Warn) -> None:
         return ApiError(500, "the server failed on this request; its log says why").response()
 
 
-def to_api(error: BaseException) -> ApiError:
+def to_api(error: LlmctlError) -> ApiError:
     """The HTTP error for one that generation raised: what the client can change is a 400."""
     if isinstance(error, UsageError | InputError):
         hint = f" ({error.hint})" if error.hint else ""
         code = "context_length_exceeded" if "context" in error.message else None
-        return ApiError(400, error.message + hint, param="messages" if code is None else None, code=code)
+        return ApiError(400, error.message + hint, code=code)
     return ApiError(500, "the server failed on this request; its log says why")

@@ -18,8 +18,7 @@ def default_sampling(directory: Path, **given: Any) -> Sampling:
 
     What is `given` overrides the file. Without `do_sample` that is greedy, or a beam search with `num_beams`; with it
     temperature 1, top-k 50 and top-p 1 unless it says otherwise. A repetition penalty holds for all of them. Who is
-    given beams gets no draws from the file, and
-    who is given draws no beams.
+    given beams gets no draws from the file, and who is given draws no beams.
     """
     path = directory / "generation_config.json"
     wanted = _read(path)

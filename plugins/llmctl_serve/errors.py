@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+from llmctl_serve.exchange import SCOPE
+
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class ApiError(Exception):
@@ -29,9 +38,27 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """The HTTP response."""
-        return JSONResponse(self.body(), self.status, dict(self.headers or {}))
+        return ErrorResponse(self)
+
+    def event(self) -> bytes:
+        """As the last event of a stream."""
+        return b"data: " + json.dumps(self.body(), ensure_ascii=False).encode() + b"\n\n"
+
+
+class ErrorResponse(JSONResponse):
+    """An error as HTTP, noted in the request's exchange for the access log."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.body(), error.status, dict(error.headers or {}))
+        self._code = error.code or f"status_{error.status}"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102  # ASGI
+        exchange = scope.get(SCOPE)
+        if exchange is not None:
+            exchange.failed(self._code)
+        await super().__call__(scope, receive, send)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:

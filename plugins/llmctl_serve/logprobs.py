@@ -1,4 +1,4 @@
-"""Log-probabilities of a finished answer, from one more pass over it."""
+"""Log-probabilities of tokens with their texts: those that an engine gave, or of one more pass over an answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from llmctl.engine import TokenScores
 from llmctl.generator import Generator
+from llmctl.text.streaming import Detokenizer
 from llmctl.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +30,25 @@ class TokenScore:
     def _plain(self) -> dict[str, Any]:
         half = "\ufffd" in self.text  # part of a character: its bytes are not those of the text
         return {"token": self.text, "logprob": self.logprob, "bytes": None if half else list(self.text.encode())}
+
+
+def named(tokenizer: Tokenizer, scores: TokenScores) -> TokenScore:
+    """An engine's scores with the texts of the tokens."""
+
+    def text(token: int) -> str:
+        return tokenizer.decode([token], skip_special=False)
+
+    others = [TokenScore(text(token), logprob) for token, logprob in scores.top]
+    return TokenScore(text(scores.token), scores.logprob, others)
+
+
+def offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Where in the text of `ids` each token begins."""
+    words, found, at = Detokenizer(tokenizer), [], 0
+    for token in ids:
+        found.append(at)
+        at += len(words.add(token))
+    return found
 
 
 def score_tokens(

@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from llmctl.spec.params import Field, Params
+from llmctl.spec.params import Field
+from llmctl_serve.safety import SafetyParams
 
 
-class ServeParams(Params):
+class ServeParams(SafetyParams):
     """Serve a model over HTTP with an OpenAI-type API."""
 
     mode: Literal["foreground", "smoke"] = Field(
@@ -17,23 +18,42 @@ class ServeParams(Params):
         description="foreground: serve until stopped; smoke: start, ask smoke_questions over HTTP, stop",
     )
     smoke_questions: list[str] = Field(default=[], description="questions that mode smoke asks; all must be answered")
-    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for every interface")
-    port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     model_name: str | None = Field(
         default=None, min_length=1, description="model id that clients see; default: name of the model's directory"
     )
+    models: dict[str, str] = Field(
+        default={},
+        affects="nothing",
+        description="further models by the names that clients use: names in the store, ids or directories; "
+        "SIGUSR2 swaps in what a name points to by then",
+    )
+    model_root: str | None = Field(
+        default=None,
+        min_length=1,
+        affects="nothing",
+        description="directory below which `POST /admin/models` may load models that are not in the store",
+    )
+    slots: int = Field(default=16, ge=1, le=1024, description="most answers that advance side by side")
     max_queue: int = Field(default=64, ge=1, description="requests that may wait; a further one is answered with 429")
+    context: int = Field(default=0, ge=0, description="most tokens of prompt and answer; 0: the model's context")
+    prefill_tokens: int = Field(
+        default=256, ge=1, description="most tokens of prompts that are read between two steps of running answers"
+    )
+    prefix_cache: bool = Field(
+        default=True, description="keep keys and values of past sequences, for prompts that begin alike"
+    )
+    speculation: Literal["none", "prompt-lookup", "draft"] = Field(
+        default="none",
+        description="propose tokens and let the model confirm several at once: from the text, or by `draft`",
+    )
+    draft_tokens: int = Field(default=4, ge=1, le=64, description="tokens that speculation proposes at a time")
     max_new_tokens: int = Field(
         default=256, ge=1, description="tokens of an answer when the request does not limit them"
     )
-    max_request_bytes: int = Field(default=1 << 20, ge=1024, description="a larger request body is answered with 413")
     drain_seconds: int = Field(
         default=20, ge=0, description="time that running requests get to finish after a stop signal"
     )
     page: bool = Field(default=True, description="offer a page to chat with the model at /")
-    api_key_env: str | None = Field(
-        default=None, min_length=1, description="environment variable that holds the key clients must send"
-    )
     require_signed_by: str | None = Field(
         default=None,
         min_length=1,

@@ -19,14 +19,56 @@ NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A token with its log-probability (None for the first of a prompt), and where in the choice's text it begins."""
+
+    score: TokenScore
+    offset: int
+    known: bool = True
+
+
+@dataclass
+class Part:
+    """What is new in one choice: text for the reader, calls of tools, scores, and at its end why it ended."""
+
+    index: int
+    text: str = ""
+    calls: Sequence[dict[str, Any]] = ()
+    """As in a chunk's `delta.tool_calls`."""
+    scores: Sequence[Scored] = ()
+    finish_reason: str | None = None
+
+
 @dataclass
 class Answered:
-    """One finished choice."""
+    """One choice so far."""
 
     text: str = ""
     tokens: int = 0
     finish_reason: str | None = None
-    scores: list[TokenScore] | None = None
+    scores: list[Scored] | None = None
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """Complete calls, as in a message's `tool_calls`."""
+    total: float = 0.0
+    """Log-probability of the generated tokens, where they are scored."""
+
+    def add(self, part: Part) -> None:
+        """Note a part."""
+        self.text += part.text
+        self.finish_reason = part.finish_reason or self.finish_reason
+        if self.scores is not None:
+            self.scores += part.scores
+        for call in part.calls:
+            merge_call(self.calls, call)
+
+
+def merge_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Add a chunk of a call to the calls so far, as clients do."""
+    if delta["index"] == len(calls):
+        calls.append({"id": delta["id"], "type": "function", "function": {**delta["function"]}})
+    else:
+        calls[delta["index"]]["function"]["arguments"] += delta["function"].get("arguments", "")
 
 
 @dataclass(frozen=True)
@@ -35,6 +77,7 @@ class Shape:
 
     kind: Kind
     model: str
+    fingerprint: str = ""
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -43,64 +86,86 @@ class Shape:
 
     def _head(self, streamed: bool) -> dict[str, Any]:
         name = NAMES[self.kind][2 if streamed else 1]
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
 
-    def whole(self, answers: Sequence[Answered], usage: dict[str, int], **more: Any) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answered], usage: dict[str, Any], **more: Any) -> dict[str, Any]:
         """A complete response."""
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         return {**self._head(False), "choices": choices, "usage": usage, **more}
 
     def _choice(self, index: int, answer: Answered) -> dict[str, Any]:
-        end = {"finish_reason": answer.finish_reason}
+        end = {"logprobs": self._scores(answer.scores), "finish_reason": answer.finish_reason}
+        if self.kind == "completion":
+            return {"index": index, "text": answer.text, **end}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.calls:
+            message |= {"content": answer.text or None, "tool_calls": answer.calls}
+        return {"index": index, "message": message, **end}
+
+    def _scores(self, scores: Sequence[Scored] | None) -> dict[str, Any] | None:
+        if scores is None:
+            return None
         if self.kind == "chat":
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
-            scores = None if answer.scores is None else {"content": [score.to_chat() for score in answer.scores]}
-            return {"index": index, "message": message, "logprobs": scores, **end}
-        scores = None if answer.scores is None else completion_scores(answer.scores)
-        return {"index": index, "text": answer.text, "logprobs": scores, **end}
+            return {"content": [one.score.to_chat() for one in scores], "refusal": None}
+        return completion_scores(scores)
 
     def opening(self, index: int) -> dict[str, Any] | None:
         """The chunk before the first text: a chat names the role."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None) if self.kind == "chat" else None
+        return self._chunk(index, {"role": "assistant", "content": ""}) if self.kind == "chat" else None
 
-    def part(self, index: int, text: str, finish_reason: str | None) -> Iterator[dict[str, Any]]:
-        """The chunks for a piece of text and, if it is the last one, for the end."""
+    def part(self, part: Part, scored: bool) -> Iterator[dict[str, Any]]:
+        """The chunks for a part and, if it is the last one, for the end."""
+        scores = self._scores(part.scores) if scored else None
         if self.kind == "completion":
-            if text or finish_reason:
-                choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-                yield {**self._head(True), "choices": [choice]}
+            if part.text or part.scores or part.finish_reason:
+                choice = {"index": part.index, "text": part.text, "logprobs": scores}
+                yield {**self._head(True), "choices": [{**choice, "finish_reason": part.finish_reason}]}
             return
-        if text:
-            yield self._chunk(index, {"content": text}, None)
-        if finish_reason:
-            yield self._chunk(index, {}, finish_reason)
+        if part.text or part.scores:
+            yield self._chunk(part.index, {"content": part.text}, scores)
+        for call in part.calls:
+            yield self._chunk(part.index, {"tool_calls": [call]})
+        if part.finish_reason:
+            yield self._chunk(part.index, {}, None, part.finish_reason)
 
-    def _chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self, index: int, delta: dict[str, Any], scores: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish_reason}
         return {**self._head(True), "choices": [choice]}
 
-    def usage(self, usage: dict[str, int]) -> dict[str, Any]:
+    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The chunk with the counts, which has no choices."""
         return {**self._head(True), "choices": [], "usage": usage}
 
 
-def completion_scores(scores: Sequence[TokenScore]) -> dict[str, Any]:
+def completion_scores(scores: Sequence[Scored]) -> dict[str, Any]:
     """As in `logprobs` of a text completion."""
-    offsets, at = [], 0
-    for score in scores:
-        offsets.append(at)
-        at += len(score.text)
     return {
-        "tokens": [score.text for score in scores],
-        "token_logprobs": [score.logprob for score in scores],
-        "top_logprobs": [{other.text: other.logprob for other in score.top} for score in scores],
-        "text_offset": offsets,
+        "tokens": [one.score.text for one in scores],
+        "token_logprobs": [one.score.logprob if one.known else None for one in scores],
+        # Of two tokens with one text (halves of characters) the likelier one stays.
+        "top_logprobs": [
+            {other.text: other.logprob for other in reversed(one.score.top)} if one.known else None for one in scores
+        ],
+        "text_offset": [one.offset for one in scores],
     }
 
 
-def usage_counts(prompt: int, new: int) -> dict[str, int]:
+def usage_counts(prompt: int, new: int, cached: int) -> dict[str, Any]:
     """Token counts of a response."""
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def grounds_fields(found: Sequence[Citation], refused: bool) -> dict[str, Any]:

@@ -5,58 +5,97 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from llmctl import Artifact, Context, InputError, StageError, UsageError, __version__
 from llmctl.registry import get_registry
-from llmctl.store import Store
-from llmctl.store.signing import require_signed
 from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.app import create_app
-from llmctl_serve.defaults import default_sampling
+from llmctl_serve.guard import Guard
 from llmctl_serve.metrics import ServerMetrics
+from llmctl_serve.models import Model, Models, memory
+from llmctl_serve.opening import Finder, Opener, model_id
 from llmctl_serve.params import ServeParams
 from llmctl_serve.server import HttpServer, endpoint, listen, url
 from llmctl_serve.service import Service
 from llmctl_serve.smoke import Asked, Client
-from llmctl_serve.worker import Worker
 
-DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 POLL = 0.1
 """Seconds between two looks at `should_stop`."""
 
 
-def run(ctx: Context, params: ServeParams, model: Artifact, index: Artifact | None = None) -> None:
-    """Open the port, then the model; serve; leave a receipt."""
+def run(
+    ctx: Context,
+    params: ServeParams,
+    model: Artifact,
+    index: Artifact | None = None,
+    draft: Artifact | None = None,
+) -> None:
+    """Open the port, then the models; serve; leave a receipt."""
     api_key = read_key(params)
-    check_signature(params, model)
-    with listen(params.host, params.port) as listener:
+    metrics = ServerMetrics(params.metrics_per_key)
+    opener = Opener(params)
+    opener.check_signature(model)
+    with closing(Guard(params, metrics, api_key, ctx.warn)) as guard, listen(params.host, params.port) as listener:
         base = url(listener)
-        service = open_service(params, model, index)
-        metrics = ServerMetrics()
-        worker = Worker(service.generator, service.tokenizer, metrics, params.max_queue, ctx.warn)
-        worker.start()
-        app = create_app(service, worker, metrics, api_key, ctx.warn)
+        models = open_models(ctx, params, metrics, model, index, draft)
+        app = create_app(models, guard, ctx.warn, params.page)
         try:
-            with HttpServer(app, listener, params.drain_seconds, worker.stop) as server:
-                asked = smoke(ctx, service, listener, api_key) if params.mode == "smoke" else []
+            with HttpServer(app, listener, params.drain_seconds, models.close, **guard.uvicorn()) as server:
+                asked = smoke(ctx, params, models, listener, api_key) if params.mode == "smoke" else []
                 if params.mode == "foreground":
-                    announce(ctx, service, listener)
-                    wait(ctx, server)
+                    announce(ctx, models, listener)
+                    wait(ctx, server, models)
         finally:
-            worker.stop()
-        write_receipt(ctx, service, model, base, asked)
+            models.close()
+        write_receipt(ctx, models, base, asked)
     ctx.report({"tokens.prompt": _total(metrics.prompt_tokens), "tokens.generated": _total(metrics.new_tokens)})
     if params.mode == "smoke":
         report_smoke(ctx, asked)
+
+
+def open_models(
+    ctx: Context,
+    params: ServeParams,
+    metrics: ServerMetrics,
+    model: Artifact,
+    index: Artifact | None,
+    draft: Artifact | None,
+) -> Models:
+    """The stage's model, which is the default, and the others; each with its own engine and thread."""
+    documents = Index.load(index) if index else None
+    opened = get_registry().open_generator(draft, device=params.device, threads=params.threads) if draft else None
+    first = Opener(params, documents, opened)
+    # A draft model proposes for the model it was given with.
+    plain = params if draft is None else params.model_copy(update={"speculation": "none"})
+    further = Opener(plain, documents)
+    name = params.model_name or model_id(model)
+    if name in params.models:
+        raise UsageError(f"two models are called `{name}`", hint="set model_name, or another name in models")
+
+    def open_(called: str, artifact: Artifact) -> Service:
+        return (first if called == name else further).open(called, artifact)
+
+    root = Path(params.model_root).expanduser() if params.model_root else None
+    if root is not None and not root.is_dir():
+        raise InputError(f"model_root: {root} is no directory")
+    models = Models(open_, Finder(root, frozenset(params.models.values())).find, metrics, ctx.warn)
+    try:
+        models.load(name, "", model)
+        for other, source in params.models.items():
+            models.load(other, source)
+    except BaseException:
+        models.close()
+        raise
+    return models
 
 
 def read_key(params: ServeParams) -> str:
@@ -71,35 +110,6 @@ def read_key(params: ServeParams) -> str:
     return key
 
 
-def check_signature(params: ServeParams, model: Artifact) -> None:
-    """InputError unless the model is what `require_signed_by` has signed, where that is asked for."""
-    if params.require_signed_by is None:
-        return
-    allowed = Path(params.allowed_signers).expanduser() if params.allowed_signers else None
-    require_signed(model.path, params.require_signed_by, allowed, Store.open())
-
-
-def open_service(params: ServeParams, model: Artifact, index: Artifact | None) -> Service:
-    """Load the model, its tokenizer and the index."""
-    tokenizer = Tokenizer.load(model.path)
-    documents = Index.load(index) if index else None
-    generator = get_registry().open_generator(model, device=params.device, threads=params.threads)
-    if generator.vocab_size < tokenizer.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {generator.vocab_size}",
-            hint="use the tokenizer that the model was trained with",
-        )
-    return Service(
-        generator, tokenizer, params.model_name or model_id(model), params, default_sampling(model.path), documents
-    )
-
-
-def model_id(model: Artifact) -> str:
-    """The name of the model's directory; in the store that is a digest, of which the beginning is enough."""
-    name = model.path.resolve().name
-    return f"model-{name[:12]}" if DIGEST.match(name) else name
-
-
 def has_chat(tokenizer: Tokenizer) -> bool:
     """Whether the model has a chat template."""
     try:
@@ -108,33 +118,65 @@ def has_chat(tokenizer: Tokenizer) -> bool:
         return False
 
 
-def announce(ctx: Context, service: Service, listener: socket.socket) -> None:
-    """Say where the server is and how to ask it."""
+def announce(ctx: Context, models: Models, listener: socket.socket) -> None:
+    """Say where the server is, how to ask it, and what its models take."""
     base = url(listener)
-    ctx.log(f"serving {service.model_id} at {base}/v1 ({service.generator.backend}); Ctrl-C stops")
+    service = models.all()[0].service
+    ctx.log(f"serving {', '.join(models.names)} at {base}/v1 ({service.backend}); Ctrl-C stops")
     question: dict[str, Any] = {"model": service.model_id}
-    if has_chat(service.tokenizer):
+    if service.encoder is not None:
+        path, question["input"] = "/v1/embeddings", "Hello"
+    elif has_chat(service.tokenizer):
         path, question["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Hello"}]
     else:
         path, question["prompt"] = "/v1/completions", "Hello"
     ctx.log(f"curl {base}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(question))}")
+    for name, size in memory(models.all()).items():
+        ctx.log(f"{name}: {size / 1e6:.1f} MB of weights{_cache(models.find(name))}")
+    if (resident := resident_bytes()) is not None:
+        ctx.log(f"the process takes {resident / 1e6:.0f} MB now")
 
 
-def wait(ctx: Context, server: HttpServer) -> None:
-    """Until a signal, or the server's own end."""
+def _cache(model: Model) -> str:
+    stats = model.worker.stats() if model.worker is not None else None
+    if stats is None:
+        return ""
+    held = f", room for {stats.cache_capacity} tokens" if stats.cache_capacity else ""
+    return f", {stats.slots} answer{'s' if stats.slots > 1 else ''} at a time{held}"
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process, where the system says it."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, ValueError, IndexError):  # no Linux
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait(ctx: Context, server: HttpServer, models: Models) -> None:
+    """Until a signal, or the server's own end. A request to save (SIGUSR2) reloads the models."""
     while not ctx.should_stop():
         if not server.alive:
             raise StageError("the HTTP server ended by itself", hint="see the log of this stage")
+        if ctx.should_save():
+            changes = models.reload()
+            for change in changes:
+                ctx.log(f"{change.name}: {change.artifact[:19]} in place of {(change.before or 'nothing')[:19]}")
+            if not changes:
+                ctx.log("nothing to reload: every name points to what is served")
         time.sleep(POLL)
+    models.stopping = True
     ctx.log("stopping: running requests are finished first")
 
 
-def smoke(ctx: Context, service: Service, listener: socket.socket, api_key: str) -> list[Asked]:
+def smoke(ctx: Context, params: ServeParams, models: Models, listener: socket.socket, api_key: str) -> list[Asked]:
     """Ask every question, the first one streamed too. StageError if the server's own pages fail."""
+    service = models.all()[0].service
     client = Client(*endpoint(listener), service.model_id, api_key, has_chat(service.tokenizer))
     if json.loads(client.get("/healthz"))["status"] != "ok":
         raise StageError("/healthz does not say ok")
-    questions = service.params.smoke_questions
+    questions = params.smoke_questions
     asked = [client.ask(questions[0], stream=True)]
     for number, question in enumerate(questions, start=1):
         asked.append(client.ask(question))
@@ -144,13 +186,16 @@ def smoke(ctx: Context, service: Service, listener: socket.socket, api_key: str)
     return asked
 
 
-def write_receipt(ctx: Context, service: Service, model: Artifact, base: str, asked: Sequence[Asked]) -> None:
+def write_receipt(ctx: Context, models: Models, base: str, asked: Sequence[Asked]) -> None:
     """`receipt.json`: where, what, with which versions, and what was answered."""
+    services = [model.service for model in models.all()]
+    service, model = services[0], services[0].artifact
     receipt = {
         "endpoint": f"{base}/v1",
         "model": {"id": service.model_id, "artifact": model.id, "type": model.type},
+        "models": [{"id": one.model_id, "artifact": one.artifact.id, "type": one.artifact.type} for one in services],
         "tokenizer": service.tokenizer.digest,
-        "backend": service.generator.backend,
+        "backend": service.backend,
         "documents": len(service.index.chunks) if service.index else 0,
         "versions": {
             "llmctl": __version__,
@@ -202,4 +247,4 @@ def report_smoke(ctx: Context, asked: Sequence[Asked]) -> None:
 
 
 def _total(counter: Any) -> float:
-    return float(counter.collect()[0].samples[0].value)
+    return float(sum(sample.value for sample in counter.collect()[0].samples if sample.name.endswith("_total")))

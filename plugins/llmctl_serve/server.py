@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,6 +16,8 @@ from fastapi import FastAPI
 from llmctl import MachineError, StageError
 
 STARTUP_SECONDS = 30
+SEND_BUFFER = 1 << 18
+"""Bytes of the kernel for one connection; it inherits them from the listening socket."""
 GRACE_SECONDS = 5
 """After the drain: for clients that do not take what was sent to them."""
 
@@ -28,6 +31,8 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What a client that does not read can make us hold: this, and 64 KiB in uvicorn.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listener.bind(address)
         # Listening now, because two processes may bind one port with SO_REUSEADDR, but only one may listen.
         listener.listen(2048)
@@ -57,11 +62,15 @@ def url(listener: socket.socket) -> str:
 class HttpServer:
     """Serves `app` on a socket within a `with` block.
 
+    `limits` are further settings of uvicorn (`Guard.uvicorn`).
+
     Leaving it takes no new requests, lets the running ones finish for `drain_seconds`, then calls `give_up`, which must
     end them, and waits for that.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket, drain_seconds: int, give_up: Callable[[], None]) -> None:
+    def __init__(
+        self, app: FastAPI, listener: socket.socket, drain_seconds: int, give_up: Callable[[], None], **limits: Any
+    ) -> None:
         self._drain_seconds, self._give_up = drain_seconds, give_up
         config = uvicorn.Config(
             app,
@@ -70,6 +79,7 @@ class HttpServer:
             lifespan="off",
             ws="none",
             timeout_graceful_shutdown=drain_seconds + GRACE_SECONDS,
+            **limits,
         )
         self._server = uvicorn.Server(config)
         self._listener = listener

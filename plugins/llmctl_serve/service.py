@@ -1,27 +1,36 @@
-"""From a request to tokens: the model, its tokenizer, the index, and how a request becomes choices to generate."""
+"""From a request to tokens: a model, its tokenizer, the index, and how a request becomes prompts for the engine."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from llmctl import Artifact, UsageError
+from llmctl.engine import Constraint, Engine, Request
 from llmctl.generator import Generator, Sampling
+from llmctl.ort.encoder import OrtEncoder
 from llmctl.text.grounding import Grounds, find_grounds, grounded_prompt
 from llmctl.text.retrieval import Index, Passage
 from llmctl.text.tokenizer import Tokenizer
+from llmctl_serve.constraining import Forms
+from llmctl_serve.conversations import ChatRequest, Retrieval
 from llmctl_serve.errors import ApiError
+from llmctl_serve.guides import guide_of
 from llmctl_serve.params import ServeParams
-from llmctl_serve.requests import ChatRequest, CommonRequest, CompletionRequest, Retrieval
-from llmctl_serve.worker import Choice
+from llmctl_serve.requests import CommonRequest, CompletionRequest
+from llmctl_serve.worker import Prompt
 
-SEEDS = 2**63
+SEEDS = 2**62
+NEVER = -1e9
+"""Added to the logit of an end that is not to come."""
 
 
 @dataclass(frozen=True)
 class Grounding:
-    """What a chat answer rests on. Without `choices` it is settled already: quoted, or refused."""
+    """What a chat answer rests on. Without prompts it is settled already: quoted, or refused."""
 
     grounds: Grounds
     passages: list[Passage]
@@ -29,33 +38,89 @@ class Grounding:
 
 
 @dataclass(frozen=True)
-class Service:
-    """Everything that answers requests, apart from HTTP."""
+class Asked:
+    """A request made ready: what the engine is given, and what the response needs to know."""
 
-    generator: Generator
-    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+    draws: int
+    """Answers generated for each prompt."""
+    texts: Sequence[str] = ()
+    """Each prompt's own text, where the response is to repeat it."""
+    grounding: Grounding | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(len(prompt.request.prompt) for prompt in self.prompts)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most that could be generated."""
+        return sum(0 if p.only_scores else p.request.sampling.max_new_tokens * len(p.choices) for p in self.prompts)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What answers requests with one model, apart from HTTP and threads. An encoder has no generator and no engine."""
+
     model_id: str
+    artifact: Artifact
+    tokenizer: Tokenizer
     params: ServeParams
-    default: Sampling
+    generator: Generator | None = None
+    engine: Engine | None = None
+    encoder: OrtEncoder | None = None
+    default: Sampling = field(default_factory=Sampling)
     index: Index | None = None
     created: int = field(default_factory=lambda: int(time.time()))
+    forms: Forms | None = None
 
-    def check_model(self, name: str | None) -> None:
-        """404 for a model that this server does not have."""
-        if name is not None and name != self.model_id:
-            message = f"the model `{name}` does not exist; this server has `{self.model_id}`"
-            raise ApiError(404, message, param="model", code="model_not_found")
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence."""
+        opened = self.engine or self.encoder
+        assert opened is not None
+        return opened.context_length
 
-    def chat_choices(self, request: ChatRequest) -> tuple[list[Choice], Grounding | None]:
-        """The answers to generate, and what they rest on if the server has documents."""
-        self.check_model(request.model)
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        return self.tokenizer.vocab_size if self.engine is None else self.engine.vocab_size
+
+    @property
+    def backend(self) -> str:
+        """For a human."""
+        opened = self.engine or self.encoder
+        assert opened is not None
+        return opened.backend
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of responses: changes with the model's bytes."""
+        return f"fp_{self.artifact.id.removeprefix('sha256:')[:16] or self.model_id}"
+
+    def _generates(self) -> tuple[Generator, Engine]:
+        if self.generator is None or self.engine is None:
+            raise ApiError(400, f"the model `{self.model_id}` is an encoder: it gives embeddings", param="model")
+        return self.generator, self.engine
+
+    def ask_chat(self, request: ChatRequest, client: str) -> Asked:
+        """The prompt of a conversation, and what its answer rests on if the server has documents."""
+        self._generates()
         messages = [message.plain() for message in request.messages]
         wanted = self._retrieval(request.retrieval)
         if wanted is None:
-            prompt = self.tokenizer.encode_chat(messages, add_generation_prompt=True).ids
-            return self._choices([prompt], request), None
-        grounding, prompt = self._ground(messages, wanted)
-        return (self._choices([prompt], request) if prompt else []), grounding
+            ids = self.chat_ids(messages, request)
+            return Asked(self._prompts([ids], request, client), request.draws)
+        grounding, ids = self._ground(messages, wanted)
+        prompts = self._prompts([ids], request, client) if ids else []
+        return Asked(prompts, request.draws, grounding=grounding)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], request: ChatRequest | None = None) -> list[int]:
+        """The ids of a conversation, up to where the assistant speaks."""
+        tools = [] if request is None else [tool.model_dump(exclude_none=True) for tool in request.callable_tools]
+        more = {"tools": tools} if tools else {}
+        return self.tokenizer.encode_chat(messages, add_generation_prompt=True, **more).ids
 
     def _retrieval(self, asked: Retrieval | bool | None) -> Retrieval | None:
         if self.index is None:
@@ -66,69 +131,138 @@ class Service:
             return None
         return asked if isinstance(asked, Retrieval) else Retrieval()
 
-    def _ground(self, messages: Sequence[dict[str, str]], wanted: Retrieval) -> tuple[Grounding, list[int]]:
+    def _ground(self, messages: Sequence[dict[str, Any]], wanted: Retrieval) -> tuple[Grounding, list[int]]:
         """What was found for the last message, and the prompt that holds it; no prompt if nothing is to be written."""
         assert self.index is not None
-        question = messages[-1]["content"]
+        question = str(messages[-1]["content"])
         top_k = self.params.top_k_passages if wanted.top_k is None else wanted.top_k
         refuse_below = self.params.refuse_below if wanted.refuse_below is None else wanted.refuse_below
         grounds = find_grounds(self.index, question, top_k, refuse_below)
         if grounds.refused or self.params.answers == "extractive":
             return Grounding(grounds, grounds.passages, grounds.refused), []
         if self.params.answers == "closed-book":
-            prompt_ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True).ids
-            return Grounding(grounds, grounds.passages, False), prompt_ids
-        room = self.generator.context_length - min(self.params.max_new_tokens, self.generator.context_length // 4)
+            return Grounding(grounds, grounds.passages, False), self.chat_ids(messages)
+        room = self.context_length - min(self.params.max_new_tokens, self.context_length // 4)
         prompt = grounded_prompt(messages, grounds.passages, self.tokenizer, room)
         return Grounding(grounds, prompt.passages, not prompt.passages), prompt.ids
 
-    def completion_choices(self, request: CompletionRequest) -> list[Choice]:
-        """The continuations to generate, `n` for each prompt. Text is framed as a training document begins."""
-        self.check_model(request.model)
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        whole = self.generator.encoder_decoder
-
-        def framed(text: str) -> list[int]:
-            return self.tokenizer.encode_document(text) if whole else bos + self.tokenizer.encode(text)
-
-        prompts = [framed(p) if isinstance(p, str) else list(p) for p in request.prompts]
-        for prompt in prompts:
-            if any(not 0 <= token < self.generator.vocab_size for token in prompt):
-                raise ApiError(400, f"a token id is outside the vocabulary of {self.generator.vocab_size}", "prompt")
-        return self._choices(prompts, request)
-
-    def _choices(self, prompts: Sequence[Sequence[int]], request: ChatRequest | CompletionRequest) -> list[Choice]:
-        for prompt in prompts:
-            self.generator.room(prompt)
-        seed = random.randrange(SEEDS) if request.seed is None else request.seed
-        return [
-            Choice(
-                index=at * request.n + number,
-                prompt=prompt,
-                sampling=self.sampling(request, (seed + number) % SEEDS, request.limit),
-                stop=request.stops,
-                scored=request.scored,
-            )
-            for at, prompt in enumerate(prompts)
-            for number in range(request.n)
+    def ask_completion(self, request: CompletionRequest, client: str) -> Asked:
+        """The prompts to continue. Text is framed as a training document begins."""
+        generator, _ = self._generates()
+        if request.echo and generator.encoder_decoder:
+            raise ApiError(400, "the answer of an encoder-decoder does not continue its prompt", param="echo")
+        ids = [self.framed(p) if isinstance(p, str) else self.checked(p, "prompt") for p in request.prompts]
+        texts = [
+            prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) if request.echo else ""
+            for prompt in request.prompts
         ]
+        return Asked(self._prompts(ids, request, client), request.draws, texts)
 
-    def sampling(self, request: CommonRequest, seed: int, limit: int | None) -> Sampling:
+    def framed(self, text: str) -> list[int]:
+        """The ids of a text that begins like a training document; an encoder reads a whole one."""
+        if self.generator is None:
+            return self.tokenizer.frame(text).ids
+        if self.generator.encoder_decoder:
+            return self.tokenizer.encode_document(text)
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        return bos + self.tokenizer.encode(text)
+
+    def checked(self, ids: Sequence[int], param: str) -> list[int]:
+        """`ids`; ApiError 400 for one outside the vocabulary."""
+        if any(not 0 <= token < self.vocab_size for token in ids):
+            raise ApiError(400, f"a token id is outside the vocabulary of {self.vocab_size}", param)
+        return list(ids)
+
+    def _prompts(
+        self, prompts: Sequence[Sequence[int]], request: ChatRequest | CompletionRequest, client: str
+    ) -> list[Prompt]:
+        generator, engine = self._generates()
+        for prompt in prompts:
+            self._check_room(prompt, generator, engine)
+        sampling = self.sampling(request, request.limit, request.draws)
+        shared = sampling.n == 1 and request.draws > 1
+        scored = request.scored
+        if scored is None and request.draws > request.n:
+            scored = 0  # the likeliest of the draws are wanted
+        constraint = self._constraint(request)
+        found = []
+        for at, prompt in enumerate(prompts):
+            targets = range(at * request.draws, (at + 1) * request.draws)
+            asked = Request(
+                prompt=prompt,
+                sampling=sampling,
+                constraint=constraint,
+                logprobs=scored,
+                prompt_logprobs=request.scored if getattr(request, "echo", False) else None,
+                client=client,
+            )
+            found.append(
+                Prompt(
+                    request=asked,
+                    choices=[list(targets)] if shared else [[target] for target in targets],
+                    stop=request.stops,
+                    stop_ids=frozenset(self.checked(request.stop_token_ids or (), "stop_token_ids")),
+                    only_scores=request.limit == 0,
+                )
+            )
+        return found
+
+    def _check_room(self, prompt: Sequence[int], generator: Generator, engine: Engine) -> None:
+        """UsageError for a prompt that cannot be answered, before anything else is done."""
+        generator.room(prompt)
+        if not generator.encoder_decoder and len(prompt) >= engine.context_length:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, the context of this server is {engine.context_length}",
+                hint="shorten the prompt",
+            )
+
+    def _constraint(self, request: ChatRequest | CompletionRequest) -> Constraint | None:
+        """What the answer must look like. ApiError 400 names the field that cannot be followed."""
+        form = request.response_format if isinstance(request, ChatRequest) else None
+        guide = guide_of(request, form)
+        tools = request.callable_tools if isinstance(request, ChatRequest) else []
+        if guide is None and not tools:
+            return None
+        assert self.forms is not None
+        if guide is not None:
+            return self.forms.guided(guide)
+        assert isinstance(request, ChatRequest)
+        return self.forms.calling(request)
+
+    def sampling(self, request: CommonRequest, limit: int | None, draws: int = 1) -> Sampling:
         """What the request says, else the model's `generation_config.json`, beams included.
 
         A request that filters tokens without giving a temperature means OpenAI's default of 1, as greedy decoding
-        would make its filter idle.
+        would make its filter idle. Greedy answers are equal, so one is generated however many are wanted.
         """
+        filters = request.top_p is not None or request.top_k or request.min_p
         temperature = self.default.temperature if request.temperature is None else request.temperature
-        if request.temperature is None and temperature == 0 and (request.top_p is not None or request.top_k):
+        if request.temperature is None and temperature == 0 and (filters or draws > request.n):
             temperature = 1.0
-        max_new_tokens = limit or self.params.max_new_tokens
+        common: dict[str, Any] = {
+            "max_new_tokens": max(1, self.params.max_new_tokens if limit is None else limit),
+            "seed": random.randrange(SEEDS) if request.seed is None else request.seed % SEEDS,
+            "logit_bias": self._bias(request),
+        }
+        penalties = {
+            name: getattr(self.default if getattr(request, name) is None else request, name)
+            for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        }
         if self.default.beams > 1 and temperature == 0:
-            return replace(self.default, max_new_tokens=max_new_tokens, seed=seed)
+            return replace(self.default, **common, **penalties, n=draws)
         return Sampling(
-            max_new_tokens=max_new_tokens,
+            **common,
+            **penalties,
             temperature=temperature,
             top_k=self.default.top_k if request.top_k is None else request.top_k,
             top_p=self.default.top_p if request.top_p is None else request.top_p,
-            seed=seed,
+            min_p=self.default.min_p if request.min_p is None else request.min_p,
+            n=draws if temperature > 0 else 1,
         )
+
+    def _bias(self, request: CommonRequest) -> tuple[tuple[int, float], ...]:
+        bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
+        self.checked(list(bias), "logit_bias")
+        if request.ignore_eos and self.engine is not None:
+            bias |= dict.fromkeys(self.engine.eos_ids, NEVER)
+        return tuple(sorted(bias.items()))

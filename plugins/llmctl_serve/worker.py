@@ -1,4 +1,7 @@
-"""One thread that generates, fed by a bounded queue: the event loop stays free and the model is never shared."""
+"""One thread that drives an engine: requests and departures come in between two steps, answers go out after each.
+
+The event loop never waits for the model, and the engine is never shared.
+"""
 
 from __future__ import annotations
 
@@ -10,164 +13,285 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmctl import LlmctlError
-from llmctl.generator import Generator, Sampling
-from llmctl.text.streaming import Delta, stream_text
+from llmctl.engine import Engine, EngineStats, Event, QueueFullError, Request
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.errors import ApiError
-from llmctl_serve.logprobs import TokenScore, score_tokens
-from llmctl_serve.metrics import ServerMetrics
+from llmctl_serve.exchange import Exchange
+from llmctl_serve.speech import Piece, Speech
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One answer to generate; `scored` asks for log-probabilities, with that many alternatives per token."""
+class Prompt:
+    """A request to the engine, and what becomes of its answers."""
 
-    index: int
-    prompt: Sequence[int]
-    sampling: Sampling
+    request: Request
+    choices: Sequence[Sequence[int]]
+    """For every answer of the engine the choices of the response that it is: several where greedy ones are equal."""
     stop: Sequence[str] = ()
-    scored: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    only_scores: bool = False
+    """Nothing is to be generated: the prompt's scores are the answer."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of the answer `index`; the last one has a finish reason, and scores if they were asked for."""
+@dataclass
+class _Running:
+    """A prompt that the engine has."""
 
-    index: int
-    delta: Delta
-    scores: list[TokenScore] = field(default_factory=list)
-
-
-class QueueFullError(Exception):
-    """Too many requests wait; `retry_after` is an estimate in seconds."""
-
-    def __init__(self, waiting: int, retry_after: int) -> None:
-        super().__init__(f"{waiting} requests are waiting already")
-        self.waiting, self.retry_after = waiting, retry_after
+    job: Job
+    prompt: Prompt
+    speeches: list[Speech]
+    left: int
 
 
+@dataclass(eq=False)
 class Job:
-    """The answers to one request, generated one after the other. `pieces` is read in the event loop; None ends it."""
+    """All that one HTTP request wants. `pieces` is read in the event loop; None ends it."""
 
-    def __init__(self, choices: Sequence[Choice], loop: asyncio.AbstractEventLoop) -> None:
-        self.choices = list(choices)
-        self.pieces: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-        self.cancelled = threading.Event()
-        self.submitted = time.perf_counter()
-        self._loop = loop
+    prompts: Sequence[Prompt]
+    exchange: Exchange
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    pieces: asyncio.Queue[Piece | BaseException | None] = field(default_factory=asyncio.Queue)
+    submitted: float = field(default_factory=time.perf_counter)
+    cancelled: bool = False
+    left: int = 0
+    """Prompts without a complete answer."""
 
-    def put(self, item: Piece | BaseException | None) -> None:
-        """Hand something to the event loop from the worker's thread; dropped once nobody reads."""
-        try:
-            self._loop.call_soon_threadsafe(self.pieces.put_nowait, item)
-        except RuntimeError:  # the loop is closed: the server has stopped
-            self.cancelled.set()
+    def __post_init__(self) -> None:
+        self.accepted: asyncio.Future[None] = self.loop.create_future()
+        self.left = len(self.prompts)
+
+    def accept(self, error: BaseException | None = None) -> None:
+        """In the event loop: say whether the engine has taken it."""
+        if self.accepted.done():
+            return
+        if error is None:
+            self.accepted.set_result(None)
+        else:
+            self.accepted.set_exception(error)
 
 
 class Worker:
-    """Generates for jobs in the order in which they came."""
+    """Owns an engine. Everything public may be called from any thread."""
 
-    def __init__(
-        self,
-        generator: Generator,
-        tokenizer: Tokenizer,
-        metrics: ServerMetrics,
-        max_queue: int,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._generator, self._tokenizer, self._metrics, self._warn = generator, tokenizer, metrics, warn
-        self._max_queue = max_queue
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, warn: Callable[[str], None], name: str = "") -> None:
+        self._engine, self._tokenizer, self._warn = engine, tokenizer, warn
         self._changed = threading.Condition()
-        self._stopping = False
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._running: dict[int, _Running] = {}
+        self._later: deque[tuple[Job, Prompt]] = deque()
+        """Further prompts of accepted jobs, until the engine's queue has room."""
+        self._outbox: list[tuple[Job, Callable[[], None]]] = []
+        self._stats = engine.stats()
+        self._stopping = self._closed = False
         self._seconds = 1.0
-        self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"engine {name}".strip(), daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
 
+    def stats(self) -> EngineStats:
+        """The engine's counts after its last step."""
+        return self._stats
+
     @property
     def depth(self) -> int:
         """Requests that wait."""
-        return len(self._waiting)
+        return self._stats.waiting + len(self._later)
 
-    def submit(self, job: Job) -> None:
-        """Append a job; QueueFullError if `max_queue` wait already."""
-        with self._changed:
-            if self._stopping or len(self._waiting) >= self._max_queue:
-                waiting = len(self._waiting)
-                raise QueueFullError(waiting, min(60, max(1, round(self._seconds * waiting))))
-            self._waiting.append(job)
-            self._metrics.queue_depth.set(len(self._waiting))
-            self._changed.notify()
+    async def submit(self, job: Job) -> None:
+        """Hand a job in and wait until the engine has taken it, which is at most a step.
+
+        ApiError 429 if too many wait, 503 if the worker stops, UsageError for a prompt that cannot be answered.
+        """
+        if not self._send(lambda: self._begin(job)):
+            raise stopping()
+        try:
+            await job.accepted
+        except asyncio.CancelledError:
+            self.cancel(job)
+            raise
 
     def cancel(self, job: Job) -> None:
-        """Nobody wants the answer any more: leave the queue, or stop after the current token."""
-        with self._changed:
-            job.cancelled.set()
-            if job in self._waiting:
-                self._waiting.remove(job)
-                self._metrics.queue_depth.set(len(self._waiting))
+        """Nobody wants the answers any more. Harmless for a job that is over."""
+        if not job.cancelled:
+            job.cancelled = True
+            self._send(lambda: self._drop(job))
 
     def stop(self) -> None:
-        """Answer everything that is left with 503 and end the thread. A second call changes nothing."""
+        """Answer everything that is left with 503, close the engine and end the thread. May be called twice."""
         with self._changed:
             self._stopping = True
-            left = [*self._waiting, *([self._running] if self._running else [])]
-            self._waiting.clear()
             self._changed.notify()
-        for job in left:
-            job.cancelled.set()
-            job.put(ApiError(503, "the server is stopping", code="shutting_down"))
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _send(self, command: Callable[[], None]) -> bool:
+        """Have the thread do something; False if it has ended."""
+        with self._changed:
+            if not self._closed:
+                self._inbox.append(command)
+                self._changed.notify()
+            return not self._closed
+
+    # In the thread
 
     def _work(self) -> None:
-        while (job := self._take()) is not None:
-            started = time.perf_counter()
-            self._metrics.running.set(1)
-            try:
-                for choice in job.choices:
-                    if not job.cancelled.is_set():
-                        self._generate(job, choice)
-                job.put(None)
-            except LlmctlError as error:
-                job.put(error)
-            except Exception as error:  # whatever a model raises must reach its client and not end the thread
-                self._warn(f"generation failed: {type(error).__name__}: {error}")
-                job.put(error)
-            finally:
-                self._metrics.running.set(0)
-                self._running = None
-                self._seconds += 0.2 * (time.perf_counter() - started - self._seconds)
+        while self._wait():
+            while self._inbox:
+                self._inbox.popleft()()
+            self._submit_later()
+            if self._engine.busy:
+                for event in self._step():
+                    self._deliver(event)
+            self._stats = self._engine.stats()
+            self._flush()
+        self._refuse_all()
+        self._engine.close()
 
-    def _take(self) -> Job | None:
-        """The next job, as soon as there is one; None when it is time to stop."""
+    def _wait(self) -> bool:
+        """Until there is something to do; False when it is time to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._stopping)
-            if self._stopping:
-                return None
-            self._running = self._waiting.popleft()
-            self._metrics.queue_depth.set(len(self._waiting))
-            return self._running
+            self._changed.wait_for(lambda: self._inbox or self._stopping or self._engine.busy or self._later)
+            return not self._stopping
 
-    def _generate(self, job: Job, choice: Choice) -> None:
-        last = job.submitted
-        ids: list[int] = []
-        text = ""
-        stream = stream_text(self._generator, self._tokenizer, choice.prompt, choice.sampling, choice.stop)
-        for delta in stream:
-            now = time.perf_counter()
-            self._metrics.observe(len(delta.token_ids), now - last, first=not ids)
-            last = now
-            ids += delta.token_ids
-            text += delta.text
-            if job.cancelled.is_set():
-                stream.close()  # type: ignore[attr-defined]  # a generator: ends the model's own stream
-                self._metrics.cancelled.inc()
+    def _step(self) -> list[Event]:
+        try:
+            return self._engine.step()
+        except Exception as error:  # whatever a model raises must reach the clients and not end the thread
+            self._warn(f"a step of the engine failed: {type(error).__name__}: {error}")
+            tickets = list(self._running)
+            for ticket in tickets:
+                self._engine.cancel(ticket)
+            return [Event(ticket, error=error) for ticket in tickets]
+
+    def _begin(self, job: Job) -> None:
+        """Give the engine the first prompt; its refusal is the job's."""
+        if job.cancelled:
+            return
+        first, *others = job.prompts
+        try:
+            self._submit(job, first)
+        except QueueFullError as error:
+            wait = min(60, max(1, round(self._seconds * self._stats.waiting / max(1, self._stats.slots))))
+            full = ApiError(429, error.message, code="queue_full", headers={"Retry-After": str(wait)})
+            self._post(job, lambda: job.accept(full))
+        except Exception as error:  # a UsageError, or whatever a model raises: the client is told, the thread goes on
+            refusal = error
+            self._post(job, lambda: job.accept(refusal))
+        else:
+            self._later += [(job, prompt) for prompt in others]
+            self._post(job, job.accept)
+
+    def _submit(self, job: Job, prompt: Prompt) -> None:
+        ticket = self._engine.submit(prompt.request)
+        speeches = [
+            Speech(self._tokenizer, prompt.stop, prompt.stop_ids, prompt.request.logprobs is not None)
+            for _ in prompt.choices
+        ]
+        self._running[ticket] = _Running(job, prompt, speeches, len(speeches))
+
+    def _submit_later(self) -> None:
+        while self._later:
+            job, prompt = self._later[0]
+            try:
+                self._submit(job, prompt)
+            except QueueFullError:
                 return
-            scores: list[TokenScore] = []
-            if delta.finish_reason and choice.scored is not None:
-                scores = score_tokens(self._generator, self._tokenizer, choice.prompt, ids, text, choice.scored)
-            job.put(Piece(choice.index, delta, scores))
+            except Exception as error:  # as in `_begin`
+                self._fail(job, error)
+                continue
+            self._later.popleft()
+
+    def _deliver(self, event: Event) -> None:
+        """Turn what a step did for one answer into pieces of the response."""
+        running = self._running.get(event.ticket)
+        if running is None:
+            return
+        job, prompt = running.job, running.prompt
+        if event.error is not None:
+            if not isinstance(event.error, LlmctlError):
+                self._warn(f"generation failed: {type(event.error).__name__}: {event.error}")
+            self._fail(job, event.error)
+            return
+        job.exchange.admitted(event.cached)
+        speech, targets = running.speeches[event.choice], prompt.choices[event.choice]
+        if speech.over:
+            return
+        if prompt.only_scores:
+            piece = speech.silent(event)
+        else:
+            piece = speech.take(event)
+            job.exchange.emitted(piece.tokens, targets[0])
+        if piece.empty:
+            return
+        for target in targets:
+            self._post(job, lambda index=target: job.pieces.put_nowait(piece.to(index)))  # type: ignore[misc]
+        if piece.finish_reason is not None:
+            if event.finish_reason is None:
+                self._engine.cancel(event.ticket, event.choice)  # a stop string: its slot is free
+            self._finish(event.ticket, running)
+
+    def _finish(self, ticket: int, running: _Running) -> None:
+        """One answer is complete."""
+        running.left -= 1
+        if running.left:
+            return
+        del self._running[ticket]
+        job = running.job
+        job.left -= 1
+        if not job.left:
+            self._seconds += 0.2 * (time.perf_counter() - job.submitted - self._seconds)
+            self._post(job, lambda: job.pieces.put_nowait(None))
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        self._drop(job)
+        self._post(job, lambda: job.pieces.put_nowait(error))
+
+    def _drop(self, job: Job) -> None:
+        """Free everything that the engine holds for a job."""
+        for ticket in [ticket for ticket, running in self._running.items() if running.job is job]:
+            self._engine.cancel(ticket)
+            del self._running[ticket]
+        self._later = deque(one for one in self._later if one[0] is not job)
+
+    def _refuse_all(self) -> None:
+        while self._drain_inbox():
+            pass
+        for job in {id(one.job): one.job for one in self._running.values()}.values():
+            job.exchange.cut = job.exchange.cut or "shutdown"
+            self._fail(job, stopping())
+        self._flush()
+
+    def _drain_inbox(self) -> bool:
+        """Do what was asked for; False once nothing is left, and from then on nothing more is taken."""
+        with self._changed:
+            commands, self._inbox = self._inbox, deque()
+            self._closed = not commands
+        for command in commands:
+            command()
+        return bool(commands)
+
+    def _post(self, job: Job, action: Callable[[], None]) -> None:
+        """Have the event loop do something; sent after the step, all at once."""
+        self._outbox.append((job, action))
+
+    def _flush(self) -> None:
+        sent, self._outbox = self._outbox, []
+        for loop in {job.loop for job, _ in sent}:
+            actions = [action for job, action in sent if job.loop is loop]
+            try:
+                loop.call_soon_threadsafe(_all, actions)
+            except RuntimeError:  # the loop is closed: nobody is there to be told
+                for job in {id(job): job for job, _ in sent if job.loop is loop}.values():
+                    self._drop(job)
+
+
+def stopping() -> ApiError:
+    """What a request is told that the server's end has met."""
+    return ApiError(503, "the server is stopping", code="shutting_down")
+
+
+def _all(actions: Sequence[Callable[[], None]]) -> None:
+    for action in actions:
+        action()

@@ -15,7 +15,7 @@ from llmctl.beams import BeamSearch, Continuation
 from llmctl.decoding import search_beams
 from llmctl.errors import UsageError
 from llmctl.generator import Candidate, Generator, Sampling
-from llmctl.ort import engine as ort_engine
+from llmctl.ort import generator as ort_engine
 from llmctl.ort.cache import InPlaceRows
 from llmctl.ort.sampling import rank
 from llmctl.train import generate as torch_engine

@@ -11,7 +11,7 @@ import torch
 import llmctl_export_onnx
 from llmctl import Artifact
 from llmctl.generator import Sampling
-from llmctl.ort import engine as ort_engine
+from llmctl.ort import generator as ort_engine
 from llmctl.ort import open_bundle
 from llmctl.ort.cache import InPlaceRows
 from llmctl.testing import run_stage

@@ -135,6 +135,15 @@ def test_sampling_is_that_of_transformers_under_one_seed(pair, sources) -> None:
         assert said(ours, source, Sampling(seed=seed, **options)) == expected
 
 
+def test_penalties_count_what_the_decoder_is_given_as_in_transformers(pair, sources) -> None:
+    theirs, ours = pair
+    options = {"max_new_tokens": 12, "temperature": 0.8, "min_p": 0.1, "top_k": 0, "repetition_penalty": 1.6}
+    for seed, source in enumerate(sources):
+        torch.manual_seed(seed)
+        expected = theirs_say(theirs, source, do_sample=True, **options)
+        assert said(ours, source, Sampling(seed=seed, **options)) == expected
+
+
 def test_the_encoder_runs_once_for_all_draws_and_steps(pair, sources, monkeypatch) -> None:
     _, ours = pair
     runs = []

@@ -165,8 +165,10 @@ def test_the_same_tokens_as_transformers_generate(name, made):
     assert any(len(answer) > 20 for answer in expected)  # past the switch of LongRoPE
     beams = generator.candidates(prompts[0], Sampling(max_new_tokens=8, beams=3))[0]
     assert beams.ids == theirs(net, prompts[0], max_new_tokens=8, do_sample=False, num_beams=3)
-    logits = generator.logits(prompts[1])
-    assert abs(logits - plain(net, torch.tensor([prompts[1]]))[0].detach().numpy()).max() <= 1e-6
+    row = torch.tensor([prompts[1]])
+    reference = plain(net, row)[0].detach().numpy()
+    # Sums in another order: on processors without AVX-512 a few units in the last place of the largest logit.
+    assert abs(generator.logits(prompts[1]) - reference).max() <= 1e-6 * max(1, abs(reference).max())
 
 
 def theirs(net, prompt, **options):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import llmctl_export_onnx
 from llmctl import Artifact
 from llmctl.ort import OrtGenerator, open_bundle
 from llmctl.testing import run_stage
+
+sys.path.insert(0, str(Path(__file__).parent / "models"))
 
 
 @pytest.fixture(scope="session")
@@ -65,3 +68,21 @@ def generator(bundle: Path) -> OrtGenerator:
 def broken(bundle: Path, tmp_path: Path) -> Path:
     """A copy of the bundle for tests that damage it."""
     return Path(shutil.copytree(bundle, tmp_path / "broken"))
+
+
+@pytest.fixture(scope="session")
+def trained_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `trained`, in transformers' format."""
+    pytest.importorskip("transformers")
+    import trained
+
+    return trained.train(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def trained_generator(trained_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> OrtGenerator:
+    """Its bundle, opened."""
+    directory = tmp_path_factory.mktemp("export")
+    params = {"parity_prompts": 2, "threads": 1}
+    done = run_stage(llmctl_export_onnx.EXPORT_ONNX, directory, params, model=Artifact(trained_dir, "model.hf"))
+    return open_bundle(done.outputs["model"].path, "cpu", threads=1)

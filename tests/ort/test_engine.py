@@ -11,7 +11,8 @@ import pytest
 
 from llmctl.errors import UsageError
 from llmctl.generator import Generator, Sampling
-from llmctl.ort import OrtGenerator, engine
+from llmctl.ort import OrtGenerator
+from llmctl.ort import generator as ort_generator
 from llmctl.ort.cache import InPlaceRows
 
 RANDOM = np.random.default_rng(3)
@@ -66,7 +67,7 @@ def test_cached_logits_equal_uncached_ones_at_every_step(generator: OrtGenerator
 
 
 def test_prefill_in_chunks_changes_nothing(generator: OrtGenerator, hf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(ort_generator, "PREFILL_CHUNK", 7)
     tokens = RANDOM.integers(0, 97, 96).tolist()
     assert np.abs(generator.logits(tokens) - hf_logits(hf, tokens)).max() < 1e-5
     prompt = tokens[:40]

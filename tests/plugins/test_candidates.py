@@ -143,6 +143,14 @@ def test_the_models_own_beams_and_draws(tmp_path):
     config.write_text('{"do_sample": true, "top_p": 0.9}')
     assert default_sampling(tmp_path, beams=3) == Sampling(beams=3)
     assert default_sampling(tmp_path, n=3) == Sampling(temperature=1.0, top_k=50, top_p=0.9, n=3)
+    config.write_text('{"do_sample": true, "min_p": 0.1, "top_k": 0, "repetition_penalty": 1.2}')
+    assert default_sampling(tmp_path) == Sampling(temperature=1.0, min_p=0.1, repetition_penalty=1.2)
+    assert default_sampling(tmp_path, beams=2) == Sampling(beams=2, repetition_penalty=1.2)
+    config.write_text('{"repetition_penalty": 1.2, "min_p": 0.1}')
+    assert default_sampling(tmp_path) == Sampling(repetition_penalty=1.2), "min-p is of draws"
+    assert default_sampling(tmp_path, repetition_penalty=1.0) == Sampling()
+    config.write_text('{"num_beams": 4}')
+    assert default_sampling(tmp_path, min_p=0.2) == Sampling(min_p=0.2)
     config.write_text('{"do_sample": true, "num_beams": 4}')
     with pytest.raises(InputError, match=r"generation_config.json asks for beams that are drawn"):
         default_sampling(tmp_path)

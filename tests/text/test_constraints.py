@@ -35,7 +35,9 @@ def constraints(request, tmp_path_factory) -> Constraints:
     return Constraints(opened, opened.vocab_size + PADDING, EOS)
 
 
-def answers(constraints: Constraints, constraint: GrammarConstraint, count: int, limit: int = 400) -> list[str | None]:
+def answers(
+    constraints: Constraints, constraint: GrammarConstraint | None, count: int, limit: int = 400
+) -> list[str | None]:
     """What a model of random logits answers at temperature 1.5; None where the limit cuts it off."""
     random = np.random.default_rng(0)
     found: list[str | None] = []
@@ -107,6 +109,18 @@ def test_a_looser_schema_is_noticed(constraints: Constraints) -> None:
     judge = jsonschema.Draft202012Validator(SCHEMAS["integer"])
     made = answers(constraints, constraints.json_schema({"type": "integer"}), 20)
     assert not all(judge.is_valid(json.loads(text)) for text in made if text)
+
+
+def test_without_a_constraint_hardly_any_answer_is_json(constraints: Constraints) -> None:
+    """The control: the same model says nothing that fits by itself."""
+    judge = jsonschema.Draft202012Validator(SCHEMAS["object"])
+    valid = 0
+    for text in filter(None, answers(constraints, None, 20, 2000)):
+        try:
+            valid += judge.is_valid(json.loads(text))
+        except ValueError:
+            continue
+    assert valid == 0
 
 
 def test_json_object_is_any_object(constraints: Constraints) -> None:

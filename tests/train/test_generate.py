@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,12 +105,93 @@ def test_a_batch_ends_some_rows_early_and_splits_when_the_cache_is_small(pair, p
 SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
 
 
-def test_sampling_is_token_identical_to_transformers(pair, prompts):
+CONTROLS = {
+    "filters": SAMPLING,
+    "min-p": {"temperature": 1.2, "min_p": 0.3},
+    "all filters": {**SAMPLING, "min_p": 0.2},
+    "repetition": {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.4},
+    "rewarded repetition": {"temperature": 1.0, "repetition_penalty": 0.6},
+    "bias": {
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "repetition_penalty": 1.3,
+        "logit_bias": ((40, 2.5), (41, -3.0), (42, 2.0)),
+    },
+}
+
+
+def theirs_of(options: dict) -> dict:
+    """Our options as transformers calls them, with nothing left to its defaults."""
+    plain = {"top_k": 0, **{name: value for name, value in options.items() if name != "logit_bias"}}
+    bias = {(token,): value for token, value in options.get("logit_bias", ())}
+    return {**plain, **({"sequence_bias": bias} if bias else {})}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_sampling_is_token_identical_to_transformers(name, pair, prompts):
     theirs, ours, _ = pair
+    options = CONTROLS[name]
     for seed, prompt in enumerate(prompts):
         torch.manual_seed(seed)
-        expected = hf_tokens(theirs, prompt, max_new_tokens=20, do_sample=True, **SAMPLING)
-        assert list(ours.stream(prompt, Sampling(max_new_tokens=20, seed=seed, **SAMPLING))) == expected
+        expected = hf_tokens(theirs, prompt, max_new_tokens=20, do_sample=True, **theirs_of(options))
+        assert list(ours.stream(prompt, Sampling(max_new_tokens=20, seed=seed, **options))) == expected
+
+
+def test_greedy_with_a_penalty_is_token_identical_to_transformers(pair, prompts):
+    theirs, ours, _ = pair
+    sampling = Sampling(max_new_tokens=24, repetition_penalty=1.5, logit_bias=((50, 1.0),))
+    options = {"repetition_penalty": 1.5, "sequence_bias": {(50,): 1.0}}
+    expected = [hf_tokens(theirs, prompt, max_new_tokens=24, do_sample=False, **options) for prompt in prompts]
+    assert ours.generate(prompts, sampling) == expected
+    assert ours.generate(prompts, Sampling(max_new_tokens=24)) != expected
+    with pytest.raises(UsageError, match="logit_bias names token 97, the model's vocabulary has 97"):
+        ours.stream(prompts[0], Sampling(logit_bias=((97, 1.0),)))
+
+
+def _prompt_uncounted(self, scores):
+    return ADJUSTED(_with(self, prompt=frozenset()), scores)
+
+
+def _bias_last(self, scores):
+    plain = _with(self, sampling=replace(self.sampling, logit_bias=()))
+    return ADJUSTED(_with(self, sampling=Sampling(logit_bias=self.sampling.logit_bias)), ADJUSTED(plain, scores))
+
+
+def _divided_always(self, scores):
+    seen = list(self.prompt | self.said.keys())
+    scores = ADJUSTED(_with(self, sampling=replace(self.sampling, repetition_penalty=1.0)), scores)
+    scores[seen] /= self.sampling.repetition_penalty
+    return scores
+
+
+def _each_time(self, scores):
+    for token, count in self.said.items():
+        for _ in range(count - 1):
+            scores = ADJUSTED(_with(self, prompt=frozenset([token]), said=Counter()), scores)
+    return ADJUSTED(self, scores)
+
+
+ADJUSTED = draws.Sampler.adjusted
+
+
+def _with(sampler, **changed):
+    other = copy.copy(sampler)
+    for name, value in changed.items():
+        setattr(other, name, value)
+    return other
+
+
+@pytest.mark.parametrize("fault", [_prompt_uncounted, _bias_last, _divided_always, _each_time])
+def test_a_wrong_penalty_is_noticed(fault, pair, prompts, monkeypatch):
+    theirs, ours, _ = pair
+    options = CONTROLS["bias"] if fault is _bias_last else CONTROLS["rewarded repetition"]
+    monkeypatch.setattr(draws.Sampler, "adjusted", fault)
+    equal = 0
+    for seed, prompt in enumerate(prompts):
+        torch.manual_seed(seed)
+        expected = hf_tokens(theirs, prompt, max_new_tokens=20, do_sample=True, **theirs_of(options))
+        equal += list(ours.stream(prompt, Sampling(max_new_tokens=20, seed=seed, **options))) == expected
+    assert equal < len(prompts)
 
 
 def _late_temperature(logits, s):

@@ -30,7 +30,7 @@ def params(**changes: object) -> TrainParams:
 class Given:
     """A model whose hidden states are given logits: the objective's arithmetic alone."""
 
-    loss_chunk = 0
+    loss_chunk, loss = 0, None
 
     def __init__(self, logits: torch.Tensor) -> None:
         self.logits = logits.requires_grad_()

@@ -135,6 +135,22 @@ def test_blocks_alike_are_compiled_once(make_model, changes: dict[str, Any], cou
     assert all("compute" not in vars(block) for block in model.blocks)
 
 
+def test_a_compiled_loss_is_the_loss_with_its_gradients(make_model) -> None:
+    model = make_model(tie_embeddings=False)
+    targets = torch.randint(0, 48, (50,), generator=torch.Generator().manual_seed(1))
+    found, graphs = [], []
+    for wanted in (False, True):
+        states = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        model.zero_grad()
+        with compiled_blocks(model, wanted, backend=lambda graph, inputs: graphs.append(graph) or graph.forward):
+            loss, _ = summed_loss(model, states, targets)
+        loss.backward()
+        found.append([loss, states.grad, model.head_weight.grad])
+    assert len(graphs) == 1  # head and loss are one piece
+    assert model.loss is None
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
 HEADS = {
     "plain": {},
     "untied": {"tie_embeddings": False},

@@ -10,12 +10,13 @@ import onnxruntime as ort
 
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
-from llmctl.engine import Constraint
+from llmctl.engine import Constraint, Engine, EngineOptions, Request
 from llmctl.errors import InputError, UsageError
 from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
 from llmctl.ort.sampling import Sampler, check_ids, choose, log_probabilities, log_probability, rank, state
+from llmctl.ort.scheduler import OrtEngine
 from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.ort.sessions import open_session, provider
 
@@ -71,6 +72,18 @@ class OrtGenerator:
             raise ValueError(f"this graph has no in-place cache, so no batch of {batch}")
         return GrowingRows(self.session, self.layout, 1, capacity)
 
+    def engine(self, options: EngineOptions) -> Engine:
+        """Open an engine that answers many requests side by side, over the same session.
+
+        Raises UsageError for options that make no sense, and for graphs that concatenate their cache.
+        """
+        if not self.in_place:
+            raise UsageError(
+                "this graph concatenates its cache, so its answers cannot be batched",
+                hint="export the model with llmctl export-onnx",
+            )
+        return OrtEngine(self, options)
+
     def room(self, prompt: Sequence[int]) -> int:
         """Most tokens that may follow; see `Generator.room`."""
         room = prompt_room(prompt, self.context_length)
@@ -91,20 +104,14 @@ class OrtGenerator:
         """The new ids for many prompts, in order, each equal to `list(self.stream(prompt, sampling))`."""
         check_single(sampling)
         limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
-        if not self.in_place or len(prompts) == 1 or sampling.beams > 1:
+        if not self.in_place or len(prompts) <= 1 or sampling.beams > 1:
             return [
                 list(self._stream(p, sampling, limit, constraint)) for p, limit in zip(prompts, limits, strict=True)
             ]
-        answers = [
-            Answer(state(sampling, prompt, self.vocab_size, constraint), limit)
-            for prompt, limit in zip(prompts, limits, strict=True)
-        ]
-        # Prompts of like length end at like times, so batches stay full.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            self._batch([prompts[i] for i in chosen], [answers[i] for i in chosen])
-        return [answer.ids for answer in answers]
+        longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+        options = EngineOptions(slots=min(BATCH, len(prompts)), max_queue=len(prompts), context=longest)
+        requests = [Request(prompt=prompt, sampling=sampling, constraint=constraint) for prompt in prompts]
+        return run_all(self.engine(options), requests)
 
     def candidates(
         self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None
@@ -187,12 +194,19 @@ class OrtGenerator:
         finally:
             self._idle = rows
 
-    def _batch(self, prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> None:
-        """Up to BATCH answers side by side. Prefill runs row by row, so no prompt is padded to another's length."""
-        needed = max(len(prompt) + answer.limit for prompt, answer in zip(prompts, answers, strict=True))
-        rows = InPlaceRows(self.session, self.layout, len(prompts), min(needed, self.context_length))
-        logits = np.stack([prefill(rows, row, prompt) for row, prompt in enumerate(prompts)])
-        draw(rows, logits, answers, self.eos_ids, choose)
+
+def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """The tokens of one answer for each request, in order; the engine is closed."""
+    try:
+        found: dict[int, list[int]] = {engine.submit(request): [] for request in requests}
+        while engine.busy:
+            for event in engine.step():
+                if event.error is not None:
+                    raise event.error
+                found[event.ticket] += event.tokens
+        return list(found.values())
+    finally:
+        engine.close()
 
 
 def prefill(rows: Rows, row: int, prompt: Sequence[int]) -> np.ndarray:

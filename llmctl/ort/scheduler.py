@@ -1,0 +1,415 @@
+"""Continuous batching over one ONNX Runtime session: requests join and leave between two steps.
+
+A step decodes one token for every running answer in one call, admits waiting requests into free slots, and reads
+prompts in chunks under a budget of tokens, so that a long prompt delays the running answers by no more than that. An
+answer that has ended leaves its keys and values where they are: a prompt that begins alike takes them over.
+
+Beams are sequences of the same batch. A beam search holds as many slots as it has beams from its admission on and
+advances with everybody's step, one token at a time, so it delays the others as little as as many answers would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmctl.beams import BeamSearch
+from llmctl.engine import EngineOptions, EngineStats, Event, FinishReason, QueueFullError, Request, TokenScores
+from llmctl.errors import UsageError
+from llmctl.generator import check_prompt
+from llmctl.ort.allocation import Allocation
+from llmctl.ort.beam_rows import advance, found_answers, score_answer
+from llmctl.ort.cache_memory import token_bytes
+from llmctl.ort.prefixes import PrefixPool
+from llmctl.ort.sampling import check_ids, choose, scores, state
+from llmctl.ort.slots import Slots
+from llmctl.ort.tasks import Lane, Task
+from llmctl.ort.waiting import FairQueue
+
+if TYPE_CHECKING:
+    from llmctl.ort.generator import OrtGenerator
+
+
+class OrtEngine:
+    """A `llmctl.engine.Engine` over an in-place decoder."""
+
+    def __init__(self, generator: OrtGenerator, options: EngineOptions) -> None:
+        self.options = options
+        self.context_length = _context(generator.context_length, options)
+        self.vocab_size, self.eos_ids = generator.vocab_size, generator.eos_ids
+        self.backend = generator.backend
+        self._slots = Slots(generator.session, generator.layout, options.slots, self.context_length)
+        size = options.slots * self.context_length // 2 if options.prefix_cache else 0
+        self._pool = PrefixPool(size)
+        self.memory_bytes = self._slots.memory_bytes + size * token_bytes(generator.layout)
+        """Most bytes that keys and values can take, those of past sequences included."""
+        self._allocation = Allocation(self._slots, self._pool, remembers=options.prefix_cache)
+        self._waiting: FairQueue[Task] = FairQueue()
+        self._tasks: dict[int, Task] = {}
+        self._reading: list[Task] = []
+        """Whose prompt is being read, in the order of admission."""
+        self._forking: list[Task] = []
+        """Whose prompt has been read and whose further draws wait for slots."""
+        self._closed = False
+        self._next_ticket = 0
+        self._counts = EngineStats(slots=options.slots, cache_capacity=options.slots * self.context_length + size)
+        self._steps = self._prompt_tokens = self._generated = self._cached = 0
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> int:
+        """See `Engine.submit`. Requests that a free slot awaits do not count as waiting."""
+        sampling = request.sampling
+        if self._closed:
+            raise UsageError("the engine is closed")
+        check_prompt(request.prompt, self.context_length)
+        check_ids(request.prompt, self.vocab_size)
+        if sampling.beams > self.options.slots:
+            raise UsageError(
+                f"{sampling.beams} beams need as many slots, the engine has {self.options.slots}",
+                hint=f"set beams to {self.options.slots} or less, or open the engine with more slots",
+            )
+        if len(self._waiting) >= self.options.max_queue + len(self._allocation.free()):
+            raise QueueFullError(f"{len(self._waiting)} requests wait already", hint="try again later")
+        prompt = np.asarray(request.prompt, np.int32)
+        limit = min(sampling.max_new_tokens, self.context_length - len(prompt))
+        task = Task(self._next_ticket, request, prompt, limit)
+        singles = [sampling] * sampling.beams if sampling.beams > 1 else sampling.draws()
+        for choice, single in enumerate(singles):
+            made = state(single, request.prompt, self.vocab_size, request.constraint)
+            task.lanes.append(Lane(task, choice, made))
+        if sampling.beams > 1:
+            task.search = BeamSearch(sampling, self.eos_ids, limit)
+        self._next_ticket += 1
+        self._tasks[task.ticket] = task
+        self._waiting.add(request.client, task)
+        return task.ticket
+
+    def cancel(self, ticket: int, choice: int | None = None) -> None:
+        """See `Engine.cancel`. A ticket that has ended, or never was, is no mistake: the answer may just have ended."""
+        task = self._tasks.get(ticket)
+        if task is None:
+            return
+        answers = set(range(task.request.sampling.n))
+        task.cancelled |= answers if choice is None else answers & {choice}
+        if task.search is None:
+            for lane in task.lanes:
+                if lane.choice in task.cancelled and not lane.done:
+                    self._end(lane)
+        elif len(task.cancelled) >= task.request.sampling.n:
+            self._end_all(task)
+        if task.ticket in self._tasks and task.reading is not None and task.reading.done:
+            self._read_on(task)
+
+    @property
+    def busy(self) -> bool:
+        """See `Engine.busy`."""
+        return bool(self._tasks)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return replace(
+            self._counts,
+            waiting=len(self._waiting),
+            running=self._allocation.running,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated,
+            cached_tokens=self._cached,
+            cache_used=int(self._slots.lengths.sum()) + self._pool.used,
+            evictions=self._allocation.evictions + self._pool.evictions,
+        )
+
+    def close(self) -> None:
+        """See `Engine.close`; a second call does nothing."""
+        for ticket in list(self._tasks):
+            self.cancel(ticket)
+        self._closed = True
+        self._pool.clear()
+        self._slots.close()
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Event]:
+        """See `Engine.step`: decode, admit, read prompts, in this order, so that a slot that falls free is used."""
+        events: list[Event] = []
+        if not self._tasks:
+            return events
+        self._steps += 1
+        self._decode(events)
+        self._fork(events)
+        self._admit()
+        self._read(events)
+        return events
+
+    def _decode(self, events: list[Event]) -> None:
+        """One token for every running lane."""
+        lanes = self._allocation.compact()
+        if not lanes:
+            return
+        try:
+            logits = self._slots.step([lane.token for lane in lanes])  # type: ignore[misc]
+        except Exception as error:  # onnxruntime's share no base; whoever runs must hear of it, and the engine goes on
+            self._slots.lengths[: len(lanes)] = 0  # whether keys and values were written nobody knows
+            for task in {id(lane.task): lane.task for lane in lanes}.values():
+                self._fail(task, error, events)
+            return
+        self._choose(lanes, logits, events)
+
+    def _choose(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
+        """The next tokens of `lanes` from `logits (len(lanes), V)`."""
+        together = [
+            i for i, lane in enumerate(lanes) if lane.task.search is None and lane.task.request.constraint is None
+        ]
+        if len(together) == len(lanes):
+            self._draw(lanes, logits, events)
+            return
+        if together:
+            self._draw([lanes[i] for i in together], logits[together], events)
+        at = {id(lane): i for i, lane in enumerate(lanes)}
+        for i, lane in enumerate(lanes):
+            if lane.done:
+                continue
+            task = lane.task
+            try:
+                if task.search is not None:
+                    if lane is task.beams[0]:
+                        self._search(task, logits[[at[id(beam)] for beam in task.beams]], events)
+                elif task.request.constraint is not None:
+                    self._draw([lane], logits[i : i + 1], events)
+            except Exception as error:  # a constraint is foreign code: what it raises is its own request's failure
+                self._fail(task, error, events)
+
+    def _draw(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
+        chosen = choose(logits, [lane.state for lane in lanes]).tolist()
+        scored = self._scores(lanes, logits, chosen)
+        for i, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
+            self._advance(lane, (token,), (scored[i],) if i in scored else (), events)
+
+    def _scores(self, lanes: Sequence[Lane], logits: np.ndarray, chosen: Sequence[int]) -> dict[int, TokenScores]:
+        """Those of the lanes whose request asks for them, by place."""
+        by_count: dict[int, list[int]] = {}
+        for i, lane in enumerate(lanes):
+            if lane.task.request.logprobs is not None:
+                by_count.setdefault(lane.task.request.logprobs, []).append(i)
+        found: dict[int, TokenScores] = {}
+        for count, places in by_count.items():
+            found.update(zip(places, scores(logits[places], [chosen[i] for i in places], count), strict=True))
+        return found
+
+    def _advance(self, lane: Lane, tokens: Sequence[int], scored: Sequence[TokenScores], events: list[Event]) -> None:
+        """An answer goes on with `tokens`, up to its end; the last of them is fed by the next step."""
+        reason: FinishReason | None = None
+        kept = 0
+        for token in tokens:
+            if token in self.eos_ids:
+                reason = "stop"
+                break
+            kept += 1
+            if lane.said + kept == lane.task.limit:
+                reason = "length"
+                break
+        lane.said += kept
+        self._generated += kept
+        if reason is None:
+            if lane.token is None:
+                self._allocation.changed()
+            lane.token = tokens[-1]
+        shown = tuple(scored[: kept + (reason == "stop")])  # an end has a score too
+        events.append(self._event(lane.task, lane.choice, tuple(tokens[:kept]), shown, reason))
+        if reason is not None:
+            self._end(lane)
+
+    def _event(
+        self,
+        task: Task,
+        choice: int,
+        tokens: tuple[int, ...],
+        scored: tuple[TokenScores, ...],
+        reason: FinishReason | None,
+    ) -> Event:
+        event = Event(task.ticket, choice, tokens, scored, finish_reason=reason)
+        if choice == 0 and task.prompt_scores:
+            event = replace(event, prompt_scores=tuple(task.prompt_scores))
+            task.prompt_scores = []
+        if not task.told:
+            event, task.told = replace(event, cached=task.cached), True
+        return event
+
+    # -- slots ---------------------------------------------------------------------------------------------------------
+
+    def _end(self, lane: Lane) -> None:
+        """A lane has ended; what its slot holds stays, for prompts that begin alike."""
+        lane.done, lane.token = True, None
+        task = lane.task
+        if lane.slot >= 0:
+            self._allocation.release(lane)
+        if all(other.done for other in task.lanes):
+            self._forget(task)
+
+    def _end_all(self, task: Task) -> None:
+        for lane in task.lanes:
+            if not lane.done:
+                self._end(lane)
+
+    def _forget(self, task: Task) -> None:
+        """The request has ended."""
+        if self._tasks.pop(task.ticket, None) is None:
+            return
+        if task in self._reading:
+            self._reading.remove(task)
+        elif task in self._forking:
+            self._forking.remove(task)
+        elif all(lane.slot < 0 for lane in task.lanes):
+            self._waiting.remove(task.request.client, task)
+
+    def _search(self, task: Task, logits: np.ndarray, events: list[Event]) -> None:
+        """Advance the beams of a request; when the search ends, all answers come at once."""
+        if advance(task, logits, self._slots):
+            self._allocation.changed()
+            return
+        for choice, answer in enumerate(found_answers(task)):
+            if choice in task.cancelled:
+                continue
+            if answer is None:
+                events.append(self._event(task, choice, (), (), "cancelled"))
+                continue
+            self._generated += len(answer.ids)
+            scored = score_answer(task, answer.ids, self._slots, self.options.prefill_tokens)
+            reason: FinishReason = "stop" if answer.ended else "length"
+            events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
+        self._end_all(task)
+
+    def _fail(self, task: Task, error: Exception, events: list[Event]) -> None:
+        if task.ticket in self._tasks:
+            events.append(Event(task.ticket, error=error))
+            self._end_all(task)
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give free slots to whose turn it is. Who needs more than are free waits for them, and nobody overtakes."""
+        while len(self._waiting):
+            task = self._waiting.first()
+            free = len(self._allocation.free())
+            if free < (len(task.lanes) if task.search is not None else 1):
+                return
+            self._waiting.pop()
+            first, *others = [lane for lane in task.lanes if not lane.done]
+            self._begin(task, first)
+            if task.search is not None:
+                for lane in others:
+                    self._allocation.place(lane, np.zeros(0, np.int32))
+
+    def _begin(self, task: Task, lane: Lane) -> None:
+        """Have the prompt read into a slot of this lane."""
+        task.reading = lane
+        known = task.prompt[:0] if task.scored_prompt else task.prompt[:-1]  # the last one's logits are needed
+        task.fed = self._allocation.place(lane, known)
+        if not task.told:
+            task.cached = task.fed
+            self._cached += task.fed
+        self._reading.append(task)
+
+    def _read_on(self, task: Task) -> None:
+        """The lane that the prompt was read for is gone: another answer of the request takes its place."""
+        if task in self._reading:
+            self._reading.remove(task)
+        task.reading = None
+        self._forking.append(task)
+
+    def _read(self, events: list[Event]) -> None:
+        """Read prompts, at most `prefill_tokens` tokens of them.
+
+        The shortest rest comes first, as it keeps an answer waiting for the least; but the request that was admitted
+        first has half of the budget, so that it is read however many short ones come.
+        """
+        budget = self.options.prefill_tokens
+        if len(self._reading) > 1:
+            oldest = self._reading[0]
+            budget -= self._read_chunk(oldest, (budget + 1) // 2, events)
+        while budget and self._reading:
+            task = min(self._reading, key=lambda one: one.left)
+            budget -= self._read_chunk(task, budget, events)
+
+    def _read_chunk(self, task: Task, budget: int, events: list[Event]) -> int:
+        """Read up to `budget` tokens of the prompt; how many. After the last one the answer begins."""
+        lane, start = task.reading, task.fed
+        assert lane is not None
+        chunk = task.prompt[start : start + budget]
+        try:
+            logits = self._slots.feed(lane.slot, chunk)
+            task.fed += len(chunk)
+            self._prompt_tokens += len(chunk)
+            if task.scored_prompt:
+                self._score_prompt(task, start, logits)
+            if not task.left:
+                self._reading.remove(task)
+                task.reading = None
+                self._start(task, lane, logits[-1:], events)
+        except Exception as error:  # as in `_decode`
+            self._fail(task, error, events)
+        return len(chunk)
+
+    def _score_prompt(self, task: Task, start: int, logits: np.ndarray) -> None:
+        """Of the tokens that follow those at `start` and behind, which gave `logits (T, V)`."""
+        following = task.prompt[start + 1 : start + 1 + len(logits)].tolist()
+        count = task.request.prompt_logprobs or 0
+        if not start:
+            task.prompt_scores.append(None)
+        if following and len(task.prompt_scores) <= start + 1:
+            task.prompt_scores += scores(logits[: len(following)], following, count)
+
+    def _start(self, task: Task, lane: Lane, logits: np.ndarray, events: list[Event]) -> None:
+        """The prompt has been read into the lane's slot: choose the first token from `logits (1, V)`."""
+        if task.search is not None:
+            lane.shares = True
+            task.beams = [lane]
+            self._search(task, logits, events)
+            return
+        if len(task.pending):
+            task.logits = logits.copy()
+            self._forking.append(task)
+        self._draw([lane], logits, events)
+        if task.logits is not None:
+            self._fork(events)
+
+    def _fork(self, events: list[Event]) -> None:
+        """Further draws of prompts that have been read: they go on from a copy of the prompt's keys and values."""
+        for task in list(self._forking):
+            for lane in task.pending:
+                if lane.done:  # an earlier one has failed, and the request with it
+                    continue
+                if not self._allocation.free():
+                    return
+                if task.logits is None or self._slots.match(task.prompt).max() < len(task.prompt):
+                    self._forking.remove(task)
+                    self._begin(task, lane)  # nobody read it, or the last one that held the prompt is overwritten
+                    break
+                self._allocation.place(lane, task.prompt)
+                try:
+                    self._draw([lane], task.logits, events)
+                except Exception as error:  # of a constraint, as in `_choose`
+                    self._fail(task, error, events)
+            else:
+                if task in self._forking:
+                    self._forking.remove(task)
+                    task.logits = None
+
+
+def _context(most: int, options: EngineOptions) -> int:
+    """Tokens of one slot; UsageError for options that make no sense."""
+    for ok, text in (
+        (options.slots >= 1, f"slots must be at least 1, got {options.slots}"),
+        (options.max_queue >= 0, f"max_queue must not be negative, got {options.max_queue}"),
+        (options.prefill_tokens >= 1, f"prefill_tokens must be at least 1, got {options.prefill_tokens}"),
+        (options.context >= 0, f"context must not be negative, got {options.context}"),
+        (options.context <= most, f"context is {options.context}, the model's is {most}"),
+        (options.speculation == "none", f"speculation {options.speculation!r} is not known to this engine"),
+    ):
+        if not ok:
+            raise UsageError(text)
+    return options.context or most

@@ -1,0 +1,218 @@
+"""The models of a server: opened side by side, swapped without losing a request, drained before they are closed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmctl import Artifact, LlmctlError
+from llmctl_serve.errors import ApiError
+from llmctl_serve.metrics import ServerMetrics
+from llmctl_serve.service import Service
+from llmctl_serve.worker import Worker, stopping
+
+Open = Callable[[str, Artifact], Service]
+Find = Callable[[str], Artifact]
+
+
+class Model:
+    """One opened model, its thread, and who still uses it."""
+
+    def __init__(self, service: Service, source: str, warn: Callable[[str], None]) -> None:
+        self.service, self.source = service, source
+        self.worker: Worker | None = None
+        if service.engine is not None:
+            self.worker = Worker(service.engine, service.tokenizer, warn, service.model_id)
+            self.worker.start()
+        self.embedding = threading.Semaphore()
+        """An encoder reads one batch at a time: a batch takes all cores already."""
+        self._users = 0
+        self._changed = threading.Condition()
+
+    def use(self) -> None:
+        """One more request needs it; `release` must follow."""
+        with self._changed:
+            self._users += 1
+
+    def release(self) -> None:
+        """That request is over."""
+        with self._changed:
+            self._users -= 1
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until no request uses it, then close it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users)
+        self.close()
+
+    def close(self) -> None:
+        """End what runs with 503, and give the memory back."""
+        if self.worker is not None:
+            self.worker.stop()
+
+    def described(self) -> dict[str, Any]:
+        """As in the list of models."""
+        return {
+            "id": self.service.model_id,
+            "object": "model",
+            "created": self.service.created,
+            "owned_by": "llmctl",
+            "max_model_len": self.service.context_length,
+        }
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a load or a reload did."""
+
+    name: str
+    artifact: str
+    before: str | None = None
+    """The artifact that it replaced; None if the name is new."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether another artifact is served now."""
+        return self.before != self.artifact
+
+
+class Models:
+    """All models by the names that clients use. The first is the one for requests that name none. Thread-safe.
+
+    `find` turns a name in the store, an id or a path that may be loaded into an artifact, `open_` opens one.
+    """
+
+    def __init__(self, open_: Open, find: Find, metrics: ServerMetrics, warn: Callable[[str], None]) -> None:
+        self._open, self._find, self._metrics, self._warn = open_, find, metrics, warn
+        self._models: dict[str, Model] = {}
+        self._lock = threading.Lock()
+        """Guards the dictionary; held for moments."""
+        self._loading = threading.Lock()
+        """One model is loaded at a time: each takes all the memory bandwidth there is."""
+        self._retired: list[Model] = []
+        self.stopping = False
+
+    @property
+    def names(self) -> list[str]:
+        """The names, the default first."""
+        return list(self._models)
+
+    def all(self) -> list[Model]:
+        """The models, the default first."""
+        with self._lock:
+            return list(self._models.values())
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be answered."""
+        return bool(self._models) and not self.stopping
+
+    def find(self, name: str | None) -> Model:
+        """The model for a request. ApiError 404 for one that this server does not have."""
+        with self._lock:
+            return self._get(name)
+
+    def _get(self, name: str | None) -> Model:
+        found = next(iter(self._models.values()), None) if name is None else self._models.get(name)
+        if found is None:
+            message = f"the model `{name}` does not exist; this server has {', '.join(f'`{n}`' for n in self._models)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return found
+
+    def use(self, name: str | None) -> Model:
+        """`find` for a request, which must `release` it at its end: a model in use is not closed."""
+        with self._lock:
+            if self.stopping:
+                raise stopping()
+            model = self._get(name)
+            model.use()
+            return model
+
+    def put(self, model: Model) -> Model | None:
+        """Serve it under its name from this moment on; the one it replaces is drained beside it and closed."""
+        name = model.service.model_id
+        with self._lock:
+            before = self._models.get(name)
+            self._models[name] = model
+        self._watch(model)
+        if before is not None:
+            self._retire(before)
+        return before
+
+    def _watch(self, model: Model) -> None:
+        if model.worker is not None:
+            service = model.service
+            self._metrics.watch(
+                service.model_id, model.worker.stats, artifact=service.artifact.id, backend=service.backend
+            )
+
+    def load(self, name: str, source: str, artifact: Artifact | None = None) -> Change:
+        """Open an artifact beside what runs, then switch the name to it. Takes as long as opening does.
+
+        InputError, UsageError if it cannot be found or opened; what was served goes on then.
+        """
+        with self._loading:
+            found = self._find(source) if artifact is None else artifact
+            service = self._open(name, found)
+            before = self.put(Model(service, source, self._warn))
+        return Change(name, found.id, before.service.artifact.id if before else None)
+
+    def unload(self, name: str) -> None:
+        """No longer take requests for it; running ones are finished first. ApiError 404, or 409 for the last one."""
+        with self._lock:
+            model = self._get(name)
+            if len(self._models) == 1:
+                raise ApiError(409, f"`{name}` is the last model; load another one first", code="last_model")
+            del self._models[name]
+        self._metrics.forget(name)
+        self._retire(model)
+
+    def reload(self) -> list[Change]:
+        """Swap in what the names of the store point to by now. A model that cannot be opened stays as it is."""
+        changes = []
+        for model in self.all():
+            name, before = model.service.model_id, model.service.artifact.id
+            if not model.source:
+                continue
+            try:
+                found = self._find(model.source)
+                if found.id != before:
+                    changes.append(self.load(name, model.source, found))
+            except LlmctlError as error:
+                self._warn(f"{name} stays as it is: {error.message}")
+        return changes
+
+    def _retire(self, model: Model) -> None:
+        """Close it as soon as its last request has ended, without waiting for that here."""
+        with self._lock:
+            self._retired.append(model)
+
+        def end() -> None:
+            model.drain()
+            with self._lock:
+                if model in self._retired:
+                    self._retired.remove(model)
+
+        threading.Thread(target=end, name=f"drain {model.service.model_id}", daemon=True).start()
+
+    def close(self) -> None:
+        """Take nothing more, end what runs with 503, close everything. May be called twice."""
+        self.stopping = True
+        with self._lock:
+            models = [*self._models.values(), *self._retired]
+        for model in models:
+            model.close()
+
+
+def memory(models: Sequence[Model]) -> Mapping[str, int]:
+    """Bytes of weights of each model, by its name: the files that are read into memory."""
+    patterns = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors")
+    return {
+        model.service.model_id: sum(
+            file.stat().st_size for pattern in patterns for file in model.service.artifact.path.glob(pattern)
+        )
+        for model in models
+    }

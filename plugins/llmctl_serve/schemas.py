@@ -1,0 +1,291 @@
+"""What the server answers, for its OpenAPI description. The bodies themselves are built in `responses`."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    """A body as it is sent; fields that a route adds are stated here too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetails(Answer):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Answer):
+    """Every error has this form."""
+
+    error: ErrorDetails
+
+
+class PromptDetails(Answer):
+    """What was saved."""
+
+    cached_tokens: int
+
+
+class Usage(Answer):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class Likely(Answer):
+    """A token and its natural log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(Likely):
+    """A token of an answer with the likeliest at its place."""
+
+    top_logprobs: list[Likely]
+
+
+class ChatLogprobs(Answer):
+    """Scores of an answer."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CalledFunction(Answer):
+    """Which function the model calls, and with what."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Answer):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AssistantMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[ToolCall] | None = None
+
+
+class ChatChoice(Answer):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class Citation(BaseModel):
+    """A passage that an answer from documents rests on."""
+
+    number: int
+    id: str
+    document: str
+
+
+class ChatCompletion(Answer):
+    """A whole answer of a conversation."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    citations: list[Citation] | None = None
+    refused: bool | None = None
+
+
+class CompletionLogprobs(Answer):
+    """Scores of a text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(Answer):
+    """Continuations of texts."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelEntry(Answer):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(Answer):
+    """All of them, the default first."""
+
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class Embedding(Answer):
+    """The vector of one input: numbers, or little-endian float32 in base64."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(Answer):
+    """Counts of tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(Answer):
+    """The vectors in the order of the inputs."""
+
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokenized(Answer):
+    """The ids of a text."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+    token_strs: list[str] | None = None
+
+
+class Detokenized(Answer):
+    """The text of ids."""
+
+    prompt: str
+
+
+class Health(BaseModel):
+    """That the process answers."""
+
+    status: Literal["ok"]
+    models: list[str]
+    queue_depth: int
+
+
+class Ready(Answer):
+    """Whether requests can be answered."""
+
+    status: Literal["ready", "stopping"]
+    models: list[str]
+
+
+class Ancestor(Answer):
+    """One artifact that a model was made from, or the model."""
+
+    id: str
+    type: str
+    stage: str
+    instance: str
+    run: str
+    inputs: dict[str, list[str]]
+
+
+class Provenance(Answer):
+    """What is served under one name."""
+
+    id: str
+    artifact: str
+    type: str
+    backend: str
+    tokenizer: str
+    system_fingerprint: str
+    lineage: list[Ancestor]
+
+
+class Version(Answer):
+    """The software, and where its models come from."""
+
+    llmctl: str
+    models: list[Provenance]
+
+
+class Changed(Answer):
+    """A model that was loaded."""
+
+    name: str
+    artifact: str
+    replaced: str | None
+
+
+class ChangeList(Answer):
+    """Models that were swapped."""
+
+    changes: list[Changed]
+
+
+class Removed(Answer):
+    """A model that is no longer served."""
+
+    name: str
+    removed: Literal[True]
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route; what is in front of every route (keys, limits, timeouts) is among them."""
+    everywhere = {401, 403, 408, 421, 429, 431, 499, 500, 503, 504}
+    return {
+        status: {
+            "model": ErrorBody,
+            "description": "The client has left" if status == 499 else HTTPStatus(status).phrase,
+        }
+        for status in sorted(everywhere | set(statuses))
+    }
+
+
+def streamed(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The good response of a route that answers whole or, with `stream: true`, as server-sent events."""
+    text = "The answer; with `stream: true` chunks as `data: {…}` lines, ended by `data: [DONE]`."
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    return {200: {"model": whole, "description": text, "content": events}}

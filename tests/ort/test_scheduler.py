@@ -1,0 +1,555 @@
+"""The engine for many requests: its answers are those of single runs, whatever else happens beside them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmctl.engine import Engine, EngineOptions, Event, QueueFullError, Request
+from llmctl.errors import UsageError
+from llmctl.generator import Sampling
+from llmctl.ort import OrtGenerator
+from llmctl.ort.cache_memory import HostMemory
+from llmctl.ort.prefixes import PrefixPool
+from llmctl.ort.scheduler import OrtEngine
+from llmctl.ort.slots import Slots
+
+GAP = 1e-4
+"""Steps whose two likeliest tokens are nearer than this are not judged: a batch rounds differently."""
+
+
+def engine_of(generator: OrtGenerator, **options) -> OrtEngine:
+    engine = generator.engine(EngineOptions(**options))
+    assert isinstance(engine, OrtEngine)
+    return engine
+
+
+def finish(engine: Engine, answers: dict[tuple[int, int], list[int]] | None = None) -> dict[tuple[int, int], list[int]]:
+    """Step until nothing is left; the tokens by ticket and choice."""
+    found = defaultdict(list, answers or {})
+    while engine.busy:
+        for event in engine.step():
+            assert event.error is None, event.error
+            found[event.ticket, event.choice] += event.tokens
+    return found
+
+
+def assert_empty(engine: OrtEngine) -> None:
+    """Every slot was returned and nothing is remembered of any request."""
+    assert engine._allocation.owners == [None] * engine.options.slots
+    assert not (engine._tasks or engine._reading or engine._forking or len(engine._waiting))
+    stats = engine.stats()
+    assert (stats.waiting, stats.running) == (0, 0)
+    assert stats.cache_used <= stats.cache_capacity
+
+
+def mixed_requests(count: int, seed: int = 1) -> Iterator[Request]:
+    """Greedy requests, most of which begin like others, some of which go on from an earlier one's whole prompt."""
+    random = np.random.default_rng(seed)
+    heads = [trained.sentence(random, length) for length in (12, 25, 40)]
+    earlier: list[list[int]] = []
+    for i in range(count):
+        kind = random.random()
+        head = heads[random.integers(3)] if kind < 0.5 else earlier[random.integers(i)] if kind < 0.7 and i else []
+        prompt = head[:70] + trained.sentence(random, int(random.integers(2, 20)))
+        earlier.append(prompt)
+        yield Request(prompt=prompt, sampling=Sampling(max_new_tokens=int(random.integers(1, 35))), client=str(i % 3))
+
+
+def disagreements(generator: OrtGenerator, request: Request, answer: Sequence[int], ended: bool) -> tuple[int, int]:
+    """Steps of a greedy answer that choose another token than the model run alone over the same text: how many, and
+    how many more were too close to be judged."""
+    said = [*request.prompt, *answer]
+    logits = generator.logits(said)[len(request.prompt) - 1 :]
+    top = np.sort(logits, axis=1)[:, -2:]
+    close = top[:, 1] - top[:, 0] < GAP
+    chosen = [*answer, *([trained.EOS] if ended else [])]
+    wrong = logits[: len(chosen)].argmax(axis=1) != np.array(chosen, np.int64)
+    close = close[: len(chosen)]
+    return int((wrong & ~close).sum()), int(close.sum())
+
+
+def run_traffic(generator: OrtGenerator, count: int, cancels: bool = True, **options) -> tuple[OrtEngine, int, int]:
+    """Requests that join at random steps and are cancelled at random; wrong and unjudged steps of all answers."""
+    random = np.random.default_rng(7)
+    engine = engine_of(generator, **{"slots": 6, "prefill_tokens": 24, "max_queue": count, **options})
+    coming, requests = mixed_requests(count), {}
+    answers: dict[int, list[int]] = defaultdict(list)
+    ends: dict[int, str] = {}
+    more = True
+    while more or engine.busy:
+        for _ in range(random.integers(0, 3)):
+            request = next(coming, None)
+            more = request is not None
+            if request is not None:
+                requests[engine.submit(request)] = request
+        live = [ticket for ticket in requests if ticket not in ends]
+        if cancels and live and random.random() < 0.03:
+            ticket = int(random.choice(live))
+            engine.cancel(ticket)
+            ends[ticket] = "cancelled"
+        for event in engine.step():
+            assert event.error is None
+            assert event.ticket not in ends, "an event after the last one"
+            answers[event.ticket] += event.tokens
+            if event.finish_reason:
+                ends[event.ticket] = event.finish_reason
+    assert set(ends) == set(requests)
+    for ticket, reason in ends.items():
+        limit = min(requests[ticket].sampling.max_new_tokens, generator.context_length - len(requests[ticket].prompt))
+        assert reason != "length" or len(answers[ticket]) == limit
+    judged = [disagreements(generator, requests[t], answers[t], ends[t] == "stop") for t in requests]
+    assert_empty(engine)
+    assert cancels == ("cancelled" in ends.values())
+    return engine, sum(wrong for wrong, _ in judged), sum(close for _, close in judged)
+
+
+def test_200_requests_that_join_and_leave_get_the_answers_of_single_runs(trained_generator: OrtGenerator) -> None:
+    engine, wrong, close = run_traffic(trained_generator, 200)
+    stats = engine.stats()
+    assert wrong == 0
+    assert close < 0.002 * stats.generated_tokens, f"{close} steps of {stats.generated_tokens} were not judged"
+    assert stats.cached_tokens > 1000
+    assert stats.generated_tokens > 1500
+
+
+def test_without_the_prefix_cache_nothing_is_taken_over(trained_generator: OrtGenerator) -> None:
+    engine, wrong, _ = run_traffic(trained_generator, 40, prefix_cache=False)
+    assert (wrong, engine.stats().cached_tokens, engine.stats().cache_used) == (0, 0, 0)
+
+
+class _Faults:
+    """Ways in which the engine could go wrong."""
+
+    @staticmethod
+    def neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Slots change places in the books, but not in memory."""
+        monkeypatch.setattr(HostMemory, "exchange", lambda *_: None)
+
+    @staticmethod
+    def short_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The last token of a copied prefix is missing."""
+        copy = HostMemory.copy
+        monkeypatch.setattr(HostMemory, "copy", lambda m, a, b, start, stop: copy(m, a, b, start, max(start, stop - 1)))
+
+    @staticmethod
+    def stale_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+        """A prefix is believed to be one token longer than it is."""
+        match = Slots.match
+        monkeypatch.setattr(
+            Slots, "match", lambda s, tokens: np.where(m := match(s, tokens), np.minimum(m + 1, s.lengths), 0)
+        )
+
+    @staticmethod
+    def stale_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The pool gives another prefix than the one that matched."""
+        match = PrefixPool.match
+
+        def wrong(pool, tokens):
+            prefix, length = match(pool, tokens)
+            return (next((p for p in pool._kept.values() if len(p.tokens) >= length), prefix), length)
+
+        monkeypatch.setattr(PrefixPool, "match", wrong)
+
+    @staticmethod
+    def lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+        """Every row is believed as long as the longest: the mask of another row."""
+        step = Slots.step
+
+        def wrong(slots, tokens):
+            slots.lengths[: len(tokens)] = slots.lengths[: len(tokens)].max()
+            return step(slots, tokens)
+
+        monkeypatch.setattr(Slots, "step", wrong)
+
+
+@pytest.mark.parametrize("fault", ["neighbour", "short_copy", "stale_prefix", "stale_pool", "lengths"])
+def test_faults_are_seen(trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    getattr(_Faults, fault)(monkeypatch)
+    with pytest.raises(AssertionError):  # what the tests above would say
+        _, wrong, _ = run_traffic(trained_generator, 60)
+        assert wrong == 0
+
+
+def test_answers_equal_those_of_transformers(trained_generator: OrtGenerator, trained_dir) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(trained_dir, dtype=torch.float32).eval()
+    requests = list(mixed_requests(6, seed=4))
+    engine = engine_of(trained_generator, slots=4, prefill_tokens=10)
+    tickets = [engine.submit(request) for request in requests]
+    found = finish(engine)
+    for ticket, request in zip(tickets, requests, strict=True):
+        ids = torch.tensor([request.prompt])
+        limit = min(request.sampling.max_new_tokens, trained.CONTEXT - len(request.prompt))
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=False, pad_token_id=2
+        )
+        expected = out[0, len(request.prompt) :].tolist()
+        assert found[ticket, 0] == (expected[:-1] if expected[-1] == trained.EOS else expected)
+
+
+def test_seeds_reproduce_whatever_the_batch(trained_generator: OrtGenerator) -> None:
+    requests = [
+        Request(
+            prompt=request.prompt,
+            sampling=Sampling(
+                max_new_tokens=15,
+                temperature=0.7 + i % 3 / 4,
+                top_k=(0, 20)[i % 2],
+                top_p=(1.0, 0.9)[i % 3 == 1],
+                seed=i,
+                n=1 + i % 4,
+                frequency_penalty=(0.0, 0.5)[i % 5 == 0],
+            ),
+        )
+        for i, request in enumerate(mixed_requests(40))
+    ]
+    engine = engine_of(trained_generator, slots=5, prefill_tokens=30)
+    tickets = [engine.submit(request) for request in requests]
+    found = finish(engine)
+    for ticket, request in zip(tickets, requests, strict=True):
+        for choice, single in enumerate(request.sampling.draws()):
+            assert found[ticket, choice] == list(trained_generator.stream(request.prompt, single))
+    assert_empty(engine)
+
+
+def test_more_draws_than_slots_share_one_prefill(trained_generator: OrtGenerator) -> None:
+    prompt = trained.sentence(np.random.default_rng(3), 30)
+    sampling = Sampling(max_new_tokens=10, temperature=1.0, seed=5, n=7)
+    engine = engine_of(trained_generator, slots=3, prefix_cache=False)
+    ticket = engine.submit(Request(prompt=prompt, sampling=sampling))
+    found = finish(engine)
+    expected = [candidate.ids for candidate in trained_generator.candidates(prompt, sampling)]
+    assert [found[ticket, choice] for choice in range(7)] == expected
+    assert engine.stats().prompt_tokens == 30
+    assert_empty(engine)
+
+
+def test_beams_equal_those_of_a_search_alone_and_delay_nobody(trained_generator: OrtGenerator) -> None:
+    random = np.random.default_rng(9)
+    beams = Request(prompt=trained.sentence(random, 20), sampling=Sampling(max_new_tokens=20, beams=4, n=3), logprobs=2)
+    others = [Request(prompt=trained.sentence(random, 9), sampling=Sampling(max_new_tokens=25)) for _ in range(3)]
+    engine = engine_of(trained_generator, slots=6)
+    tickets = [engine.submit(request) for request in [others[0], beams, *others[1:]]]
+    steps: dict[int, list[int]] = defaultdict(list)
+    events: list[Event] = []
+    while engine.busy:
+        for event in engine.step():
+            steps[event.ticket].append(engine.stats().steps)
+            events.append(event)
+    for ticket in (tickets[0], tickets[2]):
+        assert np.diff(steps[ticket]).max(initial=1) == 1, "a token with every step while the search runs"
+    expected = trained_generator.candidates(beams.prompt, beams.sampling)
+    found = {event.choice: event for event in events if event.ticket == tickets[1]}
+    for choice, candidate in enumerate(expected):
+        assert list(found[choice].tokens) == candidate.ids
+        assert [score.token for score in found[choice].scores] == candidate.ids
+        scored = [score.logprob for score in found[choice].scores]
+        assert np.allclose(scored, candidate.logprobs[: len(scored)], atol=1e-4)
+    assert_empty(engine)
+
+
+def test_beams_that_share_slots_with_traffic(trained_generator: OrtGenerator) -> None:
+    engine = engine_of(trained_generator, slots=6, prefill_tokens=16, max_queue=99)
+    wanted = {}
+    for i, request in enumerate(mixed_requests(30, seed=8)):
+        sampling = Sampling(max_new_tokens=12, beams=2 + i % 3, n=2) if i % 3 == 0 else request.sampling
+        wanted[engine.submit(Request(prompt=request.prompt, sampling=sampling))] = (request.prompt, sampling)
+    found = finish(engine)
+    for ticket, (prompt, sampling) in wanted.items():
+        if sampling.beams > 1:
+            expected = [candidate.ids for candidate in trained_generator.candidates(prompt, sampling)]
+            assert [found[ticket, choice] for choice in range(2)] == expected
+    assert_empty(engine)
+
+
+def test_a_long_prompt_is_read_under_the_budget(
+    trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed: list[int] = []
+    feed = Slots.feed
+    monkeypatch.setattr(Slots, "feed", lambda s, slot, tokens: (fed.append(len(tokens)), feed(s, slot, tokens))[1])
+    random = np.random.default_rng(2)
+    engine = engine_of(trained_generator, slots=4, prefill_tokens=16)
+    talker = engine.submit(Request(prompt=[5, 9], sampling=Sampling(max_new_tokens=100, temperature=1.0, seed=1)))
+    engine.step()
+    long = engine.submit(Request(prompt=trained.sentence(random, 100), sampling=Sampling(max_new_tokens=2)))
+    short = engine.submit(Request(prompt=trained.sentence(random, 6), sampling=Sampling(max_new_tokens=2)))
+    first: dict[int, int] = {}
+    for step in range(20):
+        fed.clear()
+        tickets = [event.ticket for event in engine.step()]
+        assert sum(fed) <= 16
+        assert tickets.count(talker) == 1, "whoever runs gets a token with every step"
+        for ticket in tickets:
+            first.setdefault(ticket, step)
+    assert first[short] == 0, "a short prompt does not wait for a long one"
+    assert first[long] == 6, "100 + 6 tokens take 7 steps of 16"
+
+
+def test_clients_take_turns(trained_generator: OrtGenerator) -> None:
+    engine = engine_of(trained_generator, slots=1)
+    greedy = Sampling(max_new_tokens=1)
+    order = [("many", [5 + i]) for i in range(6)] + [("one", [50]), ("other", [60]), ("one", [51])]
+    names = {
+        engine.submit(Request(prompt=prompt, sampling=greedy, client=client)): f"{client} {prompt[0]}"
+        for client, prompt in order
+    }
+    ended = []
+    while engine.busy:
+        ended += [names[event.ticket] for event in engine.step() if event.finish_reason]
+    assert ended == ["many 5", "one 50", "other 60", "many 6", "one 51", "many 7", "many 8", "many 9", "many 10"]
+
+
+def test_a_full_queue_refuses(trained_generator: OrtGenerator) -> None:
+    engine = engine_of(trained_generator, slots=2, max_queue=1)
+    request = Request(prompt=[5, 6], sampling=Sampling(max_new_tokens=30, temperature=1.0, seed=3))
+    for _ in range(3):
+        engine.submit(request)
+    with pytest.raises(QueueFullError):
+        engine.submit(request)
+    engine.step()
+    assert (engine.stats().running, engine.stats().waiting) == (2, 1)
+    with pytest.raises(QueueFullError):
+        engine.submit(request)
+    engine.cancel(0)
+    engine.step()
+    engine.submit(request)
+    engine.close()
+
+
+def test_a_conversation_is_read_once(trained_generator: OrtGenerator) -> None:
+    random = np.random.default_rng(11)
+    engine = engine_of(trained_generator, slots=2)
+    text: list[int] = []
+    cached = []
+    for _ in range(3):
+        text += trained.sentence(random, 15)
+        engine.submit(Request(prompt=text, sampling=Sampling(max_new_tokens=8)))
+        events = []
+        while engine.busy:
+            events += engine.step()
+        cached.append(events[0].cached)
+        said = [token for event in events for token in event.tokens]
+        # The last token of an answer that ended at its limit was never fed.
+        fed = len(text) + len(said) - (events[-1].finish_reason == "length")
+        text += said
+        assert int(engine._slots.match(np.array(text, np.int32)).max()) == fed
+    assert cached[0] == 0
+    assert cached[1] >= 15
+    assert cached[2] >= 30
+    assert engine.stats().cached_tokens == sum(cached)
+
+
+def test_sequences_that_lost_their_slot_come_back_from_the_pool(trained_generator: OrtGenerator) -> None:
+    random = np.random.default_rng(12)
+    prompts = [[10 + i, *trained.sentence(random, 39)] for i in range(3)]
+    engine = engine_of(trained_generator, slots=1)
+    cached = []
+    for prompt in [*prompts, prompts[2], prompts[1]]:
+        engine.submit(Request(prompt=[*prompt, 20], sampling=Sampling(max_new_tokens=2)))
+        events = []
+        while engine.busy:
+            events += engine.step()
+        cached.append(events[0].cached)
+    # The pool holds 64 tokens, which is one of these sequences; the first one was evicted.
+    assert cached == [0, 0, 0, 40, 40]
+    assert engine.stats().evictions >= 1
+    assert engine.stats().cache_used <= engine.stats().cache_capacity == 128 + 64
+
+
+def test_prompt_scores_are_those_of_the_model_even_if_its_keys_are_known(trained_generator: OrtGenerator) -> None:
+    from scipy.special import log_softmax
+
+    prompt = trained.sentence(np.random.default_rng(13), 40)
+    engine = engine_of(trained_generator, slots=2, prefill_tokens=7)
+    engine.submit(Request(prompt=prompt, sampling=Sampling(max_new_tokens=1)))
+    finish(engine)
+    engine.submit(Request(prompt=prompt, sampling=Sampling(max_new_tokens=3), prompt_logprobs=2, logprobs=0))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    likely = log_softmax(trained_generator.logits(prompt).astype(np.float64), axis=1)
+    scored = events[0].prompt_scores
+    assert scored is not None
+    assert (scored[0], len(scored), events[0].cached) == (None, 40, 0)
+    for i, score in enumerate(scored[1:]):
+        assert score is not None
+        assert score.token == prompt[i + 1]
+        assert abs(score.logprob - likely[i, prompt[i + 1]]) < 1e-4
+        assert [token for token, _ in score.top] == np.argsort(-likely[i])[:2].tolist()
+    assert all(event.prompt_scores is None for event in events[1:])
+    assert all(len(event.scores) == len(event.tokens) and not event.scores[0].top for event in events if event.tokens)
+
+
+class _Only:
+    """A constraint: these tokens in this order, then EOS; it fails where told to."""
+
+    def __init__(self, tokens: Sequence[int], fails: bool = False) -> None:
+        self.tokens, self.at, self.fails = list(tokens), 0, fails
+
+    def mask(self) -> np.ndarray:
+        if self.fails and self.at == 2:
+            raise RuntimeError("the grammar is broken")
+        allowed = np.zeros(trained.VOCABULARY, bool)
+        allowed[self.tokens[self.at] if self.at < len(self.tokens) else trained.EOS] = True
+        return allowed
+
+    def accept(self, token: int) -> None:
+        assert self.mask()[token]
+        self.at += 1
+
+    def copy(self) -> _Only:
+        return _Only(self.tokens, self.fails)
+
+
+def test_a_constraint_that_fails_ends_its_own_request_only(trained_generator: OrtGenerator) -> None:
+    engine = engine_of(trained_generator, slots=3)
+    sampling = Sampling(max_new_tokens=10)
+    good = engine.submit(Request(prompt=[5, 9], sampling=sampling, constraint=_Only([30, 31, 32])))
+    bad = engine.submit(Request(prompt=[5, 9], sampling=sampling, constraint=_Only([30, 31, 32], fails=True)))
+    free = engine.submit(Request(prompt=[5, 9], sampling=sampling))
+    found, errors = defaultdict(list), {}
+    while engine.busy:
+        for event in engine.step():
+            found[event.ticket] += event.tokens
+            if event.error is not None:
+                errors[event.ticket] = str(event.error)
+    assert found[good] == [30, 31, 32]
+    assert (found[bad], errors) == ([30, 31], {bad: "the grammar is broken"})
+    assert found[free] == list(trained_generator.stream([5, 9], sampling))
+    assert_empty(engine)
+
+
+def test_a_session_that_fails_ends_the_running_requests_and_no_others(
+    trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(trained_generator, slots=2)
+    request = Request(prompt=[5, 9], sampling=Sampling(max_new_tokens=10))
+    tickets = [engine.submit(request) for _ in range(3)]
+    engine.step()
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slots, "step", fails)
+        events = engine.step()
+    assert [event.ticket for event in events if event.error is not None] == tickets[:2]
+    began = {(event.ticket, 0): list(event.tokens) for event in events if event.error is None}
+    assert finish(engine, began)[tickets[2], 0] == list(trained_generator.stream([5, 9], request.sampling))
+    assert_empty(engine)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator: OrtGenerator, data) -> None:
+    slots = data.draw(st.integers(1, 4))
+    engine = engine_of(
+        trained_generator, slots=slots, prefill_tokens=data.draw(st.integers(1, 20)), max_queue=3, context=40,
+        prefix_cache=data.draw(st.booleans()),
+    )  # fmt: skip
+    samplings = [Sampling(max_new_tokens=5), Sampling(max_new_tokens=6, temperature=1.0, seed=3, n=3)]
+    samplings += [Sampling(max_new_tokens=4, beams=slots, n=slots)] if slots > 1 else []
+    live: dict[int, Request] = {}
+    found: dict[tuple[int, int], list[int]] = defaultdict(list)
+    whole: set[tuple[int, int]] = set()
+    gone: set[tuple[int, int]] = set()
+    for _ in range(data.draw(st.integers(1, 25))):
+        action = data.draw(st.sampled_from(["submit", "submit", "step", "step", "cancel", "cancel choice"]))
+        if action == "submit":
+            prompt = [5, 9, 20, 21, 22][: data.draw(st.integers(1, 5))] + [data.draw(st.integers(7, 9))] * 4
+            request = Request(prompt=prompt, sampling=data.draw(st.sampled_from(samplings)))
+            try:
+                live[engine.submit(request)] = request
+            except QueueFullError:
+                assert engine.stats().waiting >= 3
+        elif live and action != "step":
+            ticket = data.draw(st.sampled_from(sorted(live)))
+            choice = data.draw(st.integers(0, 2)) if action == "cancel choice" else None
+            engine.cancel(ticket, choice)
+            gone |= {(ticket, one) for one in range(9) if choice is None or one == choice}
+        else:
+            for event in engine.step():
+                assert (event.ticket, event.choice) not in gone | whole
+                found[event.ticket, event.choice] += event.tokens
+                if event.finish_reason is not None:
+                    whole.add((event.ticket, event.choice))
+        owned = [owner for owner in engine._allocation.owners if owner is not None]
+        assert len(owned) == len({id(owner) for owner in owned})
+        assert all(engine._allocation.owners[owner.slot] is owner and not owner.done for owner in owned)
+    while engine.busy:
+        for event in engine.step():
+            assert (event.ticket, event.choice) not in gone
+            found[event.ticket, event.choice] += event.tokens
+            whole.add((event.ticket, event.choice)) if event.finish_reason is not None else None
+    assert_empty(engine)
+    for ticket, request in live.items():
+        expected = [candidate.ids for candidate in trained_generator.candidates(request.prompt, request.sampling)]
+        for choice in range(request.sampling.n):
+            assert ((ticket, choice) in whole) or ((ticket, choice) in gone)
+            if (ticket, choice) not in gone and choice < len(expected):
+                assert found[ticket, choice] == expected[choice]
+    engine.close()
+
+
+def test_memory_stays_flat(trained_generator: OrtGenerator) -> None:
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        pytest.skip("resident memory is read from Linux's /proc")
+    engine = engine_of(trained_generator, slots=8, prefill_tokens=64, max_queue=999)
+
+    def traffic(seed: int) -> int:
+        for request in mixed_requests(150, seed):
+            engine.submit(request)
+        finish(engine)
+        return int(statm.read_text().split()[1])  # pages
+
+    traffic(0)
+    before = traffic(1)
+    after = [traffic(seed) for seed in range(2, 6)][-1]
+    assert after - before < 0.03 * before
+    assert engine.memory_bytes == 8 * 128 * 2 * 2 * 2 * 16 * 4 * 3 // 2  # slots, tokens, K and V, layers, heads, width
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: e.submit(Request(prompt=[], sampling=Sampling())), "the prompt is empty"),
+        (lambda e: e.submit(Request(prompt=[5] * 64, sampling=Sampling())), "64 tokens, the model's context is 64"),
+        (lambda e: e.submit(Request(prompt=[97], sampling=Sampling())), "token id 97 is outside"),
+        (lambda e: e.submit(Request(prompt=[5], sampling=Sampling(beams=3))), "3 beams need as many slots"),
+    ],
+)
+def test_requests_that_cannot_be_answered(trained_generator: OrtGenerator, call, message: str) -> None:
+    engine = engine_of(trained_generator, slots=2, context=64)
+    with pytest.raises(UsageError, match=message):
+        call(engine)
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("options", [{"slots": 0}, {"max_queue": -1}, {"prefill_tokens": 0}, {"context": 129}])
+def test_options_that_make_no_sense(trained_generator: OrtGenerator, options: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match=next(iter(options))):
+        engine_of(trained_generator, **options)
+
+
+def test_a_closed_engine_takes_nothing(trained_generator: OrtGenerator) -> None:
+    engine = engine_of(trained_generator, slots=2)
+    engine.submit(Request(prompt=[5, 9], sampling=Sampling()))
+    engine.step()
+    engine.close()
+    engine.close()
+    assert not engine.busy
+    assert engine.step() == []
+    with pytest.raises(UsageError, match="closed"):
+        engine.submit(Request(prompt=[5, 9], sampling=Sampling()))

@@ -1,0 +1,118 @@
+"""Several models in one server: chosen by name, swapped under load, drained, and loaded only from where they may be."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from llmctl import Artifact, InputError
+from llmctl_serve.errors import ApiError
+from llmctl_serve.opening import Finder
+
+QUESTION = [{"role": "user", "content": "?"}]
+
+
+@pytest.fixture
+def fleet(scripted, byte_tokenizer, service_of, serving_models):
+    """A server with the models a and b; `old`, `new` answer what they are called."""
+    generators = {name: scripted(byte_tokenizer, default=name * 8, delay=0.002) for name in ("old", "new", "other")}
+
+    def find(source):
+        if source not in generators:
+            raise InputError(f"no artifact is called {source}")
+        return Artifact(byte_tokenizer.directory / source, "model.onnx", f"sha256:{source}")
+
+    def open_(name, artifact):
+        return service_of(generators[artifact.path.name], name, artifact)
+
+    with serving_models(open_, {"a": "old", "b": "other"}, find) as server:
+        yield server
+
+
+def say(server, **more):
+    status, body, headers = server.post({"messages": QUESTION, **more})
+    assert status == 200, body
+    return body["choices"][0]["message"]["content"], headers["x-llmctl-model"]
+
+
+def test_models_are_chosen_by_name_and_the_first_is_the_default(fleet):
+    assert say(fleet) == say(fleet, model="a") == ("old" * 8, "sha256:old")
+    assert say(fleet, model="b") == ("other" * 8, "sha256:other")
+    assert [model.id for model in fleet.client.models.list()] == ["a", "b"]
+
+
+def test_a_swap_under_load_loses_and_crosses_nothing(fleet):
+    found, failed, stop = [], [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                text, artifact = say(fleet, model="a")
+                found.append((text, artifact))
+            except Exception as error:  # the test reports it
+                failed.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for name in ("new", "old", "new"):
+        status, body, _ = fleet.post({"name": "a", "ref": name}, "/admin/models")
+        assert (status, body["artifact"]) == (200, f"sha256:{name}")
+    assert say(fleet, model="a") == ("new" * 8, "sha256:new")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert set(found) <= {("old" * 8, "sha256:old"), ("new" * 8, "sha256:new")}
+    assert len(found) >= 6
+
+
+def test_what_cannot_be_loaded_changes_nothing(fleet):
+    status, body, _ = fleet.post({"name": "a", "ref": "nowhere"}, "/admin/models")
+    assert (status, body["error"]["code"]) == (400, "cannot_load")
+    assert say(fleet, model="a")[1] == "sha256:old"
+
+
+def test_removing_a_model(fleet):
+    status, text, _ = fleet.request("DELETE", "/admin/models/b")
+    assert (status, json.loads(text)["removed"]) == (200, True)
+    assert fleet.post({"messages": QUESTION, "model": "b"})[0] == 404
+    assert fleet.request("DELETE", "/admin/models/b")[0] == 404
+    assert fleet.request("DELETE", "/admin/models/a")[0] == 409
+
+
+def test_operations(fleet):
+    assert json.loads(fleet.get("/readyz")[1]) == {"status": "ready", "models": ["a", "b"]}
+    models = json.loads(fleet.get("/version")[1])["models"]
+    assert [(model["id"], model["artifact"]) for model in models] == [("a", "sha256:old"), ("b", "sha256:other")]
+    fleet.models.stopping = True
+    assert fleet.get("/readyz")[0] == 503
+    assert fleet.post({"messages": QUESTION})[1]["error"]["code"] == "shutting_down"
+
+
+def test_the_administration_needs_a_key_of_its_own_where_there_are_keys(scripted, byte_tokenizer, running):
+    with running(scripted(byte_tokenizer), api_key="k") as server:
+        assert server.post({"name": "a", "ref": "own"}, "/admin/models")[0] == 401
+        key = {"Authorization": "Bearer k"}
+        assert server.post({"name": "a", "ref": "own"}, "/admin/models", key)[0] == 200
+
+
+@pytest.mark.parametrize("ref", ["/etc", "../x", "~", "./x", "file:///etc", "hf://a/b", "a\0b", "tests"])
+def test_a_request_names_no_path(tmp_path, monkeypatch, ref):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "root").mkdir()
+    with pytest.raises((InputError, ApiError)):
+        Finder(tmp_path / "root").find(ref)
+
+
+def test_below_the_root_links_out_of_it_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret").mkdir()
+    (root / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError):
+        Finder(root).find("link")

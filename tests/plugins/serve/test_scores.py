@@ -1,0 +1,133 @@
+"""Completions as evaluation harnesses use them, tools and forms of answers: over a real model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def server(real_models, serving):
+    with serving(real_models[1]) as found:
+        yield found
+
+
+def truth(server, ids):
+    """Log-probabilities of all tokens but the first, by one pass over the text."""
+    return server.service.generator.logprobs(ids)
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_prompts_are_scored_as_harnesses_ask_for_it(server, limit):
+    """The request of lm-evaluation-harness's local-completions: several prompts of ids, echo, one token or none."""
+    rows = [[0, *range(70, 80)], [0, 90, 91, 92]]
+    answer = server.client.completions.create(
+        model="byte-model", prompt=rows, max_tokens=limit, echo=True, logprobs=1, temperature=0, seed=1234
+    )
+    for choice, ids in zip(answer.choices, rows, strict=True):
+        scores = choice.logprobs
+        assert len(scores.token_logprobs) == len(ids) + limit  # the harness drops the last one if it asked for one
+        assert scores.token_logprobs[0] is scores.top_logprobs[0] is None
+        np.testing.assert_allclose(scores.token_logprobs[1 : len(ids)], truth(server, ids), atol=1e-4)
+        assert choice.text.startswith(server.service.tokenizer.decode(ids))
+        for at, token in zip(scores.text_offset[1:], scores.tokens[1:], strict=False):
+            assert "\ufffd" in token or choice.text[at:].startswith(token)
+        assert all(len(top) == 1 for top in scores.top_logprobs[1:])
+    assert answer.usage.completion_tokens == 2 * limit
+
+
+def test_an_end_counts_as_the_token_that_harnesses_drop(server):
+    eos = min(server.service.generator.eos_ids)
+    ids = [0, 90, 91]
+    answer = server.client.completions.create(
+        model="byte-model", prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0, logit_bias={str(eos): 100}
+    )
+    scores = answer.choices[0].logprobs.token_logprobs
+    assert len(scores) == 4
+    np.testing.assert_allclose(scores[1:], truth(server, [*ids, eos]), atol=1e-4)
+
+
+def test_streams_carry_the_scores_of_whole_answers(server):
+    ask = {"model": "byte-model", "prompt": "The work", "max_tokens": 6, "logprobs": 2, "temperature": 0}
+    whole = server.client.completions.create(**ask).choices[0]
+    chunks = [chunk.choices[0] for chunk in server.client.completions.create(**ask, stream=True)]
+    found = [score for chunk in chunks if chunk.logprobs for score in chunk.logprobs.token_logprobs]
+    np.testing.assert_allclose(found, whole.logprobs.token_logprobs, atol=1e-5)
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+
+
+def test_best_of_gives_the_likeliest(server):
+    ask = {"model": "byte-model", "prompt": "a", "max_tokens": 4, "temperature": 1.5, "seed": 3, "logprobs": 0}
+    drawn = server.client.completions.create(**ask, n=5).choices
+    best = server.client.completions.create(**ask, n=1, best_of=5)
+    means = [np.mean(choice.logprobs.token_logprobs) for choice in drawn]
+    assert best.choices[0].text == drawn[int(np.argmax(means))].text
+    assert best.usage.completion_tokens > len(best.choices[0].logprobs.tokens)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_keep_to_a_schema(server):
+    for seed in range(3):
+        answer = server.client.chat.completions.create(
+            model="byte-model",
+            messages=[{"role": "user", "content": "?"}],
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}},
+            temperature=1,
+            seed=seed,
+            max_tokens=120,
+        )
+        if answer.choices[0].finish_reason == "stop":
+            assert set(json.loads(answer.choices[0].message.content)) == {"ok"}
+    choice = server.post({"messages": [{"role": "user", "content": "?"}], "guided_choice": ["yes", "no"]})[1]
+    assert choice["choices"][0]["message"]["content"] in ("yes", "no")
+    status, body, _ = server.post({"messages": [{"role": "user", "content": "?"}], "guided_regex": "("})
+    assert (status, body["error"]["param"]) == (400, "guided_regex")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_that_must_be_called_is_called(server, stream):
+    tools = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+    ask = {
+        "model": "byte-model",
+        "messages": [{"role": "user", "content": "?"}],
+        "tools": tools,
+        "tool_choice": {"type": "function", "function": {"name": "look"}},
+        "max_tokens": 90,
+        "temperature": 0,
+        "logit_bias": {str(6 + 220): -100},
+    }
+    if stream:
+        chunks = list(server.client.chat.completions.create(**ask, stream=True))
+        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        choice = server.client.chat.completions.create(**ask).choices[0]
+        calls, reason = choice.message.tool_calls or [], choice.finish_reason
+    if reason == "length":
+        pytest.skip("the random model wrote blanks up to its limit")
+    assert reason == "tool_calls"
+    assert calls[0].function.name == "look"
+    assert set(json.loads(calls[0].function.arguments)) == {"ok"}
+
+
+def test_tokenize_and_back(server):
+    status, body, _ = server.post({"prompt": "héllo", "return_token_strs": True}, "/v1/tokenize")
+    assert status == 200
+    assert body["count"] == len(body["tokens"]) == len("héllo".encode()) + 1
+    status, back, _ = server.post({"tokens": body["tokens"], "skip_special_tokens": True}, "/v1/detokenize")
+    assert back == {"prompt": "héllo"}
+    assert server.post({"tokens": [99999]}, "/v1/detokenize")[1]["error"]["param"] == "tokens"
+
+
+def test_a_decoder_gives_no_embeddings(server):
+    status, body, _ = server.post({"input": "a"}, "/v1/embeddings")
+    assert (status, body["error"]["param"]) == (400, "model")
