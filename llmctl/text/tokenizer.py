@@ -94,6 +94,7 @@ class Tokenizer:
         self.mask_id = self._named("mask_token")
         self.cls_id = self._named("cls_token")
         self.sep_id = self._named("sep_token")
+        self.unk_id = self._named("unk_token")
         self._chat: ChatTemplate | None = None
 
     @classmethod
@@ -194,6 +195,16 @@ class Tokenizer:
             else:
                 sizes[index] = len(self._piece_text(token).encode())
         return sizes
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by token, special ones included; tokens as `tokenizer.json` writes them."""
+        found: dict[str, int] = self._special.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat_template` gives one."""
+        return (self.directory / "chat_template.jinja").is_file() or bool(self._config.get("chat_template"))
 
     @property
     def byte_level(self) -> bool:

@@ -1,6 +1,6 @@
 """Turn texts into token shards: worker processes encode, one process writes in order, an interrupted run goes on.
 
-What is written never depends on the number of workers. Memory is bounded: two batches of about `BATCH_BYTES` per worker.
+What is written never depends on the number of workers. Memory is bounded: two batches of `BATCH_BYTES` per worker.
 After every `CHECKPOINT_BYTES` of text the files are flushed to disk and `meta.json` says how far they are good.
 """
 

@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from llmctl import InputError, UsageError
-from llmctl.text.tokenizer import copy_tokenizer
 from llmctl.text.tokenizer import Tokenizer as Opened
+from llmctl.text.tokenizer import copy_tokenizer
 from llmctl_tokenize import sentencepiece_model, tiktoken_ranks
 from llmctl_tokenize.files import save
 
@@ -121,7 +121,9 @@ def _import_bert(path: Path, directory: Path) -> None:
 def _save_known(tokenizer: Tokenizer, directory: Path, names: Mapping[str, str]) -> None:
     """With those of the special tokens that the vocabulary has."""
     known = {role: name for role, name in names.items() if tokenizer.token_to_id(name) is not None}
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(known.values())])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(known.values())]
+    )
     save(tokenizer, directory, known)
 
 

@@ -12,16 +12,15 @@ from llmctl import MachineError, StageError
 from llmctl_tokenize.sentencepiece_model import read_model
 
 ESCAPED = {
-    char: chr(0xF0000 + number) for number, char in enumerate("\n\t\r\0 ▁\u2028\u2029\u0085\v\f\x1c\x1d\x1e\u00a0\u3000\ufeff")
+    char: chr(0xF0000 + number)
+    for number, char in enumerate("\n\t\r\0 ▁\u2028\u2029\u0085\v\f\x1c\x1d\x1e\u00a0\u3000\ufeff")
 }
 """Characters that its files and its idea of white space have other uses for, as ones of private use."""
 LONGEST = 4000
 """Bytes of a word that is looked at; longer ones are cut."""
 
 
-def train(
-    words: Counter[str], size: int, longest: int, required: Sequence[str]
-) -> list[tuple[str, float]]:
+def train(words: Counter[str], size: int, longest: int, required: Sequence[str]) -> list[tuple[str, float]]:
     """At most `size` pieces with their log-probabilities, best first; every character of `required` is one.
 
     StageError if `size` does not hold them.

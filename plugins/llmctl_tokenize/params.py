@@ -8,8 +8,6 @@ from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
 
-SMALLEST = 258
-"""Two special tokens and the 256 bytes."""
 SPECIAL_COUNT = {"gpt": 6, "bert": 4, "roberta": 4, "t5": 2}
 T5_SENTINELS = 100
 PATTERN = {"bpe": "gpt2", "wordpiece": "words", "unigram": "spaces", "word": "words", "char": "whole"}
@@ -40,8 +38,8 @@ class TokenizeParams(Params):
     )
     pattern: Literal["gpt2", "llama3", "qwen2", "words", "spaces", "lines", "whole"] | None = Field(
         None,
-        description="how text is cut before pieces are made: gpt2 (numbers whole), llama3 (up to 3 digits), qwen2 (single "
-        "digits; onnxruntime-genai reads these three), words (BERT: white space dropped, punctuation alone), spaces "
+        description="how text is cut before pieces are made: gpt2 (numbers whole), llama3 (up to 3 digits), qwen2 "
+        "(single digits; onnxruntime-genai reads these), words (BERT: white space dropped, punctuation alone), spaces "
         "(before each space), lines or whole; unset: gpt2 for bpe, spaces for unigram, words for wordpiece and word",
     )
     coverage: Literal["byte-level", "byte-fallback", "unk"] | None = Field(
@@ -81,7 +79,7 @@ class TokenizeParams(Params):
     workers: int | None = Field(
         None,
         ge=0,
-        description="processes that encode; 0: none but the stage's own; unset: one per core for more than 32 MB of text",
+        description="processes that encode; 0: none but the stage's own; unset: one per core for 32 MB of text or more",
         affects="nothing",
     )
 

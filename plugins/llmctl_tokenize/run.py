@@ -68,7 +68,7 @@ def _train(ctx: Context, params: TokenizeParams, text: Artifact, directory: Path
     reached = tokenizer.get_vocab_size()
     if reached > params.vocab_size:
         raise StageError(
-            f"the text has so many characters that the vocabulary has {reached} tokens, {params.vocab_size} were asked for",
+            f"the text has so many characters that there are {reached} tokens, {params.vocab_size} were asked for",
             hint=f"set vocab_size to {reached} or more, or limit_alphabet to fewer characters",
         )
     if reached < params.vocab_size:

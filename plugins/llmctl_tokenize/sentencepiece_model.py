@@ -69,7 +69,9 @@ def read_model(data: bytes) -> SentencePieceModel:
             roles,
         )
     except (ValueError, IndexError, struct.error, TypeError) as error:
-        raise InputError(f"this is no SentencePiece model: {error}", hint="give the `.model` file of a trainer") from error
+        raise InputError(
+            f"this is no SentencePiece model: {error}", hint="give the `.model` file of a trainer"
+        ) from error
 
 
 def _piece(fields: Mapping[int, list[Any]]) -> Piece:

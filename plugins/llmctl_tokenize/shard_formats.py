@@ -1,8 +1,8 @@
 """Token shards as nanoGPT's and Megatron's flat binaries, and those as token shards.
 
 Megatron's index (`megatron/core/datasets/indexed_dataset.py`): `MMIDIDX\\0\\0`, version 1 (uint64), code of the dtype
-(uint8), number of sequences and of document bounds (uint64), lengths (int32) and byte pointers (int64) of the sequences,
-document bounds (int64). nanoGPT: nothing but uint16 ids, which says nothing about documents.
+(uint8), number of sequences and of document bounds (uint64), lengths (int32) and byte pointers (int64) of the
+sequences, document bounds (int64). nanoGPT: nothing but uint16 ids, which says nothing about documents.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _to_megatron(shards: TokenShards, split: SplitTokens, directory: Path) -> li
                 raise UsageError("a document has more than 2^31 tokens, which Megatron's index cannot say")
             file.write(lengths.astype("<i4").tobytes())
         for start in range(0, count, PART):
-            file.write((split.offsets[start : min(start + PART, count)] * np.uint64(dtype.itemsize)).astype("<i8").tobytes())
+            file.write(
+                (split.offsets[start : min(start + PART, count)] * np.uint64(dtype.itemsize)).astype("<i8").tobytes()
+            )
         for start in range(0, count + 1, PART):
             file.write(np.arange(start, min(start + PART, count + 1), dtype="<i8").tobytes())
     return [data, index]

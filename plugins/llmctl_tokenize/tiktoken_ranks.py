@@ -18,7 +18,11 @@ CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|"
     r"\s+(?!\S)|\s"
 )
-_UPPER, _LOWER, _ENDING = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_UPPER, _LOWER, _ENDING = (
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+)
 O200K = "|".join(
     [
         rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}",
@@ -123,7 +127,7 @@ def merges(ranks: Mapping[bytes, int], alphabet: Mapping[int, str]) -> list[tupl
 
 
 def oniguruma(pattern: str) -> str:
-    r"""A pattern of Rust's `regex` for Oniguruma: there `{1,3}+` repeats instead of being possessive, and `$` ends a line."""
+    r"""A pattern of Rust's for Oniguruma: there `{1,3}+` repeats instead of being possessive, and `$` ends a line."""
     pattern = re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", pattern)
     return re.sub(r"(\\.|\[(?:\\.|[^\]])*\])|\$", lambda match: match[1] or r"\z", pattern)
 

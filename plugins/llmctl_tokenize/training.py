@@ -1,9 +1,9 @@
 """Train a tokenizer of any kind; equal texts give an equal tokenizer, in whatever order they come.
 
-BPE and WordPiece: ties between equally frequent pairs go to the smaller pair of ids; ids go to special tokens first, then
-to the alphabet by code point, then in order of creation. Words and characters: by count, then by code point. Unigram is
-trained by sentencepiece, since the trainer of `tokenizers` follows the order of a hash table and gives other scores each
-time.
+BPE and WordPiece: ties between equally frequent pairs go to the smaller pair of ids; ids go to special tokens first,
+then to the alphabet by code point, then in order of creation. Words and characters: by count, then by code point.
+Unigram is trained by sentencepiece, since the trainer of `tokenizers` follows the order of a hash table and gives other
+scores each time.
 """
 
 from __future__ import annotations
