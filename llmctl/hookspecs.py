@@ -26,6 +26,21 @@ class Command:
     extra: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A format that the stage `data` can read: its name, the endings of its files, and the import string of a function.
+
+    The function takes a `pathlib.Path` and yields a mapping for every document, the text under `text` unless the user's
+    `fields` say otherwise. What it raises is reported as a fault of that file, after the documents before it.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    read: str
+    install: str = ""
+    """The command that installs what `read` imports."""
+
+
 @hookspec
 def register_stages() -> Sequence[Stage]:
     """Return the stages this plugin offers."""
@@ -35,6 +50,12 @@ def register_stages() -> Sequence[Stage]:
 @hookspec
 def register_commands() -> Sequence[Command]:
     """Return the commands, other than stages, that this plugin offers."""
+    raise NotImplementedError
+
+
+@hookspec
+def register_readers() -> Sequence[Reader]:
+    """Return the file formats, other than those it knows, that the stage `data` is to read."""
     raise NotImplementedError
 
 

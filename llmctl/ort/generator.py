@@ -13,6 +13,7 @@ from llmctl.decoding import Answer, draw, search_beams
 from llmctl.engine import Constraint, Engine, EngineOptions, Request
 from llmctl.errors import InputError, UsageError
 from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
+from llmctl.one_by_one import OneByOne
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
 from llmctl.ort.sampling import Sampler, check_ids, choose, log_probabilities, log_probability, rank, state
@@ -75,13 +76,11 @@ class OrtGenerator:
     def engine(self, options: EngineOptions) -> Engine:
         """Open an engine that answers many requests side by side, over the same session.
 
-        Raises UsageError for options that make no sense, and for graphs that concatenate their cache.
+        Graphs that concatenate their cache hold rows of one length only, so they answer one request after the other.
+        Raises UsageError for options that make no sense.
         """
         if not self.in_place:
-            raise UsageError(
-                "this graph concatenates its cache, so its answers cannot be batched",
-                hint="export the model with llmctl export-onnx",
-            )
+            return OneByOne(self, options)
         return OrtEngine(self, options)
 
     def room(self, prompt: Sequence[int]) -> int:

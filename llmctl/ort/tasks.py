@@ -47,7 +47,10 @@ class Task:
     """The lane whose slot the prompt is read into."""
     logits: np.ndarray | None = None
     """`(1, V)` after the prompt, for answers that have not begun."""
+    fed: int = 0
+    """Tokens of the prompt whose keys and values its slot holds."""
     cached: int = 0
+    """Those that were there already."""
     prompt_scores: list[TokenScores | None] = field(default_factory=list)
     told: bool = False
     """There was an event."""
@@ -62,8 +65,6 @@ class Task:
     def left(self) -> int:
         """Tokens of the prompt that are still to be read."""
         return len(self.prompt) - self.fed
-
-    fed: int = 0
 
     @property
     def scored_prompt(self) -> bool:

@@ -80,6 +80,7 @@ class _Errors:
 
     def add(self, errors: List[ErrorDetails]) -> None:
         """Report all errors; the alternatives of a union at one place become one message."""
+        errors = [_of_the_tag(error) for error in errors]
         wrong: dict[Path, list[ErrorDetails]] = {}
         misspelt: set[Path] = set()
         for path in [self.real(error["loc"]) for error in errors if error["type"] == "extra_forbidden"]:
@@ -188,6 +189,16 @@ def _shown(node: Node) -> str:
     else:
         text = json.dumps(node.value)
     return text if len(text) <= 60 else text[:57] + "…'"
+
+
+def _of_the_tag(error: ErrorDetails) -> ErrorDetails:
+    """A union that knows no such tag, as a mistake in the value of the tag's own key."""
+    if error["type"] != "union_tag_invalid":
+        return error
+    ctx = error["ctx"]
+    place = (*error["loc"], str(ctx["discriminator"]).strip("'"))
+    message = f"Input should be {ctx['expected_tags']}"
+    return {**error, "type": "literal_error", "loc": place, "msg": message, "ctx": {"expected": ctx["expected_tags"]}}
 
 
 def _hint(error: ErrorDetails, node: Node) -> str:

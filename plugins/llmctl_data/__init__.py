@@ -9,9 +9,22 @@ DATA = Stage(
     help="Read a corpus and derive text, conversations and preferences from it, or read labelled rows.",
     inputs={
         "files": In(
-            "files", optional=True, many=True, help="text, Markdown, JSONL or Parquet files; CSV for labelled rows"
+            "files",
+            optional=True,
+            many=True,
+            help="text, Markdown, HTML, PDF, JSONL, CSV, Parquet or source files, packed or not",
         ),
         "text": In("dataset.text", optional=True, help="text to work on instead of reading files"),
+        "evaluation": In(
+            "dataset.text",
+            "dataset.chat",
+            "dataset.preference",
+            "dataset.labelled",
+            "files",
+            optional=True,
+            many=True,
+            help="evaluation data that the step `decontaminate` looks for",
+        ),
     },
     outputs={
         "text": Out("dataset.text"),
@@ -25,7 +38,7 @@ DATA = Stage(
     extra="data",
     key_deps=("python",),  # the reader `python-stdlib` reads the running interpreter's library
     headline=("text.documents",),
-    rev=2,  # labelled rows are an output
+    rev=3,  # an audit lies in every dataset; what cannot be read is reported, not fatal
 )
 
 

@@ -18,7 +18,7 @@ from llmctl_data.readers import RECORDS, Document, list_files
 from llmctl_data.toys import LARGEST, TOYS
 
 if TYPE_CHECKING:
-    from llmctl_data.run import TextOutput
+    from llmctl_data.run import Spool
 
 Row = dict[str, Any]
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
@@ -35,7 +35,7 @@ class Labelled:
     row: Row
 
 
-def write_labelled(ctx: Context, params: DataParams, files: Sequence[Artifact], out: TextOutput) -> None:
+def write_labelled(ctx: Context, params: DataParams, files: Sequence[Artifact], out: Spool) -> None:
     """Write all rows to the output `labelled`, and each of their texts as a document."""
     rows = toy_rows(params) if params.reader in TOYS else file_rows(files, params.labelled or LabelledParams())
     kept: dict[str, list[Labelled]] = {"train": [], "validation": []} if params.validation_share else {"train": []}

@@ -12,10 +12,10 @@ from llmctl_data.params import DataParams
 from llmctl_data.stdlib import module_files, read_module
 
 if TYPE_CHECKING:
-    from llmctl_data.run import TextOutput
+    from llmctl_data.run import Spool
 
 
-def read_library(ctx: Context, params: DataParams, out: TextOutput) -> FactBook:
+def read_library(ctx: Context, params: DataParams, out: Spool) -> FactBook:
     """Write every module's documents to the split of the module and return what can be asked about them."""
     chosen = module_files(params.modules)
     every = module_files()

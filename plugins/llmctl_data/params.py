@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Literal
 
 from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
 from llmctl.store.types import LABELLED
+from llmctl.text.cleaning.params import AnyStep
 from llmctl.text.labelled import Task
 
 Product = Literal["text", "chat", "preference", "labelled"]
+Format = Literal["txt", "markdown", "html", "pdf", "jsonl", "json", "csv", "tsv", "parquet", "code"]
 Kind = Literal["module", "doc", "signature", "source", "continuation", "section"]
 PRODUCTS: tuple[Product, ...] = ("text", "chat", "preference")
 """What a corpus yields. Labelled examples are read, with their texts, and yield nothing else."""
@@ -87,6 +90,47 @@ class LabelledParams(Params):
         return self
 
 
+class SourceParams(Params):
+    """What is said of some of the sources: bound files whose names fit a pattern, or what lies at a URL."""
+
+    path: str = Field(
+        min_length=1,
+        description="pattern for names of bound files (`*` crosses directories; the first entry that fits counts), or "
+        "a URL: s3://, https://, any of fsspec's, hf://datasets/ORG/NAME[@REVISION]/PATTERN (`?stream`: no cache)",
+    )
+    name: str | None = Field(None, min_length=1, description="what the audit calls the source; by default `path`")
+    format: Format | None = Field(None, description="format of its files, where their names do not tell")
+    fields: dict[str, str] = Field({}, description="as `fields` of the stage, for this source; added to them")
+    rows: Literal["text", "record"] = Field(
+        "text",
+        description="what of a JSONL, JSON, CSV, TSV or Parquet row becomes the document: its column of text, or the "
+        "whole record, a line `name: value` for each field",
+    )
+    license: str | None = Field(None, description="license of its documents that name none, an SPDX identifier")
+    language: str | None = Field(None, description="language of its documents that name none, as in `de`")
+    encoding: str | None = Field(None, description="as `encoding` of the stage, for this source")
+    weight: float = Field(
+        1.0, gt=0, le=100, description="how often each document is taken: 0.5 takes half of them, by hash, 2 all twice"
+    )
+    limit: int | None = Field(
+        None, ge=1, description="documents that are read at most; such a source is read by one worker, in order"
+    )
+
+    @model_validator(mode="after")
+    def _known_encoding(self) -> SourceParams:
+        check_encoding(self.encoding or "auto")
+        return self
+
+
+def check_encoding(name: str) -> None:
+    """ValueError for an encoding that Python does not know."""
+    if name != "auto":
+        try:
+            codecs.lookup(name)
+        except LookupError:
+            raise ValueError(f"unknown encoding `{name}`: auto, utf-8, utf-16, cp1252, …") from None
+
+
 class DataParams(Params):
     """Parameters of the stage `data`."""
 
@@ -102,8 +146,42 @@ class DataParams(Params):
     seed: int = Field(0, ge=0, description="seed of every choice: splits, facts, wrong answers, order")
     validation_share: float = Field(0.08, ge=0, lt=1, description="share of the documents in the split `validation`")
     column: str = Field("text", min_length=1, description="column of JSONL and Parquet rows that holds the text")
+    fields: dict[str, str] = Field(
+        {},
+        description="columns of JSONL, JSON, CSV, TSV and Parquet rows, nested ones as `a.b.0`, by what they are: "
+        "text, id, source, url, license, language, date or any other name that a document's `meta` is to have",
+    )
+    sources: list[SourceParams] = Field([], description="what is said of some of the files, and URLs to read")
+    steps: list[AnyStep] = Field([], description="cleaning steps, in the order in which they are taken")
+    encoding: str = Field(
+        "auto", description="encoding of text files; auto: a byte order mark decides, else UTF-8, else cp1252, noted"
+    )
+    html: Literal["trafilatura", "resiliparse"] = Field(
+        "trafilatura",
+        description="what extracts the main text of HTML: trafilatura is better, resiliparse 10 times faster",
+    )
+    on_error: Literal["report", "fail"] = Field(
+        "report",
+        description="a file, line or row that cannot be read is reported and left out, or ends the stage (exit code 5)",
+    )
+    max_document_bytes: int = Field(
+        16 << 20,
+        ge=1024,
+        description="longest line, and largest HTML, PDF, JSON or source file, that is read, in bytes",
+    )
+    task_bytes: int = Field(
+        64 << 20, ge=1 << 16, description="bytes of input in one task; larger files of lines or row groups are cut"
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        affects="nothing",
+        description="processes that read and clean; 0 means one for each core that it may use",
+    )
     piece_chars: int = Field(
-        6000, ge=200, description="longer .txt and .md files become several documents of about this many characters"
+        6000,
+        ge=200,
+        description="longer .txt, .md and .pdf files become several documents of about this many characters",
     )
     modules: list[str] = Field(
         [], description="python-stdlib: modules to read, e.g. [json, 'email.*']; by default every public one"
@@ -127,6 +205,11 @@ class DataParams(Params):
     def _sensible(self) -> DataParams:
         if self.emit is not None and (not self.emit or len(set(self.emit)) < len(self.emit)):
             raise ValueError("emit must name at least one of text, chat, preference, labelled, each once")
+        check_encoding(self.encoding)
+        if self.has_labels and self.steps:
+            raise ValueError("steps clean documents, labelled rows stay as they are: drop one of them")
+        if self.sources and (self.has_labels or self.reader != "auto"):
+            raise ValueError("sources belongs to documents that are read: reader: auto, without labelled")
         if self.modules and self.reader != "python-stdlib":
             raise ValueError("modules belongs to reader: python-stdlib")
         if self.labelled is not None and self.reader != "auto":

@@ -2,44 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llmctl import Artifact, Context, InputError, UsageError
 from llmctl.text.datasets import DatasetWriter
-from llmctl_data import preferences, questions
-from llmctl_data.facts import Choice, FactBook, choose, deal_invented, unit
+from llmctl.text.documents import Document
+from llmctl_data import preferences, questions, report, shards
+from llmctl_data.facts import Choice, FactBook, choose, deal_invented
 from llmctl_data.params import DataParams
-from llmctl_data.readers import SUPPORTED, Document, read_files, read_text
+from llmctl_data.parts import DOCUMENTS, DocumentFile
+from llmctl_data.readers.streams import is_url
+from llmctl_data.sources import Found, find_files, find_spool, find_text
+from llmctl_data.tasks import split_by_hash
 
 CANDIDATES_PER_FACT = 4
 
 
-def run(ctx: Context, params: DataParams, files: list[Artifact] | None, text: Artifact | None) -> None:
+def run(
+    ctx: Context,
+    params: DataParams,
+    files: list[Artifact] | None,
+    text: Artifact | None,
+    evaluation: list[Artifact] | None,
+) -> None:
     """Produce the outputs that `params.emit` names."""
-    bound = bool(files) or text is not None
+    if evaluation and not any(step.name == "decontaminate" for step in params.steps):
+        raise UsageError("evaluation is bound, and no step uses it", hint="add {name: decontaminate} to steps")
+    held = [artifact.path for artifact in evaluation or ()]
     if params.has_labels:
-        _label(ctx, params, files or [], text)
-        return
-    if params.reader == "python-stdlib":
-        if bound:
+        result = _label(ctx, params, files or [], text)
+        book = None
+    elif params.reader == "python-stdlib":
+        if files or text is not None:
             raise UsageError("reader python-stdlib reads no input", hint="drop `inputs`, or use reader: auto")
         from llmctl_data.library_corpus import read_library
 
-        with TextOutput(ctx, params) as out:
+        with Spool(ctx, params, params.reader) as out:
             book = read_library(ctx, params, out)
-    elif files and text is not None:
-        raise UsageError("both files and text are bound", hint="bind one of them")
-    elif not bound:
-        raise UsageError("nothing to read", hint="bind files or text, or set reader: python-stdlib")
+        result = _write_text(ctx, params, out.found(), held)
     else:
-        documents = read_text(text) if text is not None else read_files(files or [], params.column, params.piece_chars)
-        with TextOutput(ctx, params) as out:
-            book = _read_documents(ctx, params, documents, out)
-    _derive(ctx, params, book)
+        result = _write_text(ctx, params, _sources(params, files or [], text), held)
+        book = _facts(ctx, params, result)
+    report.write_reports(ctx, params, result)
+    if book is not None:
+        _derive(ctx, params, book)
 
 
-def _label(ctx: Context, params: DataParams, files: list[Artifact], text: Artifact | None) -> None:
+def _sources(params: DataParams, files: list[Artifact], text: Artifact | None) -> Found:
+    """What is to be read. UsageError for nothing, and for both files and text."""
+    if text is not None:
+        if files or params.sources:
+            raise UsageError("both files and text are bound", hint="bind one of them")
+        return find_text(text, params)
+    if not files and not any(is_url(entry.path) for entry in params.sources):
+        raise UsageError(
+            "nothing to read", hint="bind files or text, name a URL in sources, or set reader: python-stdlib"
+        )
+    return find_files(files, params)
+
+
+def _label(ctx: Context, params: DataParams, files: list[Artifact], text: Artifact | None) -> shards.Result:
     """Read or make up labelled examples."""
     from llmctl_data.labelled import write_labelled
 
@@ -50,89 +74,63 @@ def _label(ctx: Context, params: DataParams, files: list[Artifact], text: Artifa
         )
     if not files and params.reader == "auto":
         raise UsageError("nothing to read", hint="bind files with labelled rows")
-    with TextOutput(ctx, params) as out:
+    with Spool(ctx, params, "labelled" if params.reader == "auto" else params.reader) as out:
         write_labelled(ctx, params, files, out)
+    return _write_text(ctx, params, out.found())
 
 
-class TextOutput:
-    """Splits documents and writes them if text is wanted; a context manager that finishes the dataset."""
+def _write_text(ctx: Context, params: DataParams, found: Found, evaluation: Sequence[Path] = ()) -> shards.Result:
+    """Read, clean and split what was found, and write the output `text`."""
+    result = shards.run_shards(ctx, params, found, evaluation)
+    shards.check_result(result, params.validation_share)
+    kept = result.kept
+    if ctx.wants("text"):
+        shards.write_dataset(result, ctx.output("text"), params.validation_share)
+        ctx.describe("text", documents=kept.documents, bytes=kept.bytes)
+    counts = {f"text.{split}": result.splits.get(split, 0) for split in ("train", "validation", *sorted(result.splits))}
+    rejects = sum(result.read.rejected.values())
+    ctx.report({"text.documents": kept.documents, "text.bytes": kept.bytes, **counts, "rejects": rejects})
+    return result
 
-    def __init__(self, ctx: Context, params: DataParams) -> None:
-        self._ctx, self._share, self._seed = ctx, params.validation_share, params.seed
-        splits = ("train", "validation") if params.validation_share > 0 else ("train",)
-        self._writer = DatasetWriter(ctx.output("text"), "dataset.text", splits) if ctx.wants("text") else None
-        self.rows = {"train": 0, "validation": 0}
-        self.bytes = 0
+
+class Spool:
+    """Documents that the stage itself makes, on their way through the steps; each has its split. A context manager."""
+
+    def __init__(self, ctx: Context, params: DataParams, name: str) -> None:
+        self._params, self._name = params, name
+        self._folder = ctx.resume_dir / "spool"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = DocumentFile(self._folder)
 
     def split_of(self, document: Document) -> str:
         """The split of a document: its own, or by hash of its unit."""
-        if document.split:
-            return document.split
-        return "validation" if unit(self._seed, "split", document.unit or document.source) < self._share else "train"
+        return document.split or split_by_hash(self._params.seed, self._params.validation_share, document)
 
     def add(self, document: Document, split: str) -> None:
         """Write one document."""
-        self.rows[split] = self.rows.get(split, 0) + 1
-        self.bytes += len(document.text.encode())
-        if self._writer is not None:
-            self._writer.add(split, {"id": document.id, "source": document.source, "text": document.text})
+        self._file.add(replace(document, split=split), {})
 
-    def __enter__(self) -> TextOutput:
+    def found(self) -> Found:
+        """What is to be read."""
+        return find_spool(self._folder / DOCUMENTS, self._name, self._params)
+
+    def __enter__(self) -> Spool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Finish the dataset and report its size; InputError if there is no document."""
-        try:
-            if kind is None:
-                self._check_and_report()
-        except BaseException as error:
-            kind = type(error)
-            raise
-        finally:
-            if self._writer is not None:
-                self._writer.__exit__(kind, *rest)
-
-    def _check_and_report(self) -> None:
-        documents = sum(self.rows.values())
-        if not documents:
-            raise InputError("the corpus is empty: no document with text", hint=f"supported: {', '.join(SUPPORTED)}")
-        if not self.rows["train"]:
-            raise InputError("no document is left for training", hint="lower validation_share or add documents")
-        if self._writer is not None:
-            self._ctx.describe("text", documents=documents, bytes=self.bytes)
-        counts = {f"text.{split}": count for split, count in self.rows.items()}
-        self._ctx.report({"text.documents": documents, "text.bytes": self.bytes, **counts})
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
-def _read_documents(ctx: Context, params: DataParams, documents: Iterator[Document], out: TextOutput) -> FactBook:
-    """Pass the documents through once, to the text output and to the collector of facts."""
+def _facts(ctx: Context, params: DataParams, result: shards.Result) -> FactBook | None:
+    """Pass the documents through the collector of facts, if questions are wanted."""
+    if not (ctx.wants("chat") or ctx.wants("preference")):
+        return None
     from llmctl_data.passages import PassageFacts
 
     facts = PassageFacts(params.seed, keep=CANDIDATES_PER_FACT * params.questions.facts)
-    asks = ctx.wants("chat") or ctx.wants("preference")
-    for number, (document, split) in enumerate(_with_splits(documents, out, params.validation_share), start=1):
-        out.add(document, split)
-        if asks:
-            facts.add(document, train=split == "train")
-        if number % 100 == 0:
-            ctx.progress(number, None, documents=number, bytes=out.bytes)
+    for document, split in result.rows():
+        facts.add(document, train=split == "train")
     return facts.book()
-
-
-def _with_splits(documents: Iterator[Document], out: TextOutput, share: float) -> Iterator[tuple[Document, str]]:
-    """Every document with its split; the first one waits, to fill the split that would be empty."""
-    first = next(documents, None)
-    if first is None:
-        return
-    used = set()
-    for document in documents:
-        split = out.split_of(document)
-        used.add(split)
-        yield document, split
-    split = out.split_of(first)
-    if not first.split and share > 0 and len(used) == 1:
-        split = "train" if used == {"validation"} else "validation"
-    yield first, split if used else first.split or "train"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from llmctl_serve.bodies import MAX_TOKENS, Harmless, Id, Stop, Strict, Text, lacking
-from llmctl_serve.guides import Guided
+from llmctl_serve.guides import Guided, guide_of
 
 
 class StreamOptions(Strict):
@@ -53,6 +53,7 @@ class CommonRequest(Guided):
     def _options_need_a_stream(self) -> CommonRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("`stream_options` needs `stream: true`")
+        guide_of(self, getattr(self, "response_format", None))  # refuses two forms at once
         return self
 
     @property

@@ -553,3 +553,14 @@ def test_a_closed_engine_takes_nothing(trained_generator: OrtGenerator) -> None:
     assert engine.step() == []
     with pytest.raises(UsageError, match="closed"):
         engine.submit(Request(prompt=[5, 9], sampling=Sampling()))
+
+
+def test_graphs_that_concatenate_answer_one_by_one(generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list(generator.stream([5, 9], Sampling(max_new_tokens=6)))
+    monkeypatch.setattr(generator, "in_place", False)
+    monkeypatch.setattr(generator, "_idle", None)
+    engine = generator.engine(EngineOptions(slots=2))
+    tickets = [engine.submit(Request(prompt=[5, 9], sampling=Sampling(max_new_tokens=6))) for _ in range(2)]
+    found = finish(engine)
+    assert [found[ticket, 0] for ticket in tickets] == [expected] * 2
+    assert engine.stats().slots == 1

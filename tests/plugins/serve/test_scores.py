@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from llmctl_serve.conversations import ChatRequest
+
 
 @pytest.fixture(scope="module")
 def server(real_models, serving):
@@ -93,30 +95,40 @@ def test_answers_keep_to_a_schema(server):
     assert (status, body["error"]["param"]) == (400, "guided_regex")
 
 
+CALL = '<tool_call>\n{"name": "look", "arguments": {"ok": true}}\n</tool_call>'
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
+
+
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_tool_that_must_be_called_is_called(server, stream):
-    tools = [{"type": "function", "function": {"name": "look", "parameters": SCHEMA}}]
-    ask = {
-        "model": "byte-model",
-        "messages": [{"role": "user", "content": "?"}],
-        "tools": tools,
-        "tool_choice": {"type": "function", "function": {"name": "look"}},
-        "max_tokens": 90,
-        "temperature": 0,
-        "logit_bias": {str(6 + 220): -100},
-    }
-    if stream:
-        chunks = list(server.client.chat.completions.create(**ask, stream=True))
-        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
-        reason = chunks[-1].choices[0].finish_reason
-    else:
-        choice = server.client.chat.completions.create(**ask).choices[0]
-        calls, reason = choice.message.tool_calls or [], choice.finish_reason
-    if reason == "length":
-        pytest.skip("the random model wrote blanks up to its limit")
-    assert reason == "tool_calls"
-    assert calls[0].function.name == "look"
-    assert set(json.loads(calls[0].function.arguments)) == {"ok"}
+def test_calls_of_tools_are_found_in_what_the_model_says(scripted, byte_tokenizer, running, stream):
+    ask = {"model": "byte-model", "messages": [{"role": "user", "content": "?"}], "tools": TOOLS}
+    with running(scripted(byte_tokenizer, default=CALL, context_length=2048)) as server:
+        if stream:
+            chunks = list(server.client.chat.completions.create(**ask, stream=True))
+            calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            choice = server.client.chat.completions.create(**ask).choices[0]
+            calls, reason, text = choice.message.tool_calls, choice.finish_reason, choice.message.content or ""
+        assert (reason, text, len(calls)) == ("tool_calls", "", 1)
+        assert calls[0].function.name == "look"
+        assert json.loads(calls[0].function.arguments) == {"ok": True}
+        plain = server.client.chat.completions.create(**ask, tool_choice="none").choices[0]
+        assert (plain.message.content, plain.finish_reason) == (CALL, "stop")
+
+
+@pytest.mark.parametrize(("choice", "forced"), [("auto", False), ("required", True)])
+def test_a_call_that_is_asked_for_is_forced(scripted, byte_tokenizer, service_of, choice, forced):
+    service = service_of(scripted(byte_tokenizer, context_length=2048))
+    body = ChatRequest(messages=[{"role": "user", "content": "?"}], tools=TOOLS, tool_choice=choice)
+    constraint = service.ask_chat(body, "").prompts[0].request.constraint
+    assert (constraint is not None) == forced
+    if forced:
+        for token in byte_tokenizer.encode(CALL):
+            assert constraint.mask()[token]
+            constraint.accept(token)
+        assert constraint.mask()[byte_tokenizer.eos_id]
 
 
 def test_tokenize_and_back(server):

@@ -1,0 +1,125 @@
+"""Files of documents between and after tasks: rows that are read once again, and members of the dataset's files."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llmctl.text.datasets import packed
+from llmctl.text.documents import Document
+
+DOCUMENTS = "documents.jsonl.gz"
+FIRST = "first.json"
+ORDER = "order.bin"
+ROWS = "rows-{}.gz"
+
+
+def write_document(document: Document, known: Mapping[str, str]) -> str:
+    """A line with everything that is known of a document."""
+    fields = [
+        document.id,
+        document.source,
+        document.text,
+        document.unit,
+        document.split,
+        dict(document.meta),
+        dict(known),
+    ]
+    return json.dumps(fields, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def read_documents(path: Path) -> Iterator[tuple[Document, dict[str, str]]]:
+    """The reverse of `write_document` for a file of such lines."""
+    with gzip.open(path, "rb") as lines:
+        for line in lines:
+            *fields, known = _loads(line)
+            yield Document(*fields), known
+
+
+def _loads(line: bytes) -> list[Any]:
+    try:
+        import orjson
+
+        found: list[Any] = orjson.loads(line)
+    except (ModuleNotFoundError, ValueError):
+        found = json.loads(line)
+    return found
+
+
+class DocumentFile:
+    """Documents on their way to the next segment: written fast, read once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = gzip.open(folder / DOCUMENTS, "wt", compresslevel=1, encoding="utf-8", newline="\n")  # noqa: SIM115
+        self.count = 0
+
+    def add(self, document: Document, known: Mapping[str, str]) -> None:
+        """Append one."""
+        self._file.write(write_document(document, known))
+        self.count += 1
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+class RowFiles:
+    """The rows of a task as members of the dataset's files, one per split. The very first row stays aside: which
+    split it goes to is known when all others are."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, tuple[BinaryIO, io.TextIOWrapper]] = {}
+        self._order = bytearray()
+        self.splits: dict[str, dict[str, int]] = {}
+        self.columns: list[str] = []
+
+    def set_aside(self, document: Document, split: str, known: Mapping[str, str]) -> None:
+        """Keep the first document."""
+        told = {"split": split, "fixed": bool(document.split), "row": document.row(), "known": dict(known)}
+        (self._folder / FIRST).write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+
+    def add(self, document: Document, split: str, size: int) -> None:
+        """Append a row to its split."""
+        if split not in self._open:
+            raw = (self._folder / ROWS.format(split)).open("wb")
+            self._open[split] = raw, packed(raw)
+            self.splits[split] = {"rows": 0, "bytes": 0, "written": 0}
+        row = document.row()
+        self.columns += [name for name in row if name not in self.columns]
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        self._open[split][1].write(line)
+        counts = self.splits[split]
+        counts["rows"] += 1
+        counts["bytes"] += size
+        counts["written"] += len(line)
+        self._order.append(list(self.splits).index(split))
+
+    def close(self) -> None:
+        """Finish the files."""
+        for raw, lines in self._open.values():
+            lines.close()
+            raw.close()
+        (self._folder / ORDER).write_bytes(bytes(self._order))
+
+
+def first_of(folder: Path) -> dict[str, Any] | None:
+    """The document that a task has set aside, None if it has no document at all."""
+    path = folder / FIRST
+    if not path.is_file():
+        return None
+    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return told
+
+
+def rows_of(folder: Path, splits: list[str]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(row, split) of a task in the order in which they were read, without the one aside."""
+    with contextlib.ExitStack() as stack:
+        opened = {split: stack.enter_context(gzip.open(folder / ROWS.format(split), "rb")) for split in splits}
+        for place in (folder / ORDER).read_bytes():
+            yield json.loads(opened[splits[place]].readline()), splits[place]

@@ -1,0 +1,102 @@
+"""What was done, for whoever uses the data: `audit.json` in every dataset, rejects and files in full in the metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from llmctl import Context
+from llmctl_data import card, shards
+from llmctl_data.params import DataParams
+
+AUDIT, CARD, REJECTS, FILES = "audit.json", "card.html", "rejects.jsonl", "files.jsonl"
+VERSION = 1
+LISTED = 200
+"""Files that the audit names with their digests; of more, the digest of all is there and the list in the metrics."""
+FIRST = 20
+"""Rejects that the audit shows."""
+NAMED = 10
+"""Problems that are named in the terminal."""
+DATASETS = ("text", "chat", "preference", "labelled")
+
+
+def write_reports(ctx: Context, params: DataParams, result: shards.Result) -> None:
+    """Write the audit into every dataset of this run and into the metrics, and tell the user what was left out."""
+    audit = make_audit(params, result)
+    for port in (*DATASETS, "metrics"):
+        if ctx.wants(port):
+            write_audit(audit, ctx.output(port))
+    if ctx.wants("metrics"):
+        metrics = ctx.output("metrics")
+        with (metrics / REJECTS).open("w", encoding="utf-8") as file:
+            for reject in shards.all_rejects(result):
+                file.write(json.dumps({"where": reject.where, **reject.to_json()}, ensure_ascii=False) + "\n")
+        with (metrics / FILES).open("w", encoding="utf-8") as file:
+            for told in shards.all_files(result):
+                file.write(json.dumps(told, ensure_ascii=False) + "\n")
+        (metrics / CARD).write_text(card.page(audit), encoding="utf-8")
+    tell(ctx, result)
+
+
+def make_audit(params: DataParams, result: shards.Result) -> dict[str, Any]:
+    """Everything that is known of the corpus. Depends on the sources and the parameters alone: no time, no path."""
+    first = list(shards.all_rejects(result, FIRST))
+    return {
+        "audit": VERSION,
+        "seed": params.seed,
+        "sources": source_audits(result),
+        "read": {**result.read.audit(), "hidden_files": result.found.hidden},
+        "rejects": {
+            "count": sum(result.read.rejected.values()),
+            "first": [{"where": reject.where, "reason": reject.reason, "detail": reject.detail} for reject in first],
+        },
+        "steps": result.steps,
+        "kept": result.kept.audit(),
+    }
+
+
+def source_audits(result: shards.Result) -> list[dict[str, Any]]:
+    """Every source: files, bytes, documents read and kept, what the user says of it, digests."""
+    names: dict[str, list[dict[str, Any]]] = {}
+    digests: dict[str, Any] = {}
+    for told in shards.all_files(result):
+        digest = told["digest"]
+        listed = names.setdefault(told["source"], [])
+        if len(listed) <= LISTED:
+            listed.append({key: told[key] for key in ("name", "format", "bytes", "documents", "digest")})
+        digests.setdefault(told["source"], hashlib.sha256()).update(f"{told['name']} {digest}\n".encode())
+    kept = result.kept.groups["source"]
+    found = []
+    for name, counts in result.read.sources.items():
+        entry: dict[str, Any] = {"name": name, **result.found.sources.get(name, {})}
+        entry |= {"files": counts["files"], "bytes": counts["bytes"], "documents": counts["documents"]}
+        if counts["taken"] != counts["documents"]:
+            entry["taken"] = counts["taken"]
+        entry["kept"] = kept.get(name, [0, 0])[0]
+        if name in digests and not result.found.spooled:
+            entry["digest"] = f"sha256:{digests[name].hexdigest()}"
+            entry["listed"] = names[name] if len(names[name]) <= LISTED else []
+        found.append(entry)
+    return found
+
+
+def write_audit(audit: dict[str, Any], directory: Path) -> None:
+    """`audit.json` in a directory."""
+    text = json.dumps(audit, indent=1, ensure_ascii=False)
+    (directory / AUDIT).write_text(text + "\n", encoding="utf-8")
+
+
+def tell(ctx: Context, result: shards.Result) -> None:
+    """Lines for the terminal: the first problems by name, and how many there are."""
+    for note in list(shards.all_notes(result))[:NAMED]:
+        ctx.log(f"{note['name']}: {note['detail']}")
+    count = sum(result.read.rejected.values())
+    if not count:
+        return
+    for reject in shards.all_rejects(result, NAMED):
+        ctx.log(f"{reject.where}: {reject.detail}" + (f" ({reject.hint})" if reject.hint else ""))
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in result.read.audit()["rejected"].items())
+    more = f", the first {NAMED} are named above" if count > NAMED else ""
+    ctx.warn(f"{count:,} not read: {reasons}{more}; all are in {REJECTS} of the metrics")
