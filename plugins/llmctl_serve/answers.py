@@ -314,7 +314,7 @@ async def answer_stream(answer: Answer) -> AsyncIterator[bytes]:
     except LlmctlError as error:
         answer.exchange.failed("server_error")
         yield event(ApiError(500, error.message).body())
-    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:  # what a model raises
+    except Exception as error:  # whatever a model raises: ONNX Runtime's errors have no narrower base
         answer.exchange.failed("server_error")
         yield event(ApiError(500, f"generation failed: {type(error).__name__}").body())
     finally:

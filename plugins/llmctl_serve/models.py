@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl import Artifact, LlmctlError
+from llmctl_serve.encoding import EncoderThread
 from llmctl_serve.errors import ApiError
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.service import Service
@@ -32,8 +33,9 @@ class Model:
         if service.engine is not None:
             self.worker = Worker(service.engine, service.tokenizer, warn, service.model_id, stepped)
             self.worker.start()
-        self.embedding = threading.Semaphore()
-        """An encoder reads one batch at a time: a batch takes all cores already."""
+        self.encoder: EncoderThread | None = None
+        if service.encoder is not None:
+            self.encoder = EncoderThread(service.encoder, service.params.max_queue, service.model_id)
         self._users = 0
         self._changed = threading.Condition()
 
@@ -58,6 +60,8 @@ class Model:
         """End what runs with 503, and give the memory back."""
         if self.worker is not None:
             self.worker.stop()
+        if self.encoder is not None:
+            self.encoder.close()
 
     def described(self) -> dict[str, Any]:
         """As in the list of models."""
@@ -114,7 +118,12 @@ class Models:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered."""
-        return bool(self._models) and not self.stopping
+        return bool(self._models) and not self.stopping and not self.failed
+
+    @property
+    def failed(self) -> list[str]:
+        """Models whose engine has failed: they answer nothing until they are loaded again."""
+        return [model.service.model_id for model in self.all() if model.worker is not None and not model.worker.alive]
 
     def find(self, name: str | None) -> Model:
         """The model for a request. ApiError 404 for one that this server does not have."""
