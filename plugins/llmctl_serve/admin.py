@@ -52,7 +52,7 @@ def admin_routes(models: Models) -> APIRouter:
     @router.delete("/models/{name:path}", response_model=Removed, responses=errors(404, 409))
     async def remove(name: str) -> dict[str, Any]:
         """Take no more requests for a model, and close it after its last one."""
-        models.unload(name)
+        await asyncio.to_thread(models.unload, name)
         return {"name": name, "removed": True}
 
     @router.post("/reload", response_model=ChangeList, responses=errors())

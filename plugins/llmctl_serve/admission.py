@@ -139,7 +139,9 @@ class Admissions:
         if self._keys is None:
             # A request from this machine may be one that a proxy passes on for somebody else, and need not say so.
             if needed == "admin":
-                message = "without API keys nobody may administer the server; `llmctl keys create --scope admin` makes one"
+                message = (
+                    "without API keys nobody may administer the server; `llmctl keys create --scope admin` makes one"
+                )
                 raise ApiError(403, message, code="missing_scope")
             return None
         scheme, _, given = header(scope, b"authorization").partition(b" ")

@@ -41,7 +41,7 @@ def operation_routes(models: Models, metrics: ServerMetrics) -> APIRouter:
     @router.get("/healthz", response_model=Health, responses={**errors(), 503: {"model": Health}})
     async def healthz() -> Response:
         """Whether the process lives, and the thread of every model: 503 means that only a restart helps."""
-        depth = sum(model.worker.depth for model in models.all() if model.worker is not None)
+        depth = sum(model.depth for model in models.all())
         dead = bool(models.failed) and not models.stopping
         body = {"status": "failed" if dead else "ok", "models": models.names, "queue_depth": depth}
         return JSONResponse(body, 503 if dead else 200)
