@@ -109,18 +109,18 @@ def table(result: shards.Result) -> list[str]:
     if not result.steps:
         return []
     total = result.read.audit()
-    rows = [("read", f"{total['documents']:,}", megabytes(total["bytes"]), "")]
+    rows = [("read", f"{total['documents']:,}", shown_bytes(total["bytes"]), "")]
     for step in result.steps:
         parts = [f"{count:,} {reason}" for reason, count in step["dropped"].items()]
         parts += [f"{step[what]:,} {what}" for what in ("edited", "tagged") if step[what]]
         documents = step["documents_out"] - step["documents_in"]
         rows.append((step["name"], f"{documents:+,}" if documents else "0", "", ", ".join(parts)))
-    rows.append(("kept", f"{result.kept.documents:,}", megabytes(result.kept.bytes), ""))
+    rows.append(("kept", f"{result.kept.documents:,}", shown_bytes(result.kept.bytes), ""))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = (f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
     return [line.rstrip() for line in lines]
 
 
-def megabytes(size: int) -> str:
-    """A number of bytes, in MB."""
-    return f"{size / 1e6:,.1f} MB"
+def shown_bytes(size: int) -> str:
+    """A number of bytes, in MB, or in kB where that is nothing."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"

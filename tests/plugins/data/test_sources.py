@@ -211,3 +211,34 @@ def test_datasets_of_the_hub_s_cache_without_a_network(tmp_path):
     missing = from_hub("hf://datasets/org/herons/*.jsonl", tmp_path / "none", **env)
     assert missing.returncode == 1 and missing.stderr.startswith("error: cannot fetch hf://datasets/org/herons")
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.slow
+def test_a_messy_folder_from_the_command_line(tmp_path):
+    """Every problem is named on stderr, with a row for every step above; stdout has references alone."""
+    raw = tmp_path / "notes"
+    raw.mkdir()
+    (raw / "rows.jsonl").write_text(
+        '{"text": "write to ann@lake.org"}\n{"text": \n{"text": "twice"}\n{"text": "twice"}\n'
+    )
+    (raw / "old.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    (raw / "empty.txt").write_bytes(b"")
+    (raw / "locked.pdf").write_bytes(pdf_with_password())
+    (raw / "self.txt").symlink_to("self.txt")
+    steps = '[{"name": "exact-duplicates"}, {"name": "pii"}]'
+    words = [sys.executable, "-m", "llmctl", "data", "--files", "notes", "--store", "store", "--workers", "1"]
+    words += ["--set-json", 'emit=["text"]', "--set-json", f"steps={steps}"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = [line.removeprefix("data: ").split() for line in done.stderr.splitlines()]
+    for told in (
+        ["read", "4"],
+        ["exact-duplicates", "-1", "1", "exact", "duplicate"],
+        ["pii", "0", "1", "edited"],
+        ["kept", "3"],
+    ):
+        assert any(row[: len(told)] == told for row in rows), (told, done.stderr)
+    for name in ("old.txt: read as cp1252", "rows.jsonl:2", "empty.txt: ", "locked.pdf: ", "self.txt: "):
+        assert f"data: {name}" in done.stderr, done.stderr
+    assert "4 not read" in done.stderr
+    assert all(line.startswith("{") for line in done.stdout.splitlines())
