@@ -1,9 +1,9 @@
 """How fast a corpus is cleaned, per core, against datatrove's pipeline over the same documents; and memory as it grows.
 
     python -m venv peers && peers/bin/pip install 'datatrove[processing]==0.9.0' py3langid ftfy
-    python benchmarks/data.py --peer peers/bin/python [--megabytes 8] [--rounds 3]
-    python benchmarks/data.py --memory 100 1000 [--workers 2]
-    python benchmarks/data.py --steps
+    python -P benchmarks/data.py --peer peers/bin/python [--megabytes 8] [--rounds 3]
+    python -P benchmarks/data.py --memory 100 1000 [--workers 2]
+    python -P benchmarks/data.py --steps
 
 Documents are prose out of /usr/share/doc (text, packed or not), Python's reference and the docstrings of its library
 and of numpy, scipy, torch, transformers, cut at paragraphs to 1 to 6 kB; one in ten comes twice, the second time with a
@@ -149,36 +149,40 @@ def ours(corpus: Path, workers: int, task_bytes: int) -> dict[str, Any]:
         tasks.build_step(told, 0)
     out = Path(tempfile.mkdtemp(dir=corpus.parent))
     params = {"emit": ["text"], "validation_share": 0.0, "workers": workers, "steps": STEPS, "task_bytes": task_bytes}
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     result = run_stage(DATA, out, params, files=[Artifact(corpus, "files")])
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - begun
     audit = json.loads((result.outputs["text"].path / "audit.json").read_text())
     shutil.rmtree(out)
     dropped = {f"{step['name']}: {why}": count for step in audit["steps"] for why, count in step["dropped"].items()}
-    return {"seconds": seconds, "kept": audit["kept"]["documents"], "dropped": dropped}
+    return {"seconds": seconds, "cpu": cpu, "kept": audit["kept"]["documents"], "dropped": dropped}
 
 
 def child(*words: str) -> dict[str, Any]:
-    """Run one side in a process of its own on one core; what it says, with its peak memory."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Run one side in a process of its own on one core; what it says."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    told["cpu"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return told
 
 
-def compare(peer: str, size: int, rounds: int, spacy: bool) -> None:
+def compare(peer: str, size: int, rounds: int, spacy: bool, kept: Path | None) -> None:
     """Interleaved rounds; medians."""
     with tempfile.TemporaryDirectory() as made:
         corpus = Path(made) / "corpus.jsonl"
-        count = write_corpus(corpus, size)
+        if kept is not None and kept.exists():
+            shutil.copy(kept, corpus)
+        else:
+            write_corpus(corpus, size)
+            if kept is not None:
+                shutil.copy(corpus, kept)
+        with corpus.open("rb") as lines:
+            count = sum(1 for _ in lines)
         megabytes = corpus.stat().st_size / 1e6
-        print(f"{count:,} documents, {megabytes:.1f} MB")
-        sides = {"llmctl": [sys.executable, __file__, "--side", str(corpus)]}
+        print(f"{count:,} documents, {megabytes:.1f} MB", flush=True)
+        sides = {"llmctl": [sys.executable, "-P", __file__, "--side", str(corpus)]}
         sides["datatrove, same words"] = [peer, str(PEER), str(corpus), "regex"]
         if spacy:
             sides["datatrove, spaCy"] = [peer, str(PEER), str(corpus), "spacy"]
@@ -188,13 +192,15 @@ def compare(peer: str, size: int, rounds: int, spacy: bool) -> None:
                 if name.endswith("spaCy") and number:
                     continue  # many times slower; once is enough
                 found[name].append(child("taskset", "-c", "0", *words))
-        mine = statistics.median(told["seconds"] for told in found["llmctl"])
         for name, told in found.items():
-            seconds = statistics.median(each["seconds"] for each in told)
-            each = ", ".join(f"{one['seconds']:.2f}" for one in told)
-            print(f"{name:24} {seconds:7.2f} s  {megabytes / seconds:6.2f} MB/s  kept {told[0]['kept']:,}", end="")
-            print(f"  llmctl is {seconds / mine:.2f}x  [{each}]")
-            print(f"    {told[0]['dropped']}")
+            wall, cpu = (statistics.median(one[what] for one in told) for what in ("seconds", "cpu"))
+            ratio = cpu / statistics.median(one["cpu"] for one in found["llmctl"])
+            each = ", ".join(f"{one['cpu']:.2f}" for one in told)
+            print(
+                f"{name:22} {wall:7.2f} s  CPU {cpu:6.2f} s  {megabytes / cpu:5.2f} MB per CPU second  {ratio:5.2f}x",
+                end="",
+            )
+            print(f"  kept {told[0]['kept']:,}  [{each}]\n    {told[0]['dropped']}", flush=True)
 
 
 def memory(sizes: list[int], workers: int) -> None:
@@ -251,6 +257,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-spacy", action="store_true", help="leave out datatrove with its own words")
+    parser.add_argument("--corpus", type=Path, help="kept there, and taken from there the next time")
     parser.add_argument("--memory", type=int, nargs="+", metavar="MB")
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--workers", type=int, default=1)
@@ -268,7 +275,7 @@ def main() -> None:
     elif told.steps:
         profile(size)
     else:
-        compare(told.peer or sys.exit("--peer is missing"), size, told.rounds, not told.no_spacy)
+        compare(told.peer or sys.exit("--peer is missing"), size, told.rounds, not told.no_spacy, told.corpus)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""datatrove's pipeline of benchmarks/data.py: `peers/bin/python datatrove_pipeline.py CORPUS regex|spacy`.
+"""The pipeline of datatrove for benchmarks/data.py: `python datatrove_pipeline.py CORPUS regex|spacy`.
 
-Prints {seconds, kept, dropped}. Everything is done by LocalPipelineExecutor with one worker, as its own example for
-MinHash (examples/minhash_deduplication.py) has it: signatures, buckets, clusters, filter.
+Prints {seconds, cpu, kept, dropped}. LocalPipelineExecutor does everything with one worker, as its own example for MinHash
+(examples/minhash_deduplication.py) has it: signatures, buckets, clusters, filter.
 """
 
 from __future__ import annotations
@@ -104,15 +104,15 @@ def main(corpus: Path, which: str) -> None:
     for rules in (GopherQualityFilter(), GopherRepetitionFilter()) if words is None else ():
         rules.filter(Document(text="Warm the tokenizer up.", id="0"))
     work = Path(tempfile.mkdtemp(dir=corpus.parent))
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), time.process_time()
     dropped = run(corpus, words, work)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - begun
     kept = 0
     for path in (work / "out").glob("*.gz"):
         with gzip.open(path) as rows:
             kept += sum(1 for _ in rows)
     shutil.rmtree(work)
-    print(json.dumps({"seconds": seconds, "kept": kept, "dropped": dropped}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "kept": kept, "dropped": dropped}))
 
 
 if __name__ == "__main__":
