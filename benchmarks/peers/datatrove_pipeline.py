@@ -1,7 +1,7 @@
 """The pipeline of datatrove for benchmarks/data.py: `python datatrove_pipeline.py CORPUS regex|spacy`.
 
-Prints {seconds, cpu, kept, dropped}. LocalPipelineExecutor does everything with one worker, as its own example for MinHash
-(examples/minhash_deduplication.py) has it: signatures, buckets, clusters, filter.
+Prints {seconds, cpu, kept, dropped}. LocalPipelineExecutor does everything with one worker, as datatrove's own example
+for MinHash (examples/minhash_deduplication.py) has it: signatures, buckets, clusters, filter.
 """
 
 from __future__ import annotations
