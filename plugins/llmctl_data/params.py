@@ -152,7 +152,9 @@ class DataParams(Params):
         "text, id, source, url, license, language, date or any other name that a document's `meta` is to have",
     )
     sources: list[SourceParams] = Field([], description="what is said of some of the files, and URLs to read")
-    steps: list[AnyStep] = Field([], description="cleaning steps, in the order in which they are taken")
+    steps: list[AnyStep] = Field(
+        [], description="cleaning steps, in the order in which they are taken; labelled rows take balance and augment"
+    )
     encoding: str = Field(
         "auto", description="encoding of text files; auto: a byte order mark decides, else UTF-8, else cp1252, noted"
     )
@@ -206,8 +208,9 @@ class DataParams(Params):
         if self.emit is not None and (not self.emit or len(set(self.emit)) < len(self.emit)):
             raise ValueError("emit must name at least one of text, chat, preference, labelled, each once")
         check_encoding(self.encoding)
-        if self.has_labels and self.steps:
-            raise ValueError("steps clean documents, labelled rows stay as they are: drop one of them")
+        cleaning = [step.name for step in self.steps if step.name not in ("balance", "augment")]
+        if self.has_labels and cleaning:
+            raise ValueError(f"{cleaning[0]} cleans documents; of the steps, labelled rows take balance and augment")
         if self.sources and (self.has_labels or self.reader != "auto"):
             raise ValueError("sources belongs to documents that are read: reader: auto, without labelled")
         if self.modules and self.reader != "python-stdlib":

@@ -92,6 +92,7 @@ def tell(ctx: Context, result: shards.Result) -> None:
     """Lines for the terminal: the first problems by name, and how many there are."""
     for note in list(shards.all_notes(result))[:NAMED]:
         ctx.log(f"{note['name']}: {note['detail']}")
+    tell_groups(ctx, result)
     count = sum(result.read.rejected.values())
     if not count:
         return
@@ -100,3 +101,34 @@ def tell(ctx: Context, result: shards.Result) -> None:
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in result.read.audit()["rejected"].items())
     more = f", the first {NAMED} are named above" if count > NAMED else ""
     ctx.warn(f"{count:,} not read: {reasons}{more}; all are in {REJECTS} of the metrics")
+
+
+def tell_groups(ctx: Context, result: shards.Result) -> None:
+    """How uneven sources, languages and classes are, and what steps made of it."""
+    for group, units in result.kept.audit()["imbalance"].items():
+        told = units["bytes"]
+        if told["groups"] > 1:
+            ctx.log(
+                f"{told['groups']} groups by {group}: effectively {told['effective']:.2f}, the largest "
+                f"{told['largest']:.1%} of the bytes, {told['ratio']:,.1f} times the smallest"
+            )
+    for step in result.steps:
+        facts, found = step.get("facts") or {}, step["found"]
+        if step["name"] == "balance" and facts:
+            for row in facts["groups"]:
+                ctx.log(
+                    f"balance: {row['group']} {row['share_before']:.2%} → {row['share']:.2%} of the {facts['unit']} "
+                    f"(wanted {row['share_wanted']:.2%}), {row['epochs']:.2f} epochs"
+                )
+        if step["name"] == "augment" and facts:
+            ctx.log(f"augment: {facts['group']} {facts['share_before']:.2%}, {found.get('derived', 0):,} texts derived")
+            if lost := facts["planned"] - found.get("derived", 0):
+                ctx.warn(
+                    f"augment: {lost:,} of {facts['planned']:,} texts could not be derived; see `found` in the audit"
+                )
+        if step["name"] == "associations" and facts:
+            for row in [row for row in facts["associations"] if row["flagged"]][:NAMED]:
+                ctx.log(
+                    f"associations: {row['attribute']} goes with {row['group']} in {row['share']:.0%} of "
+                    f"{row['passages']:,} (log-odds {row['log_odds']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
+                )
