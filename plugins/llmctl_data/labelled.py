@@ -47,7 +47,7 @@ def write_labelled(
         kept.setdefault(out.split_of(document), []).append(example)
     if params.negative_twin == "shuffled-labels":
         kept["train"] = list(shuffled(kept["train"], params.seed))
-    audits = []
+    audits: list[dict[str, Any]] = []
     if params.steps:
         from llmctl_data.labelled_steps import take_steps
 

@@ -113,22 +113,34 @@ def tell_groups(ctx: Context, result: shards.Result) -> None:
                 f"{told['largest']:.1%} of the bytes, {told['ratio']:,.1f} times the smallest"
             )
     for step in result.steps:
-        facts, found = step.get("facts") or {}, step["found"]
-        if step["name"] == "balance" and facts:
-            for row in facts["groups"]:
-                ctx.log(
-                    f"balance: {row['group']} {row['share_before']:.2%} → {row['share']:.2%} of the {facts['unit']} "
-                    f"(wanted {row['share_wanted']:.2%}), {row['epochs']:.2f} epochs"
-                )
-        if step["name"] == "augment" and facts:
-            ctx.log(f"augment: {facts['group']} {facts['share_before']:.2%}, {found.get('derived', 0):,} texts derived")
-            if lost := facts["planned"] - found.get("derived", 0):
-                ctx.warn(
-                    f"augment: {lost:,} of {facts['planned']:,} texts could not be derived; see `found` in the audit"
-                )
-        if step["name"] == "associations" and facts:
-            for row in [row for row in facts["associations"] if row["flagged"]][:NAMED]:
-                ctx.log(
-                    f"associations: {row['attribute']} goes with {row['group']} in {row['share']:.0%} of "
-                    f"{row['passages']:,} (log-odds {row['log_odds']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
-                )
+        if (facts := step.get("facts")) and step["name"] in TOLD:
+            TOLD[step["name"]](ctx, facts, step["found"])
+
+
+def tell_balance(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """The shares before and after, and the passes."""
+    for row in facts["groups"]:
+        ctx.log(
+            f"balance: {row['group']} {row['share_before']:.2%} → {row['share']:.2%} of the {facts['unit']} "
+            f"(wanted {row['share_wanted']:.2%}), {row['epochs']:.2f} epochs"
+        )
+
+
+def tell_augment(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """How many texts were derived, and how many could not be."""
+    derived = found.get("derived", 0)
+    ctx.log(f"augment: {facts['group']} had {facts['share_before']:.2%} of the documents; {derived:,} texts derived")
+    if lost := facts["planned"] - derived:
+        ctx.warn(f"augment: {lost:,} of {facts['planned']:,} texts could not be derived; the audit's `found` says why")
+
+
+def tell_associations(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """The strongest of those that are flagged."""
+    for row in [row for row in facts["associations"] if row["flagged"]][:NAMED]:
+        ctx.log(
+            f"associations: {row['attribute']} goes with {row['group']} in {row['share']:.0%} of "
+            f"{row['passages']:,} (log-odds {row['log_odds']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
+        )
+
+
+TOLD = {"balance": tell_balance, "augment": tell_augment, "associations": tell_associations}

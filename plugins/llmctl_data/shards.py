@@ -82,7 +82,7 @@ def told_steps(params: DataParams, others: OtherInputs) -> list[dict[str, Any]]:
         if told["name"] in ("decontaminate", "augment"):
             told["evaluation"] = [str(path) for path in others.evaluation]
         if told.get("method") == "back-translation":
-            told["models"] = [(str(model.path), model.type) for model in others.models]
+            told["models"] = [[str(model.path), model.type] for model in others.models]
     return steps
 
 

@@ -98,7 +98,8 @@ def volume(sizes: Mapping[str, int], shares: Mapping[str, float], params: Balanc
 def told(rows: Sequence[tuple[str, Sizes, float, Sizes]], params: BalanceParams) -> dict[str, Any]:
     """For the audit: before, wanted and realised shares and passes of every group, and how uneven they are."""
     unit = params.unit
-    before, after = (sum(row[place].size(unit) for row in rows) for place in (1, 3))  # type: ignore[union-attr]  # 1, 3
+    before = sum(sizes.size(unit) for _, sizes, _, _ in rows)
+    after = sum(taken.size(unit) for _, _, _, taken in rows)
     table = [
         {
             "group": name,

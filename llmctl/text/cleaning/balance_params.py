@@ -121,7 +121,8 @@ class AugmentParams(Params):
             raise ValueError("rules belongs to method: paraphrase, which needs it")
         if (self.method == "synthetic") != bool(self.templates):
             raise ValueError("templates belongs to method: synthetic, which needs it")
-        if self.method != "noise" and self.model_fields_set & {"noise", "rate"}:
+        fields = type(self).model_fields
+        if self.method != "noise" and any(getattr(self, name) != fields[name].default for name in ("noise", "rate")):
             raise ValueError("noise and rate belong to method: noise")
         try:
             named = {name for text in self.templates for _, name, _, _ in string.Formatter().parse(text) if name}

@@ -95,7 +95,7 @@ def sizes_of(findings: Iterable[Finding]) -> dict[str, Sizes]:
         pair[1] += size
     found = {}
     for group in sorted(bins):
-        listed = [(place, *bins[group][place]) for place in sorted(bins[group])]
+        listed = [(place, pair[0], pair[1]) for place, pair in sorted(bins[group].items())]
         found[group] = Sizes(sum(item[1] for item in listed), sum(item[2] for item in listed), listed)
     return found
 
