@@ -138,8 +138,8 @@ def tell_associations(ctx: Context, facts: dict[str, Any], found: dict[str, int]
     """The strongest of those that are flagged."""
     for row in [row for row in facts["associations"] if row["flagged"]][:NAMED]:
         ctx.log(
-            f"associations: {row['attribute']} goes with {row['group']} in {row['share']:.0%} of "
-            f"{row['passages']:,} (log-odds {row['log_odds']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
+            f"associations: {row['attribute']}: {row['share']:.0%} of {row['passages']:,} with {row['group']} "
+            f"(log-odds {row['log_odds']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
         )
 
 
