@@ -98,7 +98,11 @@ class SourceParams(Params):
         description="pattern for names of bound files (`*` crosses directories; the first entry that fits counts), or "
         "a URL: s3://, https://, any of fsspec's, hf://datasets/ORG/NAME[@REVISION]/PATTERN (`?stream`: no cache)",
     )
-    name: str | None = Field(None, min_length=1, description="what the audit calls the source; by default `path`")
+    name: str | None = Field(
+        None,
+        min_length=1,
+        description="what the audit calls the source, by default `path`; its documents carry it as `meta.corpus`",
+    )
     format: Format | None = Field(None, description="format of its files, where their names do not tell")
     fields: dict[str, str] = Field({}, description="as `fields` of the stage, for this source; added to them")
     rows: Literal["text", "record"] = Field(

@@ -64,7 +64,7 @@ class Balance:
 def repeated(document: Document, copy: int) -> Document:
     """The document once more, in the same split."""
     return replace(
-        document, id=f"{document.id}~{copy}", meta={**document.meta, "parent": document.id, "method": "copy"}
+        document, id=f"{document.id}~copy-{copy}", meta={**document.meta, "parent": document.id, "method": "copy"}
     )
 
 
