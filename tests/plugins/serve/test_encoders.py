@@ -16,8 +16,6 @@ from llmctl.testing import run_stage
 from llmctl_serve.opening import Opener
 from llmctl_serve.params import ServeParams
 
-from ..conftest import write_byte_tokenizer
-
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
@@ -25,7 +23,7 @@ TEXTS = ["a loom", "Which module provides dedent?", "naïve"]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Artifact, Artifact]]:
+def exported(tmp_path_factory: pytest.TempPathFactory, write_tokenizer) -> dict[str, tuple[Artifact, Artifact]]:
     """A sentence encoder and a T5, random: as transformers' directories and as bundles with a tokenizer of bytes."""
     import transformers
 
@@ -43,7 +41,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Artifa
     ):
         where = tmp_path_factory.mktemp(name)
         model.save_pretrained(where / "hf")
-        write_byte_tokenizer(where / "hf")
+        write_tokenizer(where / "hf")
         hf = Artifact(where / "hf", "model.hf")
         result = run_stage(
             EXPORT_ONNX, where / "out", {"parity_prompts": 2, "threads": 1, **params}, model=hf, data=None

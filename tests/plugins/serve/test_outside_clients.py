@@ -1,7 +1,7 @@
 """Programs that others wrote, against the server: lm-evaluation-harness and schemathesis, where they are installed.
 
-    python -m venv peers && peers/bin/pip install 'lm-eval[api]==0.4.13' transformers schemathesis==4.32.5
-    LLMCTL_PEERS=$PWD/peers pytest -m slow tests/plugins/serve/test_outside_clients.py
+python -m venv peers && peers/bin/pip install 'lm-eval[api]==0.4.13' transformers schemathesis==4.32.5
+LLMCTL_PEERS=$PWD/peers pytest -m slow tests/plugins/serve/test_outside_clients.py
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def tasks(server, tmp_path) -> Path:
         "doc_to_text: '{{question}}'\n"
     )
     (tmp_path / "choice.yaml").write_text(
-        "task: local_choice\noutput_type: multiple_choice\ntarget_delimiter: ''\n" + common + "doc_to_choice: '{{choices}}'\n"
+        "task: local_choice\noutput_type: multiple_choice\ntarget_delimiter: ''\n"
+        + common
+        + "doc_to_choice: '{{choices}}'\n"
         "doc_to_target: '{{label}}'\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
     (tmp_path / "generate.yaml").write_text(
