@@ -312,7 +312,7 @@ def soak(server: Server, truth: Truth, seconds: float) -> None:
     assert len(traffic.done) == 6 and min(traffic.done.values()) > 3, traffic.done
     wait_for(lambda: server.gauge("llmctl_running") == server.gauge("llmctl_queue_depth") == 0)
     wait_for(lambda: server.gauge("llmctl_open_requests") <= 1)  # that which asks
-    after = [size for passed, size in memory if passed > seconds / 3]
+    after = [size for passed, size in memory if passed > seconds / 2]
     quarter = len(after) // 4
     early, late = statistics.median(after[:quarter]), statistics.median(after[-quarter:])
     print(

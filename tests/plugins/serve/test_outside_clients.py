@@ -112,7 +112,16 @@ def test_lm_evaluation_harness_chats(server, tasks) -> None:
 def test_schemathesis_finds_no_failure_of_the_server(server, tmp_path) -> None:
     command = [peer("schemathesis"), "run", f"{server.base}/openapi.json", "--url", server.base, "--seed", "1"]
     command += ["--checks", "not_a_server_error,response_schema_conformance,content_type_conformance"]
-    command += ["--max-examples", "25", "--phases", "examples,coverage,fuzzing", "--exclude-path-regex", "^/admin"]
+    command += [
+        "--max-examples",
+        "25",
+        "--max-time",
+        "90",
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--exclude-path-regex",
+        "^/admin",
+    ]
     command += ["--request-timeout", "30", "--max-failures", "5", "--suppress-health-check", "all"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
