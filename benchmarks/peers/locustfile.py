@@ -1,7 +1,7 @@
 """Load by locust: users who stream an answer, ask for whole ones, and send what is refused, without a pause.
 
-    python -m venv peers && peers/bin/pip install locust==2.47.0
-    peers/bin/locust -f benchmarks/peers/locustfile.py --headless -u 16 -r 16 -t 20s --host http://127.0.0.1:8000
+python -m venv peers && peers/bin/pip install locust==2.47.0
+peers/bin/locust -f benchmarks/peers/locustfile.py --headless -u 16 -r 16 -t 20s --host http://127.0.0.1:8000
 """
 
 from __future__ import annotations
