@@ -36,6 +36,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 8, 512
 """Steps of all rows together, although there were proposals, after which they are tried once more; doubled each time
 that it did not pay."""
 
+LONGEST_RUN = 64
+"""Steps in a row that speculate, after which one is plain, so that its cost is that of now."""
+
 
 class Costs:
     """Seconds that calls take, by kind and size."""
@@ -111,6 +114,8 @@ class Speculation:
         self._progress: dict[Lane, Progress] = {}
         self._plain = 0
         """Steps in a row that had proposals and did not pay."""
+        self._run = 0
+        """Steps in a row that speculated."""
         self._pause = FIRST_PAUSE
 
     # -- whether -------------------------------------------------------------------------------------------------------
@@ -125,6 +130,9 @@ class Speculation:
             return None
         if not self.costs.known("step", len(lanes)):
             return None  # without it nothing can be compared
+        if self._run >= LONGEST_RUN:
+            self._run = 0
+            return None
         self.drafter.begin()
         plan = [self.drafter.plan(lane, self._most(lane)) for lane in lanes]
         if not any(plan):
@@ -134,11 +142,13 @@ class Speculation:
             plan = [count if self._gains(lane, count) else 0 for lane, count in zip(lanes, plan, strict=True)]
             if not (any(plan) and self.pays(lanes, plan)):
                 self._plain += 1
+                self._run = 0
                 return None
         found = [self._propose(lane, count) if count else [] for lane, count in zip(lanes, plan, strict=True)]
         if not any(found):
             return None
         self._plain = 0
+        self._run += 1
         paying = not trying or self.pays(lanes, plan)
         self._pause = FIRST_PAUSE if paying else min(2 * self._pause, LONGEST_PAUSE)
         return found

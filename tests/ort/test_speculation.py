@@ -18,7 +18,7 @@ from llmctl.generator import Sampling
 from llmctl.ort import OrtGenerator, speculation
 from llmctl.ort.drafts import LONGEST_NGRAM, DraftModel, NgramIndex
 from llmctl.ort.slots import Slots
-from llmctl.ort.speculation import FIRST_PAUSE, Acceptance, Costs, Speculation
+from llmctl.ort.speculation import FIRST_PAUSE, LONGEST_RUN, Acceptance, Costs, Speculation
 from llmctl.ort.tasks import Lane, Task
 
 
@@ -371,6 +371,12 @@ def test_what_does_not_pay_is_tried_again_ever_more_rarely() -> None:
     rule.costs.add("step", 8, 100.0)
     rule.costs.add("feed", 5, 1.0)
     assert rule.drafts(lanes) is not None
+
+
+def test_the_cost_of_a_plain_step_is_measured_anew_while_speculation_pays() -> None:
+    rule = ruled({1: 10.0}, {1: 1.0, 5: 2.0})
+    plain = [i for i in range(200) if rule.drafts(lanes_of(1)) is None]
+    assert plain == [LONGEST_RUN, 2 * LONGEST_RUN + 1, 3 * LONGEST_RUN + 2]
 
 
 def test_a_proposal_grows_with_success_shrinks_with_failure_and_ends_before_the_limit() -> None:
