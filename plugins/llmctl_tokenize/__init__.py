@@ -1,8 +1,8 @@
-"""Train a tokenizer, write token shards, or both."""
+"""Train a tokenizer, write token shards, or both; compare, inspect and import tokenizers."""
 
 from __future__ import annotations
 
-from llmctl import In, Out, Stage, hookimpl
+from llmctl import Command, In, Out, Stage, hookimpl
 
 TOKENIZE = Stage(
     name="tokenize",
@@ -23,3 +23,15 @@ TOKENIZE = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `tokenize`."""
     return [TOKENIZE]
+
+
+@hookimpl
+def register_commands() -> list[Command]:
+    """Offer `tokenizers`."""
+    return [
+        Command(
+            name="tokenizers",
+            help="Compare, inspect, import and try tokenizers.",
+            target="llmctl_tokenize.commands:tokenizers",
+        )
+    ]
