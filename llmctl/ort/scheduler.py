@@ -170,14 +170,15 @@ class OrtEngine:
         if together:
             self._draw([lanes[i] for i in together], logits[together], events)
         at = {id(lane): i for i, lane in enumerate(lanes)}
+        searched: set[int] = set()  # a search changes which lanes its beams are in
         for i, lane in enumerate(lanes):
-            if lane.done:
-                continue
             task = lane.task
+            if lane.done or task.ticket in searched:
+                continue
             try:
                 if task.search is not None:
-                    if lane is task.beams[0]:
-                        self._search(task, logits[[at[id(beam)] for beam in task.beams]], events)
+                    searched.add(task.ticket)
+                    self._search(task, logits[[at[id(beam)] for beam in task.beams]], events)
                 elif task.request.constraint is not None:
                     self._draw([lane], logits[i : i + 1], events)
             except Exception as error:  # a constraint is foreign code: what it raises is its own request's failure
@@ -275,10 +276,11 @@ class OrtEngine:
             if choice in task.cancelled:
                 continue
             if answer is None:
-                events.append(self._event(task, choice, (), (), "cancelled"))
+                events.append(self._event(task, choice, (), (), "stop"))  # fewer answers exist
                 continue
             self._generated += len(answer.ids)
-            scored = score_answer(task, answer.ids, self._slots, self.options.prefill_tokens)
+            ends = self.eos_ids if answer.ended else frozenset[int]()
+            scored = score_answer(task, answer.ids, ends, self._slots, self.options.prefill_tokens)
             reason: FinishReason = "stop" if answer.ended else "length"
             events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
         self._end_all(task)

@@ -89,7 +89,9 @@ def write_audit(audit: dict[str, Any], directory: Path) -> None:
 
 
 def tell(ctx: Context, result: shards.Result) -> None:
-    """Lines for the terminal: the first problems by name, and how many there are."""
+    """Lines for the terminal: what each step did, the first problems by name, and how many there are."""
+    for line in table(result):
+        ctx.log(line)
     for note in list(shards.all_notes(result))[:NAMED]:
         ctx.log(f"{note['name']}: {note['detail']}")
     count = sum(result.read.rejected.values())
@@ -100,3 +102,25 @@ def tell(ctx: Context, result: shards.Result) -> None:
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in result.read.audit()["rejected"].items())
     more = f", the first {NAMED} are named above" if count > NAMED else ""
     ctx.warn(f"{count:,} not read: {reasons}{more}; all are in {REJECTS} of the metrics")
+
+
+def table(result: shards.Result) -> list[str]:
+    """A row for every step, what was read above and what is left below; no row at all where there are no steps."""
+    if not result.steps:
+        return []
+    total = result.read.audit()
+    rows = [("read", f"{total['documents']:,}", shown_bytes(total["bytes"]), "")]
+    for step in result.steps:
+        parts = [f"{count:,} {reason}" for reason, count in step["dropped"].items()]
+        parts += [f"{step[what]:,} {what}" for what in ("edited", "tagged") if step[what]]
+        documents = step["documents_out"] - step["documents_in"]
+        rows.append((step["name"], f"{documents:+,}" if documents else "0", "", ", ".join(parts)))
+    rows.append(("kept", f"{result.kept.documents:,}", shown_bytes(result.kept.bytes), ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = (f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
+    return [line.rstrip() for line in lines]
+
+
+def shown_bytes(size: int) -> str:
+    """A number of bytes, in MB, or in kB where that is nothing."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"

@@ -230,6 +230,16 @@ def test_a_run_that_was_stopped_goes_on_and_gives_the_same(big, tmp_path):
     assert digest(rest.outputs["text"].path) == digest(whole.outputs["text"].path)
 
 
+def test_the_terminal_shows_what_each_step_did(big, tmp_path):
+    told = [fields["text"] for kind, fields in run(big, tmp_path, {**CUT, "workers": 1}).events if kind == "log"]
+    words = [line.split() for line in told]
+    table = words[[line[0] for line in words].index("read") :][:5]
+    assert [row[0] for row in table] == ["read", "length", "exact-duplicates", "length", "kept"]
+    counts = [int(row[1].replace(",", "")) for row in table]
+    assert counts[0] == 2049 and sum(counts[:-1]) == counts[-1]
+    assert " ".join(table[2][2:]) == f"{-counts[2]} exact duplicate"
+
+
 def test_a_task_is_a_command(big, tmp_path):
     with pytest.raises(TempFail):
         run(big, tmp_path, {**CUT, "workers": 1}, stop_after=1)
