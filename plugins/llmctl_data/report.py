@@ -94,6 +94,7 @@ def tell(ctx: Context, result: shards.Result) -> None:
         ctx.log(line)
     for note in list(shards.all_notes(result))[:NAMED]:
         ctx.log(f"{note['name']}: {note['detail']}")
+    tell_groups(ctx, result)
     count = sum(result.read.rejected.values())
     if not count:
         return
@@ -124,3 +125,46 @@ def table(result: shards.Result) -> list[str]:
 def shown_bytes(size: int) -> str:
     """A number of bytes, in MB, or in kB where that is nothing."""
     return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+def tell_groups(ctx: Context, result: shards.Result) -> None:
+    """How uneven sources, languages and classes are, and what steps made of it."""
+    for group, units in result.kept.audit()["imbalance"].items():
+        told = units["bytes"]
+        if told["groups"] > 1:
+            ctx.log(
+                f"{told['groups']} groups by {group}: effectively {told['effective']:.2f}, the largest "
+                f"{told['largest']:.1%} of the bytes, {told['ratio']:,.1f} times the smallest"
+            )
+    for step in result.steps:
+        if (facts := step.get("facts")) and step["name"] in TOLD:
+            TOLD[step["name"]](ctx, facts, step["found"])
+
+
+def tell_balance(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """The shares before and after, and the passes."""
+    for row in facts["groups"]:
+        ctx.log(
+            f"balance: {row['group']} {row['share_before']:.2%} → {row['share']:.2%} of the {facts['unit']} "
+            f"(wanted {row['share_wanted']:.2%}), {row['epochs']:.2f} epochs"
+        )
+
+
+def tell_augment(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """How many texts were derived, and how many could not be."""
+    derived = found.get("derived", 0)
+    ctx.log(f"augment: {facts['group']} had {facts['share_before']:.2%} of the documents; {derived:,} texts derived")
+    if lost := facts["planned"] - derived:
+        ctx.warn(f"augment: {lost:,} of {facts['planned']:,} texts could not be derived; the audit's `found` says why")
+
+
+def tell_associations(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """The strongest of those that are flagged."""
+    for row in [row for row in facts["associations"] if row["flagged"]][:NAMED]:
+        ctx.log(
+            f"associations: {row['attribute']}: {row['share']:.0%} of {row['passages']:,} with {row['group']} "
+            f"(log-odds {row['log_odds']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
+        )
+
+
+TOLD = {"balance": tell_balance, "augment": tell_augment, "associations": tell_associations}

@@ -264,7 +264,8 @@ def test_sources_say_what_their_files_are(tmp_path):
     found = list(read_rows(result.outputs["text"], "train"))
     web = [row for row in found if row["source"] != "b.txt"]
     assert sorted(row["id"] for row in web) == sorted(f"k{n}{end}" for n in range(10) for end in ("", "~2"))
-    assert all(row["meta"] == {"license": "CC-BY-4.0", "language": "en"} for row in web)
+    told = {"license": "CC-BY-4.0", "language": "en", "corpus": "web"}
+    assert all(row["meta"] == told for row in web)
     audit = json.loads((result.outputs["text"].path / "audit.json").read_text())
     told = next(source for source in audit["sources"] if source["name"] == "web")
     assert (told["documents"], told["taken"], told["kept"], told["license"]) == (10, 20, 20, "CC-BY-4.0")
