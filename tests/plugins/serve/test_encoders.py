@@ -18,6 +18,7 @@ from llmctl_serve.params import ServeParams
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
+pytestmark = pytest.mark.slow  # two exports
 
 TEXTS = ["a loom", "Which module provides dedent?", "naïve"]
 
