@@ -23,7 +23,7 @@ SHOWN = 200
 
 
 def open_reader(model: Artifact, device: str, threads: int) -> Reader:
-    """What reads with the model. UsageError for one that has a head and gives no states."""
+    """What reads with the model. UsageError for a bundle that was exported with a head and gives no states."""
     if model.type == "model.onnx":
         from llmctl.ort import open_encoder
 
@@ -33,7 +33,7 @@ def open_reader(model: Artifact, device: str, threads: int) -> Reader:
         return encoder
     from llmctl.train import reading
 
-    return reading.open_reader(model.path, device, threads)
+    return reading.open_reader(model.path, device, threads, states=True)
 
 
 def encode(ctx: Context, params: EmbedParams, texts: Iterable[tuple[str, str]], model: Artifact) -> Vectors:

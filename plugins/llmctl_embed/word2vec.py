@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from llmctl_embed.corpus import Corpus
 from llmctl_embed.params import EmbedParams
 
+MEASURED = 4096
+"""Words of a block whose loss is measured after it."""
 BLOCK = 1 << 16
 """Words whose contexts are laid out at once."""
 MOST, FEWEST = 1024, 16
 """Words of one step."""
-REPEATS = 16
+REPEATS = 32
 """How often the most frequent word may be in a step, on average: all of its gradients are of the same weights."""
 
 
@@ -96,36 +99,64 @@ def blocks(corpus: Corpus, params: EmbedParams, random: np.random.Generator) -> 
         begin = end
 
 
-def step(weights: Weights, block: Block, wrong: Tensor, lr: float, *, cbow: bool, mean: bool) -> float:
-    """One step of gradient descent in place; `wrong (N, K)`. A wrong word that is the right one is left out.
+@dataclass(frozen=True)
+class Examples:
+    """What one step learns from, or what a block's steps are cut from."""
 
-    Returns the sum of the losses before it.
-    """
-    targets = torch.cat([block.words.unsqueeze(1), wrong], 1)
-    said = torch.ones_like(targets, dtype=torch.float32)
-    said[:, 1:] = (wrong != block.words.unsqueeze(1)).float()  # 0 takes an example out
+    targets: Tensor
+    """`(N, 1 + K)`: the word, then the wrong ones."""
+    counted: Tensor
+    """`(N, 1 + K, 1)` float32: 0 for a wrong word that is the right one, which is left out."""
+    contexts: Tensor
+    """`(N, 2w)`."""
+    shares: Tensor
+    """`(N, 1, 2w)` float32: of each context; 1, or with CBOW's mean one by their number, and 0 where there is none."""
+
+    @classmethod
+    def of(cls, block: Block, wrong: Tensor, *, mean: bool) -> Examples:
+        """`wrong (N, K)`."""
+        word = block.words.unsqueeze(1)
+        counted = torch.cat([torch.ones_like(word), wrong != word], 1).float().unsqueeze(2)
+        shares = block.real.float().unsqueeze(1)
+        shares = shares / shares.sum(2, keepdim=True) if mean else shares
+        return cls(torch.cat([word, wrong], 1), counted, block.contexts, shares)
+
+    def part(self, begin: int, size: int) -> Examples:
+        """`size` words from `begin` on."""
+        return Examples(*(t[begin : begin + size] for t in (self.targets, self.counted, self.contexts, self.shares)))
+
+
+@torch.inference_mode()
+def step(weights: Weights, taken: Examples, lr: float, *, cbow: bool) -> None:
+    """One step of gradient descent on the loss of the examples, in place."""
     size = weights.inputs.shape[1]
-    output = weights.outputs.index_select(0, targets.flatten()).view(*targets.shape, size)
-    real = block.real.float().unsqueeze(2)
-    vectors = weights.inputs.index_select(0, block.contexts.flatten()).view(*block.contexts.shape, size)
+    output = weights.outputs.index_select(0, taken.targets.view(-1)).view(*taken.targets.shape, size)
+    vectors = weights.inputs.index_select(0, taken.contexts.view(-1)).view(*taken.contexts.shape, size)
     if cbow:
-        share = real / real.sum(1, keepdim=True) if mean else real
-        vectors = (vectors * share).sum(1, keepdim=True)
-        counted = said.unsqueeze(2)
-    else:
-        counted = said.unsqueeze(2) * real.transpose(1, 2)
-    scores = output @ vectors.transpose(1, 2)  # (N, 1 + K, 2w), or (N, 1 + K, 1)
-    signed = scores.clone()
-    signed[:, 1:].neg_()
-    loss = -(torch.nn.functional.logsigmoid(signed) * counted).sum()
-    push = torch.sigmoid(-signed).mul_(counted).mul_(lr)
-    push[:, 1:].neg_()
-    to_inputs = push.transpose(1, 2) @ output
+        vectors = torch.bmm(taken.shares, vectors)
+    push = torch.bmm(output, vectors.transpose(1, 2)).sigmoid_().neg_()  # (N, 1 + K, 2w), or (N, 1 + K, 1)
+    push[:, 0] += 1
+    push.mul_(taken.counted).mul_(lr)
+    if not cbow:
+        push.mul_(taken.shares)
+    to_inputs = torch.bmm(push.transpose(1, 2), output)
     if cbow:
-        to_inputs = to_inputs * share
-    weights.outputs.index_add_(0, targets.flatten(), (push @ vectors).view(-1, size))
-    weights.inputs.index_add_(0, block.contexts.flatten(), to_inputs.reshape(-1, size))
-    return float(loss)
+        to_inputs = torch.bmm(taken.shares.transpose(1, 2), to_inputs)
+    weights.outputs.index_add_(0, taken.targets.view(-1), torch.bmm(push, vectors).view(-1, size))
+    weights.inputs.index_add_(0, taken.contexts.view(-1), to_inputs.view(-1, size))
+
+
+@torch.inference_mode()
+def loss_of(weights: Weights, taken: Examples, *, cbow: bool) -> float:
+    """Mean loss of the examples: pairs, or with CBOW words."""
+    output, vectors = weights.outputs[taken.targets], weights.inputs[taken.contexts]
+    if cbow:
+        vectors = torch.bmm(taken.shares, vectors)
+    scores = torch.bmm(output, vectors.transpose(1, 2))
+    scores[:, 1:].neg_()
+    counted = taken.counted if cbow else taken.counted * taken.shares
+    examples = len(taken.targets) if cbow else float(taken.shares.sum())
+    return float(-(logsigmoid(scores) * counted).sum()) / max(examples, 1)
 
 
 def words_per_step(corpus: Corpus, params: EmbedParams) -> int:
@@ -140,7 +171,7 @@ def words_per_step(corpus: Corpus, params: EmbedParams) -> int:
 def train(
     corpus: Corpus, params: EmbedParams, epochs: int, lr: float, report: Callable[[int, int, float], None]
 ) -> tuple[Weights, float]:
-    """(weights, mean loss of an example in the last pass). `report(words, of, loss)` after each block may raise.
+    """(weights, mean loss of the last block's first examples). `report(words, of, loss)` after each block may raise.
 
     The rate falls in a line with the words read. Equal seeds give equal weights on one thread.
     """
@@ -148,20 +179,17 @@ def train(
     random = np.random.default_rng([params.seed, 1])
     ladder = np.cumsum(noise(corpus.counts, params.ns_exponent))
     size, cbow = words_per_step(corpus, params), params.architecture == "cbow"
-    total, loss, mean = epochs * len(corpus.ids), 0.0, 0.0
+    total, loss = epochs * len(corpus.ids), 0.0
     for epoch in range(epochs):
-        loss, examples, before = 0.0, 0, 0
+        before = 0
         for read, block in blocks(corpus, params, random):
             drawn = np.searchsorted(ladder, random.random((len(block.words), params.negative)) * ladder[-1], "right")
             wrong = torch.from_numpy(np.minimum(drawn, len(ladder) - 1))
+            examples = Examples.of(block, wrong, mean=cbow and params.cbow_mean)
             for begin in range(0, len(block.words), size):
-                part = slice(begin, begin + size)
                 share = begin / len(block.words)
                 done = (epoch * len(corpus.ids) + before + share * (read - before)) / total
-                rate = lr - (lr - params.min_lr) * done
-                taken = Block(block.words[part], block.contexts[part], block.real[part])
-                loss += step(weights, taken, wrong[part], rate, cbow=cbow, mean=params.cbow_mean)
-            examples += len(block.words) if cbow else int(block.real.sum())
-            mean, before = loss / max(examples, 1), read
-            report(epoch * len(corpus.ids) + read, total, mean)
-    return weights, mean
+                step(weights, examples.part(begin, size), lr - (lr - params.min_lr) * done, cbow=cbow)
+            loss, before = loss_of(weights, examples.part(0, MEASURED), cbow=cbow), read
+            report(epoch * len(corpus.ids) + read, total, loss)
+    return weights, loss
