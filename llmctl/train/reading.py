@@ -17,8 +17,10 @@ from llmctl.train.generate import pick_device
 
 
 def open_reader(directory: Path, device: str = "auto", threads: int = 0, *, states: bool = False) -> TorchReader:
-    """Open a `model.hf` directory to read with it; with `states` whatever its head is, it is left out. Raises MachineError without the device, InputError if damaged or
-    an encoder-decoder."""
+    """Open a `model.hf` directory to read with it; `states` leaves out whatever head it has.
+
+    Raises MachineError without the device, InputError if damaged or an encoder-decoder.
+    """
     if threads > 0:
         torch.set_num_threads(threads)
     model = load_model(directory, pick_device(device))

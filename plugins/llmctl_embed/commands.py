@@ -144,9 +144,7 @@ def _accuracy_table(sections: list[Any]) -> str:
 )
 @store_option
 @format_option
-def similarity(
-    vectors: str, file: Path, columns: tuple[int, int, int], store_path: Path | None, format_: str
-) -> None:
+def similarity(vectors: str, file: Path, columns: tuple[int, int, int], store_path: Path | None, format_: str) -> None:
     """How well cosines order the pairs of FILE (word, word, rating) as people do, by Spearman's correlation."""
     from llmctl_embed.similarity import agreement, read_ratings
 

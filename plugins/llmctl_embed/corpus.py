@@ -72,7 +72,7 @@ def sentences(texts: Iterable[str], params: EmbedParams) -> Iterator[list[str]]:
 
 
 def build(found: Iterable[list[str]], min_count: int, max_vocab: int | None, where: Path) -> Corpus:
-    """Count and number the words; those left out leave no gap, as in word2vec. InputError if fewer than two are kept."""
+    """Count and number the words; those left out leave no gap, as in word2vec. InputError if fewer than 2 remain."""
     numbers: dict[str, int] = {}
     pieces: list[np.ndarray] = []
     counted: Counter[int] = Counter()

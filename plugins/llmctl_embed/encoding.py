@@ -82,9 +82,7 @@ def _places(frame: Framed, text: str, word: str, lowercase: bool) -> list[int]:
     return [n for n, (begin, end) in enumerate(frame.spans) if begin < end and begin < found[1] and end > found[0]]
 
 
-def _read(
-    reader: Reader, wanted: list[tuple[Framed, list[int]]], pooling: str
-) -> Iterator[tuple[int, np.ndarray]]:
+def _read(reader: Reader, wanted: list[tuple[Framed, list[int]]], pooling: str) -> Iterator[tuple[int, np.ndarray]]:
     """(number, vector) of each text in order; texts of like length are read together."""
     pooled: dict[int, np.ndarray] = {}
     order = sorted(range(len(wanted)), key=lambda n: len(wanted[n][0].ids))

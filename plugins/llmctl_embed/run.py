@@ -12,7 +12,6 @@ from llmctl_embed.corpus import Corpus, build, read_texts, sentences
 from llmctl_embed.params import EmbedParams
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
 

@@ -1,4 +1,4 @@
-"""`llmctl embeddings` beside gensim 4.4 on the same vectors (tests/plugins/embed/gensim), and files that are damaged."""
+"""`llmctl embeddings` beside gensim 4.4 on the same vectors (tests/plugins/embed/gensim), and damaged files."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def test_accuracy_is_gensims(method, theirs, most):
 
 def test_random_vectors_know_no_analogies(vectors):
     drawn = np.random.default_rng(0).standard_normal(vectors.matrix.shape).astype(np.float32)
-    sections = analogies.evaluate(
-        Vectors(vectors.names, drawn), analogies.read_questions(FOLDER / "questions.txt")
-    )
+    sections = analogies.evaluate(Vectors(vectors.names, drawn), analogies.read_questions(FOLDER / "questions.txt"))
     assert analogies.totals(sections)[-1].accuracy < 0.05
 
 

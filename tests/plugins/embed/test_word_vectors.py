@@ -33,7 +33,9 @@ def counts():
 def minimise(loss, *shapes):
     """Parameters at which `loss` of them is least, by L-BFGS in float64."""
     generator = torch.Generator().manual_seed(1)
-    found = [torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.5).requires_grad_() for shape in shapes]
+    found = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).mul_(0.5).requires_grad_() for shape in shapes
+    ]
     optimizer = torch.optim.LBFGS(
         found, max_iter=20_000, max_eval=30_000, tolerance_grad=1e-12, tolerance_change=1e-16,
         history_size=50, line_search_fn="strong_wolfe",
