@@ -53,7 +53,9 @@ def make_model(directory, steps):
     from llmctl.nn.transformer import Transformer
 
     torch.manual_seed(0)
-    config = ModelConfig(arch="bert", vocab_size=len(WORDS), dim=32, layers=2, heads=2, context=32, pad_id=0)
+    config = ModelConfig(
+        arch="bert", token_types=2, vocab_size=len(WORDS), dim=32, layers=2, heads=2, context=32, pad_id=0
+    )
     model = Transformer(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     texts = sentences(2000, 1)
@@ -154,7 +156,16 @@ def test_onnx_says_what_torch_says(fresh, tmp_path):
     from llmctl_export_onnx import EXPORT_ONNX
 
     whole = load_model(fresh.path, torch.device("cpu"))
-    values = {"arch": "bert", "vocab_size": len(WORDS), "dim": 32, "layers": 2, "heads": 2, "context": 32, "pad_id": 0}
+    values = {
+        "arch": "bert",
+        "token_types": 2,
+        "vocab_size": len(WORDS),
+        "dim": 32,
+        "layers": 2,
+        "heads": 2,
+        "context": 32,
+        "pad_id": 0,
+    }
     bare = Transformer(ModelConfig(**values, head="features"))
     bare.load_state_dict(whole.state_dict(), strict=False)
     save_model(bare, tmp_path / "bare", fresh.path)
