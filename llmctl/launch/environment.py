@@ -12,9 +12,9 @@ NAMES = frozenset(
 )
 PREFIXES = (
     "LC_", "PYTHON", "LD_", "DYLD_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH",
-    "PYTORCH_", "ORT_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "LLMCTL_", "XDG_", "SLURM_", "GLOO_",
+    "PYTORCH_", "ORT_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "LLMCTL_", "XDG_", "SLURM_", "GLOO_", "OTEL_",
 )  # fmt: skip
-PRIVATE = ("_TOKEN", "_KEY", "_SECRET", "_PASSWORD")
+PRIVATE = ("_TOKEN", "_KEY", "_SECRET", "_PASSWORD", "_HEADERS")
 """Ends of names that are not let through by their prefix: what opens a door must be declared by the stage that needs
 it."""
 FIXED = {

@@ -22,9 +22,8 @@ def resolve(secrets: Mapping[str, Secret], names: Iterable[str]) -> dict[str, st
     """The values of `names`. MachineError says which one is not there, where it was declared, and the way out."""
     values = {}
     for name in names:
-        if name not in secrets:
-            raise MachineError(f"the secret `{name}` is not declared", hint="declare it under `secrets:` of the spec")
-        secret = secrets[name]
+        # One that nobody declared is a variable that a stage's parameters name.
+        secret = secrets.get(name) or Secret(name=name, origin="env", variable=name)
         value = {"env": _from_environment, "file": _from_file, "command": _from_command}[secret.origin](secret)
         if not value:
             raise _missing(secret, "it is empty", "give it a value")

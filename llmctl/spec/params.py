@@ -24,6 +24,10 @@ class Params(BaseModel):
         """How many processes run the stage together, each all of it (SPMD); rank 0 leaves the outputs."""
         return 1
 
+    def secrets(self) -> set[str]:
+        """Variables of the runner's environment that these parameters name: the stage is given them, as secrets."""
+        return set()
+
     def restarts(self) -> int:
         """How often all of them are started anew after one of several was lost."""
         return 0

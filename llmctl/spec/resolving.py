@@ -37,6 +37,7 @@ class Resolving:
             return None
         body = draft.body
         env, resources = self._operational(draft, body) if body else ({}, Resources())
+        named = {name: EnvValue(secret=name, affects_output=False) for name in sorted(draft.params.secrets())}
         self._check_processes(draft, draft.params.processes(), resources)
         rows = {key: value.value for key, value in draft.row.values.items()} if draft.row else {}
         return StageSpec(
@@ -48,7 +49,7 @@ class Resolving:
             needs=draft.needs,
             gates=tuple(draft.gates),
             output=self._output(draft),
-            env=env,
+            env={**named, **env},
             resources=resources,
             cache=body.cache if body else "auto",
             tag=model.tag,

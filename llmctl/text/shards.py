@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -122,6 +123,17 @@ def _map(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r", shape=(count,))
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as they go into shards: `ids` one after the other, shape `(sum(lengths),)`, BOS and EOS included."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    """Tokens of each document, int64."""
+    bytes: int
+    """UTF-8 bytes of text that they stand for."""
+
+
 @dataclass
 class _Open:
     tokens: BinaryIO
@@ -135,35 +147,76 @@ class _Open:
 class ShardWriter:
     """Writes token shards document by document; memory does not grow. Use as a context manager or call `close`.
 
-    Every split in `splits` exists when closed, empty if nothing was added to it.
+    Every split in `splits` exists when closed, empty if nothing was added to it. `resume` is the `meta.json` of a
+    `checkpoint` in the same directory: what was written after it is cut off, and writing goes on from there.
     """
 
-    def __init__(self, directory: Path, *, vocab_size: int, tokenizer: str, splits: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        vocab_size: int,
+        tokenizer: str,
+        splits: Sequence[str] = (),
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._vocab_size, self._tokenizer = directory, vocab_size, tokenizer
         self._dtype = token_dtype(vocab_size)
         self._splits: dict[str, _Open] = {}
         for split in splits:
-            self._open(split)
+            self._open(split, (resume or {}).get("splits", {}).get(split))
 
-    def _open(self, split: str) -> _Open:
+    def _open(self, split: str, entry: Mapping[str, Any] | None = None) -> _Open:
         names = [f"{split}-00000.bin", f"{split}-00000.idx"]
+        if entry and (reopened := self._reopen(names, entry)):
+            self._splits[split] = reopened
+            return reopened
         tokens, index = ((self._directory / name).open("wb") for name in names)
         index.write(np.zeros(1, OFFSET).tobytes())
         self._splits[split] = _Open(tokens, index, files=names)
         return self._splits[split]
 
+    def _reopen(self, names: list[str], entry: Mapping[str, Any]) -> _Open | None:
+        """The files of a checkpoint, cut to what it vouches for; None if they hold less."""
+        sizes = (entry["tokens"] * self._dtype.itemsize, (entry["documents"] + 1) * OFFSET.itemsize)
+        paths = [self._directory / name for name in names]
+        if any(not path.is_file() or path.stat().st_size < size for path, size in zip(paths, sizes, strict=True)):
+            return None
+        files = [path.open("r+b") for path in paths]
+        for file, size in zip(files, sizes, strict=True):
+            file.truncate(size)
+            file.seek(size)
+        return _Open(files[0], files[1], entry["tokens"], entry["documents"], entry["bytes"], names)
+
+    def documents(self, split: str) -> int:
+        """How many documents `split` has so far."""
+        return self._splits[split].documents if split in self._splits else 0
+
     def add(self, split: str, ids: Sequence[int], bytes: int) -> None:
         """Append a document of `ids` (below `vocab_size`, BOS and EOS included) that stands for `bytes` of text."""
         values = np.asarray(ids, dtype=np.int64)
+        self.add_encoded(split, Encoded(values, np.array([len(values)]), bytes))
+
+    def add_encoded(self, split: str, documents: Encoded) -> None:
+        """Append several documents; ValueError if an id is not below `vocab_size`."""
+        values = documents.ids
         if len(values) and not 0 <= values.min() <= values.max() < self._vocab_size:
             raise ValueError(f"token id {values.max()} in a vocabulary of {self._vocab_size}")
         part = self._splits.get(split) or self._open(split)
-        part.tokens.write(values.astype(self._dtype).tobytes())
+        part.tokens.write(values.astype(self._dtype, copy=False).tobytes())
+        part.index.write((part.count + np.cumsum(documents.lengths)).astype(OFFSET).tobytes())
         part.count += len(values)
-        part.index.write(np.array([part.count], OFFSET).tobytes())
-        part.documents += 1
-        part.bytes += bytes
+        part.documents += len(documents.lengths)
+        part.bytes += documents.bytes
+
+    def checkpoint(self) -> None:
+        """Bring all that was added to disk, then write `meta.json`: a writer with `resume` goes on from here."""
+        for part in self._splits.values():
+            for file in (part.tokens, part.index):
+                file.flush()
+                os.fsync(file.fileno())
+        self._write_meta()
 
     def meta(self) -> dict[str, Any]:
         """What `meta.json` says, for the documents added so far."""
@@ -181,8 +234,13 @@ class ShardWriter:
     def close(self) -> None:
         """Close the files and write `meta.json`."""
         self._release()
+        self._write_meta()
+
+    def _write_meta(self) -> None:
         text = json.dumps(self.meta(), indent=2, sort_keys=True) + "\n"
-        (self._directory / "meta.json").write_text(text, encoding="utf-8")
+        part = self._directory / ".meta.json.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(self._directory / "meta.json")
 
     def _release(self) -> None:
         for part in self._splits.values():

@@ -114,8 +114,9 @@ def stream_text(
     """
     limit = min(sampling.max_new_tokens, generator.room(prompt_ids))
     # A generator of a plugin may be older than constraints.
-    asked = (prompt_ids, sampling) if constraint is None else (prompt_ids, sampling, constraint)
-    return _texts(generator.stream(*asked), tokenizer, limit, stop)
+    if constraint is None:
+        return _texts(generator.stream(prompt_ids, sampling), tokenizer, limit, stop)
+    return _texts(generator.stream(prompt_ids, sampling, constraint), tokenizer, limit, stop)
 
 
 def _texts(tokens: Iterator[int], tokenizer: Tokenizer, limit: int, stop: Sequence[str]) -> Iterator[Delta]:

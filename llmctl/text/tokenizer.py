@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,7 @@ class Tokenizer:
         self.mask_id = self._named("mask_token")
         self.cls_id = self._named("cls_token")
         self.sep_id = self._named("sep_token")
+        self.unk_id = self._named("unk_token")
         self._chat: ChatTemplate | None = None
 
     @classmethod
@@ -182,15 +184,49 @@ class Tokenizer:
         """
         sizes = [0] * self.vocab_size
         added = self._special.get_added_tokens_decoder()
-        byte_level = _is_byte_level(json.loads(self._special.to_str()))
+        kinds = self._kinds
         for token, index in self._special.get_vocab(with_added_tokens=True).items():
             if index in added:
                 sizes[index] = 0 if added[index].special else len(token.encode())
-            elif byte_level:
+            elif "ByteLevel" in kinds:
                 sizes[index] = len(token)  # one character of the byte alphabet per byte
+            elif "ByteFallback" in kinds and _is_fallback(token):
+                sizes[index] = 1
             else:
-                sizes[index] = _piece_bytes(token)
+                sizes[index] = len(self._piece_text(token).encode())
         return sizes
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by token, special ones included; tokens as `tokenizer.json` writes them."""
+        found: dict[str, int] = self._special.get_vocab(with_added_tokens=True)
+        return found
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat_template` gives one."""
+        return (self.directory / "chat_template.jinja").is_file() or bool(self._config.get("chat_template"))
+
+    @property
+    def byte_level(self) -> bool:
+        """Whether tokens are made of bytes (GPT-2's way)."""
+        return "ByteLevel" in self._kinds
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether text is changed before it is cut, so that decoding may not give it back."""
+        return self._special.normalizer is not None
+
+    @cached_property
+    def _kinds(self) -> frozenset[str]:
+        """The types of the decoders, in `tokenizer.json`'s words; `▁` if one of them turns that into a space."""
+        state = json.loads(self._special.to_str())["decoder"]
+        return frozenset({*_types(state), *("▁" for _ in range("▁" in json.dumps(state, ensure_ascii=False)))})
+
+    def _piece_text(self, token: str) -> str:
+        """The text of a token that is not made of bytes; a piece that continues a word without its mark."""
+        if "WordPiece" in self._kinds:
+            return token.removeprefix("##")
+        return token.replace("▁", " ") if "▁" in self._kinds or "Metaspace" in self._kinds else token
 
     def word_joins(self) -> tuple[list[bool], list[bool]]:
         """Which ids can continue a word, and which leave it open for that; each of length `vocab_size`.
@@ -201,17 +237,17 @@ class Tokenizer:
         added = self._special.get_added_tokens_decoder()
         decoder = self._special.decoder
         wordpiece = type(self._special.model).__name__ == "WordPiece"
-        byte_level = _is_byte_level(json.loads(self._special.to_str()))
+        whole_words = decoder is None  # decoding puts a space between any two
         for token, index in self._special.get_vocab(with_added_tokens=True).items():
             if index in added:
                 continue
             # Part of a character becomes U+FFFD, which counts as a letter.
-            text = decoder.decode([token]) if byte_level else token.replace("▁", " ").removeprefix("##")
+            text = decoder.decode([token]) if self.byte_level else self._piece_text(token)
             if text:
                 leaves_open[index] = text[-1].isalnum() or text[-1] == "\ufffd"
                 continues[index] = text[0].isalnum() or text[0] == "\ufffd"
-                if wordpiece:
-                    continues[index] = token.startswith("##")
+                if wordpiece or whole_words:
+                    continues[index] = wordpiece and token.startswith("##")
         return continues, leaves_open
 
     @property
@@ -318,21 +354,17 @@ def _template_text(directory: Path, config: Mapping[str, Any]) -> str:
     return found
 
 
-def _is_byte_level(state: Mapping[str, Any]) -> bool:
-    def kinds(part: Any) -> Iterator[str]:
-        if isinstance(part, dict):
-            yield str(part.get("type"))
-            for value in part.values():
-                yield from kinds(value)
-        elif isinstance(part, list):
-            for value in part:
-                yield from kinds(value)
-
-    return "ByteLevel" in kinds(state.get("decoder"))
+def _types(part: Any) -> Iterator[str]:
+    """The types of a component of `tokenizer.json` and of all within."""
+    if isinstance(part, dict):
+        yield str(part.get("type"))
+        for value in part.values():
+            yield from _types(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from _types(value)
 
 
-def _piece_bytes(token: str) -> int:
-    """Bytes of one SentencePiece or WordPiece token."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return 1
-    return len(token.removeprefix("##").replace("▁", " ").encode())
+def _is_fallback(token: str) -> bool:
+    """Whether a token is written as one byte: `<0x0A>`."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")

@@ -22,7 +22,18 @@ from llmctl.ort import open_bundle, open_encoder, open_generator
 from llmctl.ort.bundle import MODEL
 from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.text.pooling import normalises, read_pooling, says_pooling, write_pooling
-from llmctl_export_onnx import bundle, decoder, encoder, encoder_parity, graph, parity, prompts, seq2seq, seq2seq_parity
+from llmctl_export_onnx import (
+    bundle,
+    decoder,
+    encoder,
+    encoder_parity,
+    fusion,
+    graph,
+    parity,
+    prompts,
+    seq2seq,
+    seq2seq_parity,
+)
 from llmctl_export_onnx.params import ExportParams
 
 Metrics = dict[str, float | int]
@@ -84,6 +95,8 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
     with _tracing(lower):
         graphs = _graphs(lower, job, generates)
     graph.account_weights(list(graphs.values()), lower)
+    if generates:
+        fusion.fuse(graphs[MODEL])
     graph.save(graphs, job.target)
     bundle.copy_files(source, job.target)
     if pooling != "none" and (pooling, normalise) != _pooling_of(source):

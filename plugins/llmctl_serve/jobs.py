@@ -96,7 +96,7 @@ def _read_job(line: bytes, number: int, where: str) -> Job:
     overrides: dict[str, Any] = {}
     carried: dict[str, Any] = {}
     for key, value in row.items():
-        own = ALIASES.get(key, key)
+        own = ALIASES.get(key) or key
         if own in OVERRIDES:
             overrides[own] = value
         elif key not in OWN:

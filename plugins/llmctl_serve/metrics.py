@@ -72,10 +72,10 @@ class EngineCollector(Collector):
     """Reads the engines' own counts at every scrape."""
 
     def __init__(self) -> None:
-        self._sources: dict[str, tuple[Callable[[], EngineStats], int]] = {}
+        self._sources: dict[str, tuple[Callable[[], EngineStats], float]] = {}
         self._info: dict[str, dict[str, str]] = {}
 
-    def watch(self, model: str, stats: Callable[[], EngineStats], bytes_per_token: int, info: dict[str, str]) -> None:
+    def watch(self, model: str, stats: Callable[[], EngineStats], bytes_per_token: float, info: dict[str, str]) -> None:
         """Read this engine from now on, in place of an earlier one of that name."""
         self._sources[model], self._info[model] = (stats, bytes_per_token), info
 
@@ -153,7 +153,7 @@ class ServerMetrics:
         self,
         model: str,
         stats: Callable[[], EngineStats],
-        bytes_per_token: int = 0,
+        bytes_per_token: float = 0,
         **info: str,
     ) -> None:
         """Show an engine: its counts, `bytes_per_token` of its cache if known, and `info` such as artifact, backend.

@@ -20,11 +20,17 @@ Find = Callable[[str], Artifact]
 class Model:
     """One opened model, its thread, and who still uses it."""
 
-    def __init__(self, service: Service, source: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        source: str,
+        warn: Callable[[str], None],
+        stepped: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.service, self.source = service, source
         self.worker: Worker | None = None
         if service.engine is not None:
-            self.worker = Worker(service.engine, service.tokenizer, warn, service.model_id)
+            self.worker = Worker(service.engine, service.tokenizer, warn, service.model_id, stepped)
             self.worker.start()
         self.embedding = threading.Semaphore()
         """An encoder reads one batch at a time: a batch takes all cores already."""
@@ -145,8 +151,14 @@ class Models:
     def _watch(self, model: Model) -> None:
         if model.worker is not None:
             service = model.service
+            capacity = model.worker.stats().cache_capacity
+            held = getattr(service.engine, "memory_bytes", 0)  # the engine that answers in turn holds nothing
             self._metrics.watch(
-                service.model_id, model.worker.stats, artifact=service.artifact.id, backend=service.backend
+                service.model_id,
+                model.worker.stats,
+                held / capacity if capacity else 0,
+                artifact=service.artifact.id,
+                backend=service.backend,
             )
 
     def load(self, name: str, source: str, artifact: Artifact | None = None) -> Change:
@@ -157,7 +169,8 @@ class Models:
         with self._loading:
             found = self._find(source) if artifact is None else artifact
             service = self._open(name, found)
-            before = self.put(Model(service, source, self._warn))
+            stepped = self._metrics.batch.labels(name).observe
+            before = self.put(Model(service, source, self._warn, stepped))
         return Change(name, found.id, before.service.artifact.id if before else None)
 
     def unload(self, name: str) -> None:

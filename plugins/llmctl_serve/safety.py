@@ -19,7 +19,9 @@ class SafetyParams(Params):
         default=False, affects="nothing", description="serve other machines without any API key: everybody may ask"
     )
     api_key_env: str | None = Field(
-        default=None, min_length=1, description="environment variable that holds the key clients must send"
+        default=None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable that holds the key clients must send",
     )
     keys: str | None = Field(
         default=None,
@@ -130,6 +132,10 @@ class SafetyParams(Params):
         if self.allowed_hosts:
             return [] if "*" in self.allowed_hosts else [*self.allowed_hosts, "localhost", self.host]
         return ["localhost", "*.localhost", self.host] if self.loopback else []
+
+    def secrets(self) -> set[str]:
+        """The variable of the key."""
+        return {self.api_key_env} if self.api_key_env else set()
 
     @model_validator(mode="after")
     def _safe(self) -> SafetyParams:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,8 @@ class Session:
     turns: list[dict[str, str]] = field(default_factory=list)
     form: Form | None = None
     """What every answer must look like."""
+    constraint: tuple[Constraint, ...] = ()
+    """The form as the last argument of a generator; empty where there is none."""
     spent: Spent | None = None
     """On the last answer."""
     device: str = "auto"
@@ -41,11 +42,6 @@ class Session:
     def backend(self) -> str:
         """For a human."""
         return self.generator.backend
-
-    @cached_property
-    def constraint(self) -> tuple[Constraint, ...]:
-        """The form as an argument that a generator takes last; nothing where there is none."""
-        return () if self.form is None else (self.form.constraint(self.generator, self.tokenizer),)
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -61,9 +57,9 @@ class Session:
 
     def switch(self, name: str) -> None:
         """Talk to another model, which goes on with this conversation and answers as its own defaults say."""
-        other = open_session(name, self.device, self.threads, self.stop, {})
+        other = open_session(name, self.device, self.threads, self.stop, {}, form=self.form)
         self.generator, self.tokenizer, self.sampling = other.generator, other.tokenizer, other.sampling
-        self.__dict__.pop("constraint", None)  # it is of the other model's tokens
+        self.constraint = other.constraint
 
     def tokens(self) -> str:
         """How much of the context the conversation takes."""
@@ -155,4 +151,7 @@ def open_session(
     sampling = default_sampling(found.path, **{key: value for key, value in given.items() if value is not None})
     tokenizer = Tokenizer.load(found.path)
     generator = get_registry().open_generator(found, device=device, threads=threads)
-    return Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)
+    session = Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)
+    if form is not None:
+        session.constraint = (form.constraint(generator, tokenizer),)
+    return session

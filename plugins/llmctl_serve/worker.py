@@ -73,8 +73,17 @@ class Job:
 class Worker:
     """Owns an engine. Everything public may be called from any thread."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, warn: Callable[[str], None], name: str = "") -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        warn: Callable[[str], None],
+        name: str = "",
+        stepped: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._engine, self._tokenizer, self._warn = engine, tokenizer, warn
+        self._stepped = stepped
+        """Told after each step how many answers it advanced."""
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._running: dict[int, _Running] = {}
@@ -157,13 +166,16 @@ class Worker:
 
     def _step(self) -> list[Event]:
         try:
-            return self._engine.step()
+            events = self._engine.step()
         except Exception as error:  # whatever a model raises must reach the clients and not end the thread
             self._warn(f"a step of the engine failed: {type(error).__name__}: {error}")
             tickets = list(self._running)
             for ticket in tickets:
                 self._engine.cancel(ticket)
             return [Event(ticket, error=error) for ticket in tickets]
+        if advanced := len({(event.ticket, event.choice) for event in events if event.tokens}):
+            self._stepped(advanced)  # a step that only read prompts has no batch
+        return events
 
     def _begin(self, job: Job) -> None:
         """Give the engine the first prompt; its refusal is the job's."""

@@ -1,8 +1,8 @@
-"""Train a tokenizer, write token shards, or both."""
+"""Train a tokenizer, write token shards, or both; compare, inspect and import tokenizers."""
 
 from __future__ import annotations
 
-from llmctl import In, Out, Stage, hookimpl
+from llmctl import Command, In, Out, Stage, hookimpl
 
 TOKENIZE = Stage(
     name="tokenize",
@@ -16,6 +16,7 @@ TOKENIZE = Stage(
     run="llmctl_tokenize.run:run",
     key_deps=("tokenizers",),
     headline=("bytes_per_token.validation", "vocab_size"),
+    rev=2,  # how text is cut depends on the kind
 )
 
 
@@ -23,3 +24,15 @@ TOKENIZE = Stage(
 def register_stages() -> list[Stage]:
     """Offer the stage `tokenize`."""
     return [TOKENIZE]
+
+
+@hookimpl
+def register_commands() -> list[Command]:
+    """Offer `tokenizers`."""
+    return [
+        Command(
+            name="tokenizers",
+            help="Compare, inspect, import and try tokenizers.",
+            target="llmctl_tokenize.commands:tokenizers",
+        )
+    ]

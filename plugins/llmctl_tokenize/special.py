@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from tokenizers import processors
 
@@ -28,6 +28,19 @@ class SpecialTokens:
     pair: str = ""
     further: tuple[str, ...] = field(default=())
     """Those of `tokens` that play no named part."""
+    unk: str = "<unk>"
+    """What the unknown token is called where there is one."""
+
+    @property
+    def unknown(self) -> str | None:
+        """The unknown token, None if every text can be written without one."""
+        return self.names.get("unk_token")
+
+    def extended(self, further: Sequence[str], unknown: bool) -> SpecialTokens:
+        """With the unknown token, if wanted, and with further ones, after those that are there."""
+        names = {**self.names, "unk_token": self.unk} if unknown else self.names
+        tokens = (*self.tokens, *([self.unk] if unknown else []), *further)
+        return replace(self, tokens=tokens, names=names, further=(*self.further, *further))
 
     def processor(self) -> processors.PostProcessor | None:
         """What adds the frame in `tokenizer.json`; the ids of `tokens` are their places."""
@@ -48,12 +61,14 @@ SPECIAL: dict[str, SpecialTokens] = {
         names={"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>"},
         template=CHAT_TEMPLATE,
         further=("<|system|>", "<|user|>", "<|assistant|>"),
+        unk="<|unk|>",
     ),
     "bert": SpecialTokens(
         tokens=("[PAD]", "[CLS]", "[SEP]", "[MASK]"),
         names={"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"},
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        unk="[UNK]",
     ),
     # fairseq's order of ids; the positions of RoBERTa begin after the id of <pad>.
     "roberta": SpecialTokens(

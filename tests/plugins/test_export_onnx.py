@@ -465,3 +465,22 @@ def test_onnxruntime_genai_gives_the_same_greedy_tokens(genai_python: Path, tmp_
     for prompt, line in zip(prompts, done.stdout.splitlines(), strict=True):
         answer = list(generator.stream(prompt, Sampling(max_new_tokens=40)))
         assert [token for token in json.loads(line) if token != 1] == answer
+
+
+def test_projections_and_sums_with_their_norms_are_fused(exported: StageResult, llama: Artifact) -> None:
+    from llmctl.nn.hf import load_model
+
+    found = graph(exported)
+    operators = Counter(node.op_type for node in found.graph.node)
+    # Per layer: queries, keys and values; the way out; gate and up; down. The head is tied.
+    assert operators["MatMul"] == 2 * 4
+    assert operators["SkipSimplifiedLayerNormalization"] == 2 * 2
+    assert operators["RMSNormalization"] == 1
+    assert operators["Add"] == 0
+    attentions = [node for node in found.graph.node if node.op_type == "GroupQueryAttention"]
+    assert all(node.input[0] and not node.input[1] and not node.input[2] for node in attentions)
+    model = load_model(llama.path)
+    weights = {tensor.name: tensor for tensor in onnx.load(exported.outputs["model"] / "model.onnx").graph.initializer}
+    attention = model.blocks[1].attention
+    joined = torch.cat([attention.q.weight, attention.k.weight, attention.v.weight]).T.detach().numpy()
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(weights["blocks.1.attention.qkv.weight"]), joined)

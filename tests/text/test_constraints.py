@@ -51,8 +51,8 @@ def answers(
             token = int(sampling.choose(random.normal(0, 2, (1, vocab)).astype(np.float32), [state])[0])
             if token in constraints.eos_ids:
                 break
-            assert token < tokenizer.vocab_size
-            assert token not in tokenizer.special_ids
+            assert constraint is None or token < tokenizer.vocab_size
+            assert constraint is None or token not in tokenizer.special_ids
             ids.append(token)
         # Behind another word: `decode` takes the first space of a text away.
         text = tokenizer.decode([*before, *ids]).removeprefix("x")

@@ -75,7 +75,7 @@ def test_a_bundle_is_served_without_importing_torch(tmp_path, real_models):
 
 @pytest.mark.slow
 def test_an_environment_without_torch_serves_a_bundle(tmp_path, real_models):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     python = tmp_path / "env" / "bin" / "python"
     command = [python, "-m", "pip", "install", "-q", "-c", root / "constraints.txt", f"{root}[serve]"]

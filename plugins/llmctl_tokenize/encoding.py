@@ -1,0 +1,195 @@
+"""Turn texts into token shards: worker processes encode, one process writes in order, an interrupted run goes on.
+
+What is written never depends on the number of workers. Memory is bounded: two batches of `BATCH_BYTES` per worker.
+After every `CHECKPOINT_BYTES` of text the files are flushed to disk and `meta.json` says how far they are good.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmctl import Context, MachineError
+from llmctl.text.shards import Encoded, ShardWriter, token_dtype
+from llmctl.text.tokenizer import Tokenizer
+
+BATCH_BYTES = 1 << 20
+CHECKPOINT_BYTES = 64 << 20
+WORTH_WORKERS = 32 << 20
+"""Bytes of text from which starting processes pays."""
+_tokenizer: Tokenizer | None = None
+"""In a worker process: the tokenizer that it encodes with."""
+
+
+def write_tokens(
+    ctx: Context,
+    tokenizer: Tokenizer,
+    texts: Mapping[str, Iterator[str]],
+    *,
+    workers: int | None,
+    counts: Mapping[str, Mapping[str, int]],
+) -> None:
+    """Encode the texts of every split into the output `tokens`; `counts` are their rows and bytes, where known."""
+    directory = ctx.resume_dir / "tokens"
+    writer = ShardWriter(
+        directory,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.digest,
+        splits=list(texts),
+        resume=_unfinished(directory, tokenizer, list(texts)),
+    )
+    size = sum(counts.get(name, {}).get("bytes", 0) for name in texts)
+    total = sum(counts.get(name, {}).get("rows", 0) for name in texts) or None
+    with writer, _Encoders(tokenizer, worker_count(workers, size)) as encoders:
+        since, done = 0, sum(writer.documents(name) for name in texts)
+        for name, found in texts.items():
+            rest = islice(found, writer.documents(name), None)
+            for encoded in encoders.encode(batches(rest)):
+                writer.add_encoded(name, encoded)
+                since, done = since + encoded.bytes, done + len(encoded.lengths)
+                ctx.progress(done, total, phase="encode")
+                if stop := ctx.should_stop():
+                    encoders.drop()
+                if stop or since >= CHECKPOINT_BYTES:
+                    writer.checkpoint()
+                    since = 0
+                if stop:
+                    raise ctx.stopped(done)
+    for path in directory.iterdir():
+        shutil.move(path, ctx.output("tokens") / path.name)
+    _describe(ctx, tokenizer, writer.meta())
+
+
+def _unfinished(directory: Path, tokenizer: Tokenizer, splits: list[str]) -> dict[str, Any] | None:
+    """What an interrupted run has left of the same shards."""
+    try:
+        found: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = found.get("tokenizer") == tokenizer.digest and list(found.get("splits", {})) == sorted(splits)
+    return found if same else None
+
+
+def _describe(ctx: Context, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> None:
+    counts = {name: entry["tokens"] for name, entry in meta["splits"].items()}
+    ctx.describe("tokens", tokenizer=tokenizer.digest, vocab_size=tokenizer.vocab_size, tokens=sum(counts.values()))
+    ctx.report({f"tokens.{name}": count for name, count in counts.items()})
+    frame = len(tokenizer.opening) + len(tokenizer.closing)
+    for name, entry in meta["splits"].items():
+        # BOS and EOS are not counted: they stand for no text.
+        if content := entry["tokens"] - frame * entry["documents"]:
+            ctx.report({f"bytes_per_token.{name}": entry["bytes"] / content})
+
+
+def batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts in batches of about `BATCH_BYTES`, so that memory does not grow with the dataset."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def worker_count(workers: int | None, size: int) -> int:
+    """How many processes encode `size` bytes of text; 0 means none but this one, with a thread per core."""
+    if workers is not None:
+        return workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if size > WORTH_WORKERS and cores > 1 else 0
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+    """The documents of a batch, one after the other, each between BOS and EOS."""
+    opening, closing = tokenizer.opening, tokenizer.closing
+    found = tokenizer.encode_batch(texts)
+    frame = len(opening) + len(closing)
+    lengths = np.fromiter((len(ids) + frame for ids in found), np.int64, len(found))
+    parts = chain.from_iterable((opening, ids, closing) for ids in found) if frame else iter(found)
+    # In 32 bits first: what does not fit the vocabulary is found by the writer, not wrapped here.
+    flat = np.fromiter(chain.from_iterable(parts), np.uint32, int(lengths.sum()))
+    if len(flat) and flat.max() < tokenizer.vocab_size:
+        flat = flat.astype(token_dtype(tokenizer.vocab_size))
+    return Encoded(flat, lengths, sum(len(text.encode()) for text in texts))
+
+
+class _Encoders:
+    """Encodes batches in order, in worker processes if there are any. A context manager."""
+
+    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
+        self._tokenizer, self._workers = tokenizer, workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._pending: deque[Future[Encoded]] = deque()
+
+    def __enter__(self) -> _Encoders:
+        if self._workers:
+            self._pool = ProcessPoolExecutor(
+                self._workers,
+                # Not fork: the threads of `tokenizers` do not survive it.
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(str(self._tokenizer.directory),),
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def drop(self) -> None:
+        """Forget what waits to be encoded."""
+        for future in self._pending:
+            future.cancel()
+
+    def encode(self, batches: Iterator[list[str]]) -> Iterator[Encoded]:
+        """The batches, encoded; at most two per worker are under way. MachineError if a worker is lost."""
+        if self._pool is None:
+            yield from (encode(self._tokenizer, batch) for batch in batches)
+            return
+        try:
+            for batch in batches:
+                self._pending.append(self._pool.submit(_encode, batch))
+                if len(self._pending) > 2 * self._workers:
+                    yield self._pending.popleft().result()
+            while self._pending:
+                yield self._pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise MachineError(
+                "a process that encodes was lost, perhaps for want of memory",
+                hint="run again with fewer workers; it goes on where it stopped",
+            ) from error
+
+
+def _start_worker(directory: str) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
+    _tokenizer = Tokenizer.load(directory)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(), os._exit), daemon=True).start()
+
+
+def _end_with(parent: Any, end: Callable[[int], Any]) -> None:
+    """End this process with its parent: after `kill -9` nobody else would tell it."""
+    wait([parent.sentinel])
+    end(1)
+
+
+def _encode(texts: list[str]) -> Encoded:
+    assert _tokenizer is not None
+    return encode(_tokenizer, texts)
