@@ -75,8 +75,9 @@ def _places(frame: Framed, text: str, word: str, lowercase: bool) -> list[int]:
     """Tokens that are pooled: all, or those of the first occurrence of the word."""
     if not word:
         return list(range(len(frame.ids)))
-    same = (lambda a: a.lower() == word.lower()) if lowercase else (lambda a: a == word)
-    found = next((match.span() for match in WORD.finditer(text) if same(match.group())), None)
+    wanted = word.lower() if lowercase else word
+    said = ((match.group(), match.span()) for match in WORD.finditer(text))
+    found = next((span for one, span in said if (one.lower() if lowercase else one) == wanted), None)
     if found is None:
         return []
     return [n for n, (begin, end) in enumerate(frame.spans) if begin < end and begin < found[1] and end > found[0]]

@@ -47,7 +47,8 @@ class Weights:
 
 def count(ids: np.ndarray, sentences: np.ndarray, words: int, window: int) -> Counts:
     """Sum of `1 / distance` over all pairs of a sentence up to `window` apart, both ways."""
-    keys, values = np.zeros(0, np.int64), np.zeros(0)
+    keys: np.ndarray = np.zeros(0, np.int64)
+    values: np.ndarray = np.zeros(0)
     for begin in range(0, max(len(ids), 1), BLOCK):
         found, weights = [keys], [values]
         for distance in range(1, window + 1):
@@ -117,7 +118,7 @@ def train(
     taken, mean = pairs_per_step(counts, batch), 0.0
     for epoch in range(epochs):
         loss = 0.0
-        for chosen in torch.from_numpy(random.permutation(len(values))).split(taken):
+        for chosen in torch.split(torch.from_numpy(random.permutation(len(values))), taken):
             loss += step(weights, pairs[:, chosen], logs[chosen], shares[chosen], lr)
         mean = loss / max(len(values), 1)
         report(epoch + 1, epochs, mean)

@@ -73,7 +73,7 @@ def agreement(vectors: Vectors, ratings: list[tuple[str, str, float]]) -> Agreem
     ]
     if len(known) < 3:
         raise InputError(f"{len(known)} of {len(ratings)} pairs have vectors", hint="too few to correlate")
-    left, right = ([pair[side] for pair in known] for side in (0, 1))
+    left, right = [a for a, *_ in known], [b for _, b, _ in known]
     cosines = (vectors.unit[left] * vectors.unit[right]).sum(axis=1)
     said = np.array([rating for *_, rating in known])
     if np.ptp(said) == 0 or np.ptp(cosines) == 0:

@@ -55,7 +55,7 @@ def keep_shares(counts: np.ndarray, sample: float) -> np.ndarray:
     if sample == 0:
         return np.ones(len(counts))
     ratio = sample * counts.sum() / counts
-    return np.minimum(np.sqrt(ratio) + ratio, 1.0)
+    return np.asarray(np.minimum(np.sqrt(ratio) + ratio, 1.0))
 
 
 def noise(counts: np.ndarray, exponent: float) -> np.ndarray:
