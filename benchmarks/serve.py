@@ -149,7 +149,9 @@ def llama_server(python: str, file: Path, threads: int) -> Iterator[HttpSide]:
         deadline = time.monotonic() + 120
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"llama.cpp's server did not start: {(file.parent / 'server.log').read_text()[-2000:]}")
+                raise SystemExit(
+                    f"llama.cpp's server did not start: {(file.parent / 'server.log').read_text()[-2000:]}"
+                )
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5):
                 break
             time.sleep(0.2)

@@ -127,7 +127,7 @@ class EngineOptions:
     draft: Generator | None = None
     """The small model that proposes tokens, for `speculation="draft"`."""
     draft_tokens: int = 4
-    """Tokens proposed at a time."""
+    """Most tokens proposed at a time."""
 
 
 class Engine(Protocol):

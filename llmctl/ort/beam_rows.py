@@ -65,15 +65,23 @@ def found_answers(task: Task) -> list[Candidate | None]:
     return found + [None] * (wanted - len(found))
 
 
-def score_answer(task: Task, answer: Sequence[int], slots: Slots, chunk: int) -> tuple[TokenScores, ...]:
-    """The scores of an answer that a search has found, if asked for: it is read once more, as no beam kept them."""
+def score_answer(
+    task: Task, answer: Sequence[int], ends: frozenset[int], slots: Slots, chunk: int
+) -> tuple[TokenScores, ...]:
+    """The scores of an answer that a search has found, if asked for: it is read once more, as no beam kept them.
+
+    `ends`: the EOS ids, of which the likeliest is scored behind it, if it ended with one.
+    """
     count, slot = task.request.logprobs, task.beams[0].slot
-    if count is None or not answer:
+    if count is None or not (answer or ends):
         return ()
     slots.lengths[slot] = len(task.prompt) - 1
-    whole = np.concatenate([task.prompt[-1:], np.asarray(answer[:-1], np.int32)])
+    whole = np.concatenate([task.prompt[-1:], np.asarray(answer if ends else answer[:-1], np.int32)])
     found: list[TokenScores] = []
     for at in range(0, len(whole), chunk):
         logits = slots.feed(slot, whole[at : at + chunk])
-        found += scores(logits, answer[at : at + len(logits)], count)
+        tokens = list(answer[at : at + len(logits)])
+        if len(tokens) < len(logits):
+            tokens.append(max(ends, key=lambda end: float(logits[-1, end])))
+        found += scores(logits, tokens, count)
     return tuple(found)

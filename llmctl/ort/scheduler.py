@@ -1,8 +1,9 @@
 """Continuous batching over one ONNX Runtime session: requests join and leave between two steps.
 
-A step decodes one token for every running answer in one call, admits waiting requests into free slots, and reads
-prompts in chunks under a budget of tokens, so that a long prompt delays the running answers by no more than that. An
-answer that has ended leaves its keys and values where they are: a prompt that begins alike takes them over.
+A step decodes one token for every running answer in one call (or several, see `llmctl.ort.speculation`), admits
+waiting requests into free slots, and reads prompts in chunks under a budget of tokens, so that a long prompt delays the
+running answers by no more than that. An answer that has ended leaves its keys and values where they are: a prompt that
+begins alike takes them over.
 
 Beams are sequences of the same batch. A beam search holds as many slots as it has beams from its admission on and
 advances with everybody's step, one token at a time, so it delays the others as little as as many answers would.
@@ -26,6 +27,7 @@ from llmctl.ort.cache_memory import token_bytes
 from llmctl.ort.prefixes import PrefixPool
 from llmctl.ort.sampling import check_ids, choose, scores, state
 from llmctl.ort.slots import Slots
+from llmctl.ort.speculation import open_speculation
 from llmctl.ort.tasks import Lane, Task
 from llmctl.ort.waiting import FairQueue
 
@@ -44,8 +46,11 @@ class OrtEngine:
         self._slots = Slots(generator.session, generator.layout, options.slots, self.context_length)
         size = options.slots * self.context_length // 2 if options.prefix_cache else 0
         self._pool = PrefixPool(size)
+        self._speculation = open_speculation(self._slots, options, self.vocab_size, self.eos_ids)
         self.memory_bytes = self._slots.memory_bytes + size * token_bytes(generator.layout)
-        """Most bytes that keys and values can take, those of past sequences included."""
+        """Most bytes that keys and values can take, those of past sequences and of a draft model included."""
+        if self._speculation is not None:
+            self.memory_bytes += self._speculation.drafter.memory_bytes
         self._allocation = Allocation(self._slots, self._pool, remembers=options.prefix_cache)
         self._waiting: FairQueue[Task] = FairQueue()
         self._tasks: dict[int, Task] = {}
@@ -121,6 +126,8 @@ class OrtEngine:
             cached_tokens=self._cached,
             cache_used=int(self._slots.lengths.sum()) + self._pool.used,
             evictions=self._allocation.evictions + self._pool.evictions,
+            drafted=self._speculation.drafted if self._speculation else 0,
+            accepted=self._speculation.accepted if self._speculation else 0,
         )
 
     def close(self) -> None:
@@ -129,6 +136,8 @@ class OrtEngine:
             self.cancel(ticket)
         self._closed = True
         self._pool.clear()
+        if self._speculation is not None:
+            self._speculation.close()
         self._slots.close()
 
     # -- a step --------------------------------------------------------------------------------------------------------
@@ -146,18 +155,38 @@ class OrtEngine:
         return events
 
     def _decode(self, events: list[Event]) -> None:
-        """One token for every running lane."""
+        """One token for every running lane, or more where tokens were proposed and confirmed."""
         lanes = self._allocation.compact()
         if not lanes:
             return
         try:
-            logits = self._slots.step([lane.token for lane in lanes])  # type: ignore[misc]
+            drafts = self._speculation.drafts(lanes) if self._speculation else None
+            if drafts is None:
+                step = self._speculation.step if self._speculation else self._slots.step
+                logits = step([lane.token for lane in lanes])  # type: ignore[misc]
         except Exception as error:  # onnxruntime's share no base; whoever runs must hear of it, and the engine goes on
             self._slots.lengths[: len(lanes)] = 0  # whether keys and values were written nobody knows
             for task in {id(lane.task): lane.task for lane in lanes}.values():
                 self._fail(task, error, events)
             return
-        self._choose(lanes, logits, events)
+        if drafts is None:
+            self._choose(lanes, logits, events)
+        else:
+            self._judge(lanes, drafts, events)
+
+    def _judge(self, lanes: Sequence[Lane], drafts: Sequence[Sequence[int]], events: list[Event]) -> None:
+        """The next tokens of each lane: as much of its draft as is right, and one more."""
+        assert self._speculation is not None
+        for lane, draft in zip(lanes, drafts, strict=True):
+            if lane.done:  # another answer of the request has failed, and the request with it
+                continue
+            try:
+                tokens, scored = self._speculation.judge(lane, draft)
+            except Exception as error:  # of the session as in `_decode`, or of a constraint as in `_choose`
+                self._slots.lengths[lane.slot] = 0
+                self._fail(lane.task, error, events)
+                continue
+            self._advance(lane, tokens, scored, events)
 
     def _choose(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
         """The next tokens of `lanes` from `logits (len(lanes), V)`."""
@@ -170,14 +199,15 @@ class OrtEngine:
         if together:
             self._draw([lanes[i] for i in together], logits[together], events)
         at = {id(lane): i for i, lane in enumerate(lanes)}
+        searched: set[int] = set()  # a search changes which lanes its beams are in
         for i, lane in enumerate(lanes):
-            if lane.done:
-                continue
             task = lane.task
+            if lane.done or task.ticket in searched:
+                continue
             try:
                 if task.search is not None:
-                    if lane is task.beams[0]:
-                        self._search(task, logits[[at[id(beam)] for beam in task.beams]], events)
+                    searched.add(task.ticket)
+                    self._search(task, logits[[at[id(beam)] for beam in task.beams]], events)
                 elif task.request.constraint is not None:
                     self._draw([lane], logits[i : i + 1], events)
             except Exception as error:  # a constraint is foreign code: what it raises is its own request's failure
@@ -213,6 +243,8 @@ class OrtEngine:
                 reason = "length"
                 break
         lane.said += kept
+        if self._speculation is not None:
+            lane.answer += tokens[:kept]
         self._generated += kept
         if reason is None:
             if lane.token is None:
@@ -245,6 +277,8 @@ class OrtEngine:
         """A lane has ended; what its slot holds stays, for prompts that begin alike."""
         lane.done, lane.token = True, None
         task = lane.task
+        if self._speculation is not None:
+            self._speculation.forget(lane)
         if lane.slot >= 0:
             self._allocation.release(lane)
         if all(other.done for other in task.lanes):
@@ -275,10 +309,11 @@ class OrtEngine:
             if choice in task.cancelled:
                 continue
             if answer is None:
-                events.append(self._event(task, choice, (), (), "cancelled"))
+                events.append(self._event(task, choice, (), (), "stop"))  # fewer answers exist
                 continue
             self._generated += len(answer.ids)
-            scored = score_answer(task, answer.ids, self._slots, self.options.prefill_tokens)
+            ends = self.eos_ids if answer.ended else frozenset[int]()
+            scored = score_answer(task, answer.ids, ends, self._slots, self.options.prefill_tokens)
             reason: FinishReason = "stop" if answer.ended else "length"
             events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
         self._end_all(task)
@@ -408,7 +443,11 @@ def _context(most: int, options: EngineOptions) -> int:
         (options.prefill_tokens >= 1, f"prefill_tokens must be at least 1, got {options.prefill_tokens}"),
         (options.context >= 0, f"context must not be negative, got {options.context}"),
         (options.context <= most, f"context is {options.context}, the model's is {most}"),
-        (options.speculation == "none", f"speculation {options.speculation!r} is not known to this engine"),
+        (
+            options.speculation in ("none", "prompt-lookup", "draft"),
+            f"speculation {options.speculation!r} is not known",
+        ),
+        (options.draft_tokens >= 1, f"draft_tokens must be at least 1, got {options.draft_tokens}"),
     ):
         if not ok:
             raise UsageError(text)

@@ -24,6 +24,8 @@ class Lane:
     """Chosen, and to be fed by the next step; None while the lane does not run."""
     said: int = 0
     """Tokens of the answer so far."""
+    answer: list[int] = field(default_factory=list)
+    """These tokens, `token` the last of them; kept where tokens are proposed, empty elsewhere."""
     shares: bool = False
     """A beam's slot holds the prompt already."""
     done: bool = False

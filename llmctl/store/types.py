@@ -105,6 +105,7 @@ SIGNS = (
     ("model.hf", ("config.json", "model.safetensors.index.json")),
     ("dataset.tokens", ("meta.json", "train-00000.bin")),
     ("index.rag", ("index.json", "chunks.jsonl")),
+    ("embeddings", ("embeddings.json", "vectors.safetensors")),
     ("tokenizer", ("tokenizer.json",)),
     ("deployment", ("receipt.json",)),
     ("metrics", ("metrics.json",)),
@@ -339,6 +340,28 @@ def _metrics(path: Path) -> Metadata:
     return {}
 
 
+def _embeddings(path: Path) -> Metadata:
+    """`vectors` is a matrix with one row for each line of the names."""
+    facts = _object(path / "embeddings.json")
+    name = facts.get("names")
+    if name not in EMBEDDING_NAMES:
+        raise Unfit(f"embeddings.json: names must be {' or '.join(EMBEDDING_NAMES)}")
+    matrix = next((tensor for tensor in _tensors(path, "vectors.safetensors") if tensor.name == "vectors"), None)
+    if matrix is None or len(matrix.shape) != 2 or matrix.dtype != "F32":
+        raise Unfit("vectors.safetensors holds no float32 matrix `vectors`")
+    if not (path / name).is_file():
+        raise Unfit(f"{name} is missing")
+    with (path / name).open("rb") as file:
+        lines = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+    if lines != matrix.shape[0]:
+        raise Unfit(f"{name} has {lines} lines, vectors.safetensors {matrix.shape[0]} vectors")
+    return {"method": facts.get("method"), "vectors": matrix.shape[0], "dim": matrix.shape[1]}
+
+
+EMBEDDING_NAMES = ("vocab.txt", "ids.jsonl")
+"""Where `embeddings` has its names: a word a line, or a JSON object with the `id` of each text."""
+
+
 def _with_json(*names: str) -> Callable[[Path], Metadata]:
     def check_files(path: Path) -> Metadata:
         for name in names:
@@ -364,6 +387,7 @@ TYPES = {
         ArtifactType(name="model.onnx", check=_model_onnx),
         ArtifactType(name="metrics", check=_metrics),
         ArtifactType(name="index.rag", check=_with_json("index.json", "chunks.jsonl")),
+        ArtifactType(name="embeddings", check=_embeddings),
         ArtifactType(name="deployment", check=_with_json("receipt.json")),
         ArtifactType(name="report", check=_files),
     )

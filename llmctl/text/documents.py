@@ -13,7 +13,8 @@ class Document:
 
     `meta` holds JSON values under the names that every reader and step uses where it knows them: `language` (ISO 639-1,
     or 639-3 where there is none), `license`, `url`, `date` (ISO 8601), `title`, `path`, `format`, `page`, `position`,
-    `code` (a programming language: the text is source code and no step for prose touches it).
+    `code` (a programming language: the text is source code and no step for prose touches it), `corpus` (the declared
+    name of its source), `label` (its class), `parent` and `method` (what it was derived from, and how).
     """
 
     id: str

@@ -16,9 +16,11 @@ from llmctl.nn.transformer import Transformer
 from llmctl.train.generate import pick_device
 
 
-def open_reader(directory: Path, device: str = "auto", threads: int = 0) -> TorchReader:
-    """Open a `model.hf` directory to read with it. Raises MachineError without the device, InputError if damaged or
-    an encoder-decoder."""
+def open_reader(directory: Path, device: str = "auto", threads: int = 0, *, states: bool = False) -> TorchReader:
+    """Open a `model.hf` directory to read with it; `states` leaves out whatever head it has.
+
+    Raises MachineError without the device, InputError if damaged or an encoder-decoder.
+    """
     if threads > 0:
         torch.set_num_threads(threads)
     model = load_model(directory, pick_device(device))
@@ -27,14 +29,15 @@ def open_reader(directory: Path, device: str = "auto", threads: int = 0) -> Torc
             f"{directory} holds an encoder-decoder, which answers and has no head to read with",
             hint="give it rows of task seq2seq",
         )
-    return TorchReader(model)
+    return TorchReader(model, states=states)
 
 
 class TorchReader:
     """Reads batches of token ids; see `llmctl.reader.Reader`."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, *, states: bool = False) -> None:
         self.model = model.eval()
+        self.states = states
         self.labels = model.config.labels
         self.context_length = model.config.context
         self.backend = f"torch {model.embedding.weight.device} float32"
@@ -60,7 +63,7 @@ class TorchReader:
 
     def _outputs(self, states: Tensor, documents: Tensor) -> dict[str, Tensor]:
         head = self.model.config.head
-        if head == "features":
+        if self.states or head == "features":
             return {"last_hidden_state": states}
         if head in ("lm", "mlm", "pretraining"):
             return {"logits": self.model.head(states)}

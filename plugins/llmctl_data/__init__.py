@@ -23,8 +23,10 @@ DATA = Stage(
             "files",
             optional=True,
             many=True,
-            help="evaluation data that the step `decontaminate` looks for",
+            help="evaluation data that the steps `decontaminate` and `augment` look for",
         ),
+        "there": In("model.hf", "model.onnx", optional=True, help="translates, for back-translation by `augment`"),
+        "back": In("model.hf", "model.onnx", optional=True, help="translates back what `there` says"),
     },
     outputs={
         "text": Out("dataset.text"),
@@ -38,7 +40,7 @@ DATA = Stage(
     extra="data",
     key_deps=("python",),  # the reader `python-stdlib` reads the running interpreter's library
     headline=("text.documents",),
-    rev=3,  # an audit lies in every dataset; what cannot be read is reported, not fatal
+    rev=4,  # documents of a source with a `name` carry it in `meta.corpus`; audits tell imbalance
 )
 
 

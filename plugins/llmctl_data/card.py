@@ -34,9 +34,11 @@ def page(audit: Mapping[str, Any]) -> str:
         *reading(audit),
         *cleaning(audit["steps"]),
         *lengths(kept["lengths"]),
+        *imbalance(kept),
     ]
-    for group in ("language", "format", "source", "license", "split"):
-        parts += groups(group, kept[f"by_{group}"])
+    for group in ("language", "class", "format", "source", "license", "split"):
+        if values := kept.get(f"by_{group}"):
+            parts += groups(group, values)
     for section in audit.get("sections", ()):
         parts += free_section(section)
     return "\n".join([*parts, "</body></html>"]) + "\n"
@@ -97,10 +99,34 @@ def cleaning(steps: Sequence[Mapping[str, Any]]) -> list[str]:
     for step in steps:
         if step["dropped"]:
             parts += [f"<h3>Dropped by {escape(step['name'])}</h3>", bars(step["dropped"])]
-        if facts := step.get("facts"):
-            parts.append(f"<p>{escape(', '.join(f'{name}: {value}' for name, value in facts.items()))}</p>")
+        parts += step_facts(step.get("facts") or {})
         parts += samples(step)
     return parts
+
+
+def step_facts(facts: Mapping[str, Any]) -> list[str]:
+    """What a corpus step found: lists of like rows as tables, all else as a sentence."""
+    tables = {
+        name: value
+        for name, value in facts.items()
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    }
+    rest = {name: value for name, value in facts.items() if name not in tables}
+    parts = [f"<p>{escape(', '.join(f'{name}: {value}' for name, value in rest.items()))}</p>"] if rest else []
+    for name, rows in tables.items():
+        parts += [f"<h3>{escape(name)}</h3>", table(tuple(rows[0]), [list(row.values()) for row in rows])]
+    return parts
+
+
+def imbalance(kept: Mapping[str, Any]) -> list[str]:
+    """How uneven sources, languages and classes are."""
+    rows = [
+        [group, unit, told["groups"], told["effective"], told["entropy"], told["largest"], told["ratio"]]
+        for group, units in kept["imbalance"].items()
+        for unit, told in units.items()
+    ]
+    head = ("groups", "by", "number", "effective number", "entropy, bits", "largest share", "largest / smallest")
+    return ["<h2>Imbalance</h2>", table(head, rows)]
 
 
 def samples(step: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from llmctl.text.labelled import checked
 from llmctl_data.facts import rank
 from llmctl_data.params import DataParams, LabelledParams
 from llmctl_data.readers import RECORDS, Document, list_files
+from llmctl_data.shards import OtherInputs, told_steps
 from llmctl_data.toys import LARGEST, TOYS
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ class Labelled:
     row: Row
 
 
-def write_labelled(ctx: Context, params: DataParams, files: Sequence[Artifact], out: Spool) -> None:
-    """Write all rows to the output `labelled`, and each of their texts as a document."""
+def write_labelled(
+    ctx: Context, params: DataParams, files: Sequence[Artifact], out: Spool, others: OtherInputs
+) -> list[dict[str, Any]]:
+    """Write all rows to the output `labelled`, and each of their texts as a document; what the audit says of steps."""
     rows = toy_rows(params) if params.reader in TOYS else file_rows(files, params.labelled or LabelledParams())
     kept: dict[str, list[Labelled]] = {"train": [], "validation": []} if params.validation_share else {"train": []}
     for example in rows:
@@ -44,18 +47,29 @@ def write_labelled(ctx: Context, params: DataParams, files: Sequence[Artifact], 
         kept.setdefault(out.split_of(document), []).append(example)
     if params.negative_twin == "shuffled-labels":
         kept["train"] = list(shuffled(kept["train"], params.seed))
+    audits: list[dict[str, Any]] = []
+    if params.steps:
+        from llmctl_data.labelled_steps import take_steps
+
+        kept["train"], audits = take_steps(kept["train"], told_steps(params, others), params.seed)
     for split, examples in kept.items():
         for example in examples:
             for number, text in enumerate(row_texts(example.row)):
-                out.add(Document(f"{example.id}/{number}", example.source, text), split)
+                out.add(Document(f"{example.id}/{number}", example.source, text, meta=known_of(example.row)), split)
     if not ctx.wants("labelled"):
-        return
+        return audits
     with DatasetWriter(ctx.output("labelled"), "dataset.labelled", tuple(kept)) as writer:
         for split, examples in kept.items():
             for example in examples:
                 writer.add(split, {"id": example.id, **{k: v for k, v in example.row.items() if k != "split"}})
     ctx.describe("labelled", rows=sum(map(len, kept.values())))
     ctx.report({f"labelled.{split}": len(examples) for split, examples in kept.items()})
+    return audits
+
+
+def known_of(row: Row) -> Row:
+    """What a document that is made of a row keeps of it: its class, and where it comes from."""
+    return {name: row[name] for name in ("label", "parent", "method") if name in row}
 
 
 def toy_rows(params: DataParams) -> Iterator[Labelled]:

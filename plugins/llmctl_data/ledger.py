@@ -7,15 +7,17 @@ Counts are Python's integers, of any size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from llmctl.text.cleaning.groups import UNKNOWN, spread
 from llmctl.text.cleaning.samples import Reservoir, rank, shown
-from llmctl.text.cleaning.step import Drop, Noted, Outcome
+from llmctl.text.cleaning.step import Drop, Noted, Outcome, Several
 from llmctl.text.documents import Document
 from llmctl_data.readers.piece import Note, Reject
 
-UNKNOWN = "unknown"
+UNEVEN = ("source", "language", "class")
+"""Groups whose imbalance the audit tells; classes are those of labelled rows."""
 
 
 def size_of(text: str) -> int:
@@ -58,13 +60,16 @@ class StepLedger:
             self.tagged += after.meta != before.meta
         return after
 
-    def copies(self, before: Document, documents: Sequence[Document]) -> None:
+    def copies(self, before: Document, several: Several) -> None:
         """Note that a document was replaced by several."""
         self.documents_in += 1
-        self.documents_out += len(documents)
+        self.documents_out += len(several.documents)
         self.bytes_in += size_of(before.text)
-        self.bytes_out += sum(size_of(document.text) for document in documents)
-        self.found["copies"] += len(documents) - 1
+        self.bytes_out += sum(size_of(document.text) for document in several.documents)
+        self.found.update(several.found)
+        derived = next((document for document in several.documents if document.text != before.text), None)
+        if derived is not None:
+            self._sample("derived", before, derived, derived.id)
 
     def _sample(self, kind: str, before: Document, after: Document | None, detail: str) -> None:
         kept = self.samples.setdefault(kind, Reservoir())
@@ -130,6 +135,7 @@ class DocumentLedger:
     """Documents by what is known of them, and how long they are."""
 
     GROUPS = ("source", "format", "language", "license", "split")
+    """Those that every document has one of."""
 
     def __init__(self) -> None:
         self.documents = self.bytes = self.characters = 0
@@ -138,7 +144,7 @@ class DocumentLedger:
         self.lengths: Counter[int] = Counter()
         """By the number of bits of the length in characters: bin b holds 2^(b-1) to 2^b - 1."""
         self.groups: dict[str, dict[str, list[int]]] = {group: {} for group in self.GROUPS}
-        """Group → value → [documents, bytes]."""
+        """Group → value → [documents, bytes]; `class` only where documents have one."""
 
     def add(self, document: Document, size: int, **known: str) -> None:
         """Count one document of `size` bytes; `known` are its source, format and split."""
@@ -153,8 +159,10 @@ class DocumentLedger:
         code = meta.get("code")
         language = f"code: {code}" if code else str(meta.get("language") or UNKNOWN)
         values = {"language": language, "license": str(meta.get("license") or UNKNOWN), **known}
+        if "label" in meta:
+            values["class"] = str(meta["label"])
         for group, value in values.items():
-            pair = self.groups[group].setdefault(value, [0, 0])
+            pair = self.groups.setdefault(group, {}).setdefault(value, [0, 0])
             pair[0] += 1
             pair[1] += size
 
@@ -181,7 +189,7 @@ class DocumentLedger:
         self.lengths.update({int(bits): count for bits, count in other["lengths"].items()})
         for group, values in other["groups"].items():
             for value, (documents, size) in values.items():
-                pair = self.groups[group].setdefault(value, [0, 0])
+                pair = self.groups.setdefault(group, {}).setdefault(value, [0, 0])
                 pair[0] += documents
                 pair[1] += size
 
@@ -196,6 +204,14 @@ class DocumentLedger:
             "bytes": self.bytes,
             "characters": self.characters,
             "lengths": {"unit": "characters", "shortest": self.shortest or 0, "longest": self.longest, "bins": bins},
+            "imbalance": {
+                group: {
+                    unit: spread([pair[place] for pair in self.groups[group].values()])
+                    for place, unit in enumerate(("documents", "bytes"))
+                }
+                for group in UNEVEN
+                if group in self.groups
+            },
             **{
                 f"by_{group}": {
                     value: {"documents": documents, "bytes": size}

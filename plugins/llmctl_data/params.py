@@ -98,7 +98,11 @@ class SourceParams(Params):
         description="pattern for names of bound files (`*` crosses directories; the first entry that fits counts), or "
         "a URL: s3://, https://, any of fsspec's, hf://datasets/ORG/NAME[@REVISION]/PATTERN (`?stream`: no cache)",
     )
-    name: str | None = Field(None, min_length=1, description="what the audit calls the source; by default `path`")
+    name: str | None = Field(
+        None,
+        min_length=1,
+        description="what the audit calls the source, by default `path`; its documents carry it as `meta.corpus`",
+    )
     format: Format | None = Field(None, description="format of its files, where their names do not tell")
     fields: dict[str, str] = Field({}, description="as `fields` of the stage, for this source; added to them")
     rows: Literal["text", "record"] = Field(
@@ -152,7 +156,9 @@ class DataParams(Params):
         "text, id, source, url, license, language, date or any other name that a document's `meta` is to have",
     )
     sources: list[SourceParams] = Field([], description="what is said of some of the files, and URLs to read")
-    steps: list[AnyStep] = Field([], description="cleaning steps, in the order in which they are taken")
+    steps: list[AnyStep] = Field(
+        [], description="cleaning steps, in the order in which they are taken; labelled rows take balance and augment"
+    )
     encoding: str = Field(
         "auto", description="encoding of text files; auto: a byte order mark decides, else UTF-8, else cp1252, noted"
     )
@@ -206,8 +212,9 @@ class DataParams(Params):
         if self.emit is not None and (not self.emit or len(set(self.emit)) < len(self.emit)):
             raise ValueError("emit must name at least one of text, chat, preference, labelled, each once")
         check_encoding(self.encoding)
-        if self.has_labels and self.steps:
-            raise ValueError("steps clean documents, labelled rows stay as they are: drop one of them")
+        cleaning = [step.name for step in self.steps if step.name not in ("balance", "augment")]
+        if self.has_labels and cleaning:
+            raise ValueError(f"{cleaning[0]} cleans documents; of the steps, labelled rows take balance and augment")
         if self.sources and (self.has_labels or self.reader != "auto"):
             raise ValueError("sources belongs to documents that are read: reader: auto, without labelled")
         if self.modules and self.reader != "python-stdlib":

@@ -89,9 +89,12 @@ def write_audit(audit: dict[str, Any], directory: Path) -> None:
 
 
 def tell(ctx: Context, result: shards.Result) -> None:
-    """Lines for the terminal: the first problems by name, and how many there are."""
+    """Lines for the terminal: what each step did, the first problems by name, and how many there are."""
+    for line in table(result):
+        ctx.log(line)
     for note in list(shards.all_notes(result))[:NAMED]:
         ctx.log(f"{note['name']}: {note['detail']}")
+    tell_groups(ctx, result)
     count = sum(result.read.rejected.values())
     if not count:
         return
@@ -100,3 +103,68 @@ def tell(ctx: Context, result: shards.Result) -> None:
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in result.read.audit()["rejected"].items())
     more = f", the first {NAMED} are named above" if count > NAMED else ""
     ctx.warn(f"{count:,} not read: {reasons}{more}; all are in {REJECTS} of the metrics")
+
+
+def table(result: shards.Result) -> list[str]:
+    """A row for every step, what was read above and what is left below; no row at all where there are no steps."""
+    if not result.steps:
+        return []
+    total = result.read.audit()
+    rows = [("read", f"{total['documents']:,}", shown_bytes(total["bytes"]), "")]
+    for step in result.steps:
+        parts = [f"{count:,} {reason}" for reason, count in step["dropped"].items()]
+        parts += [f"{step[what]:,} {what}" for what in ("edited", "tagged") if step[what]]
+        documents = step["documents_out"] - step["documents_in"]
+        rows.append((step["name"], f"{documents:+,}" if documents else "0", "", ", ".join(parts)))
+    rows.append(("kept", f"{result.kept.documents:,}", shown_bytes(result.kept.bytes), ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = (f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows)
+    return [line.rstrip() for line in lines]
+
+
+def shown_bytes(size: int) -> str:
+    """A number of bytes, in MB, or in kB where that is nothing."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
+
+
+def tell_groups(ctx: Context, result: shards.Result) -> None:
+    """How uneven sources, languages and classes are, and what steps made of it."""
+    for group, units in result.kept.audit()["imbalance"].items():
+        told = units["bytes"]
+        if told["groups"] > 1:
+            ctx.log(
+                f"{told['groups']} groups by {group}: effectively {told['effective']:.2f}, the largest "
+                f"{told['largest']:.1%} of the bytes, {told['ratio']:,.1f} times the smallest"
+            )
+    for step in result.steps:
+        if (facts := step.get("facts")) and step["name"] in TOLD:
+            TOLD[step["name"]](ctx, facts, step["found"])
+
+
+def tell_balance(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """The shares before and after, and the passes."""
+    for row in facts["groups"]:
+        ctx.log(
+            f"balance: {row['group']} {row['share_before']:.2%} → {row['share']:.2%} of the {facts['unit']} "
+            f"(wanted {row['share_wanted']:.2%}), {row['epochs']:.2f} epochs"
+        )
+
+
+def tell_augment(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """How many texts were derived, and how many could not be."""
+    derived = found.get("derived", 0)
+    ctx.log(f"augment: {facts['group']} had {facts['share_before']:.2%} of the documents; {derived:,} texts derived")
+    if lost := facts["planned"] - derived:
+        ctx.warn(f"augment: {lost:,} of {facts['planned']:,} texts could not be derived; the audit's `found` says why")
+
+
+def tell_associations(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:
+    """The strongest of those that are flagged."""
+    for row in [row for row in facts["associations"] if row["flagged"]][:NAMED]:
+        ctx.log(
+            f"associations: {row['attribute']}: {row['share']:.0%} of {row['passages']:,} with {row['group']} "
+            f"(log-odds {row['log_odds']:+.2f}, {row['low']:+.2f} to {row['high']:+.2f})"
+        )
+
+
+TOLD = {"balance": tell_balance, "augment": tell_augment, "associations": tell_associations}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from llmctl import Artifact, Context, InputError, UsageError
 from llmctl.text.datasets import DatasetWriter
@@ -26,13 +24,21 @@ def run(
     files: list[Artifact] | None,
     text: Artifact | None,
     evaluation: list[Artifact] | None,
+    there: Artifact | None,
+    back: Artifact | None,
 ) -> None:
     """Produce the outputs that `params.emit` names."""
-    if evaluation and not any(step.name == "decontaminate" for step in params.steps):
+    if evaluation and not any(step.name in ("decontaminate", "augment") for step in params.steps):
         raise UsageError("evaluation is bound, and no step uses it", hint="add {name: decontaminate} to steps")
-    held = [artifact.path for artifact in evaluation or ()]
+    models = [model for model in (there, back) if model is not None]
+    if models and not any(step.name == "augment" and step.method == "back-translation" for step in params.steps):
+        raise UsageError(
+            "models that translate are bound, and no step uses them",
+            hint="add {name: augment, method: back-translation, …} to steps",
+        )
+    held = shards.OtherInputs([artifact.path for artifact in evaluation or ()], models)
     if params.has_labels:
-        result = _label(ctx, params, files or [], text)
+        result = _label(ctx, params, files or [], text, held)
         book = None
     elif params.reader == "python-stdlib":
         if files or text is not None:
@@ -63,7 +69,9 @@ def _sources(params: DataParams, files: list[Artifact], text: Artifact | None) -
     return find_files(files, params)
 
 
-def _label(ctx: Context, params: DataParams, files: list[Artifact], text: Artifact | None) -> shards.Result:
+def _label(
+    ctx: Context, params: DataParams, files: list[Artifact], text: Artifact | None, others: shards.OtherInputs
+) -> shards.Result:
     """Read or make up labelled examples."""
     from llmctl_data.labelled import write_labelled
 
@@ -75,13 +83,17 @@ def _label(ctx: Context, params: DataParams, files: list[Artifact], text: Artifa
     if not files and params.reader == "auto":
         raise UsageError("nothing to read", hint="bind files with labelled rows")
     with Spool(ctx, params, "labelled" if params.reader == "auto" else params.reader) as out:
-        write_labelled(ctx, params, files, out)
-    return _write_text(ctx, params, out.found())
+        steps = write_labelled(ctx, params, files, out, others)
+    result = _write_text(ctx, params.model_copy(update={"steps": []}), out.found())
+    result.steps[:0] = steps
+    return result
 
 
-def _write_text(ctx: Context, params: DataParams, found: Found, evaluation: Sequence[Path] = ()) -> shards.Result:
+def _write_text(
+    ctx: Context, params: DataParams, found: Found, others: shards.OtherInputs | None = None
+) -> shards.Result:
     """Read, clean and split what was found, and write the output `text`."""
-    result = shards.run_shards(ctx, params, found, evaluation)
+    result = shards.run_shards(ctx, params, found, others)
     shards.check_result(result, params.validation_share)
     kept = result.kept
     if ctx.wants("text"):

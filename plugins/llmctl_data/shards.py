@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llmctl import Context, InputError
+from llmctl import Artifact, Context, InputError
 from llmctl.text.cleaning.step import CorpusStep
 from llmctl.text.datasets import join_members, pack_row
 from llmctl.text.documents import Document
@@ -66,18 +66,35 @@ def _ledger(place: Path) -> dict[str, Any]:
     return told
 
 
+@dataclass(frozen=True)
+class OtherInputs:
+    """What some steps need beside the documents."""
+
+    evaluation: Sequence[Path] = ()
+    models: Sequence[Artifact] = ()
+    """Two that translate, there and back, or none."""
+
+
+def told_steps(params: DataParams, others: OtherInputs) -> list[dict[str, Any]]:
+    """The parameters of every step as JSON, with the inputs that it uses."""
+    steps = [step.model_dump(mode="json") for step in params.steps]
+    for told in steps:
+        if told["name"] in ("decontaminate", "augment"):
+            told["evaluation"] = [str(path) for path in others.evaluation]
+        if told.get("method") == "back-translation":
+            told["models"] = [[str(model.path), model.type] for model in others.models]
+    return steps
+
+
 def workers_of(params: DataParams) -> int:
     """How many processes may work."""
     return params.workers or len(os.sched_getaffinity(0))
 
 
-def run_shards(ctx: Context, params: DataParams, found: Found, evaluation: Sequence[Path] = ()) -> Result:
+def run_shards(ctx: Context, params: DataParams, found: Found, others: OtherInputs | None = None) -> Result:
     """Do everything up to the dataset's parts. InputError if no document is left; raises TempFail when stopped."""
     work = ctx.resume_dir / WORK
-    steps = [step.model_dump(mode="json") for step in params.steps]
-    for told in steps:
-        if told["name"] == "decontaminate":
-            told["evaluation"] = [str(path) for path in evaluation]
+    steps = told_steps(params, others or OtherInputs())
     made = [tasks.build_step(told, params.seed) for told in steps]  # what one of them lacks is said before any work
     corpus = [place for place, step in enumerate(made) if isinstance(step, CorpusStep)]
     facts = {
@@ -141,7 +158,7 @@ def _gather(plan: Plan, work: Path, found: Found) -> Result:
 
 
 def _told(params: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in params.items() if key not in ("name", "evaluation")}
+    return {key: value for key, value in params.items() if key not in ("name", "evaluation", "models")}
 
 
 def _place_first(result: Result) -> None:

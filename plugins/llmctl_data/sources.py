@@ -196,7 +196,7 @@ def _piece(file: File, format: str, params: DataParams, whole: bool) -> Piece:
         "html": params.html,
     }
     if entry is not None:
-        meta = {"license": entry.license, "language": entry.language}
+        meta = {"license": entry.license, "language": entry.language, "corpus": entry.name}
         options["meta"] = {key: value for key, value in meta.items() if value is not None}
         options |= {"rows": entry.rows, "weight": entry.weight, "limit": entry.limit}
     return Piece(file.name, file.path, format, _source_name(entry), file.size, whole=whole, options=options)

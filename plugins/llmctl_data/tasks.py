@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import LlmctlError
-from llmctl.text.cleaning.step import BatchStep, CorpusStep, Drop, Noted, Step
+from llmctl.stage import Artifact
+from llmctl.text.cleaning.step import BatchStep, CorpusStep, Drop, Noted, Several, Step
 from llmctl.text.documents import Document
 from llmctl_data import shuffle
 from llmctl_data.facts import unit
@@ -110,22 +111,33 @@ class Worker:
         verdicts, shared = shuffle.read_verdicts(decided, number)
         path = folder(self.work, f"read-{segment - 1}", number) / DOCUMENTS
         for place, (document, known) in enumerate(read_documents(path)):
+            if not self._concerns(step, document):
+                ledger.count(document, document)
+                yield document, known
+                continue
             outcome = step.filter(document, verdicts.get(place), shared)
             if isinstance(outcome, Document | Drop | Noted):
                 after = ledger.count(document, outcome)
                 if after is not None:
                     yield after, known
             else:
-                ledger.copies(document, outcome)
-                for copy in outcome:
+                several = outcome if isinstance(outcome, Several) else Several(outcome, {"copies": len(outcome) - 1})
+                ledger.copies(document, several)
+                for copy in several.documents:
                     yield copy, known
+
+    def _concerns(self, step: CorpusStep, document: Document) -> bool:
+        """Whether the step may see the document: some leave alone what is measured on."""
+        if not getattr(step, "training_only", False):
+            return True
+        return (document.split or split_by_hash(self.plan.seed, self.plan.validation_share, document)) == "train"
 
     def _hand_on(self, documents: Iterable[tuple[Document, Known]], step: CorpusStep, out: Path) -> dict[str, Any]:
         """Write the documents for the next segment, and their signatures."""
         signatures = shuffle.SignatureWriter()
         with contextlib.closing(DocumentFile(out)) as file:
             for document, known in documents:
-                for key, payload in step.signatures(document):
+                for key, payload in step.signatures(document) if self._concerns(step, document) else ():
                     signatures.add(key, file.count, payload)
                 file.add(document, known)
         signatures.write(out)
@@ -282,15 +294,18 @@ def _clean(
 
 
 def build_step(told: dict[str, Any], seed: int) -> Step | CorpusStep:
-    """The step that its parameters, as JSON, describe; `evaluation` among them is where its other input lies."""
+    """The step that its parameters, as JSON, describe; `evaluation` and `models` among them are its other inputs."""
     import pydantic
 
     from llmctl.text.cleaning.catalogue import build
     from llmctl.text.cleaning.params import AnyStep
 
-    params = {name: value for name, value in told.items() if name != "evaluation"}
+    params = {name: value for name, value in told.items() if name not in ("evaluation", "models")}
     return build(
-        pydantic.TypeAdapter(AnyStep).validate_python(params), seed, [Path(p) for p in told.get("evaluation", ())]
+        pydantic.TypeAdapter(AnyStep).validate_python(params),
+        seed,
+        [Path(path) for path in told.get("evaluation", ())],
+        [Artifact(Path(path), kind) for path, kind in told.get("models", ())],
     )
 
 

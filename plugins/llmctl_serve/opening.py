@@ -34,6 +34,8 @@ class Opener:
     params: ServeParams
     index: Index | None = None
     draft: Generator | None = None
+    draft_tokenizer: str = ""
+    """Digest of the tokenizer that the draft was trained with."""
 
     def open(self, name: str, artifact: Artifact) -> Service:
         """The service of a model. InputError, UsageError, MachineError if it cannot be opened or served so."""
@@ -47,6 +49,11 @@ class Opener:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model {opened.vocab_size}",
                 hint="use the tokenizer that the model was trained with",
+            )
+        if self.draft is not None and self.draft_tokenizer != tokenizer.digest:
+            raise UsageError(
+                f"the draft's tokenizer is {self.draft_tokenizer[:19]}…, the model's {tokenizer.digest[:19]}…",
+                hint="use a draft that was trained with the model's own tokenizer",
             )
         engine = self.engine(opened)
         return Service(

@@ -46,7 +46,7 @@ class ServeParams(SafetyParams):
         default="none",
         description="propose tokens and let the model confirm several at once: from the text, or by `draft`",
     )
-    draft_tokens: int = Field(default=4, ge=1, le=64, description="tokens that speculation proposes at a time")
+    draft_tokens: int = Field(default=4, ge=1, le=64, description="most tokens that speculation proposes at a time")
     max_new_tokens: int = Field(
         default=256, ge=1, description="tokens of an answer when the request does not limit them"
     )

@@ -73,7 +73,7 @@ def open_models(
     """The stage's model, which is the default, and the others; each with its own engine and thread."""
     documents = Index.load(index) if index else None
     opened = get_registry().open_generator(draft, device=params.device, threads=params.threads) if draft else None
-    first = Opener(params, documents, opened)
+    first = Opener(params, documents, opened, Tokenizer.load(draft.path).digest if draft else "")
     # A draft model proposes for the model it was given with.
     plain = params if draft is None else params.model_copy(update={"speculation": "none"})
     further = Opener(plain, documents)

@@ -97,6 +97,7 @@ def _fields(data: bytes) -> dict[int, list[Any]]:
 
 def _walk(data: bytes) -> Iterator[tuple[int, Any]]:
     at = 0
+    value: Any
     while at < len(data):
         tag, at = _varint(data, at)
         kind = tag & 7

@@ -69,7 +69,9 @@ LIKELY = 3 - math.log(math.e**3 + VOCAB - 1)
 
 
 def asked(*prompt: int, client: str = "", tokens: int = 3, n: int = 1, **more: object) -> Request:
-    return Request(prompt=prompt, sampling=Sampling(max_new_tokens=tokens, n=n, temperature=float(n > 1)), client=client, **more)
+    return Request(
+        prompt=prompt, sampling=Sampling(max_new_tokens=tokens, n=n, temperature=float(n > 1)), client=client, **more
+    )
 
 
 def run(engine: OneByOne) -> list[Event]:

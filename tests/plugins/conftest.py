@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +134,12 @@ class Scripted:
 
     def logprobs(self, tokens: Sequence[int]) -> np.ndarray:
         return np.take_along_axis(self.logits(tokens)[:-1], np.array(tokens[1:])[:, None], axis=1)[:, 0]
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path], Path]:
+    """Puts a tokenizer of bytes into a directory."""
+    return write_byte_tokenizer
 
 
 @pytest.fixture

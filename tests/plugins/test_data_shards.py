@@ -230,6 +230,16 @@ def test_a_run_that_was_stopped_goes_on_and_gives_the_same(big, tmp_path):
     assert digest(rest.outputs["text"].path) == digest(whole.outputs["text"].path)
 
 
+def test_the_terminal_shows_what_each_step_did(big, tmp_path):
+    told = [fields["text"] for kind, fields in run(big, tmp_path, {**CUT, "workers": 1}).events if kind == "log"]
+    words = [line.split() for line in told]
+    table = words[[line[0] for line in words].index("read") :][:5]
+    assert [row[0] for row in table] == ["read", "length", "exact-duplicates", "length", "kept"]
+    counts = [int(row[1].replace(",", "")) for row in table]
+    assert counts[0] == 2049 and sum(counts[:-1]) == counts[-1]
+    assert " ".join(table[2][2:]) == f"{-counts[2]} exact duplicate"
+
+
 def test_a_task_is_a_command(big, tmp_path):
     with pytest.raises(TempFail):
         run(big, tmp_path, {**CUT, "workers": 1}, stop_after=1)
@@ -254,7 +264,8 @@ def test_sources_say_what_their_files_are(tmp_path):
     found = list(read_rows(result.outputs["text"], "train"))
     web = [row for row in found if row["source"] != "b.txt"]
     assert sorted(row["id"] for row in web) == sorted(f"k{n}{end}" for n in range(10) for end in ("", "~2"))
-    assert all(row["meta"] == {"license": "CC-BY-4.0", "language": "en"} for row in web)
+    told = {"license": "CC-BY-4.0", "language": "en", "corpus": "web"}
+    assert all(row["meta"] == told for row in web)
     audit = json.loads((result.outputs["text"].path / "audit.json").read_text())
     told = next(source for source in audit["sources"] if source["name"] == "web")
     assert (told["documents"], told["taken"], told["kept"], told["license"]) == (10, 20, 20, "CC-BY-4.0")

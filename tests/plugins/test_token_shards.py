@@ -230,3 +230,76 @@ def test_nanogpt_has_no_room_for_large_ids(tmp_path):
     shard_formats.export_shards(TokenShards.open(tmp_path / "large"), tmp_path / "out", "megatron")
     dtype, lengths, _ = shard_formats.read_index(tmp_path / "out" / "train.idx")
     assert dtype == np.int32 and lengths.tolist() == [1]
+
+
+RUN = """
+import resource, sys
+from pathlib import Path
+from llmctl import Artifact
+from llmctl.testing import run_stage
+from llmctl_tokenize import TOKENIZE, encoding
+
+if __name__ == "__main__":
+    text, tokenizer, where, workers, batch, checkpoint = sys.argv[1:]
+    encoding.BATCH_BYTES, encoding.CHECKPOINT_BYTES = int(batch), int(checkpoint)
+    params = {"workers": int(workers), "emit": "tokens"}
+    run_stage(TOKENIZE, Path(where), params, text=Artifact(Path(text), "dataset.text"),
+              tokenizer=Artifact(Path(tokenizer), "tokenizer"))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def large(directory: Path, megabytes: int) -> Path:
+    """A dataset of documents that differ, of about so much text."""
+    with DatasetWriter(directory, "dataset.text", ("train", "validation")) as writer:
+        for number in range(megabytes * 20):
+            words = " ".join(f"word{(number * 7919 + i * 104729) % 5003}" for i in range(5000))
+            writer.add("train", {"id": str(number), "source": "s", "text": words})
+    return directory
+
+
+@pytest.mark.slow
+def test_kill_9_and_again_gives_the_same_bytes(made, tmp_path):
+    tokenizer = made[1].outputs["tokenizer"].path
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    text = large(tmp_path / "text", 4)
+
+    def command(where: str, workers: int) -> list[str]:
+        return [
+            sys.executable,
+            str(script),
+            str(text),
+            str(tokenizer),
+            str(tmp_path / where),
+            str(workers),
+            "60000",
+            "200000",
+        ]
+
+    subprocess.run(command("whole", 0), check=True, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(command("torn", 2), stdout=subprocess.DEVNULL)
+    meta = tmp_path / "torn" / ".resume" / "tokens" / "meta.json"
+    until = time.monotonic() + 120
+    while not meta.exists() and time.monotonic() < until:
+        time.sleep(0.002)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    so_far = json.loads(meta.read_text())["splits"]["train"]["documents"]
+    assert 0 < so_far < 80
+    subprocess.run(command("torn", 0), check=True, stdout=subprocess.DEVNULL)
+    assert same_files(tmp_path / "whole" / "tokens", tmp_path / "torn" / "tokens")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_text(made, tmp_path):
+    tokenizer = made[1].outputs["tokenizer"].path
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    peaks = []
+    for megabytes in (2, 20):
+        text = large(tmp_path / f"text{megabytes}", megabytes)
+        words = [str(script), str(text), str(tokenizer), str(tmp_path / str(megabytes)), "0", "1000000", "4000000"]
+        done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 12, peaks  # MiB, of 18 MB more text

@@ -124,6 +124,44 @@ def test_overlapping_pairs_are_counted_as_they_merge(tmp_path):
     assert merges_of(made.outputs["tokenizer"].path) == naive_merges([words * 3], 6)
 
 
+def merged(word: list[str], left: str, right: str) -> list[str]:
+    joined, i = [], 0
+    while i < len(word):
+        pair = word[i : i + 2] == [left, right]
+        joined.append(left + right if pair else word[i])
+        i += 2 if pair else 1
+    return joined
+
+
+def pairs_of(word: list[str], overlapping: bool) -> list[tuple[str, str]]:
+    """Neighbours; `aaa` has the pair `aa` twice, or once if pairs may not overlap."""
+    found, i = [], 0
+    while i < len(word) - 1:
+        pair = (word[i], word[i + 1])
+        found.append(pair)
+        i += 2 if not overlapping and pair[0] == pair[1] == "".join(word[i + 2 : i + 3]) else 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"), [("without overlaps", "aaa aaa bc bc bc"), ("across words", "x y x y x y zz zz")]
+)
+def test_other_ways_to_count_or_merge_give_another_list(tmp_path, fault, text):
+    """The controls: `aaa` counted as one pair, though both of its places can merge; and pairs across the cuts."""
+    table = byte_alphabet()
+    words = [text] if fault == "across words" else GPT2.findall(text)
+    split, found = [[table[b] for b in word.encode()] for word in words], []
+    for _ in range(2):
+        pairs = Counter(pair for word in split for pair in pairs_of(word, fault == "across words"))
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        found.append((left, right))
+        split = [merged(word, left, right) for word in split]
+    made = run_stage(TOKENIZE, tmp_path / "made", {"vocab_size": 264}, text=dataset(tmp_path / "text", [text]))
+    ours = merges_of(made.outputs["tokenizer"].path)
+    assert ours == naive_merges([text], 2)
+    assert ours != found
+
+
 def test_size_special_tokens_and_alphabet(made):
     tokenizer = Tokenizer.load(made.outputs["tokenizer"].path)
     assert tokenizer.vocab_size == made.metrics["vocab_size"] == 600

@@ -150,7 +150,7 @@ def test_sentencepiece_gives_the_same_ids(tmp_path, lines, name, options):
         assert sum(map(peer.get_score, a)) == pytest.approx(sum(map(peer.get_score, b)), rel=1e-5), line
     assert (ours.bos_id, ours.eos_id, ours.unk_id) == (peer.bos_id(), peer.eos_id(), peer.unk_id())
     for line, ids in zip(given[513:700], expected[513:700], strict=True):
-        assert ours.decode(ids) == peer.decode(ids), line
+        assert ours.decode(ids, skip_special=False).replace("<unk>", " ⁇ ") == peer.decode(ids), line
     assert not {*ours.encode("<s> </s> <0x41>")} & {ours.bos_id, ours.eos_id}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmctl.stage import load_string
+from llmctl.stage import Artifact, load_string
 from llmctl.text.cleaning.step import CorpusStep, Step
 
 STEPS = {
@@ -22,17 +22,25 @@ STEPS = {
     "exact-duplicates": "llmctl.text.cleaning.duplicates:ExactDuplicates",
     "near-duplicates": "llmctl.text.cleaning.near_duplicates:NearDuplicates",
     "decontaminate": "llmctl.text.cleaning.decontamination:Decontaminate",
+    "select": "llmctl.text.cleaning.balance:Select",
+    "balance": "llmctl.text.cleaning.balance:Balance",
+    "augment": "llmctl.text.cleaning.augment:Augment",
+    "associations": "llmctl.text.cleaning.associations:Associations",
 }
 """Name → import string of the class."""
 
 
-def build(params: Any, seed: int, evaluation: Sequence[Path] = ()) -> Step | CorpusStep:
+def build(
+    params: Any, seed: int, evaluation: Sequence[Path] = (), models: Sequence[Artifact] = ()
+) -> Step | CorpusStep:
     """The step that `params` (one entry of the stage's `steps`) describes; its modules are imported now.
 
-    `evaluation` is where the input of that name lies, for the step that looks for it.
+    `evaluation` is where the input of that name lies, for the steps that look for it; `models` translate there and
+    back.
 
     Raises MachineError, naming the extra, if one that the step needs is not installed.
     """
     make = load_string(STEPS[params.name])
-    made: Step | CorpusStep = make(params, seed, evaluation) if params.name == "decontaminate" else make(params, seed)
+    more: tuple[Any, ...] = {"decontaminate": (evaluation,), "augment": (evaluation, models)}.get(params.name, ())
+    made: Step | CorpusStep = make(params, seed, *more)
     return made

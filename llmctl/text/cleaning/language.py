@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+import numpy as np
 
 from llmctl.errors import MachineError
 from llmctl.text.cleaning.code_detection import looks_like_code
@@ -13,6 +16,8 @@ from llmctl.text.documents import Document
 
 NONE = "none"
 NOT_LANGUAGE = "zxx"  # ISO 639-2: no linguistic content
+WINDOW = 6
+"""Bytes of the longest feature of the classifier."""
 
 
 class Language(Routed):
@@ -49,10 +54,42 @@ class Language(Routed):
         return str(language), float(confidence)
 
 
+@functools.cache
 def load_identifier() -> Any:
-    """py3langid's classifier with probabilities; its model is part of the package."""
+    """py3langid's classifier with probabilities; its model is part of the package, and unpacked once in a process."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise MachineError("py3langid is not installed", hint="pip install 'llmctl[data]'") from error
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+    class Identifier(LanguageIdentifier):  # type: ignore[misc]  # the package has no types
+        """The same scores, bit for bit, from a walk over all places of the text at once."""
+
+        __slots__ = ("_moves", "_outputs", "_rows")
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._moves, self._outputs = np.asarray(self.tk_nextmove), np.asarray(self.tk_output)
+            self._rows = np.asarray(self.tk_row, dtype=np.int64) << 8
+
+        def _raw_score(self, text: bytes) -> Any:
+            """Its features are of at most six bytes, so the state at a place depends on the last six alone."""
+            if len(text) < WINDOW:
+                return super()._raw_score(text)
+            letters = np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+            states = np.zeros(len(letters) - WINDOW + 1, dtype=np.int64)
+            head = [int(states[0])]
+            for offset in range(WINDOW):
+                states = self._moves[self._rows[states] + letters[offset : offset + len(states)]].astype(np.int64)
+                head.append(int(states[0]))
+            features = self._outputs[np.concatenate((head[1:WINDOW], states))]
+            features = features[features >= 0]
+            if not len(features):
+                return super()._raw_score(text)
+            found, first, counts = np.unique(features, return_index=True, return_counts=True)
+            order = np.argsort(first)  # sums of floats depend on it
+            return self._sparse_score(
+                dict(zip(found[order].tolist(), counts[order].tolist(), strict=True)), self.nb_ptc
+            )
+
+    return Identifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -10,6 +10,7 @@ import pydantic
 from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
+from llmctl.text.cleaning.balance_params import AssociationsParams, AugmentParams, BalanceParams, SelectParams
 from llmctl.text.cleaning.kind_params import KINDS, Kind, StepParams
 from llmctl.text.cleaning.quality_params import QualityParams
 
@@ -235,6 +236,10 @@ AnyStep = Annotated[
     | ExactDuplicatesParams
     | NearDuplicatesParams
     | DecontaminateParams
-    | CodeParams,
+    | CodeParams
+    | SelectParams
+    | BalanceParams
+    | AugmentParams
+    | AssociationsParams,
     pydantic.Field(discriminator="name"),
 ]

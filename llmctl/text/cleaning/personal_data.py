@@ -46,6 +46,8 @@ CREDENTIALS = re.compile(
     r"(?P<pair>[^\s/:@?#'\"<>]{1,128}:[^\s/@?#'\"<>]{1,128})@(?=[\w\[])"
 )
 PHONE_HINT = re.compile(r"(?:\+|\(|\b)\d[\d\s().\-/]{5,}\d")
+PHONE_LINE = re.compile(r"\d(?:[^\d\n]{0,40}\d){6}")
+"""Seven digits in one line: no telephone number that counts has less, and none goes over the end of a line."""
 PLACEHOLDERS = re.compile(r"user(?:name)?:pass(?:word|wd)?|<.*|\$\{?.*|x+:x+|\*+:\*+", re.IGNORECASE)
 
 
@@ -63,14 +65,23 @@ def phones(text: str, region: str) -> Iterator[Span]:
     if hint is None:
         return
     matcher, leniency = _matcher()
-    for match in matcher(text, region or None, leniency=leniency.VALID):
-        raw = match.raw_string
-        start = match.start + (raw.startswith("(") and ")" not in raw)  # the bracket is the sentence's
-        before = text[start - 1 : start] if start else ""
-        digits = sum(map(str.isdigit, raw))
-        announced = not raw.isdigit() or _is_announced(text, start)
-        if digits >= 7 and announced and not (before and before in "$€£#=_/.@-"):
-            yield start, match.end
+    done = 0
+    while hint := PHONE_LINE.search(text, done):
+        first = text.rfind("\n", 0, hint.start()) + 1
+        end = text.find("\n", hint.end())
+        done = len(text) if end < 0 else end
+        for match in matcher(text[first:done], region or None, leniency=leniency.VALID):
+            yield from _phone(text, first + match.start, match.raw_string)
+
+
+def _phone(text: str, place: int, raw: str) -> Iterator[Span]:
+    """The span of a number that the matcher found, if it is no price, identifier or bare count."""
+    start = place + (raw.startswith("(") and ")" not in raw)  # the bracket is the sentence's
+    before = text[start - 1 : start] if start else ""
+    digits = sum(map(str.isdigit, raw))
+    announced = not raw.isdigit() or _is_announced(text, start)
+    if digits >= 7 and announced and not (before and before in "$€£#=_/.@-"):
+        yield start, place + len(raw)
 
 
 def _is_announced(text: str, start: int) -> bool:

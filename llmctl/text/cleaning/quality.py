@@ -91,12 +91,14 @@ def _by_length(bounds: dict[str, float]) -> list[tuple[int, float]]:
 
 def gopher_quality(text: str, words: list[str], bounds: GopherQualityParams) -> str:
     """The rule of Gopher's quality set that the text breaks."""
-    plain = [word for word in words if word[0].isalnum() or any(map(str.isalnum, word))]  # signs are words, too
-    if len(plain) < bounds.min_words:
+    other = [word for word in words if not word.isalpha()]
+    signs = [word for word in other if not any(map(str.isalnum, word))]  # they are words, too
+    plain = len(words) - len(signs)
+    if plain < bounds.min_words:
         return "few_words"
-    if len(plain) > bounds.max_words:
+    if plain > bounds.max_words:
         return "many_words"
-    mean = sum(map(len, plain)) / len(plain) if plain else 0
+    mean = (sum(map(len, words)) - sum(map(len, signs))) / plain if plain else 0
     if mean < bounds.min_mean_length:
         return "short_words"
     if mean > bounds.max_mean_length:
@@ -105,7 +107,7 @@ def gopher_quality(text: str, words: list[str], bounds: GopherQualityParams) -> 
         return "hashes"
     if (text.count("...") + text.count("…")) / len(words) > bounds.max_symbols:
         return "ellipses"
-    return _lines_of_gopher(text, bounds) or _words_of_gopher(words, bounds)
+    return _lines_of_gopher(text, bounds) or _words_of_gopher(words, other, bounds)
 
 
 def _lines_of_gopher(text: str, bounds: GopherQualityParams) -> str:
@@ -117,8 +119,9 @@ def _lines_of_gopher(text: str, bounds: GopherQualityParams) -> str:
     return ""
 
 
-def _words_of_gopher(words: list[str], bounds: GopherQualityParams) -> str:
-    alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
+def _words_of_gopher(words: list[str], other: list[str], bounds: GopherQualityParams) -> str:
+    """`other` are those that do not consist of letters alone."""
+    alphabetic = len(words) - len(other) + sum(any(map(str.isalpha, word)) for word in other)
     if alphabetic / len(words) < bounds.min_alphabetic:
         return "few_letters"
     if bounds.min_stop_words and len(set(bounds.stop_words).intersection(words)) < bounds.min_stop_words:
@@ -146,11 +149,13 @@ def c4(text: str, rules: C4Params, removed: Counter[str]) -> tuple[str, str]:
     """(rule broken or "", the lines that stay); counts the lines that go in `removed`."""
     kept = []
     sentences = 0
+    lowered = (CITATION.sub("", text) if rules.citations else text).lower()
+    marked = any(phrase in lowered for phrase in (*POLICY, "lorem ipsum", "javascript"))
     for raw in text.splitlines():
         line = raw.strip()
         words = line.split()  # citations are words still, as in the published code
-        line = CITATION.sub("", line) if rules.citations else line
-        if reason := _line_of_c4(line, words, rules):
+        line = CITATION.sub("", line) if rules.citations and "[" in line else line
+        if reason := _line_of_c4(line, words, rules, marked):
             if reason in DOCUMENT_RULES:
                 return reason, text
             removed[reason] += bool(line)
@@ -162,14 +167,15 @@ def c4(text: str, rules: C4Params, removed: Counter[str]) -> tuple[str, str]:
     return "", "\n".join(kept).strip()
 
 
-def _line_of_c4(line: str, words: list[str], rules: C4Params) -> str:
-    if any(len(word) > rules.max_word_chars for word in words):
+def _line_of_c4(line: str, words: list[str], rules: C4Params, marked: bool) -> str:
+    """`marked` is whether a line of the text may hold one of the phrases."""
+    if words and len(max(words, key=len)) > rules.max_word_chars:
         return "long_word"
     if rules.end_mark and (not line.endswith((".", "?", "!", '"', "'")) or line.endswith("...")):
         return "no_end_mark"
     if len(words) < rules.min_line_words:
         return "short_line"
-    lowered = line.lower()
+    lowered = line.lower() if marked else ""
     if rules.lorem_ipsum and "lorem ipsum" in lowered:
         return "lorem_ipsum"
     if rules.curly_bracket and "{" in line:

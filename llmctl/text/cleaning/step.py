@@ -43,6 +43,14 @@ class Noted:
     found: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Several:
+    """These stand for the document, and `found` is added to the counts of the corpus step."""
+
+    documents: Sequence[Document]
+    found: Mapping[str, int]
+
+
 Outcome = Document | Drop | Noted
 """A document with another text counts as edited, one with other `meta` as tagged; samples of edits are kept."""
 
@@ -121,6 +129,9 @@ class CorpusStep(Protocol):
         """The decision over the findings of all ranges, in order of their keys."""
         ...
 
-    def filter(self, document: Document, verdict: Any, shared: Any) -> Outcome | Sequence[Document]:
-        """Apply it; `verdict` is None for a document without one. A sequence stands for the document: up-sampling."""
+    def filter(self, document: Document, verdict: Any, shared: Any) -> Outcome | Sequence[Document] | Several:
+        """Apply it; `verdict` is None for a document without one. A sequence stands for the document: up-sampling.
+
+        A step with `training_only = True` neither counts nor changes documents of other splits than `train`.
+        """
         ...

@@ -71,7 +71,26 @@ def unpack(raw: BinaryIO, name: str) -> io.BufferedReader:
         stream = lzma.LZMAFile(raw)  # noqa: SIM115  # closed with `raw`
     else:
         stream = raw
+    if packing in ("gzip", "bzip2", "xz"):
+        stream = Unpacked(stream)
     return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, BLOCK)
+
+
+class Unpacked(io.RawIOBase):
+    """A step of unpacking at a time: what lies before a damaged place arrives, its error comes after that."""
+
+    def __init__(self, stream: gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` as far as one step goes; 0 at the end."""
+        data = self._stream.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class ZstdStream(io.RawIOBase):

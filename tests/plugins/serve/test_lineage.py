@@ -9,7 +9,9 @@ from llmctl.store import Store
 from llmctl.store.hashing import plain_files
 
 
-def test_the_lineage_of_a_stored_model(tmp_path, model_dir, scripted, byte_tokenizer, monkeypatch, serving_models, service_of):
+def test_the_lineage_of_a_stored_model(
+    tmp_path, model_dir, scripted, byte_tokenizer, monkeypatch, serving_models, service_of
+):
     monkeypatch.setenv("LLMCTL_STORE", str(tmp_path / "store"))
     store = Store(tmp_path / "store")
     store.create()

@@ -1,7 +1,7 @@
 """Programs that others wrote, against the server: lm-evaluation-harness and schemathesis, where they are installed.
 
-    python -m venv peers && peers/bin/pip install 'lm-eval[api]==0.4.13' transformers schemathesis==4.32.5
-    LLMCTL_PEERS=$PWD/peers pytest -m slow tests/plugins/serve/test_outside_clients.py
+python -m venv peers && peers/bin/pip install 'lm-eval[api]==0.4.13' transformers schemathesis==4.32.5
+LLMCTL_PEERS=$PWD/peers pytest -m slow tests/plugins/serve/test_outside_clients.py
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def tasks(server, tmp_path) -> Path:
         "doc_to_text: '{{question}}'\n"
     )
     (tmp_path / "choice.yaml").write_text(
-        "task: local_choice\noutput_type: multiple_choice\ntarget_delimiter: ''\n" + common + "doc_to_choice: '{{choices}}'\n"
+        "task: local_choice\noutput_type: multiple_choice\ntarget_delimiter: ''\n"
+        + common
+        + "doc_to_choice: '{{choices}}'\n"
         "doc_to_target: '{{label}}'\nmetric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
     )
     (tmp_path / "generate.yaml").write_text(
@@ -110,7 +112,16 @@ def test_lm_evaluation_harness_chats(server, tasks) -> None:
 def test_schemathesis_finds_no_failure_of_the_server(server, tmp_path) -> None:
     command = [peer("schemathesis"), "run", f"{server.base}/openapi.json", "--url", server.base, "--seed", "1"]
     command += ["--checks", "not_a_server_error,response_schema_conformance,content_type_conformance"]
-    command += ["--max-examples", "25", "--phases", "examples,coverage,fuzzing", "--exclude-path-regex", "^/admin"]
+    command += [
+        "--max-examples",
+        "25",
+        "--max-time",
+        "90",
+        "--phases",
+        "examples,coverage,fuzzing",
+        "--exclude-path-regex",
+        "^/admin",
+    ]
     command += ["--request-timeout", "30", "--max-failures", "5", "--suppress-health-check", "all"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

@@ -48,6 +48,7 @@ REFUSED = [
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
     ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    ({"repetition_penalty": 5e-324}, "repetition_penalty"),  # logits over it are no numbers
     ({"presence_penalty": False}, "presence_penalty"),
     ({"logit_bias": {"99999": 5}}, "logit_bias"),
     ({"temprature": 0.5}, "temprature"),

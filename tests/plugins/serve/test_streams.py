@@ -19,7 +19,12 @@ def server(real_models, serving):
 
 def ask(server, number: int, stream: bool, **more):
     text = server.client.completions.create(
-        model="byte-model", prompt=f"question {number}", max_tokens=16 + number % 5, temperature=0, stream=stream, **more
+        model="byte-model",
+        prompt=f"question {number}",
+        max_tokens=16 + number % 5,
+        temperature=0,
+        stream=stream,
+        **more,
     )
     return "".join(chunk.choices[0].text for chunk in text) if stream else text.choices[0].text
 
@@ -52,7 +57,9 @@ def test_the_batch_and_the_memory_of_the_cache_are_in_the_metrics(server) -> Non
     several = count - float(lines['llmctl_batch_size_bucket{le="1.0",model="byte-model"}'])
     assert several > 0
     # Keys and values in float32: 2 of them, 2 layers, 2 heads of 16 numbers.
-    assert value("llmctl_cache_bytes") == pytest.approx(value("llmctl_cache_capacity_tokens") * 2 * 2 * 2 * 16 * 4, rel=0.02)
+    assert value("llmctl_cache_bytes") == pytest.approx(
+        value("llmctl_cache_capacity_tokens") * 2 * 2 * 2 * 16 * 4, rel=0.02
+    )
 
 
 def test_departures_among_the_streams_leave_the_others_alone(server, wait_until) -> None:

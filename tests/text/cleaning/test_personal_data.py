@@ -9,7 +9,7 @@ import string
 import pytest
 
 from llmctl.text.cleaning.params import PiiParams
-from llmctl.text.cleaning.personal_data import IBAN_LENGTHS, find, is_iban, luhn
+from llmctl.text.cleaning.personal_data import IBAN_LENGTHS, find, is_iban, luhn, phones
 from llmctl.text.cleaning.pii import PersonalData, masked
 from llmctl.text.cleaning.step import Drop, Noted
 from llmctl.text.documents import Document
@@ -175,3 +175,23 @@ def test_secrets_of_several_shapes() -> None:
     block = "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\nxyz\n-----END RSA PRIVATE KEY-----"
     text = f'{block}\napi_key = "a8Fk29xQ0zLmP4"\nexport TOKEN=9f8e7d6c5b4a39281706f5e4d3c2b1a0\n'
     assert masked(text) == '<KEY>\napi_key = "<KEY>"\nexport TOKEN=<KEY>\n'
+
+
+def test_telephone_numbers_of_lines_are_those_of_the_text():
+    """Only lines with seven digits are read closely; phonenumbers over the whole text finds the same places."""
+    from phonenumbers import Leniency, PhoneNumberMatcher
+
+    dice = random.Random(0)
+    numbers = ["+1 212-555-0142", "(020) 7946 0958", "+49 30 901820", "tel. 650.253.0000", "+1 650 253 0000 ext. 123"]
+    numbers += [
+        "650\u2013253\u20130000",
+        "2024-01-15 10:11:12",
+        "+44\n20 7946 0958",
+        "12 34",
+        "phone +33 (0)1 70 18 99 00",
+    ]
+    words = ["otters", "swim,", "\n", "\n\n", "at 12:30", "for 5 km.", "and"]
+    for _ in range(40):
+        text = " ".join(dice.choice(numbers) if dice.random() < 0.3 else dice.choice(words) for _ in range(50))
+        ends = {match.end for match in PhoneNumberMatcher(text, "US", leniency=Leniency.VALID)}
+        assert {end for _, end in phones(text, "US")} == ends

@@ -1,6 +1,6 @@
 """How fast tokenizers are trained and token shards written, against the bare `tokenizers` library on the same texts.
 
-    python benchmarks/tokenize.py [--megabytes 24] [--vocab 4096] [--rounds 3] [--workers N]
+    python benchmarks/tokenizers_speed.py [--megabytes 24] [--vocab 4096] [--rounds 3] [--workers N]
 
 Training: `llmctl_tokenize.training` against a `BpeTrainer` fed with the same iterator. Shards: the stage as a whole
 (rows read from JSON Lines, encoded, framed, counted, written) against `encode_batch` of texts that lie in memory,

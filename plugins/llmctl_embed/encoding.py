@@ -1,0 +1,98 @@
+"""Vectors of texts, or of a word in each of them, from the states of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from llmctl import Artifact, Context, InputError, UsageError
+from llmctl.reader import Reader
+from llmctl.text.pooling import normalises, read_pooling
+from llmctl.text.tokenizer import Framed, Tokenizer
+from llmctl.text.vectors import Vectors
+from llmctl_embed.corpus import WORD
+from llmctl_embed.params import EmbedParams
+
+BATCH, READ = 32, 1024
+"""Texts that the model reads at once, and texts that are ordered by length before that."""
+SHOWN = 200
+"""Characters of a text that `ids.jsonl` keeps."""
+
+
+def open_reader(model: Artifact, device: str, threads: int) -> Reader:
+    """What reads with the model. UsageError for a bundle that was exported with a head and gives no states."""
+    if model.type == "model.onnx":
+        from llmctl.ort import open_encoder
+
+        encoder = open_encoder(model.path, device, threads)
+        if "last_hidden_state" not in encoder.outputs:
+            raise UsageError(f"{model.path} gives {', '.join(encoder.outputs)}", hint="export the model without a head")
+        return encoder
+    from llmctl.train import reading
+
+    return reading.open_reader(model.path, device, threads, states=True)
+
+
+def encode(ctx: Context, params: EmbedParams, texts: Iterable[tuple[str, str]], model: Artifact) -> Vectors:
+    """The vectors of all texts that fit the model, in their order; what was left out is reported."""
+    tokenizer = Tokenizer.load(model.path)
+    reader = open_reader(model, params.device, params.threads)
+    pooling = read_pooling(model.path) if params.pooling == "auto" else params.pooling
+    normalise = normalises(model.path) if params.normalise is None else params.normalise
+    rows: list[dict[str, Any]] = []
+    vectors: list[np.ndarray] = []
+    left_out = {"too_long": 0, "without_word": 0}
+    incoming = iter(texts)
+    while part := list(islice(incoming, READ)):
+        framed = [(name, text, tokenizer.frame(text)) for name, text in part]
+        wanted = []
+        for name, text, frame in framed:
+            places = _places(frame, text, params.word, params.lowercase)
+            if not 1 <= len(frame.ids) <= reader.context_length:
+                left_out["too_long"] += 1
+            elif params.word and not places:
+                left_out["without_word"] += 1
+            else:
+                wanted.append((name, text, frame, places))
+        for number, vector in _read(reader, [(frame, places) for *_, frame, places in wanted], pooling):
+            vectors.append(vector / max(float(np.linalg.norm(vector)), 1e-12) if normalise else vector)
+            rows.append({"id": wanted[number][0], "text": wanted[number][1][:SHOWN]})
+        ctx.progress(len(rows))
+        if ctx.should_stop():
+            raise ctx.stopped(len(rows))
+    ctx.report(left_out)
+    if not rows:
+        why = f"holds the word {params.word!r}" if params.word and left_out["without_word"] else "fits the model"
+        raise InputError(f"no text {why}", hint=f"the model reads up to {reader.context_length} tokens")
+    info = {"method": "encode", "pooling": pooling, "normalised": normalise, "word": params.word}
+    return Vectors([row["id"] for row in rows], np.stack(vectors).astype(np.float32), info, rows)
+
+
+def _places(frame: Framed, text: str, word: str, lowercase: bool) -> list[int]:
+    """Tokens that are pooled: all, or those of the first occurrence of the word."""
+    if not word:
+        return list(range(len(frame.ids)))
+    wanted = word.lower() if lowercase else word
+    said = ((match.group(), match.span()) for match in WORD.finditer(text))
+    found = next((span for one, span in said if (one.lower() if lowercase else one) == wanted), None)
+    if found is None:
+        return []
+    return [n for n, (begin, end) in enumerate(frame.spans) if begin < end and begin < found[1] and end > found[0]]
+
+
+def _read(reader: Reader, wanted: list[tuple[Framed, list[int]]], pooling: str) -> Iterator[tuple[int, np.ndarray]]:
+    """(number, vector) of each text in order; texts of like length are read together."""
+    pooled: dict[int, np.ndarray] = {}
+    order = sorted(range(len(wanted)), key=lambda n: len(wanted[n][0].ids))
+    for begin in range(0, len(order), BATCH):
+        chosen = order[begin : begin + BATCH]
+        frames = [wanted[n][0] for n in chosen]
+        segments = [frame.segments for frame in frames]
+        states = reader.run([frame.ids for frame in frames], segments if any(map(any, segments)) else None)
+        for row, n in enumerate(chosen):
+            own = states["last_hidden_state"][row][wanted[n][1]]
+            pooled[n] = own[0] if pooling == "cls" else own.mean(axis=0)
+    yield from sorted(pooled.items())
