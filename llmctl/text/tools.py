@@ -44,7 +44,7 @@ class ToolCall:
 def json_problem(value: Any) -> str:
     """Why parsed JSON cannot be shown to a model, in one line; empty if it can.
 
-    `\\ud800` alone is an escape that JSON allows, and no character. A value too deep ends in a RecursionError somewhere.
+    `\\ud800` alone is an escape that JSON allows, and no character. Too deep a value ends in a RecursionError.
     """
     level, depth = [value], 0
     while level:
@@ -61,7 +61,11 @@ def json_problem(value: Any) -> str:
 
 def _half(text: str) -> bool:
     """Whether a text holds half of a surrogate pair."""
-    return any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else False
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:

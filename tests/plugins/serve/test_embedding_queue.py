@@ -98,7 +98,8 @@ def test_who_leaves_the_queue_is_not_embedded(encoding, wait_until):
         running.start()
         wait_until(lambda: encoder.begun == 1)
         raw = json.dumps({"input": "left"}).encode()
-        head = f"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
+        head = "POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(raw)}"
         client = socket.create_connection(server.address)
         client.sendall(head.encode() + b"\r\n\r\n" + raw)
         wait_until(lambda: server.models.all()[0].depth == 1)

@@ -1,4 +1,4 @@
-"""The engine's thread over engines that fail, stop or are full: nobody is left waiting, nobody goes first by accident."""
+"""The engine's thread over engines that fail, stop or are full: nobody is left waiting."""
 
 from __future__ import annotations
 
