@@ -33,7 +33,7 @@ REASONS = frozenset(
     (
         "invalid_api_key",
         "missing_scope",
-        "admin_only",
+        "engine_failed",
         "host_not_allowed",
         "origin_not_allowed",
         "body_too_large",

@@ -37,6 +37,8 @@ pytest.importorskip("onnx")
 CLIENTS, PROMPTS, NEW, CONTEXT = 12, 24, 24, 128
 MARGIN = 1e-3
 """Least gap between the two likeliest tokens of an answer that is known: a batch may round otherwise."""
+JSON = {"Content-Type": "application/json", "Authorization": "Bearer soak"}
+"""Headers: swapping models takes a key."""
 DRIFT = 0.03
 """Most that the memory may grow after the warm-up."""
 
@@ -125,11 +127,11 @@ class Server:
         command += ["--port", str(self.port), "--threads", "1", "--device", "cpu", "--slots", "8"]
         command += ["--set", f"models.current={root / 'current'}"]  # a link, which SIGUSR2 follows anew
         command += ["--set", f"model_root={root}", "--set", "max_request_bytes=65536", "--set", "drain_seconds=20"]
+        command += ["--set", "api_key_env=LLMCTL_SOAK_KEY"]
         self.log = work / "log"
         with self.log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, cwd=work, stdout=file, stderr=file, env={**os.environ, "LLMCTL_STORE": str(work / "store")}
-            )
+            own = {"LLMCTL_STORE": str(work / "store"), "LLMCTL_SOAK_KEY": "soak"}
+            self.process = subprocess.Popen(command, cwd=work, stdout=file, stderr=file, env={**os.environ, **own})
         deadline = time.monotonic() + 120
         while True:
             assert self.process.poll() is None, self.log.read_text()
@@ -147,7 +149,7 @@ class Server:
         """Status, text, and the artifact that answered."""
         raw = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         with closing(self.open()) as connection:
-            connection.request(method, path, raw, {"Content-Type": "application/json"} if raw is not None else {})
+            connection.request(method, path, raw, JSON if raw is not None else {})
             response = connection.getresponse()
             return response.status, response.read().decode(), response.getheader("x-llmctl-model") or ""
 
@@ -231,7 +233,8 @@ class Traffic:
     def leave(self, rng: random.Random) -> None:
         """Go away after some events, or before the first."""
         raw = json.dumps(self.body(rng.randrange(PROMPTS), stream=True, max_tokens=90)).encode()
-        lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+        own = [f"{name}: {text}" for name, text in JSON.items()]
+        lines = ("POST /v1/completions HTTP/1.1", "Host: localhost", *own)
         head = "\r\n".join([*lines, f"Content-Length: {len(raw)}", "", ""]).encode()
         with socket.create_connection(("127.0.0.1", self.server.port), timeout=60) as connection:
             connection.sendall(head + raw[: rng.choice([len(raw), len(raw) // 2])])
@@ -263,7 +266,7 @@ class Traffic:
 def read_stream(server: Server, body: dict[str, object]) -> tuple[str, str, str | None, dict | str]:
     """Text, artifact, finish reason and last event of a stream."""
     with closing(server.open()) as connection:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         response = connection.getresponse()
         assert response.status == 200, response.read()
         text, reason, last = "", None, "nothing"
