@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from llmctl.engine import Constraint
 
+LEAST_PENALTY = 0.01
+"""Of repetition. Logits are divided by it in float32, which a number near zero would make infinite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -62,7 +65,10 @@ class Sampling:
             (self.top_k >= 0, f"top_k must not be negative, got {self.top_k}"),
             (0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}"),
             (0 <= self.min_p <= 1, f"min_p must be in [0, 1], got {self.min_p}"),
-            (self.repetition_penalty > 0, f"repetition_penalty must be positive, got {self.repetition_penalty}"),
+            (
+                self.repetition_penalty >= LEAST_PENALTY,
+                f"repetition_penalty must be at least {LEAST_PENALTY}, got {self.repetition_penalty}",
+            ),
             *(
                 (math.isfinite(value), f"{name} must be a finite number, got {value}")
                 for name, value in (

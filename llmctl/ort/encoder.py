@@ -53,6 +53,13 @@ class OrtEncoder:
         own = bundle.config.get("llmctl") or {}
         self._token_types = int(bundle.config.get("type_vocab_size") or own.get("token_types") or 2)
 
+    @property
+    def embedding_size(self) -> int | None:
+        """Numbers of one vector of `embed`; None where the graph leaves it open."""
+        shapes = {value.name: value.shape for value in self.session.get_outputs()}
+        shape = shapes.get("sentence_embedding") or shapes.get("last_hidden_state")
+        return shape[-1] if shape and isinstance(shape[-1], int) else None
+
     def run(
         self, rows: Sequence[Sequence[int]], segments: Sequence[Sequence[int]] | None = None
     ) -> dict[str, np.ndarray]:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 COMPILED = 64
 """Grammars that stay compiled for one model."""
+SEARCHED = 64
+"""Parts of a refused schema that are tried, to say where it is wrong."""
 WHITE_SPACE = r"[ \n\r\t]{1,32}"
 """Between the parts of JSON. Bounded: a model may otherwise write blanks until it is cut off."""
 _SUBSCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
@@ -196,11 +198,18 @@ def _schema_problem(schema: Any) -> str:
 
 
 def _path_to(problem: str, schema: Any, root: Any) -> str:
-    """A JSON pointer, with # before it, to the innermost part of `schema` that has the problem."""
-    path, going = "#", True
+    """A JSON pointer, with # before it, to the innermost part of `schema` that has the problem.
+
+    At most `SEARCHED` parts are tried, as each is compiled with all shared definitions: of a large schema the pointer
+    may name a part around the one that is meant.
+    """
+    path, going, tried = "#", True, 0
     while going:
         going = False
         for step, part in _parts(schema):
+            if tried == SEARCHED:
+                return path
+            tried += 1
             shared = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, dict) and key in root}
             whole = {**shared, **part} if isinstance(part, dict) and not step.startswith(("$defs", "def")) else part
             if _schema_problem(whole) == problem:

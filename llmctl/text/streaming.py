@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import codecs
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 UNFINISHED = "\ufffd"
+PENDING = 8
+"""Ids that wait for the end of a character before the first of them are given out."""
+TAIL = 4
+"""Ids, of at least one byte each, within which a character that is not complete begins."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +45,22 @@ class Detokenizer:
 
     (With byte fallback, as in SentencePiece, where those ids are valid UTF-8: there a bad byte would change what came
     before it, which is already shown.) A part is held back while it ends within a UTF-8 character. Only the ids since
-    the last clean cut are decoded again, with one part of context before them, because a decoder may treat the first
-    token differently.
+    the last cut are decoded again, with one part of context before them, because a decoder may treat the first
+    token differently. A character has at most four bytes, so of many ids without a clean cut only the last few wait:
+    each id costs the same however long the answer is.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []
         self._pending: list[int] = []
+        self._open = False
+        """Whether the context was cut within what may be a character, so that its last U+FFFD is not shown yet."""
 
     def add(self, token: int) -> str:
         """The text that this id completes, perhaps none."""
+        if token in self._tokenizer.special_ids:
+            return ""  # nothing of it is shown, and as a context it would be none
         self._pending.append(token)
         return self._cut(hold=True)
 
@@ -60,12 +71,47 @@ class Detokenizer:
     def _cut(self, hold: bool) -> str:
         whole = self._tokenizer.decode(self._context + self._pending)
         if hold and whole.endswith(UNFINISHED):
-            return ""
-        text = whole[len(self._tokenizer.decode(self._context)) :]
+            if self._tokenizer.byte_tokens:
+                if _within_a_character(self._pending, self._tokenizer.byte_tokens):
+                    return ""
+            else:
+                return self._cut_early(whole) if len(self._pending) > PENDING else ""
+        text = whole[len(self._shown(self._context)) :]
         if text:
-            # Tokens without text (special ones) stay pending, so that there is always a visible context.
-            self._context, self._pending = self._pending, []
+            # Tokens without text stay pending, so that there is always a visible context.
+            self._context, self._pending, self._open = self._pending, [], False
+        elif len(self._pending) > PENDING:
+            self._pending = []  # ids that the tokenizer does not know
         return text
+
+    def _shown(self, ids: list[int]) -> str:
+        """The text of the context as far as it is given out."""
+        text = self._tokenizer.decode(ids)
+        return text.removesuffix(UNFINISHED) if self._open else text
+
+    def _cut_early(self, whole: str) -> str:
+        """Give out what is certain of many ids that end in U+FFFD, be it meant, or bytes that are no character."""
+        before = self._shown(self._context)
+        for size in range(len(self._pending) - TAIL, 0, -1):
+            head = self._tokenizer.decode(self._context + self._pending[:size])
+            certain = head.removesuffix(UNFINISHED)
+            if not whole.startswith(certain):
+                continue
+            self._context = (self._context + self._pending[:size])[-TAIL:]
+            self._pending, self._open = self._pending[size:], head.endswith(UNFINISHED)
+            return certain[len(before) :]
+        return ""
+
+
+def _within_a_character(ids: Sequence[int], values: Mapping[int, int]) -> bool:
+    """Whether the bytes at the end of `ids` (byte fallback) begin a character that further ones may complete."""
+    last = list(itertools.takewhile(lambda token: token in values, reversed(ids)))
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        decoder.decode(bytes(values[token] for token in reversed(last)))
+    except UnicodeDecodeError:
+        return False
+    return bool(decoder.getstate()[0])
 
 
 class StopStrings:

@@ -177,6 +177,13 @@ class Tokenizer:
         text: str = self._special.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
+    @cached_property
+    def byte_tokens(self) -> Mapping[int, int]:
+        """The byte of each id that stands for a single one (byte fallback); empty for other kinds of tokenizers."""
+        if "ByteFallback" not in self._kinds:
+            return {}
+        return {id: int(token[3:5], 16) for token, id in self._special.get_vocab().items() if _is_fallback(token)}
+
     def token_bytes(self) -> list[int]:
         """UTF-8 bytes of source text that each id stands for, 0 for special tokens, shape `(vocab_size,)`.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,8 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 BLANK = " "
 """White space in a forced call: as `json.dumps` writes it, for calls are short."""
 HEADS = (OPEN, "[TOOL_CALLS]", "<|python_tag|>")
+NESTING = 128
+"""Deepest nesting of the JSON that a client sends: what reads it later goes down by recursion."""
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -36,6 +39,33 @@ class ToolCall:
     name: str
     arguments: str
     """A JSON object as text."""
+
+
+def json_problem(value: Any) -> str:
+    """Why parsed JSON cannot be shown to a model, in one line; empty if it can.
+
+    `\\ud800` alone is an escape that JSON allows, and no character. Too deep a value ends in a RecursionError.
+    """
+    level, depth = [value], 0
+    while level:
+        if depth > NESTING:
+            return f"it is nested deeper than {NESTING} levels"
+        names = (name for part in level if isinstance(part, Mapping) for name in part)
+        if any(_half(text) for text in (*names, *level) if isinstance(text, str)):
+            return "it holds half of a surrogate pair, which is no character"
+        inner = [part.values() if isinstance(part, Mapping) else part for part in level if not isinstance(part, str)]
+        level = [one for part in inner if isinstance(part, Iterable) for one in part]
+        depth += 1
+    return ""
+
+
+def _half(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def check_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
@@ -54,6 +84,8 @@ def check_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
             raise UsageError(f"two tools are called {name}", hint="give each a name of its own")
         if parameters is not None and not isinstance(parameters, Mapping):
             raise UsageError(f"the parameters of the tool {name} are no JSON schema", hint="give an object")
+        if problem := json_problem(function):
+            raise UsageError(f"the tool {name} cannot be shown to a model: {problem}", hint="correct its schema")
         described = {"name": name, "description": function.get("description") or ""}
         checked.append(
             {"type": "function", "function": {**described, "parameters": dict(parameters or _NO_PARAMETERS)}}
@@ -113,10 +145,14 @@ def plain_calls(calls: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
+            except RecursionError as error:
+                raise InputError(f"the arguments of a call of {function['name']} are nested too deeply") from error
             except ValueError as error:
                 raise InputError(f"the arguments of a call of {function['name']} are no JSON: {error}") from error
         if not isinstance(arguments, Mapping):
             raise InputError(f"the arguments of a call of {function['name']} are no JSON object")
+        if problem := json_problem(arguments):
+            raise InputError(f"the arguments of a call of {function['name']} are of no use: {problem}")
         ids = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         result.append({**ids, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}})
     return result
@@ -185,6 +221,18 @@ def _moved(schema: Any, root: str) -> Any:
     return [_moved(part, root) for part in schema] if isinstance(schema, list) else schema
 
 
+def _finite(number: str) -> float:
+    """A number as a model writes it: `1e999` is JSON, but as an infinite float it could not be written again."""
+    return max(-sys.float_info.max, min(float(number), sys.float_info.max))
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+_SAID = json.JSONDecoder(parse_float=_finite, parse_constant=_no_number)
+
+
 class ToolCallParser:
     """Finds calls in an answer that comes piece by piece: `feed` gives the text before them, `calls` collects them.
 
@@ -242,12 +290,12 @@ class ToolCallParser:
 
     def _bare(self, text: str) -> list[ToolCall]:
         """Calls written as JSON: one object, a list of them, or several one after the other."""
-        decoder, values, at = json.JSONDecoder(), [], 0
+        values, at = [], 0
         if named := re.fullmatch(r"([A-Za-z0-9_-]{1,64})\s*(?:\[ARGS\])?\s*(\{.*\})", text, re.DOTALL):
             text = f'{{"name": "{named.group(1)}", "arguments": {named.group(2)}}}'  # Mistral's second way
         try:
             while at < len(text):
-                value, at = decoder.raw_decode(text, at)
+                value, at = _SAID.raw_decode(text, at)
                 values += value if isinstance(value, list) else [value]
                 at = re.compile(r"[\s;]*").match(text, at).end()  # type: ignore[union-attr]
         except (ValueError, RecursionError):
@@ -256,17 +304,29 @@ class ToolCallParser:
         return [call for call in calls if call] if all(calls) else []
 
     def _call(self, value: Any) -> ToolCall | None:
-        if not isinstance(value, dict) or value.get("name") not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = value.get("arguments", value.get("parameters", {}))
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
-            except ValueError:
+                arguments = _SAID.decode(arguments)
+            except (ValueError, RecursionError):
                 return None
         if not isinstance(arguments, dict):
             return None
-        return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+        written = _written(arguments)
+        return None if written is None else ToolCall(name, written)
+
+
+def _written(arguments: dict[str, Any]) -> str | None:
+    """Arguments as JSON that can be sent; None where they are too deep."""
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        return None
+    # Half of a surrogate pair is no character, but its escape is good JSON.
+    return json.dumps(arguments) if _half(text) else text
 
 
 def _frame_in(text: str) -> int:

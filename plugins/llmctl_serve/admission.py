@@ -26,7 +26,6 @@ WORDS: dict[Reason, str] = {
     "tokens_per_day": "tokens per day",
 }
 BEARER = {"WWW-Authenticate": 'Bearer realm="llmctl"'}
-FORWARDED = (b"x-forwarded-for", b"forwarded", b"x-real-ip")
 SCOPED = {"WWW-Authenticate": 'Bearer realm="llmctl", error="insufficient_scope"'}
 """RFC 6750, section 3.1."""
 
@@ -85,7 +84,7 @@ def needed_scope(path: str, protected: Sequence[str]) -> str | None:
 class Admissions:
     """401 and 403 by the key, 429 by the limits; reservations are settled when the request has ended.
 
-    `keys` None lets everybody in, counted by address. `admin` are the paths that need the scope `admin`.
+    `keys` None lets everybody in, counted by address, but to nothing of `admin`, the paths that need that scope.
     """
 
     def __init__(self, app: ASGIApp, keys: Keys | None, limiter: RateLimiter, admin: Sequence[str]) -> None:
@@ -138,10 +137,11 @@ class Admissions:
 
     def _check_key(self, scope: Scope, exchange: Exchange, needed: str) -> Key | None:
         if self._keys is None:
-            # The server listens on this machine only, or was told to trust everybody; but what a proxy passes on only
-            # seems to come from here.
-            if needed == "admin" and any(header(scope, name) for name in FORWARDED):
-                message = "without API keys nothing that a proxy passes on may administer the server"
+            # A request from this machine may be one that a proxy passes on for somebody else, and need not say so.
+            if needed == "admin":
+                message = (
+                    "without API keys nobody may administer the server; `llmctl keys create --scope admin` makes one"
+                )
                 raise ApiError(403, message, code="missing_scope")
             return None
         scheme, _, given = header(scope, b"authorization").partition(b" ")

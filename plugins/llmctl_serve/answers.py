@@ -230,6 +230,7 @@ async def _accept(
 ) -> Answer:
     exchange = exchange_of(request)
     model = models.use(body.model)
+    job = None
     try:
         service = model.service
         # Tokenizing and searching take milliseconds; the event loop goes on meanwhile.
@@ -244,13 +245,14 @@ async def _accept(
             settings={**settings(body), "seed": asked.prompts[0].request.sampling.seed if asked.prompts else None},
             prompts=[list(prompt.request.prompt) for prompt in asked.prompts],
         )
-        job = None
         if asked.prompts:
             assert model.worker is not None
             job = Job(asked.prompts, exchange)
             await model.worker.submit(job)
         return Answer(model, Shape(kind, service.model_id, service.fingerprint), asked, body, exchange, job)
     except BaseException:
+        if job is not None and model.worker is not None:
+            model.worker.cancel(job)  # nobody would read its pieces
         model.release()
         raise
 
@@ -314,7 +316,7 @@ async def answer_stream(answer: Answer) -> AsyncIterator[bytes]:
     except LlmctlError as error:
         answer.exchange.failed("server_error")
         yield event(ApiError(500, error.message).body())
-    except (RuntimeError, ValueError, ArithmeticError, MemoryError) as error:  # what a model raises
+    except Exception as error:  # whatever a model raises: ONNX Runtime's errors have no narrower base
         answer.exchange.failed("server_error")
         yield event(ApiError(500, f"generation failed: {type(error).__name__}").body())
     finally:

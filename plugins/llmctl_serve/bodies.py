@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetJsonSchema
 from pydantic import ValidationInfo as Info
 from pydantic_core import CoreSchema
 
+from llmctl.text.tools import json_problem
+
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
@@ -49,6 +51,16 @@ Stop = Annotated[Text, Field(min_length=1)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_TOKENS = 2**31 - 1
 Harmless = Annotated[Any, Field(description="Accepted, and without effect on the answer.")]
+
+
+def _sound(value: dict[str, Any]) -> dict[str, Any]:
+    if problem := json_problem(value):
+        raise ValueError(f"the object cannot be used: {problem}")
+    return value
+
+
+Object = Annotated[dict[str, Any], AfterValidator(_sound)]
+"""A JSON object of any content, such as a schema."""
 
 
 class Strict(BaseModel):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmctl import InputError, UsageError
 from llmctl.engine import Constraint
 from llmctl.text.tokenizer import Tokenizer
-from llmctl.text.tools import ToolCallParser, ToolFormat, check_tools, tool_constraint, tool_format
+from llmctl.text.tools import ToolCallParser, ToolFormat, check_tools, json_problem, tool_constraint, tool_format
 from llmctl_serve.conversations import ChatRequest, ToolChoice
 from llmctl_serve.errors import ApiError
 from llmctl_serve.guides import Guide
@@ -112,9 +112,12 @@ def _schema(guide: Guide) -> Any:
     if not isinstance(guide.value, str):
         return guide.value
     try:
-        return json.loads(guide.value)
+        schema = json.loads(guide.value)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the schema is no JSON: {error}") from error
+    if problem := json_problem(schema):
+        raise UsageError(f"the schema cannot be used: {problem}")
+    return schema
 
 
 def _refused(error: UsageError, param: str) -> ApiError:

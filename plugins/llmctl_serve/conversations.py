@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llmctl_serve.bodies import MAX_TOKENS, Strict, Text, lacking
+from llmctl_serve.bodies import MAX_TOKENS, Object, Strict, Text, lacking
 from llmctl_serve.guides import ResponseFormat, guide_of
 from llmctl_serve.requests import CommonRequest
 
@@ -85,7 +85,7 @@ class Function(Strict):
 
     name: Annotated[Text, NAME]
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Object | None = None
     strict: bool | None = None
 
 

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
 from llmctl import UsageError
+from llmctl_serve.answers import until_gone
 from llmctl_serve.bodies import Harmless, Id, Strict, Text
 from llmctl_serve.errors import ApiError
 from llmctl_serve.exchange import exchange_of
@@ -61,18 +62,18 @@ def embedding_routes(models: Models) -> APIRouter:
         model = models.use(body.model)
         try:
             ids = await asyncio.to_thread(_ids, model, body)
-            exchange_of(request).asked(
+            _check_size(model, body)
+            exchange = exchange_of(request)
+            exchange.asked(
                 model=model.service.model_id,
                 artifact=model.service.artifact.id,
                 prompt_tokens=sum(map(len, ids)),
                 operation="embeddings",
             )
-            vectors = await asyncio.to_thread(_embed, model, ids)
+            vectors = await _embed(model, ids, request)
         finally:
             model.release()
-        if body.dimensions is not None and body.dimensions != vectors.shape[1]:
-            message = f"this model's vectors have {vectors.shape[1]} numbers; it was not trained to be cut shorter"
-            raise ApiError(400, message, param="dimensions")
+        _check_size(model, body, vectors.shape[1])
         return JSONResponse(_response(model, body, vectors, sum(map(len, ids))))
 
     return router
@@ -97,13 +98,33 @@ def _ids(model: Model, body: EmbeddingRequest) -> list[list[int]]:
     return rows
 
 
-def _embed(model: Model, ids: list[list[int]]) -> Any:
-    assert model.service.encoder is not None
-    with model.embedding:
-        try:
-            return model.service.encoder.embed(ids)
-        except UsageError as error:
-            raise ApiError(400, error.message, param="input") from error
+def _check_size(model: Model, body: EmbeddingRequest, size: int | None = None) -> None:
+    """ApiError 400 for a size of vectors that the model does not have; before the work, where the model says it."""
+    encoder = model.service.encoder
+    if size is None and encoder is not None:
+        size = encoder.embedding_size
+    if body.dimensions is not None and size is not None and body.dimensions != size:
+        message = f"this model's vectors have {size} numbers; it was not trained to be cut shorter"
+        raise ApiError(400, message, param="dimensions")
+
+
+async def _embed(model: Model, ids: list[list[int]], request: Request) -> Any:
+    """The vectors, `(len(ids), H)`; the client's departure gives up its place in the queue."""
+    assert model.encoder is not None
+    exchange = exchange_of(request)
+    work = asyncio.ensure_future(model.encoder.embed(ids, exchange))
+    gone = asyncio.ensure_future(until_gone(request))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            exchange.cut = exchange.cut or "client_left"
+            raise ApiError(499, "the client has left")
+        return await work
+    except UsageError as error:
+        raise ApiError(400, error.message, param="input") from error
+    finally:
+        for task in (work, gone):
+            task.cancel()
 
 
 def _response(model: Model, body: EmbeddingRequest, vectors: Any, tokens: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmctl_serve.bodies import Strict, Text
+from llmctl_serve.bodies import Object, Strict, Text
 
 Kind = Literal["json", "schema", "regex", "choice", "grammar"]
 
@@ -27,7 +27,7 @@ class NamedSchema(Strict):
 
     name: Annotated[Text, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Text | None = None
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    schema_: Object | None = Field(default=None, alias="schema")
     strict: bool | None = Field(default=None, description="Answers keep to the schema either way.")
 
 
@@ -47,7 +47,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's present name for the same; exactly one of them."""
 
-    json_: dict[str, Any] | Text | None = Field(default=None, alias="json")
+    json_: Object | Text | None = Field(default=None, alias="json")
     regex: Text | None = None
     choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
     grammar: Text | None = None
@@ -57,7 +57,7 @@ class StructuredOutputs(Strict):
 class Guided(Strict):
     """Fields that prescribe the form of an answer."""
 
-    guided_json: dict[str, Any] | Text | None = Field(default=None, description="A JSON schema.")
+    guided_json: Object | Text | None = Field(default=None, description="A JSON schema.")
     guided_regex: Text | None = Field(default=None, description="A regular expression of the whole answer.")
     guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="The answer is one of these."

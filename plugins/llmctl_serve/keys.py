@@ -107,6 +107,8 @@ class Keys:
         self._path, self._warn, self._clock = path, warn, clock
         self._fixed = fixed_key(fixed) if fixed else None
         self._seen: tuple[int, ...] = ()
+        self._said = ""
+        """What is wrong with the file, as it was said last."""
         self._keys: dict[str, Key] = {}
         if path is not None:
             self._seen, self._keys = _stamp(path), read_keys(path)
@@ -132,6 +134,7 @@ class Keys:
         """Read the file again if it has changed. While it is damaged or gone the keys of before stay, said once."""
         if self._path is None:
             return
+        said, self._said = self._said, ""
         try:
             seen = _stamp(self._path)
             if seen == self._seen:
@@ -139,10 +142,9 @@ class Keys:
             self._seen = seen
             self._keys = read_keys(self._path)
         except InputError as error:
-            if self._seen != (-1,):
+            self._said = error.message
+            if error.message != said:
                 self._warn(f"{error.message}; the keys read before stay in force")
-            if not self._path.exists():
-                self._seen = (-1,)
 
 
 def _id_in(given: bytes) -> str:

@@ -170,9 +170,14 @@ class _Timed:
                 if self._first_token:
 
                     def look() -> None:
-                        if self._exchange.asked_at is not None and self._exchange.first_at is None and not self._ended:
-                            self._waited = True
-                            limit.reschedule(loop.time())
+                        nonlocal timer
+                        if (left := self._left()) is None:
+                            return
+                        if left > 0:
+                            timer = loop.call_later(left, look)
+                            return
+                        self._waited = True
+                        limit.reschedule(loop.time())
 
                     timer = loop.call_later(self._first_token, look)
                 await app(self._scope, self._receive, self._send)
@@ -183,6 +188,17 @@ class _Timed:
         finally:
             if timer is not None:
                 timer.cancel()
+
+    def _left(self) -> float | None:
+        """Seconds that the first token may still take; None where none is awaited any more, or at all."""
+        exchange = self._exchange
+        if self._ended or exchange.first_at is not None:
+            return None
+        if exchange.asked_at is None:  # its body is still read or checked: the wait has not begun
+            return self._first_token
+        if not exchange.max_tokens:  # vectors, scores of a prompt
+            return None
+        return exchange.asked_at + self._first_token - time.perf_counter()
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl import Artifact, LlmctlError
+from llmctl_serve.encoding import EncoderThread
 from llmctl_serve.errors import ApiError
 from llmctl_serve.metrics import ServerMetrics
 from llmctl_serve.service import Service
@@ -32,8 +33,9 @@ class Model:
         if service.engine is not None:
             self.worker = Worker(service.engine, service.tokenizer, warn, service.model_id, stepped)
             self.worker.start()
-        self.embedding = threading.Semaphore()
-        """An encoder reads one batch at a time: a batch takes all cores already."""
+        self.encoder: EncoderThread | None = None
+        if service.encoder is not None:
+            self.encoder = EncoderThread(service.encoder, service.params.max_queue, service.model_id)
         self._users = 0
         self._changed = threading.Condition()
 
@@ -58,6 +60,13 @@ class Model:
         """End what runs with 503, and give the memory back."""
         if self.worker is not None:
             self.worker.stop()
+        if self.encoder is not None:
+            self.encoder.close()
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait."""
+        return sum(one.depth for one in (self.worker, self.encoder) if one is not None)
 
     def described(self) -> dict[str, Any]:
         """As in the list of models."""
@@ -114,7 +123,12 @@ class Models:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered."""
-        return bool(self._models) and not self.stopping
+        return bool(self._models) and not self.stopping and not self.failed
+
+    @property
+    def failed(self) -> list[str]:
+        """Models whose engine has failed: they answer nothing until they are loaded again."""
+        return [model.service.model_id for model in self.all() if model.worker is not None and not model.worker.alive]
 
     def find(self, name: str | None) -> Model:
         """The model for a request. ApiError 404 for one that this server does not have."""
@@ -141,8 +155,13 @@ class Models:
         """Serve it under its name from this moment on; the one it replaces is drained beside it and closed."""
         name = model.service.model_id
         with self._lock:
+            refused = self.stopping
             before = self._models.get(name)
-            self._models[name] = model
+            if not refused:
+                self._models[name] = model
+        if refused:  # it was opened while the server was told to stop; nobody else would close it
+            model.close()
+            raise stopping()
         self._watch(model)
         if before is not None:
             self._retire(before)
@@ -167,15 +186,21 @@ class Models:
         InputError, UsageError if it cannot be found or opened; what was served goes on then.
         """
         with self._loading:
-            found = self._find(source) if artifact is None else artifact
-            service = self._open(name, found)
-            stepped = self._metrics.batch.labels(name).observe
-            before = self.put(Model(service, source, self._warn, stepped))
+            return self._load(name, source, self._find(source) if artifact is None else artifact)
+
+    def _load(self, name: str, source: str, found: Artifact) -> Change:
+        """`load`, by the one who holds the lock of loading."""
+        service = self._open(name, found)
+        stepped = self._metrics.batch.labels(name).observe
+        before = self.put(Model(service, source, self._warn, stepped))
         return Change(name, found.id, before.service.artifact.id if before else None)
 
     def unload(self, name: str) -> None:
-        """No longer take requests for it; running ones are finished first. ApiError 404, or 409 for the last one."""
-        with self._lock:
+        """No longer take requests for it; running ones are finished first. ApiError 404, or 409 for the last one.
+
+        Waits for a load that is on its way, which might be a reload of this very model.
+        """
+        with self._loading, self._lock:
             model = self._get(name)
             if len(self._models) == 1:
                 raise ApiError(409, f"`{name}` is the last model; load another one first", code="last_model")
@@ -186,16 +211,19 @@ class Models:
     def reload(self) -> list[Change]:
         """Swap in what the names of the store point to by now. A model that cannot be opened stays as it is."""
         changes = []
-        for model in self.all():
-            name, before = model.service.model_id, model.service.artifact.id
-            if not model.source:
-                continue
-            try:
-                found = self._find(model.source)
-                if found.id != before:
-                    changes.append(self.load(name, model.source, found))
-            except LlmctlError as error:
-                self._warn(f"{name} stays as it is: {error.message}")
+        for name in self.names:
+            with self._loading:  # from the look at what is served to the swap nobody else loads
+                model = self._models.get(name)
+                if model is None or not model.source:
+                    continue
+                try:
+                    found = self._find(model.source)
+                    if found.id != model.service.artifact.id:
+                        changes.append(self._load(name, model.source, found))
+                except ApiError:  # the server stops
+                    break
+                except LlmctlError as error:
+                    self._warn(f"{name} stays as it is: {error.message}")
         return changes
 
     def _retire(self, model: Model) -> None:
@@ -213,8 +241,8 @@ class Models:
 
     def close(self) -> None:
         """Take nothing more, end what runs with 503, close everything. May be called twice."""
-        self.stopping = True
         with self._lock:
+            self.stopping = True
             models = [*self._models.values(), *self._retired]
         for model in models:
             model.close()

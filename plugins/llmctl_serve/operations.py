@@ -38,16 +38,18 @@ def operation_routes(models: Models, metrics: ServerMetrics) -> APIRouter:
     """`/healthz`, `/readyz`, `/version`, `/metrics`."""
     router = APIRouter()
 
-    @router.get("/healthz", response_model=Health, responses=errors())
-    async def healthz() -> dict[str, Any]:
-        """Whether the process lives."""
-        depth = sum(model.worker.depth for model in models.all() if model.worker is not None)
-        return {"status": "ok", "models": models.names, "queue_depth": depth}
+    @router.get("/healthz", response_model=Health, responses={**errors(), 503: {"model": Health}})
+    async def healthz() -> Response:
+        """Whether the process lives, and the thread of every model: 503 means that only a restart helps."""
+        depth = sum(model.depth for model in models.all())
+        dead = bool(models.failed) and not models.stopping
+        body = {"status": "failed" if dead else "ok", "models": models.names, "queue_depth": depth}
+        return JSONResponse(body, 503 if dead else 200)
 
     @router.get("/readyz", response_model=Ready, responses={**errors(), 503: {"model": Ready}})
     async def readyz() -> Response:
-        """Whether models are loaded and the server is not stopping."""
-        status = "ready" if models.ready else "stopping"
+        """Whether models are loaded, all their engines work, and the server is not stopping."""
+        status = "ready" if models.ready else "failed" if models.failed and not models.stopping else "stopping"
         return JSONResponse({"status": status, "models": models.names}, 200 if models.ready else 503)
 
     @router.get("/version", response_model=Version, responses=errors())

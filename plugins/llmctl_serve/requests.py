@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from llmctl.generator import LEAST_PENALTY
 from llmctl_serve.bodies import MAX_TOKENS, Harmless, Id, Stop, Strict, Text, lacking
 from llmctl_serve.guides import Guided, guide_of
 
@@ -28,7 +29,7 @@ class CommonRequest(Guided):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0, lt=2**31, description="Choose among the k likeliest; 0 for all.")
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=LEAST_PENALTY, le=10)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: (

@@ -207,9 +207,9 @@ class Detokenized(Answer):
 
 
 class Health(BaseModel):
-    """That the process answers."""
+    """That the process answers, and whether its models' engines work."""
 
-    status: Literal["ok"]
+    status: Literal["ok", "failed"]
     models: list[str]
     queue_depth: int
 
@@ -217,7 +217,7 @@ class Health(BaseModel):
 class Ready(Answer):
     """Whether requests can be answered."""
 
-    status: Literal["ready", "stopping"]
+    status: Literal["ready", "stopping", "failed"]
     models: list[str]
 
 

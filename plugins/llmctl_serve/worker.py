@@ -91,7 +91,7 @@ class Worker:
         """Further prompts of accepted jobs, until the engine's queue has room."""
         self._outbox: list[tuple[Job, Callable[[], None]]] = []
         self._stats = engine.stats()
-        self._stopping = self._closed = False
+        self._stopping = self._closed = self._dead = False
         self._seconds = 1.0
         self._thread = threading.Thread(target=self._work, name=f"engine {name}".strip(), daemon=True)
 
@@ -108,13 +108,18 @@ class Worker:
         """Requests that wait."""
         return self._stats.waiting + len(self._later)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, so that requests are answered."""
+        return not self._dead and self._thread.is_alive()
+
     async def submit(self, job: Job) -> None:
         """Hand a job in and wait until the engine has taken it, which is at most a step.
 
         ApiError 429 if too many wait, 503 if the worker stops, UsageError for a prompt that cannot be answered.
         """
         if not self._send(lambda: self._begin(job)):
-            raise stopping()
+            raise died() if self._dead else stopping()
         try:
             await job.accepted
         except asyncio.CancelledError:
@@ -146,17 +151,34 @@ class Worker:
     # In the thread
 
     def _work(self) -> None:
-        while self._wait():
-            while self._inbox:
-                self._inbox.popleft()()
-            self._submit_later()
-            if self._engine.busy:
-                for event in self._step():
-                    self._deliver(event)
-            self._stats = self._engine.stats()
-            self._flush()
-        self._refuse_all()
-        self._engine.close()
+        try:
+            while self._wait():
+                self._turn()
+            self._refuse_all(stopping(), "shutdown")
+        except BaseException as error:  # nobody else would tell the clients, who wait for this thread
+            self._dead = True
+            self._warn(f"the engine's thread has ended: {type(error).__name__}: {error}")
+            self._refuse_all(died(), "engine_died")
+        try:
+            self._engine.close()
+        except Exception as error:  # everybody has been told; the memory is the process's matter now
+            self._warn(f"the engine could not be closed: {type(error).__name__}: {error}")
+
+    def _turn(self) -> None:
+        """What came in, one step, and what goes out."""
+        # Further prompts of accepted jobs come first: new jobs would take every place that becomes free.
+        self._submit_later()
+        while self._inbox:
+            self._inbox.popleft()()
+        self._submit_later()
+        if self._engine.busy:
+            for event in self._step():
+                self._deliver(event)
+        self._stats = self._engine.stats()
+        if not self._stats.waiting:  # then the engine has begun with all of them
+            for running in self._running.values():
+                running.job.exchange.admitted()
+        self._flush()
 
     def _wait(self) -> bool:
         """Until there is something to do; False when it is time to stop."""
@@ -180,6 +202,9 @@ class Worker:
     def _begin(self, job: Job) -> None:
         """Give the engine the first prompt; its refusal is the job's."""
         if job.cancelled:
+            return
+        if self._dead:
+            self._post(job, lambda: job.accept(died()))
             return
         first, *others = job.prompts
         try:
@@ -263,16 +288,19 @@ class Worker:
     def _drop(self, job: Job) -> None:
         """Free everything that the engine holds for a job."""
         for ticket in [ticket for ticket, running in self._running.items() if running.job is job]:
-            self._engine.cancel(ticket)
+            if not self._dead:
+                self._engine.cancel(ticket)
             del self._running[ticket]
         self._later = deque(one for one in self._later if one[0] is not job)
 
-    def _refuse_all(self) -> None:
+    def _refuse_all(self, error: ApiError, cut: str) -> None:
+        """Tell everybody who still waits, those included whose request lies in the inbox."""
         while self._drain_inbox():
             pass
-        for job in {id(one.job): one.job for one in self._running.values()}.values():
-            job.exchange.cut = job.exchange.cut or "shutdown"
-            self._fail(job, stopping())
+        left = [*(one.job for one in self._running.values()), *(job for job, _ in self._later)]
+        for job in {id(job): job for job in left}.values():
+            job.exchange.cut = job.exchange.cut or cut
+            self._fail(job, error)
         self._flush()
 
     def _drain_inbox(self) -> bool:
@@ -302,6 +330,11 @@ class Worker:
 def stopping() -> ApiError:
     """What a request is told that the server's end has met."""
     return ApiError(503, "the server is stopping", code="shutting_down")
+
+
+def died() -> ApiError:
+    """What a request is told whose model has lost its thread."""
+    return ApiError(503, "the model's engine has failed; the server must be started again", code="engine_failed")
 
 
 def _all(actions: Sequence[Callable[[], None]]) -> None:

@@ -294,3 +294,9 @@ def test_scores_are_the_models_own() -> None:
         assert [id for id, _ in one.top] == np.argsort(-plain[row])[:3].tolist()
         assert [value for _, value in one.top] == pytest.approx(np.sort(plain[row])[::-1][:3], abs=1e-12)
     assert [one.top for one in batch.scores(logits, [0, 1], 0)] == [(), ()]
+
+
+def test_a_penalty_that_makes_logits_infinite_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"repetition_penalty must be at least 0\.01, got 1e-50"):
+        Sampling(repetition_penalty=1e-50)
+    Sampling(repetition_penalty=0.01)

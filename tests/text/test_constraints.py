@@ -253,3 +253,19 @@ def test_tokenizers_that_are_not_of_bytes_are_refused(tmp_path: Path) -> None:
 def test_a_model_without_an_end_is_refused(constraints: Constraints) -> None:
     with pytest.raises(UsageError, match="no EOS id"):
         Constraints(constraints.tokenizer, constraints.vocab_size, [])
+
+
+def test_the_place_of_a_mistake_in_a_large_schema_is_not_searched_for_ever(constraints, monkeypatch) -> None:
+    from llmctl.text import constraints as module
+
+    asked, problem_of = [], module._schema_problem
+    monkeypatch.setattr(module, "_schema_problem", lambda schema: asked.append(1) or problem_of(schema))
+    good = {f"p{number}": {"type": "string"} for number in range(1000)}
+    bad = {"type": "object", "properties": {**good, "z": {"type": "string", "pattern": "(?=a)"}}}
+    with pytest.raises(UsageError, match="refused at #: "):
+        constraints.json_schema(bad)
+    assert len(asked) <= module.SEARCHED + 1
+    asked.clear()
+    with pytest.raises(UsageError, match="refused at #/properties/a: "):  # found before the end of the search
+        constraints.json_schema({"type": "object", "properties": {"a": bad["properties"]["z"], **good}})
+    assert len(asked) <= module.SEARCHED + 1

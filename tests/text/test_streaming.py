@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.generator import GREEDY
-from llmctl.text.streaming import Delta, complete, stream_text
+from llmctl.text.streaming import Delta, Detokenizer, complete, stream_text
 from llmctl.text.tokenizer import Tokenizer
 
 
@@ -149,3 +149,61 @@ def test_an_empty_stop_string_is_no_stop_string(plain_bytes):
     tokenizer = Tokenizer.load(plain_bytes)
     assert complete(Scripted(tokenizer.encode("abc")), tokenizer, [0], GREEDY, [""]).text == "abc"
     assert deltas(tokenizer, []) == [Delta("", [], "stop")]
+
+
+class Counted:
+    """A tokenizer whose work is counted."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.most = tokenizer, 0
+        self.special_ids, self.byte_tokens = tokenizer.special_ids, tokenizer.byte_tokens
+
+    def decode(self, ids):
+        self.most = max(self.most, len(ids))
+        return self._tokenizer.decode(ids)
+
+
+def joined(tokenizer, ids):
+    """What a `Detokenizer` gives for ids, and the most of them that it decoded at once."""
+    counted = Counted(tokenizer)
+    words = Detokenizer(counted)
+    parts = [words.add(token) for token in ids]
+    return "".join(parts) + words.flush(), counted.most
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_runs_without_a_clean_cut_join_to_what_decode_gives_and_stay_cheap(plain_bytes, data):
+    tokenizer = Tokenizer.load(plain_bytes)
+    byte = {char: tokenizer.encode(char)[0] for char in "aé☃🙂"}
+    pieces = st.sampled_from(
+        [tokenizer.encode(text) for text in ("a", "é", "☃", "🙂", "\ufffd" * 5)]
+        + [tokenizer.encode("☃")[1:], tokenizer.encode("🙂")[:3], tokenizer.encode("☃")[:2], [byte["🙂"]] * 9]
+        + [tokenizer.encode("☃")[1:2] * 12, list(tokenizer.special_ids)[:1] * 5]
+    )
+    ids = [token for part in data.draw(st.lists(pieces, max_size=30)) for token in part]
+    text, most = joined(tokenizer, ids)
+    assert text == tokenizer.decode(ids)
+    assert most <= 40
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("a ☃🙂é\ufffd\U0010fffd"), max_size=60))
+def test_any_text_with_its_own_replacement_characters_comes_whole(tokenizer, text):
+    ids = tokenizer.encode(text)
+    found, most = joined(tokenizer, ids)
+    assert found == tokenizer.decode(ids)
+    assert most <= 40
+
+
+@pytest.mark.parametrize("kind", ["special", "replacement", "half"])
+def test_a_long_answer_that_never_ends_a_character_costs_no_more_per_token(tokenizer, kind):
+    if kind == "special":
+        ids = [min(tokenizer.special_ids)] * 2000
+    elif kind == "replacement":
+        ids = tokenizer.encode("\ufffd" * 700)
+    else:
+        ids = tokenizer.encode("🙂")[-1:] * 2000
+    text, most = joined(tokenizer, ids)
+    assert text == tokenizer.decode(ids)
+    assert most <= 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 
 import jsonschema
@@ -237,3 +238,56 @@ def test_text_before_a_call_is_given_out_at_once() -> None:
     ]  # fmt: skip
     assert parser.calls == [ULM]
     assert np.all([parser.finish() == ""])
+
+
+@pytest.mark.parametrize(
+    "said",
+    ['{"name": ["weather"], "arguments": {}}', '{"name": {"a": 1}}', '{"name": 5, "arguments": {}}', "[[1], null, 5]",
+     '{"name": "weather", "arguments": "' + "[" * 100_000 + '"}', '{"name": "weather", "arguments": {"x": NaN}}',
+     '{"name": "weather", "arguments": "{\\"x\\": -Infinity}"}'],
+    ids=["list", "object", "number", "no calls", "too deep", "NaN", "NaN in a text"],
+)  # fmt: skip
+@pytest.mark.parametrize("framed", [False, True], ids=["bare", "framed"])
+def test_what_is_no_call_that_can_be_sent_stays_text(said: str, framed: bool) -> None:
+    parser, text = ToolCallParser(["weather"]), f"<tool_call>{said}</tool_call>" if framed else said
+    assert parser.feed(text) + parser.finish() == text
+    assert not parser.calls
+
+
+def test_a_number_too_large_for_a_float_is_the_largest() -> None:
+    parser = ToolCallParser(["weather"])
+    parser.feed('<tool_call>{"name": "weather", "arguments": {"x": -1e999, "y": 2.5}}</tool_call>')
+    assert json.loads(parser.calls[0].arguments, parse_constant=None) == {"x": -sys.float_info.max, "y": 2.5}
+
+
+def test_half_a_surrogate_pair_in_a_call_is_sent_as_an_escape() -> None:
+    parser = ToolCallParser(["weather"])
+    parser.feed('<tool_call>{"name": "weather", "arguments": {"place": "\\ud83d", "ä": "\\ud83d\\ude00"}}</tool_call>')
+    (call,) = parser.calls
+    call.arguments.encode("utf-8")
+    assert json.loads(call.arguments) == {"place": "\ud83d", "ä": "😀"}
+
+
+NESTED = "[" * 400 + "]" * 400
+
+
+@pytest.mark.parametrize("template", [WITH_TOOLS, CHATML], ids=["reads tools", "reads none"])
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"a": "\\ud800"}', '{"a": {"\\udfff": [1]}}', "[" * 50_000, f'{{"a": {NESTED}}}', {"a": ["\ud800"]}],
+    ids=["text", "name", "endless", "deep", "parsed"],
+)
+def test_arguments_that_no_template_can_show_are_refused(make, template: str, arguments) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    talk = [TALK[1], {"role": "assistant", "content": "", "tool_calls": [call]}, {**TALK[3], "tool_call_id": "c"}]
+    with pytest.raises(InputError, match="arguments of a call of weather"):
+        make(template).encode_chat(talk, True, [WEATHER])
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"title": "\ud800"}, {"\ud800": 1}, {"enum": json.loads(NESTED)}], ids=["text", "name", "deep"]
+)
+def test_a_tool_that_no_template_can_show_is_refused(parameters) -> None:
+    with pytest.raises(UsageError, match="the tool weather cannot be shown"):
+        check_tools([{"type": "function", "function": {"name": "weather", "parameters": parameters}}])
+    check_tools([{"type": "function", "function": {"name": "weather", "parameters": {"title": "😀", "a": [[{}]]}}}])

@@ -153,6 +153,21 @@ def test_the_same_id_twice(path):
         make_key("a/b")
 
 
+def test_a_file_that_others_may_write_is_told_once(path):
+    create(path, "alice")
+    warnings = []
+    keys = Keys(path, warn=warnings.append)
+    path.chmod(0o660)
+    for _ in range(3):
+        keys.find(b"x")
+    assert len(warnings) == 1 and "others may write" in warnings[0]
+    path.chmod(0o600)
+    keys.find(b"x")
+    path.chmod(0o660)
+    keys.find(b"x")
+    assert len(warnings) == 2
+
+
 def test_racing_commands_lose_no_key(path):
     def add(number):
         with changing(path) as file:

@@ -406,7 +406,28 @@ def test_a_key_appears_nowhere(keyring, tmp_path):
     assert 'key="user"' in metrics.text().decode()
 
 
-def test_administration_through_a_proxy_needs_keys():
+def test_administration_needs_keys():
     app = observed(Admissions(generates, None, RateLimiter(Limits()), ("/admin",)))
-    assert ask(app, "/admin/models")[0] == 200
-    assert ask(app, "/admin/models", headers=[("X-Forwarded-For", "8.8.8.8")])[0] == 403
+    status, _, body = ask(app, "/admin/models")
+    assert status == 403
+    assert "llmctl keys create" in json.loads(body)["error"]["message"]
+    assert ask(app, "/v1/models", "GET")[0] == 200
+
+
+def test_a_slow_body_does_not_end_the_watch_for_the_first_token():
+    async def slow(scope, receive, send):
+        await asyncio.sleep(0.15)  # a body that trickles in
+        scope[SCOPE].asked(**TOOLS, max_tokens=5)
+        await asyncio.sleep(5)
+
+    status, _, body = ask(observed(Deadlines(slow, 0, 0.1, 0)))
+    assert (status, json.loads(body)["error"]["code"]) == (503, "first_token_timeout")
+
+
+def test_what_has_no_first_token_is_not_timed_by_it():
+    async def scores(scope, receive, send):
+        scope[SCOPE].asked(**TOOLS, prompt_tokens=9, max_tokens=0)
+        await asyncio.sleep(0.3)
+        await JSONResponse({})(scope, receive, send)
+
+    assert ask(observed(Deadlines(scores, 0, 0.05, 0)))[0] == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -12,6 +13,7 @@ from llmctl_serve.errors import ApiError
 from llmctl_serve.opening import Finder
 
 QUESTION = [{"role": "user", "content": "?"}]
+KEY = {"Authorization": "Bearer k"}
 
 
 @pytest.fixture
@@ -27,7 +29,12 @@ def fleet(scripted, byte_tokenizer, service_of, serving_models):
     def open_(name, artifact):
         return service_of(generators[artifact.path.name], name, artifact)
 
-    with serving_models(open_, {"a": "old", "b": "other"}, find) as server:
+    with serving_models(open_, {"a": "old", "b": "other"}, find, api_key="k") as server:
+        server.client = server.client.with_options(api_key="k")
+        plain = server.request
+        server.request = lambda method, path, body=None, headers=None: plain(
+            method, path, body, {**KEY, **(headers or {})}
+        )
         yield server
 
 
@@ -90,6 +97,58 @@ def test_operations(fleet):
     fleet.models.stopping = True
     assert fleet.get("/readyz")[0] == 503
     assert fleet.post({"messages": QUESTION})[1]["error"]["code"] == "shutting_down"
+
+
+def test_a_reload_reverts_nothing_that_was_loaded_or_removed_meanwhile(fleet):
+    """A reload that waits for a load must look at what is served after it."""
+    models, order = fleet.models, []
+    open_, find = models._open, models._find
+    loading, go = threading.Event(), threading.Event()
+
+    def slow(name, artifact):
+        order.append(artifact.id)
+        if artifact.id == "sha256:new":
+            loading.set()
+            assert go.wait(10)
+        return open_(name, artifact)
+
+    models._open = slow
+    load = threading.Thread(target=models.load, args=("a", "new"))
+    load.start()
+    assert loading.wait(10)
+    models._find = lambda source: find("other" if source == "old" else source)  # what `old` points to by now
+    reload = threading.Thread(target=models.reload)
+    reload.start()
+    time.sleep(0.1)
+    go.set()
+    load.join()
+    reload.join()
+    assert models.find("a").service.artifact.id == "sha256:new"
+    assert order == ["sha256:new"]
+
+
+def test_a_model_that_is_opened_while_the_server_stops_is_closed(fleet):
+    opened, open_ = [], fleet.models._open
+
+    def stopping(name, artifact):
+        fleet.models.close()
+        opened.append(open_(name, artifact))
+        return opened[0]
+
+    fleet.models._open = stopping
+    with pytest.raises(ApiError) as caught:
+        fleet.models.load("c", "new")
+    assert caught.value.code == "shutting_down"
+    assert "c" not in fleet.models.names
+    assert not [thread for thread in threading.enumerate() if thread.name == "engine c"]
+
+
+def test_without_keys_nobody_administers(scripted, byte_tokenizer, running):
+    with running(scripted(byte_tokenizer)) as server:
+        for method, path in (("POST", "/admin/models"), ("DELETE", "/admin/models/a"), ("POST", "/admin/reload")):
+            status, text, _ = server.request(method, path, {} if method == "POST" else None)
+            assert status == 403
+            assert "llmctl keys create" in json.loads(text)["error"]["message"]
 
 
 def test_the_administration_needs_a_key_of_its_own_where_there_are_keys(scripted, byte_tokenizer, running):

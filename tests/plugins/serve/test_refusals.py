@@ -11,6 +11,17 @@ import pytest
 from llmctl_serve.bodies import NEUTRAL
 
 QUESTION = [{"role": "user", "content": "Which module provides dedent?"}]
+TOOL = {"type": "function"}
+DEEP: list = []
+for _ in range(200):
+    DEEP = [DEEP]
+
+
+def called(arguments):
+    """A conversation in which a function was called."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    answer = {"role": "tool", "tool_call_id": "c", "content": "x"}
+    return [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}, answer]
 
 
 REFUSED = [
@@ -51,6 +62,19 @@ REFUSED = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages.0.tool_calls"),
     ({"model": 5}, "model"),
+    ({"repetition_penalty": 1e-50}, "repetition_penalty"),
+    (
+        {"tools": [{**TOOL, "function": {"name": "f", "parameters": {"title": "\ud800"}}}]},
+        "tools.0.function.parameters",
+    ),
+    ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"\udfff": 1}}}]}, "tools.0.function.parameters"),
+    ({"tools": [{**TOOL, "function": {"name": "f", "parameters": {"enum": DEEP}}}]}, "tools.0.function.parameters"),
+    ({"guided_json": {"title": "\ud800"}}, "guided_json"),
+    ({"guided_json": '{"title": "\\ud800"}'}, "guided_json"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"\ud800": 1}}}}, "response"),
+    ({"messages": called('{"a": "\\ud800"}')}, ""),
+    ({"messages": called("[" * 50_000)}, ""),
+    ({"messages": called("[" * 400 + "]" * 400)}, ""),
 ]
 
 
