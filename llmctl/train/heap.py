@@ -6,7 +6,7 @@ import ctypes
 import platform
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # malloc.h
-_LARGEST_MAPPED = 1 << 30
+_LARGEST_MAPPED = 1 << 25  # the largest that glibc documents; blocks above it are given back at once as before
 _LARGEST_KEPT = (1 << 31) - 1
 
 

@@ -49,6 +49,7 @@ class Segment(Transformer):
         nn.Module.__init__(self)
         self._relay = [relay]  # in a list: its modules are not this one's
         self.config, self.backend, self.loss_chunk = whole.config, whole.backend, whole.loss_chunk
+        self.loss = whole.loss
         self.stages = stages
         self.received: Tensor | None = None
         """States `(B, T, D)` that the stage before has sent."""
