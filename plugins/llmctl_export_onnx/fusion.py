@@ -74,13 +74,16 @@ def _add_and_norm(graph: ir.Graph, norm: ir.Node) -> None:
     add = total.producer() if total is not None else None
     if total is None or add is None or add.op_type != "Add" or norm.attributes.get_int("axis", -1) != -1:
         return
+    gain = norm.inputs[1]
+    if gain is None or not gain.is_initializer():
+        return  # a gain that nodes make may come after the sum
     sides = list(add.inputs)
     if any(side is None or side.is_initializer() or not _same_shape(side, total) for side in sides):
         return
     epsilon = norm.attributes.get_float("epsilon", 1e-5)
     fused = ir.node(
         "SkipSimplifiedLayerNormalization",
-        [*sides, norm.inputs[1]],
+        [*sides, gain],
         {"epsilon": epsilon},
         domain=MICROSOFT,
         num_outputs=4,

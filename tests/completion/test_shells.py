@@ -93,7 +93,7 @@ def bash(env, work):
 @needs("bash")
 def test_bash_completes_commands_stages_options_and_values(bash):
     assert bash("llmctl ru") == ["run"]
-    assert bash("llmctl token") == ["tokenize"]
+    assert bash("llmctl token") == ["tokenize", "tokenizers"]
     assert bash("llmctl tokenize --vocab") == ["--vocab-size"]
     assert bash("llmctl quantize --bits ") == ["4", "8"]
     assert bash("llmctl check quickst") == ["quickstart"]
@@ -215,7 +215,7 @@ def test_fish(fish):
     assert "two words.yaml" in fish("llmctl check t")
     assert "notes.txt" not in fish("llmctl check ")
     assert fish("llmctl run broken.yaml --to ") == []
-    assert fish("llmctl data | llmctl toke") == ["tokenize"], "only the command that the cursor is in"
+    assert fish("llmctl data | llmctl toke") == ["tokenize", "tokenizers"], "only the command that the cursor is in"
     assert "notes.txt" in fish("llmctl tokenize --text "), "no artifact fits, so files"
 
 

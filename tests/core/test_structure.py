@@ -24,7 +24,14 @@ def test_public_api_is_pinned():
 
 
 def test_hooks_are_pinned():
-    assert set(HOOKS) == {"register_stages", "register_commands", "run_stage", "log_metrics", "open_generator"}
+    assert set(HOOKS) == {
+        "register_stages",
+        "register_commands",
+        "run_stage",
+        "log_metrics",
+        "open_generator",
+        "register_readers",
+    }
 
 
 def hook_tests(hook, sources):

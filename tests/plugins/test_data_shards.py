@@ -293,7 +293,7 @@ def read_pairs(path):
         yield {"text": line}
 
 
-def test_a_reader_of_a_plugin(tmp_path, monkeypatch):
+def test_hook_register_readers(tmp_path, monkeypatch):
     reader = Reader(name="pairs", endings=(".pairs",), read=f"{__name__}:read_pairs")
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     from llmctl.registry import get_registry
