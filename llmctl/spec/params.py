@@ -14,7 +14,9 @@ Affects = Literal["output", "extent", "nothing"]
 class Params(BaseModel):
     """Parameters of one stage. `"8"` is no int, unknown keys are errors, NaN and infinity are refused."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, defer_build=True
+    )
 
     def outputs(self) -> set[str] | None:
         """The output ports this configuration produces; None (the default) means all of them."""
