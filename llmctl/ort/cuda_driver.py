@@ -72,4 +72,6 @@ class CudaDriver:
 
     def _check(self, code: int) -> None:
         if code:
-            raise MachineError(f"the NVIDIA driver could not move keys and values: error {code}")
+            raise MachineError(
+                f"the NVIDIA driver could not move keys and values: error {code}", hint="lower `slots` or `context`"
+            )

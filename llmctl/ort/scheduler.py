@@ -46,7 +46,11 @@ class OrtEngine:
         self._slots = Slots(generator.session, generator.layout, options.slots, self.context_length)
         size = options.slots * self.context_length // 2 if options.prefix_cache else 0
         self._pool = PrefixPool(size)
-        self._speculation = open_speculation(self._slots, options, self.vocab_size, self.eos_ids)
+        try:
+            self._speculation = open_speculation(self._slots, options, self.vocab_size, self.eos_ids)
+        except UsageError:
+            self._slots.close()
+            raise
         self.memory_bytes = self._slots.memory_bytes + size * token_bytes(generator.layout)
         """Most bytes that keys and values can take, those of past sequences and of a draft model included."""
         if self._speculation is not None:
@@ -450,5 +454,5 @@ def _context(most: int, options: EngineOptions) -> int:
         (options.draft_tokens >= 1, f"draft_tokens must be at least 1, got {options.draft_tokens}"),
     ):
         if not ok:
-            raise UsageError(text)
+            raise UsageError(text, hint="see the options of `serve`: slots, max_queue, prefill_tokens, context, draft")
     return options.context or most

@@ -36,7 +36,7 @@ def open_session(path: Path, device: str = "auto", threads: int = 0) -> ort.Infe
     if device not in DEVICES:
         raise UsageError(f"unknown device {device!r}", hint=f"one of {', '.join(DEVICES)}")
     if threads < 0:
-        raise UsageError(f"threads must not be negative, got {threads}")
+        raise UsageError(f"threads must not be negative, got {threads}", hint="0 chooses")
     if not path.is_file():
         raise InputError(f"{path} is missing", hint="an ONNX bundle holds model.onnx; was the copy complete?")
     if device == "cpu" or not gpu_present():

@@ -13,6 +13,7 @@ by row. Whether that is quicker than a step of all rows together depends on the 
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections import deque
@@ -29,6 +30,8 @@ from llmctl.ort.history import AnswerState
 from llmctl.ort.sampling import choose, scores
 from llmctl.ort.slots import Slots
 from llmctl.ort.tasks import Lane
+
+_log = logging.getLogger(__name__)
 
 REMEMBERED = 9
 """Calls of one kind and size whose median says what such a call takes."""
@@ -117,6 +120,8 @@ class Speculation:
         self._run = 0
         """Steps in a row that speculated."""
         self._pause = FIRST_PAUSE
+        self.failed: Exception | None = None
+        """Why nothing is proposed any more, if the draft has failed."""
 
     # -- whether -------------------------------------------------------------------------------------------------------
 
@@ -126,8 +131,17 @@ class Speculation:
         It is where a beam search runs, as its rows advance together; where nothing is proposed; and where `pays` says
         so. A lane for which proposing does not pay goes on with one token beside the others.
         """
-        if any(lane.task.search is not None for lane in lanes):
+        if self.failed is not None or any(lane.task.search is not None for lane in lanes):
             return None
+        try:
+            return self._drafts(lanes)
+        except Exception as error:  # of the draft's session: the answers do not need it
+            self.failed = error
+            _log.warning("speculation has ended, answers go on without it: %s: %s", type(error).__name__, error)
+            return None
+
+    def _drafts(self, lanes: Sequence[Lane]) -> list[list[int]] | None:
+        """As `drafts`, where no search runs."""
         if not self.costs.known("step", len(lanes)):
             return None  # without it nothing can be compared
         if self._run >= LONGEST_RUN:

@@ -78,7 +78,10 @@ class Constraints:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Collection[int]) -> None:
         self.vocab_size, self.eos_ids = vocab_size, frozenset(id for id in eos_ids if id < vocab_size)
         if not self.eos_ids:
-            raise UsageError("the model has no EOS id, so an answer of a given form could not end")
+            raise UsageError(
+                "the model has no EOS id, so an answer of a given form could not end",
+                hint="set `eos_token_id` in its generation_config.json",
+            )
         self.tokenizer = tokenizer
         self._matched = _open(tokenizer, vocab_size, sorted(self.eos_ids))
         usable = np.zeros(vocab_size, np.bool_)

@@ -161,19 +161,19 @@ def plain_calls(calls: Any) -> list[dict[str, Any]]:
 def tool_constraint(
     constraints: Constraints,
     tools: Sequence[Tool],
-    choice: str,
+    name: str | None = None,
     form: ToolFormat = "hermes",
     parallel: bool = True,
 ) -> GrammarConstraint:
-    """What forces a valid call: of any tool for `choice="required"`, else of the one that is called so.
+    """What forces a valid call: of the tool that is called so, or of any.
 
     `parallel` lets several follow each other. UsageError for an unknown name and for parameters that are no schema.
     """
     functions = [tool["function"] for tool in check_tools(tools)]
-    if choice != "required":
-        functions = [function for function in functions if function["name"] == choice]
+    if name is not None:
+        functions = [function for function in functions if function["name"] == name]
     if not functions:
-        raise UsageError(f"no tool is called {choice!r}" if tools else "a call is required, but there are no tools")
+        raise UsageError(f"no tool is called {name!r}" if tools else "a call is required, but there are no tools")
     for function in functions:
         try:
             constraints.json_schema(function["parameters"])

@@ -80,6 +80,8 @@ def _add_and_norm(graph: ir.Graph, norm: ir.Node) -> None:
     sides = list(add.inputs)
     if any(side is None or side.is_initializer() or not _same_shape(side, total) for side in sides):
         return
+    if total.is_graph_output() or norm.outputs[0].is_graph_output():
+        return  # its name is the graph's own
     epsilon = norm.attributes.get_float("epsilon", 1e-5)
     fused = ir.node(
         "SkipSimplifiedLayerNormalization",
@@ -174,11 +176,14 @@ def joined_name(names: Sequence[str]) -> str:
 
 def _same_shape(a: ir.Value, b: ir.Value) -> bool:
     """Whether both are known to be of one shape; the operator adds other shapes differently than Add."""
-    return a.shape is not None and b.shape is not None and list(a.shape) == list(b.shape)
+    if a.shape is None or b.shape is None:
+        return False
+    named = all(isinstance(size, int) or size.value is not None for size in a.shape)
+    return named and list(a.shape) == list(b.shape)
 
 
 def _take_over(new: ir.Value, old: ir.Value) -> None:
-    """Everyone who reads `old` reads `new`, which gets its name and type."""
+    """Everyone who reads `old` reads `new`, which gets its type."""
     new.type, new.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, new)
 

@@ -42,4 +42,4 @@ class ExportParams(Params):
     tolerance: float = Field(1e-4, gt=0, description="largest difference of any output from the torch model's")
     parity_prompts: int = Field(20, ge=1, description="prompts on which outputs and 64 greedy tokens are compared")
     seed: int = Field(0, ge=0, description="draws the prompts of the comparison where there is no `data`")
-    threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes all cores")
+    threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes one per physical core")

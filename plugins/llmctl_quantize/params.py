@@ -30,7 +30,7 @@ class QuantizeParams(Params):
     )
     eval_tokens: int = Field(16384, ge=64, description="held-out tokens on which quality is measured")
     speed_rounds: int = Field(15, ge=1, affects="nothing", description="rounds of the interleaved speed comparison")
-    threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes all cores")
+    threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes one per physical core")
 
     @property
     def rounding(self) -> str:

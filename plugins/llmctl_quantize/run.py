@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from llmctl import Artifact, Context, InputError, StageError
-from llmctl.ort import open_bundle
+from llmctl.ort import open_bundle, open_encoder
 from llmctl.text.pooling import POOLING_FILES
 from llmctl_quantize import quality, weights
 from llmctl_quantize.params import QuantizeParams
@@ -81,7 +81,7 @@ def _compare(
                 hint="leave `data` out to quantize unmeasured",
             ) from error
         ctx.warn(f"neither quality nor speed were measured: {error.message}")
-        return {}
+        return _compare_encoders(source, target, params.threads)
     after = open_bundle(target, "cpu", params.threads)
     values = quality.speed(before, after, params.speed_rounds)
     if data is None:
@@ -89,6 +89,24 @@ def _compare(
         return values
     texts = quality.held_out(data, source, before.context_length, before.vocab_size, params.eval_tokens)
     return values | quality.measure(before, after, texts, lambda done, total: ctx.progress(done, total))
+
+
+def _compare_encoders(source: Path, target: Path, threads: int) -> dict[str, float]:
+    """How far the outputs of a quantized encoder are from the model's own, on two rows of ids: at least it runs.
+
+    Nothing for a graph that is neither a decoder nor an encoder of ours.
+    """
+    try:
+        before = open_encoder(source, "cpu", threads)
+    except InputError:
+        return {}
+    after = open_encoder(target, "cpu", threads)
+    rows = [[0, 1, 2, 3], [3, 2, 1, 0]]
+    expected, found = before.run(rows), after.run(rows)
+    away = [float(np.abs(found[name] - value).max() / (np.abs(value).max() or 1.0)) for name, value in expected.items()]
+    if not np.isfinite(away).all():
+        raise StageError("the quantized encoder gives no numbers", hint="try more bits, or a smaller `block_size`")
+    return {"outputs.relative_difference": max(away)}
 
 
 def _load(source: Path) -> onnx.ModelProto:

@@ -43,7 +43,9 @@ class RagParams(Params):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", affects="nothing", description="where the model runs"
     )
-    threads: int = Field(default=0, ge=0, affects="nothing", description="threads of the model; 0 takes all cores")
+    threads: int = Field(
+        default=0, ge=0, affects="nothing", description="threads of the model; 0 takes one per physical core"
+    )
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> RagParams:

@@ -63,8 +63,8 @@ class Forms:
                 check_tools(tools)
                 return None
             chosen = request.tool_choice
-            name = chosen.function.name if isinstance(chosen, ToolChoice) else "required"
-            parallel = request.parallel_tool_calls is not False and name == "required"
+            name = chosen.function.name if isinstance(chosen, ToolChoice) else None
+            parallel = request.parallel_tool_calls is not False and name is None
             return tool_constraint(self.constraints, tools, name, self._form(), parallel)
         except UsageError as error:
             raise _refused(error, "tools") from error

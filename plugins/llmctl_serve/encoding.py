@@ -36,7 +36,7 @@ class EncoderThread:
 
         ApiError 429 if too many wait, 503 if the model is closed; what the encoder raises.
         """
-        if self.depth >= self._most:
+        if self._here > self._most:
             raise ApiError(429, f"{self.depth} requests are waiting already", code="queue_full", headers=AGAIN)
 
         def run() -> Any:

@@ -46,7 +46,9 @@ OPTIONS = (
     click.option("--format", "format_", type=click.Choice(["text", "json"]), default="text", show_default=True),
     click.option("--stop", multiple=True, help="End before this text; may be given several times."),
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.option("--threads", type=click.IntRange(0), default=0, help="0 takes all cores.", show_default=True),
+    click.option(
+        "--threads", type=click.IntRange(0), default=0, help="0 takes one per physical core.", show_default=True
+    ),
 )
 
 

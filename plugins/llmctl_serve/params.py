@@ -76,7 +76,7 @@ class ServeParams(SafetyParams):
         default=0.5, ge=0, le=1, description="with an index: refuse if the best passage supports less of the question"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where the model runs")
-    threads: int = Field(default=0, ge=0, description="threads of the model; 0 takes all cores")
+    threads: int = Field(default=0, ge=0, description="threads of the model; 0 takes one per physical core")
 
     @model_validator(mode="after")
     def _smoke_needs_questions(self) -> ServeParams:

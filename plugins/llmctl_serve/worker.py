@@ -166,8 +166,9 @@ class Worker:
 
     def _turn(self) -> None:
         """What came in, one step, and what goes out."""
-        # Further prompts of accepted jobs come first: new jobs would take every place that becomes free.
-        self._submit_later()
+        # One further prompt of an accepted job before new jobs, which would take every place that becomes free; the
+        # rest behind them, and only what keeps the slots full, as they would take every place from new jobs.
+        self._submit_later(one=True)
         while self._inbox:
             self._inbox.popleft()()
         self._submit_later()
@@ -228,8 +229,11 @@ class Worker:
         ]
         self._running[ticket] = _Running(job, prompt, speeches, len(speeches))
 
-    def _submit_later(self) -> None:
+    def _submit_later(self, one: bool = False) -> None:
         while self._later:
+            stats = self._engine.stats()
+            if not one and stats.waiting >= max(1, stats.slots // 2):
+                return
             job, prompt = self._later[0]
             try:
                 self._submit(job, prompt)
@@ -239,6 +243,8 @@ class Worker:
                 self._fail(job, error)
                 continue
             self._later.popleft()
+            if one:
+                return
 
     def _deliver(self, event: Event) -> None:
         """Turn what a step did for one answer into pieces of the response."""
@@ -334,7 +340,11 @@ def stopping() -> ApiError:
 
 def died() -> ApiError:
     """What a request is told whose model has lost its thread."""
-    return ApiError(503, "the model's engine has failed; the server must be started again", code="engine_failed")
+    return ApiError(
+        503,
+        "the model's engine has failed; load the model again (`POST /admin/models`) or start the server anew",
+        code="engine_failed",
+    )
 
 
 def _all(actions: Sequence[Callable[[], None]]) -> None:

@@ -128,14 +128,14 @@ def test_the_slots_of_the_draft_model_follow_their_lanes(
         finish(engine)
         assert engine.stats().accepted < engine.stats().drafted
         assert engine._speculation is not None
+        assert engine._speculation.failed is None
         assert (engine._speculation.drafter._slot_of, engine._speculation._progress) == ({}, {})  # type: ignore[attr-defined]
     monkeypatch.setattr(DraftModel, "judged", lambda *_: None)
     engine = engine_of(trained_generator, slots=2, speculation="draft", draft=generator)
     engine.submit(Request(prompt=[5, 9, 20], sampling=Sampling(max_new_tokens=40, temperature=1.0, seed=1)))
-    events = []
-    while engine.busy:
-        events += engine.step()
-    assert isinstance(events[-1].error, AssertionError), "refused tokens that are not taken back are seen"
+    finish(engine)
+    assert engine._speculation is not None
+    assert isinstance(engine._speculation.failed, AssertionError), "refused tokens that are not taken back are seen"
 
 
 @pytest.mark.usefixtures("always")
@@ -248,6 +248,37 @@ def test_constrained_answers_are_valid_and_those_of_single_runs(
         for token in answer:
             checked.accept(token)
         assert answer == list(trained_generator.stream(prompt, sampling, _Alternating()))
+
+
+@pytest.mark.usefixtures("always")
+def test_a_draft_that_fails_costs_no_answer(
+    trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = engine_of(trained_generator, slots=3, speculation="draft", draft=trained_generator)
+    assert engine._speculation is not None
+    requests = [
+        Request(prompt=trained.sentence(np.random.default_rng(seed), 20), sampling=Sampling(max_new_tokens=20))
+        for seed in range(3)
+    ]
+    tickets = [engine.submit(request) for request in requests]
+    for _ in range(4):
+        engine.step()
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine._speculation, "_drafts", fails)
+    before = engine.stats().drafted
+    said = {ticket: list[int]() for ticket in tickets}
+    while engine.busy:
+        for event in engine.step():
+            assert event.error is None
+            said[event.ticket] += event.tokens
+    for ticket, request in zip(tickets, requests, strict=True):
+        whole = list(trained_generator.stream(request.prompt, request.sampling))
+        assert whole[len(whole) - len(said[ticket]) :] == said[ticket] != []
+    assert engine.stats().drafted == before
+    assert caplog.text.count("speculation has ended") == 1
 
 
 @pytest.mark.usefixtures("always")

@@ -503,6 +503,36 @@ def test_what_half_precision_may_be_off_is_a_property_of_its_numbers() -> None:
     assert not Differences(Allowance(1e-4)).follows([1], expected)
 
 
+def test_a_quantized_encoder_is_run_beside_the_one_it_comes_from(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llmctl_quantize.weights
+    from llmctl_quantize import QUANTIZE
+
+    bundle = exported("bert features")[1].outputs["model"]
+    away = []
+    for bits in (8, 4):
+        result = run_stage(QUANTIZE, tmp_path / str(bits), {"bits": bits, "threads": 1}, model=bundle)
+        away.append(result.metrics["outputs.relative_difference"])
+        after = open_encoder(result.outputs["model"].path, "cpu", 1).run([[0, 1, 2, 3], [3, 2, 1, 0]])
+        before = open_encoder(bundle.path, "cpu", 1).run([[0, 1, 2, 3], [3, 2, 1, 0]])
+        expected = max(np.abs(after[name] - value).max() / np.abs(value).max() for name, value in before.items())
+        assert away[-1] == pytest.approx(expected, rel=1e-6)
+    assert 0 < away[0] < away[1] < 0.5
+    quantize = llmctl_quantize.weights.quantize
+
+    def spoiled(model: Any, *arguments: Any, **options: Any) -> None:
+        quantize(model, *arguments, **options)
+        for tensor in model.graph.initializer:
+            if tensor.name.endswith("norm.weight"):
+                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.nan, tensor.name))
+
+    monkeypatch.setattr(llmctl_quantize.weights, "quantize", spoiled)
+    with pytest.raises(StageError, match="gives no numbers"):
+        run_stage(QUANTIZE, tmp_path / "spoiled", {"bits": 8, "threads": 1}, model=bundle)
+    assert not list((tmp_path / "spoiled").rglob("*.onnx*"))
+
+
 @pytest.mark.parametrize("pooling", ["mean", pytest.param("cls", marks=SLOW)])
 def test_an_embedding_is_part_of_the_graph(exported: Exported, tmp_path: Path, pooling: Any) -> None:
     from llmctl.nn.hf import load_model

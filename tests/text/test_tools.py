@@ -139,8 +139,8 @@ def test_the_way_of_calling_is_the_templates() -> None:
 
 
 @pytest.mark.parametrize("form", ["hermes", "llama3", "mistral"])
-@pytest.mark.parametrize("choice", ["required", "weather"])
-def test_forced_calls_fit_their_schemas(constraints: Constraints, form, choice: str) -> None:
+@pytest.mark.parametrize("choice", [None, "weather"])
+def test_forced_calls_fit_their_schemas(constraints: Constraints, form, choice: str | None) -> None:
     made = answers(constraints, tool_constraint(constraints, [WEATHER, STOP], choice, form), 12, 600)
     names = set()
     for text in filter(None, made):
@@ -151,7 +151,16 @@ def test_forced_calls_fit_their_schemas(constraints: Constraints, form, choice: 
             names.add(call.name)
             tool = WEATHER if call.name == "weather" else STOP
             jsonschema.validate(json.loads(call.arguments), tool["function"]["parameters"])
-    assert names == ({"weather", "stop_now"} if choice == "required" else {"weather"})
+    assert names == ({"weather", "stop_now"} if choice is None else {"weather"})
+
+
+def test_a_tool_may_be_called_as_a_mode_is(constraints: Constraints) -> None:
+    named = {"type": "function", "function": {**STOP["function"], "name": "required"}}
+    for text in filter(None, answers(constraints, tool_constraint(constraints, [WEATHER, named], "required"), 6, 600)):
+        parser = ToolCallParser(["weather", "required"])
+        parser.feed(text)
+        parser.finish()
+        assert {call.name for call in parser.calls} == {"required"}
 
 
 def test_one_call_only_where_several_are_not_wanted(constraints: Constraints) -> None:
@@ -168,19 +177,19 @@ def test_one_call_only_where_several_are_not_wanted(constraints: Constraints) ->
     ("tools", "choice", "message"),
     [
         ([WEATHER], "other", "no tool is called 'other'"),
-        ([], "required", "there are no tools"),
-        ([WEATHER, WEATHER], "required", "two tools are called weather"),
-        ([{"type": "function"}], "required", "tool 0 is no function"),
-        ([{"function": {"name": "a b"}}], "required", "tool 0 has the name 'a b'"),
-        ([{"function": {"name": "a", "parameters": []}}], "required", "parameters of the tool a are no JSON schema"),
+        ([], None, "there are no tools"),
+        ([WEATHER, WEATHER], None, "two tools are called weather"),
+        ([{"type": "function"}], None, "tool 0 is no function"),
+        ([{"function": {"name": "a b"}}], None, "tool 0 has the name 'a b'"),
+        ([{"function": {"name": "a", "parameters": []}}], None, "parameters of the tool a are no JSON schema"),
         (
             [{"function": {"name": "a", "parameters": {"type": "object", "properties": {"b": {"type": "nix"}}}}}],
-            "required",
+            None,
             "parameters of the tool a: the JSON schema is refused at #/properties/b: Invalid type: nix",
         ),
     ],
 )
-def test_bad_tools_are_refused(constraints: Constraints, tools, choice: str, message: str) -> None:
+def test_bad_tools_are_refused(constraints: Constraints, tools, choice: str | None, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         tool_constraint(constraints, tools, choice)
 

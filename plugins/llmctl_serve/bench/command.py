@@ -81,7 +81,7 @@ def _numbers(text: str | None, option: str, whole: bool) -> list[float]:
 @click.option("--json", "json_", type=click.Path(path_type=Path), help="Write numbers and every request here.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with charts here.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Of a server here.")
-@click.option("--threads", type=click.IntRange(0), default=0, help="Of a server here; 0 takes all cores.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="Of a server here; 0 takes one per physical core.")
 def bench(
     artifact: str | None,
     url: str | None,

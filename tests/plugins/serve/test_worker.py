@@ -82,6 +82,20 @@ def test_further_prompts_of_an_accepted_job_go_before_new_jobs(byte_tokenizer):
     assert refused.code == "queue_full"
 
 
+def test_further_prompts_leave_places_to_new_jobs(byte_tokenizer):
+    class Waiting(Slow):
+        def stats(self):
+            return EngineStats(waiting=len(self.taken), slots=4)
+
+    engine = Waiting(places=6)
+    worker = Worker(engine, byte_tokenizer, print)
+    turned(worker, list(range(1, 30)))
+    assert engine.taken == [[1], [2]]  # half the slots are waited for: the rest of the queue is others'
+    _, accepted = turned(worker, [77], [78])
+    assert accepted == [None, None]
+    assert engine.taken == [[1], [2], [3], [77], [78]]  # one of the long job, then the new ones
+
+
 def test_a_job_whose_prompts_all_wait_outside_is_told_of_the_end(byte_tokenizer):
     async def end():
         worker, job = Worker(Slow(), byte_tokenizer, print), job_of(1)
