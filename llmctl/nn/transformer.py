@@ -33,6 +33,7 @@ from llmctl.nn.attention import PADDING, AttentionContext, KVCache, Memory, Slot
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.kernels import RMSNorm
 from llmctl.nn.positions import alibi_slopes, rotary_angles, sinusoid, t5_bucket
+from llmctl.nn.products import Linear, linear
 
 
 class Transformer(nn.Module):
@@ -52,7 +53,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(config.context + traits.position_offset, config.dim) if learned else None
         self.segments = nn.Embedding(config.token_types, config.dim) if config.token_types else None
         self.embedding_norm = make_norm(config) if traits.embedding_norm else None
-        self.smear_gate = nn.Linear(config.smear_channels, 1, bias=False) if traits.smear else None
+        self.smear_gate = Linear(config.smear_channels, 1, bias=False) if traits.smear else None
         self.smear = nn.Parameter(torch.empty(1)) if traits.smear else None
         pair = traits.kind == "encoder-decoder"
         self.encoder = Encoder(config) if pair else None
@@ -62,10 +63,10 @@ class Transformer(nn.Module):
         self.norm = make_norm(config) if traits.final_norm else None
         words = config.head in ("lm", "mlm", "pretraining")
         untied = words and not config.tie_embeddings
-        self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False) if untied else None
+        self.unembedding = Linear(config.dim, config.vocab_size, bias=False) if untied else None
         self.masked = MaskedHead(config) if config.head in ("mlm", "pretraining") else None
-        self.pooler = nn.Linear(config.dim, config.dim) if config.has_pooler else None
-        self.next = nn.Linear(config.dim, 2) if config.head == "pretraining" else None
+        self.pooler = Linear(config.dim, config.dim) if config.has_pooler else None
+        self.next = Linear(config.dim, 2) if config.head == "pretraining" else None
         self.classifier = None if words or config.head == "features" else Classifier(config)
         initialise(self)
         self.auxiliary = nn.ModuleDict()
@@ -166,10 +167,10 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits `(…, V)` of states `(…, D)`; training may select the supervised positions before."""
         if self.masked is not None:
-            return F.linear(self.masked(hidden), self.head_weight, self.masked.bias)
+            return linear(self.masked(hidden), self.head_weight, self.masked.bias)
         if self.config.traits.scale_tied_head and self.unembedding is None:
             hidden = hidden * self.config.dim**-0.5
-        logits = F.linear(hidden, self.head_weight)
+        logits = linear(hidden, self.head_weight)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -416,16 +417,16 @@ class Attention(nn.Module):
         self.config, self.layer, self.head_dim = config, layer, config.head_dim
         traits = config.traits
         bias, q_dim, kv_dim = traits.bias, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.dim, q_dim, bias=bias or traits.qkv_bias)
-        self.k = nn.Linear(config.dim, kv_dim, bias=bias or traits.qkv_bias)
-        self.v = nn.Linear(config.dim, kv_dim, bias=bias or traits.qkv_bias)
-        self.out = nn.Linear(q_dim, config.dim, bias=bias)
+        self.q = Linear(config.dim, q_dim, bias=bias or traits.qkv_bias)
+        self.k = Linear(config.dim, kv_dim, bias=bias or traits.qkv_bias)
+        self.v = Linear(config.dim, kv_dim, bias=bias or traits.qkv_bias)
+        self.out = Linear(q_dim, config.dim, bias=bias)
         self.q_norm = make_norm(config, config.head_dim) if traits.qk_norm else None
         self.k_norm = make_norm(config, config.head_dim) if traits.qk_norm else None
         valued = config.has_values(layer)
         self.value_embedding = nn.Embedding(config.vocab_size, kv_dim) if valued else None
-        self.value_gate = nn.Linear(config.gate_channels, config.kv_heads, bias=False) if valued else None
-        self.distance = nn.Linear(config.dim, q_dim, bias=False) if traits.positions == "xl" else None
+        self.value_gate = Linear(config.gate_channels, config.kv_heads, bias=False) if valued else None
+        self.distance = Linear(config.dim, q_dim, bias=False) if traits.positions == "xl" else None
         """Transformer-XL's W_R, which turns encoded distances into keys (1901.02860, section 3.3)."""
         if self.distance is not None:
             self.content_bias = nn.Parameter(torch.empty(config.heads, config.head_dim))
@@ -490,9 +491,9 @@ class FeedForward(nn.Module):
         super().__init__()
         bias = config.traits.bias
         self.activation = config.traits.activation
-        self.gate = nn.Linear(config.dim, config.ff_dim, bias=bias) if config.traits.gated else None
-        self.up = nn.Linear(config.dim, config.ff_dim, bias=bias)
-        self.down = nn.Linear(config.ff_dim, config.dim, bias=bias)
+        self.gate = Linear(config.dim, config.ff_dim, bias=bias) if config.traits.gated else None
+        self.up = Linear(config.dim, config.ff_dim, bias=bias)
+        self.down = Linear(config.ff_dim, config.dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (…, D)` to `(…, D)`."""
@@ -520,7 +521,7 @@ class MaskedHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.traits.activation
-        self.dense = nn.Linear(config.dim, config.dim)
+        self.dense = Linear(config.dim, config.dim)
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
@@ -537,9 +538,9 @@ class Classifier(nn.Module):
         whole = config.head == "classification"
         self.kind = config.traits.classifier
         between = whole and self.kind in ("dense", "relu")
-        self.dense = nn.Linear(config.dim, config.dim) if between else None
+        self.dense = Linear(config.dim, config.dim) if between else None
         bias = not (whole and config.traits.kind == "decoder")
-        self.out = nn.Linear(config.dim, len(config.labels) or 2, bias=bias)
+        self.out = Linear(config.dim, len(config.labels) or 2, bias=bias)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:

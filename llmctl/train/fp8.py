@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmctl.errors import UsageError
 from llmctl.nn.foreign import ForeignModel
+from llmctl.nn.products import Linear
 
 HOPPER = (9, 0)
 SMALLEST = 128
@@ -87,20 +88,21 @@ def fp8_blocks(model: nn.Module, wanted: bool) -> Iterator[list[str]]:
     chosen = dict(_large(model)) if wanted else {}
     if wanted and not chosen:
         raise UsageError(f"precision fp8: no layer of this model is {SMALLEST} wide or more", hint="set it to bf16")
+    before = [type(module) for module in chosen.values()]
     for module in chosen.values():
         module.__class__ = Fp8Linear
     try:
         yield list(chosen)
     finally:
-        for module in chosen.values():
-            module.__class__ = nn.Linear
+        for module, kind in zip(chosen.values(), before, strict=True):
+            module.__class__ = kind
 
 
 def _large(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     outer = model.outer_names if isinstance(model, ForeignModel) else None
     for name, module in model.named_modules():
         hidden = "blocks" in name.split(".") if outer is None else f"{name}.weight" not in outer
-        if type(module) is nn.Linear and hidden:
+        if type(module) in (nn.Linear, Linear) and hidden:
             sizes = module.in_features, module.out_features
             if min(sizes) >= SMALLEST and not any(size % MULTIPLE for size in sizes):
                 yield name, module
