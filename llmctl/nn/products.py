@@ -7,7 +7,6 @@ the forward pass and 1.7 to 2.3 times in the two products of the gradient (`benc
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,24 @@ SMALLEST = 1 << 20
 """Multiplications below which a call of oneDNN costs more than it saves."""
 FEWEST_ROWS = 4
 """Below, a product reads every weight once for little work, which any library does at the speed of the memory."""
+
+
+def _vendor() -> str:
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+    except OSError:  # another system than Linux
+        return ""
+
+
+ONEDNN_IS_FASTER = (
+    torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # torch
+    and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and _vendor() == "AuthenticAMD"
+)
+"""Whether this is an AMD processor with AVX-512 under a torch that has both libraries."""
 
 
 class Linear(nn.Linear):
@@ -38,42 +55,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _product(x, weight, bias)
 
 
-@cache
-def onednn_is_faster() -> bool:
-    """Whether this is an AMD processor with AVX-512 under a torch that has both libraries."""
-    return (
-        torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and _vendor() == "AuthenticAMD"
-    )
-
-
-def _vendor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # another system than Linux
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
 def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
-        all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        ONEDNN_IS_FASTER
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and x.numel() * weight.shape[0] >= SMALLEST
         and x.numel() >= FEWEST_ROWS * weight.shape[1]
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch
-        and onednn_is_faster()
     )
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    run = _opaque if torch.compiler.is_compiling() else _onednn
+    return run(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+@torch.library.custom_op("llmctl::linear", mutates_args=())
+def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`_onednn` as one step of a compiled graph: torch.compile takes its operator for weights that never change."""
+    return _onednn(x, weight, bias)
+
+
+@_opaque.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 class _Linear(torch.autograd.Function):
@@ -91,9 +105,9 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         again = torch.is_grad_enabled()  # a second derivative is going to be taken of what is returned
-        product = (lambda a, b: F.linear(a, b)) if again else (lambda a, b: _product(a, b, None))
+        product = F.linear if again else _product
         return (
-            product(grad, weight.t()) if wants_x else None,
-            product(rows.t(), x.flatten(0, -2).t()) if wants_weight else None,
+            product(grad, weight.t(), None) if wants_x else None,
+            product(rows.t(), x.flatten(0, -2).t(), None) if wants_weight else None,
             rows.sum(0) if ctx.biased and wants_bias else None,
         )

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from llmctl.errors import UsageError
@@ -71,13 +70,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.d
     return out if bias is None else out + bias.to(out.dtype)
 
 
-class Fp8Linear(nn.Linear):
+class Fp8Linear(Linear):
     """Multiplies in 8 bits while training; evaluation is exact, and so are rows whose number does not fit."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x (…, K)` to `(…, M)`."""
         if not self.training or x.shape[:-1].numel() % MULTIPLE:
-            return F.linear(x, self.weight, self.bias)
+            return super().forward(x)
         on = torch.is_autocast_enabled(x.device.type)
         return linear(x, self.weight, self.bias, torch.get_autocast_dtype(x.device.type) if on else x.dtype)
 

@@ -133,7 +133,7 @@ class Admissions:
             # Without an engine's work, as in a queue that was left, the prompt has cost nothing.
             admission.settle(exchange.used_tokens if exchange.admitted_at is not None else 0, failed=broken)
             if self._limiter.quotas.due():
-                self._limiter.quotas.save()
+                self._limiter.quotas.save_beside()
 
     def _check_key(self, scope: Scope, exchange: Exchange, needed: str) -> Key | None:
         if self._keys is None:

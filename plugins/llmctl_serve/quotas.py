@@ -47,6 +47,7 @@ class Quotas:
         self._path, self._clock, self._warn = path, clock, warn
         self._day, self._used, self._saved = self._today(), dict[str, Used](), -math.inf
         self._changed = False
+        self._number = self._written = 0
         self._writing = threading.Lock()
         if path is not None and path.exists():
             self._load(path)
@@ -99,14 +100,32 @@ class Quotas:
 
     def save(self) -> None:
         """Write the file; a disk that refuses is only warned of, as answers matter more."""
+        if (taken := self._taken()) is not None:
+            self._write(*taken)
+
+    def save_beside(self) -> None:
+        """As `save`, the counts as they are now; the file is written by a thread, so that no answer waits for it."""
+        if (taken := self._taken()) is not None:
+            threading.Thread(target=self._write, args=taken, name="quotas").start()
+
+    def _taken(self) -> tuple[int, str] | None:
+        """The counts and their number, which later ones have a greater one than; None if there is nothing to write."""
+        if self._path is None or not self._changed:
+            return None
+        self._changed, self._saved = False, self._clock()
+        self._number += 1
+        used = {who: {"requests": each.requests, "tokens": each.tokens} for who, each in self._used.items()}
+        return self._number, json.dumps({"day": self._day, "used": used}, sort_keys=True) + "\n"
+
+    def _write(self, number: int, text: str) -> None:
+        assert self._path is not None
         with self._writing:
-            if self._path is None or not self._changed:
-                return
-            self._changed, self._saved = False, self._clock()
-            used = {who: {"requests": each.requests, "tokens": each.tokens} for who, each in list(self._used.items())}
+            if number < self._written:
+                return  # a later one was quicker
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(self._path, json.dumps({"day": self._day, "used": used}, sort_keys=True) + "\n")
+                replace_file(self._path, text)
+                self._written = number
             except OSError as error:
                 self._changed = True
                 self._warn(f"{self._path}: quotas cannot be written: {error.strerror}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import deque
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmctl import InputError
+from llmctl_serve import quotas as quotas_module
 from llmctl_serve.quotas import CLIENTS, EVERY, Quotas
 from llmctl_serve.rate_limits import MINUTE, SHARED, LimitedError, Limits, RateLimiter, Window, address, duration
 
@@ -245,6 +247,32 @@ def test_a_disk_that_refuses_is_warned_of_and_tried_again(tmp_path):
     quotas.save()
     assert len(warnings) == 1
     assert quotas._changed
+
+
+def test_no_caller_waits_for_a_slow_disk_and_later_counts_are_not_overwritten(tmp_path, monkeypatch):
+    go, written = threading.Event(), []
+
+    def slow(path, text):
+        if not written:
+            assert go.wait(10)
+        written.append(json.loads(text)["used"]["key:a"]["tokens"])
+        path.write_text(text)
+
+    monkeypatch.setattr(quotas_module, "replace_file", slow)
+    quotas = Quotas(tmp_path / "q.json")
+    quotas.add("key:a", 1, 5)
+    quotas.save_beside()  # returns though the disk does not
+    quotas.add("key:a", 1, 5)
+    quotas.save_beside()
+    first, second = (thread for thread in threading.enumerate() if thread.name == "quotas")
+    assert written == []
+    go.set()
+    for thread in (first, second):
+        thread.join(10)
+    assert Quotas(tmp_path / "q.json").used("key:a").tokens == 10
+    before = list(written)
+    quotas._write(1, "{}")  # a thread that the scheduler left for last
+    assert written == before
 
 
 def test_addresses_with_quotas_take_bounded_memory():
