@@ -96,8 +96,8 @@ def test_typed_special_tokens_stay_text(made, name):
 
 
 OWN = (
-    "end", "END", "##ing", "###", "<<", "@tool", "/think", "[INST]", "<|tool|>", "Ġend", "Ã©t", "Ã", "é", "a", "'s", "123",
-    "<0x41>", " end", "\n\n", "▁end", "<s", "stop it",
+    "end", "END", "##ing", "###", "<<", "@tool", "/think", "[INST]", "<|tool|>", "Ġend", "Ã©t", "Ã", "é", "a", "'s",
+    "123", "<0x41>", " end", "\n\n", "▁end", "<s", "stop it",
 )  # fmt: skip
 CUTS = {
     "bpe": {"vocab_size": 600},
@@ -118,7 +118,9 @@ CUTS = {
 @pytest.mark.parametrize("name", CUTS)
 def test_special_tokens_of_ones_own_stay_text_or_are_refused(tmp_path, name):
     """Whatever a token is called: if it is taken, no text in which it is typed becomes it."""
-    said = "the end, END of doing: ### << @tool /think [INST] <|tool|> été a it's 123 <0x41>\n\nstop it  end ▁end Ġend <s "
+    said = (
+        "the end, END of doing: ### << @tool /think [INST] <|tool|> été a it's 123 <0x41>\n\nstop it  end ▁end Ġend <s "
+    )
     text = dataset(tmp_path / "text", [PROSE[1], *[said] * 40])
     refused = set()
     for number, own in enumerate(OWN):
