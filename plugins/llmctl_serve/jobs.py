@@ -209,8 +209,8 @@ class Results:
                 if "error" in row:
                     if self.retry_errors:
                         continue
-                    error = row["error"]
-                    self.failures[key] = str(error.get("message", error) if isinstance(error, dict) else error)
+                    why = row["error"]
+                    self.failures[key] = str(why.get("message", why) if isinstance(why, dict) else why)
                 kept.append(line)
                 self.finished.add(key)
         if self.retry_errors:
