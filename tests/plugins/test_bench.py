@@ -258,7 +258,7 @@ def test_prompts_of_a_short_file_come_again_and_that_is_said(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"p{n}"}) + "\n" for n in range(8)))
     flags = ("--api", "completions", "--requests", 4, "--warmup", 1, "--input", path)
-    for loads, warned in (("1", ""), ("1,1", "warning: 8 prompts were asked 9 times")):
+    for loads, warned in (("1", ""), ("1,1", "warning: 9 requests had 8 different prompts")):
         with Stub() as stub:
             result = invoke("--url", stub.url, "--concurrency", loads, *flags, "--json", tmp_path / "x.json")
         asked = [body["prompt"] for body in stub.bodies]
@@ -266,6 +266,9 @@ def test_prompts_of_a_short_file_come_again_and_that_is_said(tmp_path):
         assert warned in result.stderr and bool(warned) == ("warning" in result.stderr)
         written = json.loads((tmp_path / "x.json").read_text())["prompts"]
         assert (written["different"], written["asked"]) == (8, len(asked))
+    path.write_text('{"prompt": "same"}\n' * 9)
+    with Stub() as stub:
+        assert "warning: 5 requests had 1 different" in invoke("--url", stub.url, *flags).stderr
 
 
 @pytest.mark.parametrize("usage", [True, False])

@@ -221,7 +221,11 @@ async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], l
         "model": model,
         "api": "chat" if chat else "completions",
         "limits": wanted.limits,
-        "prompts": {**_described(wanted), "different": len(prompts), "asked": asked},
+        "prompts": {
+            **_described(wanted),
+            "different": len({json.dumps(prompt.content, sort_keys=True) for prompt in prompts}),
+            "asked": asked,
+        },
         "loads": loads,
     }, records
 
@@ -316,13 +320,10 @@ def show(result: dict[str, Any]) -> None:
     rows = [_row(load) for load in loads]
     click.echo(f"{result['model']} at {result['url']} ({result['api']}); milliseconds")
     _print_table(headers, rows)
-    if result["prompts"]["asked"] > result["prompts"]["different"]:
-        click.echo(
-            "warning: {different} prompts were asked {asked} times in all, so a prefix cache may have held some".format(
-                **result["prompts"]
-            ),
-            err=True,
-        )
+    different, asked = result["prompts"]["different"], result["prompts"]["asked"]
+    if asked > different:
+        said = f"warning: {asked} requests had {different} different prompts, so a prefix cache may have held some"
+        click.echo(said, err=True)
     for load in loads:
         for kind, count in load["errors"].items():
             click.echo(f"{load['load']}: {count} failed, {kind}: {load['error_examples'][kind]}")
