@@ -19,6 +19,7 @@ from llmctl.errors import InputError
 from llmctl.text.datasets import read_lines, read_records
 
 INFO, MATRIX, VOCABULARY, IDS, TEXT = "embeddings.json", "vectors.safetensors", "vocab.txt", "ids.jsonl", "vectors.txt"
+NOT_FINITE = "cosines with it mean nothing; leave it out, or train with a lower rate"
 BLOCK = 256
 """Questions that are compared with all vectors at once."""
 
@@ -118,6 +119,8 @@ def load(path: Path | str) -> Vectors:
     words = [str(row.get("id")) for row in rows] if rows else _vocabulary(path / VOCABULARY)
     if matrix.ndim != 2 or len(words) != len(matrix):
         raise InputError(f"{path} has {len(words)} names and {matrix.shape[0]} vectors", hint="make it again")
+    if len(wrong := np.flatnonzero(~np.isfinite(matrix).all(axis=1))):
+        raise InputError(f"{path}: the vector of {words[wrong[0]]!r} is not finite", hint=NOT_FINITE)
     return Vectors(words, matrix, facts, rows)
 
 
@@ -145,13 +148,16 @@ def read_text(path: Path) -> Vectors:
             continue
         size = announced[1] if announced else len(rows[0]) if rows else len(parts) - 1
         try:
-            row = np.array(parts[-size:] if size else [], np.float32)
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+                row = np.array(parts[-size:] if size else [], np.float32)
         except ValueError:
             row = np.zeros(0, np.float32)
         if len(row) != size or len(parts) != size + 1 or not size:
             raise InputError(
                 f"{path}:{number}: no name with {size or 'some'} numbers", hint="give word2vec's text format"
             )
+        if not np.isfinite(row).all():
+            raise InputError(f"{path}:{number}: the vector of {parts[0]!r} is not finite", hint=NOT_FINITE)
         names.append(parts[0])
         rows.append(row)
     if not rows or (announced and announced[0] != len(rows)):

@@ -16,6 +16,7 @@ EMBED = Stage(
     run="llmctl_embed.run:run",
     extra="train",
     headline=("vectors", "loss"),
+    rev=2,  # shuffled counts are on other pairs
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmctl import Artifact, InputError
+from llmctl import Artifact, InputError, UsageError
 from llmctl.text.datasets import read_lines, read_rows, row_texts, splits
 from llmctl_embed.params import EmbedParams
 
@@ -31,7 +31,12 @@ class Corpus:
 
 
 def read_texts(text: Artifact, params: EmbedParams) -> Iterator[tuple[str, str]]:
-    """(id, text) of every row or line, up to `limit`. InputError names the row without text."""
+    """(id, text) of every row or line, up to `limit`.
+
+    InputError names the row without text; UsageError for a split of files, which have none.
+    """
+    if params.split and text.type == "files":
+        raise UsageError(f"split: {params.split} has no effect on {text.path}, whose files have no splits")
     for number, found in enumerate(_rows(text, params.split)):
         if params.limit is not None and number >= params.limit:
             return

@@ -67,8 +67,21 @@ def count(ids: np.ndarray, sentences: np.ndarray, words: int, window: int) -> Co
 
 def shuffle(counts: Counts, words: int, seed: int) -> Counts:
     """The same counts, each on a random pair: every word is related to every other alike."""
-    keys = np.random.default_rng([seed, 2]).choice(words * words, len(counts.values), replace=False)
+    keys = distinct(np.random.default_rng([seed, 2]), words * words, len(counts.values))
     return Counts(keys // words, keys % words, counts.values)
+
+
+def distinct(random: np.random.Generator, below: int, count: int) -> np.ndarray:
+    """`count` different numbers of `0 … below - 1` in random order, `(count,)` int64.
+
+    Memory grows with `count`: `Generator.choice` makes a table of all numbers if more than a fiftieth is drawn.
+    """
+    if 2 * count > below:
+        return random.permutation(below)[:count]
+    found = np.zeros(0, np.int64)
+    while len(found) < count:
+        found = np.union1d(found, random.integers(0, below, count - len(found)))
+    return random.permutation(found)
 
 
 def step(weights: Weights, pairs: Tensor, logs: Tensor, shares: Tensor, lr: float) -> float:

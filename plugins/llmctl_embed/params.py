@@ -8,6 +8,16 @@ from pydantic import model_validator
 
 from llmctl.spec.params import Field, Params
 
+WORDS = frozenset({
+    "unit", "split_words", "min_count", "max_vocab", "vector_size", "window", "epochs", "lr", "matrix", "batch", "seed",
+})  # fmt: skip
+ONLY = {
+    "word2vec": WORDS | {"min_lr", "architecture", "negative", "ns_exponent", "sample", "shrink_windows", "cbow_mean"},
+    "glove": WORDS | {"x_max", "weight_exponent", "shuffled"},
+    "encode": frozenset({"word", "pooling"}),
+}
+"""Parameters that mean something to this method, beside those that all have."""
+
 
 class EmbedParams(Params):
     """Make vectors of words (word2vec, GloVe) or of texts (an encoder)."""
@@ -76,6 +86,21 @@ class EmbedParams(Params):
         default="auto", affects="nothing", description="encode: where the model runs"
     )
     threads: int = Field(default=1, ge=0, affects="nothing", description="threads that compute; 0 takes all cores")
+
+    @model_validator(mode="after")
+    def _nothing_is_idle(self) -> EmbedParams:
+        others = frozenset[str]().union(*ONLY.values()) - ONLY[self.method]
+        idle = {name: f"method: {self.method}" for name in others}
+        if self.architecture == "skip-gram":
+            idle.setdefault("cbow_mean", "architecture: skip-gram")
+        if self.method == "encode" and not self.word:
+            idle["lowercase"] = "method: encode without word"
+        if self.method != "encode" and self.device == "cuda":  # cpu is where words are trained
+            idle["device"] = f"method: {self.method}, which trains on the CPU"
+        for name, field in type(self).model_fields.items():
+            if name in idle and getattr(self, name) != field.default:
+                raise ValueError(f"{name} has no effect with {idle[name]}")
+        return self
 
     @model_validator(mode="after")
     def _rates_fall(self) -> EmbedParams:

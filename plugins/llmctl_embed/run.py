@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from llmctl import Artifact, Context, UsageError
+import numpy as np
+
+from llmctl import Artifact, Context, StageError, UsageError
 from llmctl.text.vectors import Vectors
 from llmctl_embed.corpus import Corpus, build, read_texts, sentences
 from llmctl_embed.params import EmbedParams
@@ -45,6 +47,8 @@ def of_words(ctx: Context, params: EmbedParams, text: Artifact) -> Vectors:
     kept = {"input": inputs, "output": outputs, "sum": inputs + outputs}
     default = "sum" if params.method == "glove" else "input"
     matrix = kept[default if params.matrix == "auto" else params.matrix].numpy()
+    if not np.isfinite(matrix).all():
+        raise StageError(f"training diverged: vectors are not finite, the loss is {loss:g}", hint="set a lower lr")
     ctx.report({"words": len(corpus.ids), "loss": loss, "words_per_s": passes * len(corpus.ids) / max(seconds, 1e-9)})
     if params.normalise:
         matrix = Vectors(corpus.words, matrix).unit

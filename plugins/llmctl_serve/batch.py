@@ -20,7 +20,7 @@ from llmctl_serve.candidates import Output, Said, answers
 from llmctl_serve.defaults import default_sampling
 from llmctl_serve.endpoint import HttpFailure
 from llmctl_serve.jobs import STDIO, Job, LineError, Results, id_key, read_jobs
-from llmctl_serve.remote import RemoteSession, request_fields
+from llmctl_serve.remote import RemoteSession, request_fields, score_fields
 from llmctl_serve.session import Session
 
 Row = dict[str, Any]
@@ -202,13 +202,9 @@ class RemoteAnswers:
         except UsageError as error:
             raise LineError("invalid_request", f"{job.where}: {error.message}") from error
         body = {"model": self.session.model, **fields, **self.session.form}
+        scored = score_fields(logprobs, job.messages is not None)
         if job.messages is None:
-            return "/completions", {
-                **body,
-                "prompt": job.prompt,
-                **({} if logprobs is None else {"logprobs": logprobs}),
-            }
-        scored = {} if logprobs is None else {"logprobs": True, "top_logprobs": logprobs}
+            return "/completions", {**body, "prompt": job.prompt, **scored}
         system = [{"role": "system", "content": self.session.system}] if self.session.system else []
         messages = job.messages if job.messages[0]["role"] == "system" else [*system, *job.messages]
         return "/chat/completions", {**body, "messages": messages, **scored}
@@ -244,6 +240,8 @@ class Progress:
 
     total: int | None
     skipped: int = 0
+    kept: int = 0
+    """Those of the skipped whose line is an error."""
     answered: int = 0
     failed: int = 0
     tokens: int = 0
@@ -260,16 +258,22 @@ class Progress:
                 self.first = self.first or row["error"]["message"]
             else:
                 self.answered += 1
-                own = row.get("tokens")
-                self.tokens += (
-                    sum(one["tokens"] for one in row["candidates"]) if own is None and "candidates" in row else own or 0
-                )
+                # A server may count the tokens of all candidates together, or none.
+                counts = [row, *row.get("candidates", ())]
+                self.tokens += sum(one.get("tokens") or 0 for one in counts)
         now = time.monotonic()
         if sys.stderr.isatty():
             click.echo(f"\r{self.line()}\x1b[K", err=True, nl=False)
         elif now - self._said >= HEARTBEAT:
             self._said = now
             click.echo(self.line(), err=True)
+
+    def skip(self, error: str | None) -> None:
+        """A line that an earlier run has answered, or failed to answer with `error`."""
+        self.skipped += 1
+        if error is not None:
+            self.kept += 1
+            self.first = self.first or error
 
     def line(self) -> str:
         """`120 of 400 lines, 2 failed, 310 tokens/s, 12 s left`."""
@@ -289,7 +293,8 @@ class Progress:
         if sys.stderr.isatty():
             click.echo("\r\x1b[K", err=True, nl=False)
         click.echo(
-            f"{self.answered} answered, {self.failed} failed, {self.skipped} there already; "
+            f"{self.answered} answered, {self.failed} failed, {self.skipped} there already"
+            f"{f' ({self.kept} of them failed)' if self.kept else ''}; "
             f"{self.tokens} tokens in {human_seconds(passed)}",
             err=True,
         )
@@ -298,7 +303,8 @@ class Progress:
 def answer_file(answerer: Answerer, source: str, target: str, fail_fast: bool, retry_errors: bool) -> None:
     """Answer the lines of `source` into `target`, those that are there already excepted.
 
-    StageError at the end if lines have no answer; at the first one with `fail_fast`.
+    StageError at the end if lines have no answer, those included whose error an earlier run has left in `target`; at
+    the first one with `fail_fast`.
     """
     if source != STDIO and target != STDIO and Path(source).resolve() == Path(target).resolve():
         raise UsageError("--input and --output are one file", hint="name another --output")
@@ -310,8 +316,9 @@ def answer_file(answerer: Answerer, source: str, target: str, fail_fast: bool, r
 
         def wanted() -> Iterator[Job]:
             for job in read_jobs(source):
-                if id_key(job.id) in results.finished:
-                    progress.skipped += 1
+                key = id_key(job.id)
+                if key in results.finished:
+                    progress.skip(results.failures.get(key))
                 else:
                     yield job
 
@@ -327,9 +334,9 @@ def answer_file(answerer: Answerer, source: str, target: str, fail_fast: bool, r
             progress.end()
             raise
         progress.end()
-    if progress.failed:
+    if failed := progress.failed + progress.kept:
         hint = "the same command with --retry-errors asks them again" if target != STDIO else None
-        lines = "1 line has" if progress.failed == 1 else f"{progress.failed} lines have"
+        lines = "1 line has" if failed == 1 else f"{failed} lines have"
         raise StageError(f"{lines} no answer; the first: {progress.first}", hint=hint)
 
 

@@ -34,6 +34,10 @@ OVERRIDES: Mapping[str, tuple[type, ...]] = {
 """Fields of a line that say how it is answered, and what they may be."""
 ALIASES = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 OWN = ("id", "prompt", "messages")
+FOUND = (
+    "text", "finish_reason", "tokens", "prompt_tokens", "logprob", "score", "candidates", "tool_calls", "error",
+)  # fmt: skip
+"""Fields of an answer, beside `logprobs`: a line's own ones could not be told apart from them."""
 
 
 class LineError(Exception):
@@ -93,19 +97,17 @@ def _read_job(line: bytes, number: int, where: str) -> Job:
         return Job(number, where, problem=LineError("bad_line", f"{where} is no JSON: {error}"))
     if not isinstance(row, dict):
         return Job(number, where, problem=LineError("bad_line", f"{where} is no JSON object"))
-    overrides: dict[str, Any] = {}
-    carried: dict[str, Any] = {}
-    for key, value in row.items():
-        own = ALIASES.get(key) or key
-        if own in OVERRIDES:
-            overrides[own] = value
-        elif key not in OWN:
-            carried[key] = value
-    job = Job(row.get("id", number), where, row.get("prompt"), row.get("messages"), overrides, carried)
+    id = row.get("id", number)
+    known = {*OVERRIDES, *ALIASES, *OWN}
+    carried = {key: value for key, value in row.items() if key not in known and key not in FOUND}
     try:
+        job = Job(id, where, row.get("prompt"), row.get("messages"), read_overrides(row), carried)
         _check(job)
+        if taken := next((key for key in row if key in FOUND), None):
+            raise LineError("bad_line", f"`{taken}` is a field of the answer; give yours another name")
     except LineError as problem:
-        return Job(job.id, where, carried=carried, problem=LineError(problem.kind, f"{where}: {problem.message}"))
+        message = f"{where}: {problem.message}"
+        return Job(id, where, carried=carried, problem=LineError(problem.kind, message))
     return job
 
 
@@ -121,21 +123,34 @@ def _check(job: Job) -> None:
             for turn in job.messages
         ):
             raise LineError("bad_line", "`messages` is no list of {role, content}")
-    for name, value in job.overrides.items():
+
+
+def read_overrides(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line says of how it is answered, by our names: `stop` as a list, `logit_bias` as pairs.
+
+    LineError for a value of another type.
+    """
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        name = ALIASES.get(key, key)
+        if name not in OVERRIDES:
+            continue
         kinds = OVERRIDES[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise LineError("bad_line", f"`{name}` is {json.dumps(value)}")
-    stop = job.overrides.get("stop")
+            raise LineError("bad_line", f"`{key}` is {json.dumps(value)}")
+        found[name] = value
+    stop = found.get("stop")
     if isinstance(stop, str):
-        job.overrides["stop"] = [stop]
+        found["stop"] = [stop]
     elif stop is not None and not all(isinstance(text, str) and text for text in stop):
         raise LineError("bad_line", "`stop` is no list of texts")
-    if "logit_bias" in job.overrides:
+    if "logit_bias" in found:
         try:
-            pairs = [(int(token), float(value)) for token, value in job.overrides["logit_bias"].items()]
+            pairs = [(int(token), float(value)) for token, value in found["logit_bias"].items()]
         except (TypeError, ValueError):
             raise LineError("bad_line", "`logit_bias` maps ids of tokens to numbers") from None
-        job.overrides["logit_bias"] = tuple(pairs)
+        found["logit_bias"] = tuple(pairs)
+    return found
 
 
 @dataclass
@@ -145,7 +160,9 @@ class Results:
     path: str
     retry_errors: bool = False
     finished: set[str] = field(default_factory=set)
-    """Keys of the ids that are answered already."""
+    """Keys of the ids that have a line already."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Of those, the ones whose line is an error that is kept, with its message."""
     repaired: bool = False
 
     def __enter__(self) -> Results:
@@ -189,8 +206,11 @@ class Results:
                     raise InputError(
                         f"{path}:{number} is no answer of this command", hint="name another --output"
                     ) from error
-                if self.retry_errors and "error" in row:
-                    continue
+                if "error" in row:
+                    if self.retry_errors:
+                        continue
+                    why = row["error"]
+                    self.failures[key] = str(why.get("message", why) if isinstance(why, dict) else why)
                 kept.append(line)
                 self.finished.add(key)
         if self.retry_errors:

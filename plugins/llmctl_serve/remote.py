@@ -33,6 +33,13 @@ def request_fields(given: dict[str, Any], stop: Sequence[str] = ()) -> dict[str,
     return {**fields, "stop": list(stop)} if stop else fields
 
 
+def score_fields(logprobs: int | None, chat: bool) -> dict[str, Any]:
+    """The fields that ask for log-probabilities with so many alternatives; none for None."""
+    if logprobs is None:
+        return {}
+    return {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
+
+
 @dataclass
 class RemoteSession:
     """A conversation with a model of a server."""

@@ -16,7 +16,7 @@ TOKENIZE = Stage(
     run="llmctl_tokenize.run:run",
     key_deps=("tokenizers",),
     headline=("bytes_per_token.validation", "vocab_size"),
-    rev=2,  # how text is cut depends on the kind
+    rev=3,  # byte-level pieces are made of bytes with pattern: words, too
 )
 
 

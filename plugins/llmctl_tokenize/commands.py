@@ -115,7 +115,7 @@ def _named_texts(texts: Sequence[str], by: str | None) -> dict[str, list[str]]:
     for given in texts:
         name, _, path = given.rpartition("=")
         for key, text in _read_rows(path, by):
-            found.setdefault(key or name or Path(path).stem, []).append(text)
+            found.setdefault("/".join(filter(None, (name, key))) or Path(path).stem, []).append(text)
     if not found:
         raise InputError("the texts are empty")
     return found
@@ -318,6 +318,8 @@ def import_shards(sources: Sequence[str], directory: Path, tokenizer: str, forma
         split, found, path = given.partition("=")
         if not found or not split.replace("-", "_").isidentifier():
             raise UsageError(f"{given} is not SPLIT=PATH", hint="for instance train=data/train.bin")
+        if split in pairs:
+            raise UsageError(f"{split} is given twice", hint="one file for each split")
         pairs[split] = Path(path)
     shards = shard_formats.import_shards(pairs, directory, open_tokenizer(tokenizer), format)
     for name, entry in shards.meta["splits"].items():

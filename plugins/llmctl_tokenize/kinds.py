@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from llmctl_tokenize.params import TokenizeParams
+from llmctl_tokenize.tiktoken_ranks import byte_alphabet
 
 # Both as onnxruntime-extensions knows them: it refuses other counts of digits, {1,2} included.
 PATTERNS = {
@@ -25,6 +26,10 @@ PATTERNS = {
 GUARDED = ("spaces", "lines", "whole")
 """Patterns that would leave the text of a special token in one piece."""
 FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+BYTES = {char: byte for byte, char in byte_alphabet().items()}
+"""The byte that each character of a byte-level piece stands for."""
+NEIGHBOURS = ("", "a", "1", " ", "\n", ".", "'")
+"""One of each class that a pattern tells apart: what may stand beside a special token's text."""
 UNICODE = {
     "nfc": normalizers.NFC, "nfd": normalizers.NFD, "nfkc": normalizers.NFKC, "nfkd": normalizers.NFKD,
 }  # fmt: skip
@@ -71,12 +76,11 @@ def pre_tokenizer_steps(params: TokenizeParams, special: Sequence[str]) -> list[
     pattern = params.cuts
     byte_level = params.covers == "byte-level"
     if pattern in GUARDED and params.kind != "char":
-        names = [*special, *(FALLBACK if params.covers == "byte-fallback" else [])]
-        steps.append(guard(names))
+        steps.append(guard(special, params.covers == "byte-fallback"))
     if params.digits:
         steps.append(pre_tokenizers.Split(Regex(rf"\p{{N}}{{1,{params.digits}}}"), "isolated"))
     if pattern == "words":
-        return [*steps, pre_tokenizers.BertPreTokenizer()]
+        steps.append(pre_tokenizers.BertPreTokenizer())
     if pattern == "gpt2":
         if byte_level:
             return [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -89,16 +93,41 @@ def pre_tokenizer_steps(params: TokenizeParams, special: Sequence[str]) -> list[
     return steps
 
 
-def guard(names: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+def guard(names: Sequence[str], fallback: bool) -> pre_tokenizers.PreTokenizer:
     """Cuts off the first character of a special token's text: no piece can then be that token.
 
     Special tokens are found before this, where they are looked for; a model whose vocabulary holds them as pieces
-    (Unigram, whole words, merges that happen to spell one) would find them in plain text as well.
+    (Unigram, whole words, merges that happen to spell one) would find them in plain text as well. With `fallback` the
+    names of the bytes are cut, too.
     """
+    parts = [f"{escaped(name[0])}(?={escaped(name[1:])})" for name in names if len(name) > 1]
     byte = r"<(?=0x[0-9A-F]{2}>)"
-    plain = [name for name in names if len(name) > 1 and name not in FALLBACK]
-    parts = [f"{escaped(name[0])}(?={escaped(name[1:])})" for name in plain]
-    return pre_tokenizers.Split(Regex("|".join([*parts, *([byte] if FALLBACK[0] in names else [])])), "isolated")
+    return pre_tokenizers.Split(Regex("|".join([*parts, *([byte] if fallback else [])])), "isolated")
+
+
+def is_spelt(tokenizer: Tokenizer, params: TokenizeParams, name: str) -> bool:
+    """Whether a piece of ordinary text can be spelt as the special token `name`: its id would then be that token's.
+
+    `tokenizer` is untrained, with the cuts of `params`; the guard among them, if there is one, knows `name`.
+    """
+    if params.covers == "byte-fallback" and name in FALLBACK:
+        return True
+    spelling = name.removeprefix("##") if params.kind == "wordpiece" else name
+    text = spelling
+    if params.covers == "byte-level":
+        if not set(name) <= set(BYTES):
+            return False  # pieces are made of the alphabet of the bytes only
+        text = bytes(BYTES[char] for char in name).decode(errors="replace")
+    if len(spelling) == 1 or params.kind == "char":
+        return len(spelling) == 1
+    if "\ufffd" in text:
+        return True  # part of a character, whatever stands beside it
+    cut = tokenizer.pre_tokenizer
+    texts = [before + text + after for before in NEIGHBOURS for after in NEIGHBOURS]
+    if tokenizer.normalizer is not None:
+        texts = [tokenizer.normalizer.normalize_str(one) for one in texts]
+    pieces = (piece for one in texts for piece, _ in (cut.pre_tokenize_str(one) if cut is not None else [(one, None)]))
+    return any(spelling in piece for piece in pieces)
 
 
 def escaped(text: str) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmctl import Artifact, Context, InputError, StageError, UsageError
 from llmctl.text.datasets import info, read_rows, splits
 from llmctl.text.tokenizer import Tokenizer, copy_tokenizer
 from llmctl_tokenize.params import TokenizeParams
+
+if TYPE_CHECKING:
+    from llmctl_tokenize.special import SpecialTokens
 
 SAMPLE = 32
 
@@ -58,12 +62,9 @@ def _trained(ctx: Context, params: TokenizeParams, text: Artifact) -> Path:
 
 def _train(ctx: Context, params: TokenizeParams, text: Artifact, directory: Path) -> None:
     from llmctl_tokenize import files, training
-    from llmctl_tokenize.special import SPECIAL, sentinel_names
+    from llmctl_tokenize.special import sentinel_names
 
-    unknown = params.covers != "byte-level" or params.kind == "unigram"
-    special = SPECIAL[params.special].extended(params.further_special, unknown)
-    if len({*special.tokens}) < len(special.tokens):
-        raise UsageError(f"further_special names a token that special: {params.special} has already")
+    special = _special(params)
     tokenizer = training.train(lambda: _texts(ctx, text), params, special)
     reached = tokenizer.get_vocab_size()
     if reached > params.vocab_size:
@@ -79,6 +80,27 @@ def _train(ctx: Context, params: TokenizeParams, text: Artifact, directory: Path
         )
     further = [*special.further, *reversed(sentinel_names(params.sentinel_count))]
     files.save(tokenizer, directory, special.names, further, special.template)
+
+
+def _special(params: TokenizeParams) -> SpecialTokens:
+    """The special tokens without sentinels. UsageError for one that is there twice or that text could be cut into."""
+    from llmctl_tokenize import kinds
+    from llmctl_tokenize.special import SPECIAL, sentinel_names
+
+    unknown = params.covers != "byte-level" or params.kind == "unigram"
+    special = SPECIAL[params.special].extended(params.further_special, unknown)
+    every = [*special.tokens, *sentinel_names(params.sentinel_count)]
+    if len({*every}) < len(every):
+        raise UsageError(f"further_special names a token that special: {params.special} has already")
+    untrained = kinds.untrained(params, every, special.unknown)
+    for name in params.further_special:
+        if kinds.is_spelt(untrained, params, name):
+            raise UsageError(
+                f"further_special: {name!r} could be a piece of plain text with kind: {params.kind}, pattern: "
+                f"{params.cuts}; what a user types would become the special token",
+                hint="mark it by signs that the pattern cuts off, as in <|end|>",
+            )
+    return special
 
 
 def _texts(ctx: Context, text: Artifact) -> Iterator[str]:

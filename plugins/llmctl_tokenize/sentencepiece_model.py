@@ -143,7 +143,7 @@ def convert(model: SentencePieceModel) -> Tokenizer:
     hidden = [piece.text for piece in model.pieces if piece.type in (CONTROL, UNKNOWN, UNUSED)]
     if model.model_type == UNIGRAM:
         # Their texts are entries of the vocabulary here, which plain text must not reach.
-        tokenizer.pre_tokenizer = kinds.guard([*hidden, *(kinds.FALLBACK if model.byte_fallback else [])])
+        tokenizer.pre_tokenizer = kinds.guard(hidden, model.byte_fallback)
     last = [decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *last]

@@ -7,6 +7,7 @@ sequences, document bounds (int64). nanoGPT: nothing but uint16 ids, which says 
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,9 +83,20 @@ def _copy(split: SplitTokens, path: Path, dtype: np.dtype[Any]) -> None:
 def import_shards(sources: dict[str, Path], directory: Path, tokenizer: Tokenizer, format: str) -> TokenShards:
     """Token shards of the files of each split. A nanoGPT file is cut into documents after EOS, where there is one.
 
-    The bytes of text, which such files do not tell, are counted from the tokens. InputError for damaged files and for
-    ids that the tokenizer does not have.
+    The bytes of text, which such files do not tell, are counted from the tokens. InputError for a directory that holds
+    something, for damaged files and for ids that the tokenizer does not have; then nothing is left behind.
     """
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory} is not empty", hint="give a new directory")
+    try:
+        _write_shards(sources, directory, tokenizer, format)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return TokenShards.open(directory)
+
+
+def _write_shards(sources: dict[str, Path], directory: Path, tokenizer: Tokenizer, format: str) -> None:
     sizes = np.asarray(tokenizer.token_bytes(), np.int64)
     writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.digest, splits=list(sources))
     with writer:
@@ -97,7 +109,6 @@ def import_shards(sources: dict[str, Path], directory: Path, tokenizer: Tokenize
                         hint="give the tokenizer that the file was written with",
                     )
                 writer.add_encoded(name, Encoded(ids, lengths, int(sizes[ids].sum())))
-    return TokenShards.open(directory)
 
 
 def _from_nanogpt(path: Path, eos: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -21,6 +21,7 @@ class Plan:
     """`status`, `broken` (after the first token), `cut` (no [DONE]), `hang`, `error event`, `garbage`, `close`."""
     logprobs: bool = False
     finish: str = "stop"
+    usage: bool = True
 
 
 class Stub:
@@ -111,14 +112,15 @@ class Stub:
         for number, text in enumerate(plan.text):
             if number and plan.itl:
                 await asyncio.sleep(plan.itl)
-            self._event(writer, self._choice(path, text, plan))
+            for index in range(body.get("n") or 1):
+                self._event(writer, self._choice(path, text, plan, index=index))
             await writer.drain()
             if plan.fault == "broken":
                 return False
             if plan.fault == "error event":
                 self._event(writer, {"error": {"message": "planted"}})
         self._event(writer, self._choice(path, "", plan, plan.finish))
-        if body.get("stream_options", {}).get("include_usage"):
+        if plan.usage and body.get("stream_options", {}).get("include_usage"):
             self._event(writer, {"choices": [], "usage": self._usage(body, plan)})
         if plan.fault != "cut":
             self._chunk(writer, b"data: [DONE]\n\n")
@@ -133,7 +135,7 @@ class Stub:
         return 5 + sum(len(text.split()) for text in texts)
 
     def _usage(self, body: dict, plan: Plan) -> dict[str, int]:
-        counts = self.words(body), len(plan.text)
+        counts = self.words(body), len(plan.text) * (body.get("n") or 1)
         return {"prompt_tokens": counts[0], "completion_tokens": counts[1], "total_tokens": sum(counts)}
 
     def _whole(self, path: str, body: dict, plan: Plan) -> dict[str, Any]:
@@ -143,17 +145,17 @@ class Stub:
         if plan.logprobs and body.get("logprobs"):
             for choice in choices:
                 choice["logprobs"] = {"content": [self._score(part) for part in plan.text]}
-        return {"choices": choices, "usage": usage}
+        return {"choices": choices, **({"usage": usage} if plan.usage else {})}
 
     @staticmethod
     def _score(text: str) -> dict[str, Any]:
         top = [{"token": text, "logprob": -0.1}, {"token": "<b>other</b>", "logprob": -2.5}]
         return {"token": text, "logprob": -0.1, "top_logprobs": top}
 
-    def _choice(self, path: str, text: str, plan: Plan, reason: str | None = None) -> dict[str, Any]:
+    def _choice(self, path: str, text: str, plan: Plan, reason: str | None = None, index: int = 0) -> dict[str, Any]:
         said = {"delta": {"content": text}} if "chat" in path else {"text": text}
         scores = {"logprobs": {"content": [self._score(text)]}} if plan.logprobs and text else {}
-        return {"choices": [{"index": 0, "finish_reason": reason, **said, **scores}]}
+        return {"choices": [{"index": index, "finish_reason": reason, **said, **scores}]}
 
     def _event(self, writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:
         self._chunk(writer, b"data: " + json.dumps(event).encode() + b"\n\n")

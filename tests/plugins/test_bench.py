@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import random
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,8 @@ from click.testing import CliRunner
 
 from llmctl import InputError, StageError, UsageError
 from llmctl.text.tokenizer import Tokenizer
+from llmctl_serve import endpoint, http_client
+from llmctl_serve.bench import load as load_module
 from llmctl_serve.bench.command import bench, token_counter
 from llmctl_serve.bench.load import Load, Record, Runner
 from llmctl_serve.bench.prompts import Lengths, Prompt, linear_counter, make_prompts, parse_lengths, read_prompts
@@ -106,6 +111,18 @@ def test_failures_are_counted_by_kind_and_the_rest_is_measured():
     assert found["goodput"]["share"] == 0.3
     assert "planted" in found["error_examples"]["status 500"]
     assert found["ttft"]["n"] == 3
+
+
+def test_every_kind_of_failure_is_documented():
+    sources = [http_client, endpoint, load_module]
+    raised = {
+        kind for module in sources for kind in re.findall(r'HttpFailure\(\s*f?"([a-zA-Z ]+)', inspect.getsource(module))
+    }
+    assert {"status ", "timeout", "no stream", "bad event", "too large", "empty answer", "protocol"} <= raised
+    page = (Path(__file__).parents[2] / "docs" / "chat-and-bench.md").read_text(encoding="utf-8")
+    line = page[page.index("* Failures are counted by kind") :]
+    for kind in raised:
+        assert f"`{kind}" in line, kind
 
 
 def test_a_server_that_is_not_there():
@@ -202,9 +219,66 @@ def test_prompts_of_a_file(tmp_path):
     assert (first.content, first.max_tokens, second.max_tokens) == ("a", 9, 3)
     with pytest.raises(InputError, match=r"prompts.jsonl:3 holds messages"):
         read_prompts(path, False, Lengths("fixed", 9), 0)
+    path.write_text(
+        '{"prompt": "a", "id": 7, "topic": "t", "temperature": 0.5, "stop": "x", "logprobs": 2, "seed": 1}\n'
+    )
+    for chat, scores in ((True, {"logprobs": True, "top_logprobs": 2}), (False, {"logprobs": 2})):
+        (only,) = read_prompts(path, chat, Lengths("fixed", 9), 0)
+        sent = json.loads(only.payload(chat, "m", {"temperature": 1, "top_k": 3}))
+        assert {name: sent[name] for name in ("max_tokens", "temperature", "top_k", "stop", "seed")} == {
+            "max_tokens": 9, "temperature": 0.5, "top_k": 3, "stop": ["x"], "seed": 1,
+        }  # fmt: skip
+        assert {name: sent[name] for name in scores} == scores and not {"id", "topic"} & set(sent)
+    for wrong, fault in (
+        ('"max_tokens": null', "`max_tokens` is null"), ('"max_tokens": "x"', "`max_tokens` is"),
+        ('"max_tokens": [1]', "`max_tokens` is"), ('"max_tokens": 0', "at least 1"),
+        ('"temperature": -1', "temperature"), ('"beams": 2', "no beams"), ('"stop": [1]', "`stop` is no list"),
+    ):  # fmt: skip
+        path.write_text(f'{{"prompt": "a"}}\n{{"prompt": "b", {wrong}}}\n')
+        with pytest.raises(InputError, match=rf"prompts.jsonl:2: .*{fault}"):
+            read_prompts(path, True, Lengths("fixed", 9), 0)
     path.write_text('{"prompt": "a"}\n{"prompt": \n')
     with pytest.raises(InputError, match=r"prompts.jsonl:2 is no JSON"):
         read_prompts(path, True, Lengths("fixed", 9), 0)
+
+
+def test_no_load_is_asked_what_an_earlier_one_was():
+    """A server that keeps prefixes would else answer the later loads faster."""
+    with Stub() as stub:
+        result = invoke(
+            "--url", stub.url, "--api", "chat", "--concurrency", "1,2", "--rate", 500, "--requests", 6, "--warmup", 3,
+            "--prompt-tokens", 40,
+        )  # fmt: skip
+    asked = [body["messages"][-1]["content"] for body in stub.bodies[2:]]  # after those that measure words
+    assert len(asked) == len(set(asked)) == 3 + 3 * 6
+    assert "warning" not in result.stderr
+
+
+def test_prompts_of_a_short_file_come_again_and_that_is_said(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{n}"}) + "\n" for n in range(8)))
+    flags = ("--api", "completions", "--requests", 4, "--warmup", 1, "--input", path)
+    for loads, warned in (("1", ""), ("1,1", "warning: 9 requests had 8 different prompts")):
+        with Stub() as stub:
+            result = invoke("--url", stub.url, "--concurrency", loads, *flags, "--json", tmp_path / "x.json")
+        asked = [body["prompt"] for body in stub.bodies]
+        assert asked == [f"p{n % 8}" for n in range(len(asked))]
+        assert warned in result.stderr and bool(warned) == ("warning" in result.stderr)
+        written = json.loads((tmp_path / "x.json").read_text())["prompts"]
+        assert (written["different"], written["asked"]) == (8, len(asked))
+    path.write_text('{"prompt": "same"}\n' * 9)
+    with Stub() as stub:
+        assert "warning: 5 requests had 1 different" in invoke("--url", stub.url, *flags).stderr
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_times_are_of_one_answer_where_several_are_asked_for(usage):
+    with Stub(lambda number, body: Plan(["a"] * 5, itl=0.02, usage=usage)) as stub:
+        found, records = measured(stub, Load("closed", 1, requests=2), [Prompt("hello", 8, {"n": 3})])
+    assert found["output_tokens"] == 2 * 3 * 5  # all were made
+    assert [len(record.tokens) for record in records] == [5, 5]
+    assert 0.02 <= found["tpot"]["p50"] < 0.02 + NEAR / 2
+    assert found["tpot"]["p50"] == pytest.approx(np.mean(records[0].gaps + records[1].gaps), abs=0.005)
 
 
 def test_the_command_prints_a_table_and_writes_numbers_and_a_page(tmp_path, monkeypatch):
@@ -253,6 +327,9 @@ def test_options_that_make_no_sense(tmp_path):
         (["--url", "ftp://x"], "no address of a server"),
         (["--url", "http://x", "model"], "both a model and --url"),
         (["--url", "http://x", "--concurrency", "0"], "no positive number"),
+        (["--url", "http://x", "--rate", ","], "--rate `,` holds what is no positive number"),
+        (["--url", "http://x", "--rate", "", "--concurrency", "2"], "--rate `` holds"),
+        (["--url", "http://x", "--concurrency", " , "], "no positive number"),
         (["--url", "http://x", "--burst", "2"], "--burst is of arrivals"),
         (["--url", "http://x", "--body", "[1]"], "no JSON object"),
         (["--url", "http://x", "--api-key-env", "NOT_THERE"], "NOT_THERE is not set"),

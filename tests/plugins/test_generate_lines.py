@@ -128,12 +128,56 @@ def test_errors_are_asked_again_when_that_is_wanted(bundle, tmp_path):
     target = tmp_path / "out.jsonl"
     with pytest.raises(StageError, match="1 line has no answer"):
         invoke(bundle, "--input", source, "--output", target)
-    invoke(bundle, "--input", source, "--output", target)  # an error is an end too
+    before = target.read_bytes()
+    with pytest.raises(StageError, match=rf"1 line has no answer; the first: {source}:2: .*context is 64") as caught:
+        invoke(bundle, "--input", source, "--output", target)  # an error is an end too, but no success
+    assert (caught.value.exit_code, target.read_bytes()) == (3, before)
+    fewer = write_lines(tmp_path / "fewer.jsonl", [ask("a")])
+    invoke(bundle, "--input", fewer, "--output", target)  # the failed line is not asked for here
     write_lines(source, [ask("a"), {"prompt": "x", "id": "long", "max_tokens": 2}, ask("b")])
     invoke(bundle, "--input", source, "--output", target, "--retry-errors")
     found = read_lines(target.read_text())
     assert [row["id"] for row in found] == [1, 3, "long"]
     assert not any("error" in row for row in found)
+
+
+def test_fields_that_an_answer_has_are_refused_in_a_line(bundle, tmp_path):
+    """Else a line's own `text` would be lost, and one with `error` would be asked again for ever."""
+    names = [
+        "text",
+        "finish_reason",
+        "tokens",
+        "prompt_tokens",
+        "logprob",
+        "score",
+        "candidates",
+        "tool_calls",
+        "error",
+    ]
+    rows = [ask("loads?", id="good", label=1), *(ask("loads?", id=name, label=2, **{name: "mine"}) for name in names)]
+    target = tmp_path / "out.jsonl"
+    with pytest.raises(StageError, match="9 lines have no answer"):
+        invoke(bundle, "--input", write_lines(tmp_path / "in.jsonl", rows), "--output", target)
+    good, *refused = read_lines(target.read_text())
+    assert (good["text"], good["label"]) == ("json", 1)
+    assert [set(row) for row in refused] == [{"id", "label", "error"}] * 9
+    for row in refused:
+        assert row["error"]["type"] == "bad_line"
+        assert f"`{row['id']}` is a field of the answer" in row["error"]["message"]
+    flags = ("--max-new-tokens", 3, "--temperature", 1, "--seed", 1, "--format", "json")
+    shown = json.loads(invoke(bundle, "--prompt", "q", *flags).stdout)["candidates"][0]
+    assert set(shown) <= set(names)  # no field of an answer is missing above
+
+
+def test_answers_of_a_server_that_counts_nothing(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [ask("a", n=2, temperature=1.0), ask("b")])
+    for usage, tokens in ((False, 0), (True, 9)):
+        with Stub(lambda number, body, usage=usage: Plan(usage=usage)) as stub:
+            result = invoke(stub.url, "--input", source)
+        assert f"2 answered, 0 failed, 0 there already; {tokens} tokens" in result.stderr
+        first, second = read_lines(result.stdout)
+        assert [one["text"] for one in first["candidates"]] == ["one two three"] * 2
+        assert second["text"] == "one two three"
 
 
 def test_fail_fast_ends_at_the_first_failure(bundle, tmp_path):

@@ -179,6 +179,19 @@ def test_nanogpt_there_and_back(made, tmp_path):
     )  # fmt: skip
     assert back.exit_code == 0, back.output
     assert same_files(shards.directory, tmp_path / "back")
+    (tmp_path / "empty").mkdir()
+    for target, source, fault in (
+        (tmp_path / "back", "out/train.bin", "back is not empty"), (tmp_path / "empty", "none.bin", "does not exist"),
+    ):  # fmt: skip
+        before = {path: path.read_bytes() for path in target.iterdir()}
+        refused = run(
+            "import-shards", f"train={tmp_path / source}", target, "--tokenizer", tokenizer.directory,
+            "--format", "nanogpt",
+        )  # fmt: skip
+        assert isinstance(refused.exception, InputError) and fault in refused.exception.message
+        assert {path: path.read_bytes() for path in target.glob("*")} == before
+    twice = run("import-shards", "train=a", "train=b", tmp_path / "x", "--tokenizer", "t", "--format", "nanogpt")
+    assert isinstance(twice.exception, UsageError)
 
 
 def test_long_documents_of_nanogpt_cross_parts(made, tmp_path, monkeypatch):

@@ -95,6 +95,58 @@ def test_typed_special_tokens_stay_text(made, name):
     assert ours.encode(token, special=True) == [ours.special_tokens()[token]]  # the control
 
 
+OWN = (
+    "end", "END", "##ing", "###", "<<", "@tool", "/think", "[INST]", "<|tool|>", "Ġend", "Ã©t", "Ã", "é", "a", "'s",
+    "123", "<0x41>", " end", "\n\n", "▁end", "<s", "stop it",
+)  # fmt: skip
+CUTS = {
+    "bpe": {"vocab_size": 600},
+    "bpe-llama3": {"vocab_size": 600, "pattern": "llama3"},
+    "bpe-spaces": {"vocab_size": 600, "pattern": "spaces"},
+    "bpe-words": {"vocab_size": 600, "pattern": "words"},
+    "bpe-fallback": {"vocab_size": 600, "coverage": "byte-fallback", "pattern": "gpt2"},
+    "wordpiece": {"kind": "wordpiece", "vocab_size": 500},
+    "wordpiece-gpt2": {"kind": "wordpiece", "pattern": "gpt2", "vocab_size": 500},
+    "unigram": {"kind": "unigram", "vocab_size": 500},
+    "unigram-gpt2": {"kind": "unigram", "pattern": "gpt2", "vocab_size": 500},
+    "word": {"kind": "word", "min_frequency": 1, "vocab_size": 40},
+    "word-spaces": {"kind": "word", "min_frequency": 1, "pattern": "spaces", "vocab_size": 40},
+    "char-fallback": {"kind": "char", "coverage": "byte-fallback", "vocab_size": 300},
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_special_tokens_of_ones_own_stay_text_or_are_refused(tmp_path, name):
+    """Whatever a token is called: if it is taken, no text in which it is typed becomes it."""
+    said = (
+        "the end, END of doing: ### << @tool /think [INST] <|tool|> été a it's 123 <0x41>\n\nstop it  end ▁end Ġend <s "
+    )
+    text = dataset(tmp_path / "text", [PROSE[1], *[said] * 40])
+    refused = set()
+    for number, own in enumerate(OWN):
+        params = {**CUTS[name], "further_special": [own], "emit": "tokenizer"}
+        try:
+            found = run_stage(TOKENIZE, tmp_path / str(number), params, text=text).outputs["tokenizer"].path
+        except UsageError as error:
+            assert "could be a piece of plain text" in error.message
+            refused.add(own)
+            continue
+        ours = Tokenizer.load(found)
+        id = ours.special_tokens()[own]
+        for typed in (said, *(f"{x}{own}{y}" for x in ("", "a", "the ", "(", "\n") for y in ("", "ing", " b", "."))):
+            assert id not in ours.encode(typed), (own, typed)
+            assert id in ours.encode(typed, special=True) or own not in typed
+    assert "<|tool|>" not in refused and {"é", "a"} <= refused
+    assert ("end" in refused) == (name not in ("bpe-spaces", "unigram", "word-spaces", "char-fallback"))
+
+
+def test_bytes_of_bert_words_are_all_there(tmp_path):
+    text = dataset(tmp_path / "text", PROSE)
+    params = {"pattern": "words", "vocab_size": 500, "emit": "tokenizer"}
+    ours = Tokenizer.load(run_stage(TOKENIZE, tmp_path / "made", params, text=text).outputs["tokenizer"].path)
+    assert ours.decode(ours.encode("ab 你好 naïve 🙂")) == "ab你好naïve🙂"  # nothing but the white space is lost
+
+
 @pytest.mark.parametrize("name", LOSSLESS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.binary(max_size=60), text=st.text(st.characters(codec="utf-8"), max_size=40))
@@ -189,8 +241,9 @@ def test_options_do_what_they_say(tmp_path):
         own.special_tokens()["<|think|>"] == 7
         and AutoTokenizer.from_pretrained(own.directory).convert_tokens_to_ids("<|tool|>") == 6
     )
-    with pytest.raises(UsageError, match="has already"):
-        train(further_special=["<|bos|>"])
+    for again in ({"further_special": ["<|bos|>"]}, {"further_special": ["<extra_id_1>"], "sentinels": 2}):
+        with pytest.raises(UsageError, match="has already"):
+            train(**again)
     with pytest.raises(StageError, match="allows a vocabulary of"):
         train(kind="word", vocab_size=200)
     with pytest.raises(StageError, match="allows a vocabulary of|has \\d+ characters|could not train"):

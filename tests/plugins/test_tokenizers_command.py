@@ -40,9 +40,9 @@ def bpe(tmp_path_factory) -> Path:
 def test_the_table_equals_hand_counts(tmp_path):
     (tmp_path / "train.txt").write_text(TEXT)
     (tmp_path / "new.txt").write_text("the cat sat on the zebra\n")
-    arguments = ["word", "char", "char:263", "--train", tmp_path / "train.txt", "--width", 10, "--weight-bytes", 4]
+    options = ["--train", tmp_path / "train.txt", "--width", 10, "--weight-bytes", 4, "--json"]
     texts = ["--text", f"seen={tmp_path / 'train.txt'}", "--text", f"new={tmp_path / 'new.txt'}"]
-    result = run("compare", *arguments[:2], *texts, *arguments[3:], "--json")
+    result = run("compare", "word", "char", "bpe:265", *texts, *options)
     assert result.exit_code == 0, result.output
     found = {(m["text"], m["tokenizer"]): m for m in json.loads(result.output)["measures"]}
     word = found["seen", "word"]
@@ -57,6 +57,12 @@ def test_the_table_equals_hand_counts(tmp_path):
     assert char["tokens"] == len(TEXT) and char["bytes_per_token"] == 1
     assert char["vocab_size"] == 7 + len(set(TEXT)) and found["new", "char"]["unknown"] == 3  # z, b, r
     assert found["new", "char"]["sequence_length"] == 25
+    # Three merges after 6 special tokens and 256 bytes, each of a pair that occurs 4 times: a-t, h-e, t-he.
+    bpe = found["seen", "bpe:265"]
+    assert (bpe["vocab_size"], bpe["embedding_bytes"]) == (265, 265 * 10 * 4)
+    assert bpe["tokens"] == len(TEXT) - 4 - 2 * 4 == 34 and bpe["fertility"] == 34 / 12
+    assert bpe["vocabulary_use"] == len({*"csonmdgl \n"} | {"at", "the"}) / 265 == 12 / 265
+    assert (found["new", "bpe:265"]["tokens"], found["new", "bpe:265"]["unknown"]) == (25 - 2 - 2 * 2, 0)
 
 
 def test_bytes_are_never_unknown(tmp_path, bpe):
@@ -81,6 +87,8 @@ def test_columns_and_pages(tmp_path, bpe):
     assert [line.split()[:2] for line in result.output.splitlines()[1:5]] == [
         ["en", bpe.name], ["en", "bpe:270"], ["de", bpe.name], ["de", "bpe:270"],
     ]  # fmt: skip
+    named = run("compare", bpe, "--text", f"x={tmp_path / 'rows'}", "--text", f"y={tmp_path / 'rows'}", "--by", "lang")
+    assert [line.split()[0] for line in named.output.splitlines()[1:5]] == ["x/en", "x/de", "y/en", "y/de"]
     shown = page.read_text()
     HTMLParser().feed(shown)
     assert shown.count("<svg") == 4 and "<script" not in shown and "bpe:270" in shown

@@ -23,7 +23,7 @@ from llmctl_serve.session import find_model
 REQUESTS = 64
 """Of each load, unless --requests or --seconds say otherwise."""
 MADE = 512
-"""Prompts made up for a load that ends by time; then they come again."""
+"""Prompts made up for a load that ends by time; a load that takes more takes those of others."""
 PROBES = (4, 24)
 """Words of the two requests from which the tokens per word are found."""
 
@@ -49,11 +49,13 @@ class Wanted:
 
 
 def _numbers(text: str | None, option: str, whole: bool) -> list[float]:
+    if text is None:
+        return []
     try:
-        found = [int(part) if whole else float(part) for part in (text or "").split(",") if part.strip()]
+        found = [int(part) if whole else float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        found = [0]
-    if any(not 0 < value < float("inf") for value in found):
+        found = []
+    if not found or any(not 0 < value < float("inf") for value in found):
         raise UsageError(f"{option} `{text}` holds what is no positive number", hint=f"for example {option} 1,4,16")
     return [float(value) for value in found]
 
@@ -138,12 +140,12 @@ def read_options(
     **plain: Any,
 ) -> Wanted:
     """The options as one value. UsageError for what contradicts itself or cannot be read."""
-    if burst > 1 and not rate:
+    if burst > 1 and rate is None:
         raise UsageError("--burst is of arrivals, which --concurrency has none of", hint="give --rate")
     if requests is None and seconds is None:
         requests = REQUESTS
-    users = _numbers(concurrency, "--concurrency", True) if concurrency or not rate else []
-    loads = [Load("closed", value, requests, seconds) for value in users or ([] if rate else [1])]
+    users = _numbers(concurrency, "--concurrency", True) or ([1] if rate is None else [])
+    loads = [Load("closed", value, requests, seconds) for value in users]
     loads += [Load("poisson", value, requests, seconds, burst) for value in _numbers(rate, "--rate", False)]
     try:
         extra = json.loads(body)
@@ -196,12 +198,17 @@ async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], l
         prompts = await find_prompts(runner, wanted)
         if wanted.warmup:
             load = Load("closed", min(wanted.warmup, max(int(load.value) for load in wanted.loads) or 1), wanted.warmup)
-            await runner.run(load, prompts[-wanted.warmup :], 0, lambda *_: None)
+            await runner.run(load, prompts, 0, lambda *_: None)
         records = []
+        asked = wanted.warmup
         for number, load in enumerate(wanted.loads):
-            records.append(await runner.run(load, prompts, wanted.seed + number, _ticker(load)))
+            # Each load goes on where the one before has ended: what was asked may lie in a prefix cache.
+            first = asked % len(prompts)
+            own = [*prompts[first:], *prompts[:first]]
+            records.append(await runner.run(load, own, wanted.seed + number, _ticker(load)))
             if not records[-1]:
                 raise UsageError(f"no request fell into the {load.seconds:g} s of {load.label}", hint="raise --seconds")
+            asked += len(records[-1])
     except HttpFailure as failure:
         raise StageError(f"{endpoint.url}: {failure.message} ({failure.kind})", hint="is the server up?") from failure
     finally:
@@ -214,7 +221,11 @@ async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], l
         "model": model,
         "api": "chat" if chat else "completions",
         "limits": wanted.limits,
-        "prompts": _described(wanted),
+        "prompts": {
+            **_described(wanted),
+            "different": len({json.dumps(prompt.content, sort_keys=True) for prompt in prompts}),
+            "asked": asked,
+        },
         "loads": loads,
     }, records
 
@@ -252,10 +263,10 @@ async def find_api(client: HttpClient, model: str, wanted: Wanted) -> bool:
 
 
 async def find_prompts(runner: Runner, wanted: Wanted) -> list[Prompt]:
-    """The prompts of the file, or made-up ones, as many as the longest load takes."""
+    """The prompts of the file, or made-up ones, as many as all loads take."""
     if wanted.input is not None:
         return read_prompts(wanted.input, runner.chat, wanted.output_tokens, wanted.seed)
-    count = max(load.requests or MADE for load in wanted.loads) + wanted.warmup
+    count = sum(load.requests or MADE for load in wanted.loads) + wanted.warmup
     if wanted.tokenizer is not None:
         counter = token_counter(wanted.tokenizer, runner.chat)
     else:
@@ -309,6 +320,10 @@ def show(result: dict[str, Any]) -> None:
     rows = [_row(load) for load in loads]
     click.echo(f"{result['model']} at {result['url']} ({result['api']}); milliseconds")
     _print_table(headers, rows)
+    different, asked = result["prompts"]["different"], result["prompts"]["asked"]
+    if asked > different:
+        said = f"warning: {asked} requests had {different} different prompts, so a prefix cache may have held some"
+        click.echo(said, err=True)
     for load in loads:
         for kind, count in load["errors"].items():
             click.echo(f"{load['load']}: {count} failed, {kind}: {load['error_examples'][kind]}")

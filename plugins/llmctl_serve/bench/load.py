@@ -67,6 +67,8 @@ class Record:
     """The kind of the failure."""
     message: str = ""
     characters: int = 0
+    further: int = 0
+    """Pieces of text of the other answers, where several are asked for; all times are of the first one."""
 
     @property
     def ok(self) -> bool:
@@ -75,8 +77,8 @@ class Record:
 
     @property
     def count(self) -> int:
-        """Tokens of the answer: the server's own count, else the pieces of text."""
-        return len(self.tokens) if self.completion_tokens is None else self.completion_tokens
+        """Tokens of all answers: the server's own count, else the pieces of text."""
+        return len(self.tokens) + self.further if self.completion_tokens is None else self.completion_tokens
 
     @property
     def ttft(self) -> float:
@@ -90,8 +92,13 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first one; None for an answer of one token."""
-        return (self.tokens[-1] - self.tokens[0]) / (self.count - 1) if self.count > 1 else None
+        """Time per output token after the first one; None for an answer of one token.
+
+        The server counts the tokens of several answers together: the first one has its share of their pieces.
+        """
+        pieces = len(self.tokens)
+        count = self.count * pieces / (pieces + self.further) if pieces else 0
+        return (self.tokens[-1] - self.tokens[0]) / (count - 1) if count > 1 else None
 
     @property
     def e2e(self) -> float:
@@ -110,7 +117,6 @@ class Runner:
     def __init__(self, client: HttpClient, model: str, chat: bool, body: dict[str, Any] | None = None) -> None:
         self.client, self.model, self.chat, self.body = client, model, chat, body or {}
         self.path = "/chat/completions" if chat else "/completions"
-        self._usage = True
 
     async def ask(self, prompt: Prompt, started: float, intended: float) -> Record:
         """Send one request and note when its tokens come; failures are noted, not raised."""
@@ -124,7 +130,10 @@ class Runner:
             if event is None:
                 return
             for index, text, reason, _ in event_parts(event):
-                if text and index == 0:
+                if index != 0:
+                    record.further += bool(text)
+                    continue
+                if text:
                     record.tokens.append(now)
                     record.characters += len(text)
                 record.finish_reason = reason or record.finish_reason

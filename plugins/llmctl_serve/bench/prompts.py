@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import InputError, UsageError
+from llmctl_serve.jobs import LineError, read_overrides
+from llmctl_serve.remote import request_fields, score_fields
 
 _LIST = """
 time year people way day man thing woman life child world school state family student group country problem hand
@@ -87,9 +89,10 @@ class Prompt:
 
 
 def read_prompts(path: Path, chat: bool, output: Lengths, seed: int) -> list[Prompt]:
-    """The prompts of a JSON Lines file, `{"prompt": …}` or `{"messages": […]}`, `max_tokens` if it gives one.
+    """The prompts of a JSON Lines file, `{"prompt": …}` or `{"messages": […]}`, with what a line says of its answer.
 
-    InputError names file and line of what is neither.
+    The fields are those of `generate --input`; others are not sent. InputError names file and line of what is neither,
+    and of a value that no request can have.
     """
     rng = random.Random(seed)
     found = []
@@ -117,7 +120,13 @@ def _read_prompt(where: str, line: str, chat: bool, limit: int) -> Prompt:
         raise InputError(f"{where} has neither a `prompt` nor `messages`")
     if isinstance(content, list) and not chat:
         raise InputError(f"{where} holds messages, which are no text to continue", hint="use --api chat")
-    return Prompt(content, int(row.get("max_tokens", limit)))
+    try:
+        given = read_overrides(row)
+        stop, logprobs = given.pop("stop", ()), given.pop("logprobs", None)
+        fields = {**request_fields(given, stop), **score_fields(logprobs, chat)}
+    except (LineError, UsageError) as error:
+        raise InputError(f"{where}: {error.message}") from error
+    return Prompt(content, given.get("max_new_tokens", limit), fields)
 
 
 Counter = Callable[[str], int]

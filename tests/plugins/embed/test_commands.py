@@ -154,6 +154,19 @@ def test_vectors_come_back_and_text_is_exact(vectors, tmp_path):
         load(tmp_path / "v")
 
 
+@pytest.mark.parametrize("wrong", ["nan", "inf", "1e99"])
+def test_vectors_that_are_no_numbers_are_refused(vectors, tmp_path, wrong):
+    """Else such a word would be nobody's neighbour, and its own neighbours any words."""
+    (tmp_path / "v.txt").write_text(f"a 1 2\nb 1 {wrong}\n")
+    with pytest.raises(InputError, match=r"v.txt:2: the vector of 'b' is not finite"):
+        said("neighbours", tmp_path / "v.txt", "a")
+    matrix = vectors.matrix.copy()
+    matrix[3, 1] = np.float64(wrong).astype(np.float32) if wrong != "1e99" else np.inf
+    Vectors(vectors.names, matrix).save(tmp_path / "v")
+    with pytest.raises(InputError, match=f"the vector of {vectors.names[3]!r} is not finite"):
+        load(tmp_path / "v")
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [("2 2\na 1 2\n", "holds 1 vectors, its first line says 2"), ("a 1 2\nb 1\n", ":2: no name"), ("", "holds 0 vec")],

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from llmctl import Artifact, InputError, UsageError
+from llmctl import Artifact, InputError, StageError, UsageError
 from llmctl.testing import run_stage
 from llmctl.text import vectors as stored
 from llmctl_embed import EMBED
@@ -169,7 +171,10 @@ def test_words_are_counted_cut_and_ordered():
 
 
 def trained(planted, folder, **params):
-    return stored.load(run_stage(EMBED, folder, {**PLANT, **params}, text=planted).outputs["vectors"].path)
+    given = {**PLANT, **params}
+    if given.get("method") == "glove":
+        del given["sample"]  # of word2vec alone
+    return stored.load(run_stage(EMBED, folder, given, text=planted).outputs["vectors"].path)
 
 
 @pytest.mark.slow
@@ -202,7 +207,10 @@ BASE = {"min_count": 1, "vector_size": 6, "window": 3, "epochs": 2, "sample": 0.
 
 
 def matrix_of(small, tmp_path, name, **params):
-    return stored.load(run_stage(EMBED, tmp_path / name, {**BASE, **params}, text=small).outputs["vectors"].path)
+    given = {**BASE, **params}
+    if given.get("method") == "glove":
+        del given["sample"]  # of word2vec alone
+    return stored.load(run_stage(EMBED, tmp_path / name, given, text=small).outputs["vectors"].path)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +237,60 @@ def test_every_parameter_of_glove_changes_the_vectors(small, tmp_path, changed):
     assert not np.array_equal(base.matrix, matrix_of(small, tmp_path, "other", method="glove", **changed).matrix)
 
 
+OTHER_VALUES = {
+    "unit": "line", "split_words": "whitespace", "lowercase": False, "min_count": 2, "max_vocab": 9, "vector_size": 7,
+    "window": 2, "epochs": 1, "lr": 0.02, "min_lr": 0.001, "architecture": "cbow", "negative": 2, "ns_exponent": 0.5,
+    "sample": 0.0, "shrink_windows": False, "cbow_mean": False, "x_max": 9.0, "weight_exponent": 0.5, "shuffled": True,
+    "matrix": "sum", "batch": 8, "seed": 2, "word": "cat", "pooling": "cls", "device": "cuda",
+}  # fmt: skip
+ANY_METHOD = {"method", "split", "limit", "normalise", "threads"}
+
+
+def test_a_parameter_of_another_method_is_refused():
+    """The method that a parameter is of stands in its description."""
+    fields = EmbedParams.model_fields
+    assert set(OTHER_VALUES) | ANY_METHOD == set(fields)
+    for method in ("word2vec", "glove", "encode"):
+        for name, value in OTHER_VALUES.items():
+            of = fields[name].description.split(":")[0]
+            fits = method in of or (of == "words" and method != "encode")
+            given = {"method": method, name: value}
+            if "cbow" in of and fits:
+                EmbedParams.model_validate({**given, "architecture": "cbow"})
+                fits = False  # with skip-gram
+            if fits:
+                EmbedParams.model_validate(given)
+                continue
+            with pytest.raises(ValidationError, match=f"{name} has no effect with"):
+                EmbedParams.model_validate(given)
+            EmbedParams.model_validate({**given, name: fields[name].default})  # a spec may say what is so anyway
+    EmbedParams(method="encode", word="cat", lowercase=False)
+    EmbedParams(device="cpu")
+
+
+def test_shuffled_counts_take_memory_for_themselves_and_not_for_all_pairs():
+    words = 1500
+    for share in (1 / 60, 1 / 40, 0.4, 0.9):
+        values = np.arange(int(words * words * share), dtype=np.float64)
+        counts = glove.Counts(values.astype(np.int64), values.astype(np.int64), values)
+        tracemalloc.start()
+        found = glove.shuffle(counts, words, 1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8 * values.nbytes
+        keys = found.words * words + found.contexts
+        assert len(np.unique(keys)) == len(values) and found.values is values
+        assert keys.min() >= 0 and keys.max() < words * words
+        # Neither the pairs that are drawn nor their order lean to one side: means within five standard errors.
+        error = words * words / np.sqrt(12 * len(keys) / 2)
+        assert all(abs(half.mean() - words * words / 2) < 5 * error for half in np.array_split(keys, 2))
+
+
+def test_training_that_diverges_says_so(small, tmp_path):
+    with pytest.raises(StageError, match="diverged"):
+        matrix_of(small, tmp_path, "o", method="glove", lr=1e30)
+
+
 def test_the_mean_of_cbow_is_not_its_sum(small, tmp_path):
     both = [matrix_of(small, tmp_path, str(m), architecture="cbow", cbow_mean=m, lr=0.5).matrix for m in (True, False)]
     assert not np.array_equal(*both)
@@ -247,6 +309,8 @@ def test_lines_of_files_are_texts(tmp_path):
     (tmp_path / "lines.txt").write_text("one two\n\ntwo one two\n")
     found = run_stage(EMBED, tmp_path / "o", BASE, text=Artifact(tmp_path / "lines.txt", "files"))
     assert stored.load(found.outputs["vectors"].path).info["counts"] == [3, 2]
+    with pytest.raises(UsageError, match=r"split: train has no effect on .*lines.txt"):
+        run_stage(EMBED, tmp_path / "s", {**BASE, "split": "train"}, text=Artifact(tmp_path / "lines.txt", "files"))
 
 
 def test_a_method_without_its_input_says_so(small, tmp_path):
