@@ -77,7 +77,7 @@ def _train_wordpiece(
     alphabet = _alphabet(tokenizer, texts, params)
     limit = {"limit_alphabet": len(alphabet)} if params.limit_alphabet else {}
 
-    def trained(vocab_size: int, first: Sequence[str]) -> dict[str, int]:
+    def trained(tokenizer: Tokenizer, vocab_size: int, first: Sequence[str]) -> dict[str, int]:
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             min_frequency=params.min_frequency,
@@ -91,10 +91,11 @@ def _train_wordpiece(
         return found
 
     # The trainer numbers inner characters (`##x`) in the order of a hash table, and ids decide ties. So they are
-    # collected first, and then given their ids in order.
-    rest = sorted(set(trained(0, fixed)) - set(fixed), key=lambda piece: (piece.startswith("##"), piece))
-    tokenizer.model = kinds.model(params, tokenizer.model.unk_token)
-    trained(size, [*fixed, *rest])
+    # collected first, and then given their ids in order. By a copy, as training adds the special tokens to a tokenizer,
+    # which would then find them in the texts of the second time.
+    found = trained(Tokenizer.from_str(tokenizer.to_str()), 0, fixed)
+    rest = sorted(set(found) - set(fixed), key=lambda piece: (piece.startswith("##"), piece))
+    trained(tokenizer, size, [*fixed, *rest])
 
 
 def _train_characters(
