@@ -208,6 +208,23 @@ class DataParams(Params):
     )
 
     @model_validator(mode="after")
+    def _copies_last(self) -> DataParams:
+        """What looks for duplicates would take copies away again, and the shares with them."""
+        made = next(
+            (f"sources: `{entry.path}` with weight {entry.weight:g}" for entry in self.sources if entry.weight > 1), ""
+        )
+        for step in self.steps:
+            seeks = step.name == "exact-duplicates" or (step.name == "near-duplicates" and step.action == "drop")
+            if made and seeks:
+                raise ValueError(
+                    f"{step.name} would take away the copies that are made before it ({made}): "
+                    "use {name: balance} or {name: augment} after it"
+                )
+            if step.name in ("balance", "augment"):
+                made = f"step {step.name}"
+        return self
+
+    @model_validator(mode="after")
     def _sensible(self) -> DataParams:
         if self.emit is not None and (not self.emit or len(set(self.emit)) < len(self.emit)):
             raise ValueError("emit must name at least one of text, chat, preference, labelled, each once")

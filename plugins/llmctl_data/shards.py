@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import Artifact, Context, InputError
+from llmctl.text.cleaning.balance_params import GUARD
 from llmctl.text.cleaning.step import CorpusStep
 from llmctl.text.datasets import join_members, pack_row
 from llmctl.text.documents import Document
@@ -78,7 +79,10 @@ class OtherInputs:
 def told_steps(params: DataParams, others: OtherInputs) -> list[dict[str, Any]]:
     """The parameters of every step as JSON, with the inputs that it uses."""
     steps = [step.model_dump(mode="json") for step in params.steps]
+    seeks = next((told for told in steps if told["name"] == "decontaminate"), {})
     for told in steps:
+        if told["name"] == "augment":  # what may have no twin is what must not be trained on
+            told |= {name: seeks.get(name) for name in GUARD if told[name] is None}
         if told["name"] in ("decontaminate", "augment"):
             told["evaluation"] = [str(path) for path in others.evaluation]
         if told.get("method") == "back-translation":

@@ -12,7 +12,7 @@ from llmctl.text.documents import Document
 from llmctl_data.parts import read_documents
 from llmctl_data.readers import markup, pdf, plain, records, streams
 from llmctl_data.readers.listing import text_document
-from llmctl_data.readers.piece import Note, Piece, Reject
+from llmctl_data.readers.piece import SPOOL, Note, Piece, Reject
 
 Read = Callable[[Piece, io.BufferedReader, int], Iterator[Document | Reject | Note]]
 READERS: dict[str, Read] = {
@@ -61,7 +61,7 @@ def with_source(document: Document, piece: Piece) -> Document:
 
 def _read(piece: Piece) -> Iterator[Document | Reject | Note]:
     limit = int(piece.options["max_document_bytes"])
-    if piece.format == "spool":
+    if piece.format == SPOOL:
         yield from (document for document, _ in read_documents(Path(piece.path)))
         return
     if piece.format == "dataset.text":

@@ -15,6 +15,8 @@ from llmctl_data.readers import streams
 from llmctl_data.readers.formats import readers
 from llmctl_data.readers.piece import Note, Piece, Reject
 from llmctl_data.readers.plain import cut_short, decoded, too_long
+from llmctl_data.records import number as exact_number
+from llmctl_data.records import record_to_text, text_of
 
 Row = Mapping[str, Any]
 BATCH = 256
@@ -37,7 +39,8 @@ def read_jsonl(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[
 
 def _from_line(piece: Piece, text: str, number: int) -> Document | Reject:
     try:
-        row = load_json(text.rstrip("\r\n"))  # a line end would count as a further line
+        bare = text.rstrip("\r\n")  # a line end would count as a further line
+        row = load_exact(bare) if keeps_all(piece) else load_json(bare)
     except ValueError as error:
         column = error.colno if isinstance(error, json.JSONDecodeError) else None
         detail = f"no valid JSON: {error}"
@@ -58,6 +61,11 @@ def load_json(text: str) -> Any:
         return json.loads(text)
 
 
+def load_exact(text: str) -> Any:
+    """JSON for a record: a number whose digits a float would not print is a Decimal, an integer has any size."""
+    return json.loads(text, parse_float=exact_number)
+
+
 def read_json(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
     """One object, or a list of them, of up to `limit` bytes."""
     try:
@@ -65,7 +73,8 @@ def read_json(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[D
         if data is None:
             yield too_long(piece, "the file", f"more than {limit:,} bytes")
             return
-        found = json.loads(data.decode(json.detect_encoding(data)).removeprefix("\ufeff"))
+        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
+        found = load_exact(text) if keeps_all(piece) else json.loads(text)
     except streams.Damaged as error:
         yield cut_short(piece, error, 0)
         return
@@ -174,8 +183,6 @@ def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Docum
     place: dict[str, Any] = {"line": number} if line else {"row": number}
     limit = int(piece.options["max_document_bytes"])
     if keeps_all(piece):
-        from llmctl_data.records import record_to_text
-
         text: Any = record_to_text(row)
     else:
         text = at(row, fields["text"])
@@ -199,8 +206,21 @@ def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Docum
         elif name == "source":
             source = str(value)
         else:
-            meta[name] = value if isinstance(value, str | int | float | bool | list | dict) else str(value)
+            meta[name] = json_value(value)
+    if keeps_all(piece):
+        meta = {"format": piece.format, **meta, "kind": "table"}  # rules for prose would break it
     return Document(identity, source, text, identity, meta=meta)
+
+
+def json_value(value: Any) -> Any:
+    """What JSON can say of a value: dates and Decimals, at any depth, become their text, bytes theirs or their hex."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): json_value(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(one) for one in value]
+    return text_of(value) if isinstance(value, bytes) else str(value)
 
 
 def at(row: Row, path: str) -> Any:
