@@ -4,8 +4,11 @@
 left; `match-K` and `resolve-K` are the phases of the K-th corpus step. With `--serve WORK`, lines `PHASE NUMBER` on
 standard input are done one after the other, an answer in JSON for each; the end of the input ends the process.
 
-A task holds a batch of documents, the line that is read (at most `max_document_bytes`), its own signatures and, in
-`match`, those of a range of keys (about `MATCH_BYTES`): its memory does not grow with the corpus.
+What a task holds. `read`: a batch of documents, the line or the file that is read (at most `max_document_bytes`), the
+signatures of its own documents, the verdicts over them, and what the corpus step gives to all (the lines that
+`repeated-lines` removes). `match`: the signatures of a range of keys, about `MATCH_BYTES`, but at least one of 256
+buckets, so with more than 256 times that in all it grows with the corpus. `resolve`: everything that matching found, which
+grows with the duplicates and the items found, not with the documents that have none.
 """
 
 from __future__ import annotations
