@@ -7,8 +7,8 @@ standard input are done one after the other, an answer in JSON for each; the end
 What a task holds. `read`: a batch of documents, the line or the file that is read (at most `max_document_bytes`), the
 signatures of its own documents, the verdicts over them, and what the corpus step gives to all (the lines that
 `repeated-lines` removes). `match`: the signatures of a range of keys, about `MATCH_BYTES`, but at least one of 256
-buckets, so with more than 256 times that in all it grows with the corpus. `resolve`: everything that matching found, which
-grows with the duplicates and the items found, not with the documents that have none.
+buckets, so with more than 256 times that in all it grows with the corpus. `resolve`: everything that matching found,
+which grows with the duplicates and the items found, not with the documents that have none.
 """
 
 from __future__ import annotations
