@@ -13,7 +13,9 @@ from llmctl.text.cleaning.params import AnyStep
 from llmctl.text.labelled import Task
 
 Product = Literal["text", "chat", "preference", "labelled"]
-Format = Literal["txt", "markdown", "html", "pdf", "jsonl", "json", "csv", "tsv", "parquet", "code"]
+Format = Literal[
+    "txt", "markdown", "html", "pdf", "jsonl", "json", "csv", "tsv", "parquet", "xml", "html-tables", "code"
+]
 Kind = Literal["module", "doc", "signature", "source", "continuation", "section"]
 PRODUCTS: tuple[Product, ...] = ("text", "chat", "preference")
 """What a corpus yields. Labelled examples are read, with their texts, and yield nothing else."""
@@ -107,8 +109,9 @@ class SourceParams(Params):
     fields: dict[str, str] = Field({}, description="as `fields` of the stage, for this source; added to them")
     rows: Literal["text", "record"] = Field(
         "text",
-        description="what of a JSONL, JSON, CSV, TSV or Parquet row becomes the document: its column of text, or the "
-        "whole record, a line `name: value` for each field",
+        description="what of a JSONL, JSON, CSV, TSV, Parquet or XML row, or of one of a table in HTML, becomes the "
+        "document: its column of text, or the whole record, a line `name: value` for each field. `record` reads .xml "
+        "and .html as rows; else `format` says so",
     )
     license: str | None = Field(None, description="license of its documents that name none, an SPDX identifier")
     language: str | None = Field(None, description="language of its documents that name none, as in `de`")

@@ -19,7 +19,7 @@ from llmctl import Artifact, InputError
 from llmctl.text.datasets import split_files
 from llmctl_data import remote
 from llmctl_data.params import DataParams, SourceParams
-from llmctl_data.readers.formats import CUT, PIECEMEAL, ending_of, format_of, known_endings, packing_of
+from llmctl_data.readers.formats import CUT, PIECEMEAL, ending_of, format_of, known_endings, packing_of, rows_of
 from llmctl_data.readers.listing import names
 from llmctl_data.readers.piece import SPOOL, Piece, Reject
 from llmctl_data.readers.streams import is_binary, is_url, mark_of
@@ -70,8 +70,13 @@ def find_files(inputs: Sequence[Artifact], params: DataParams) -> Found:
     known: list[tuple[File, str]] = []
     for file in files:
         format = (file.entry.format if file.entry and file.entry.format else "") or format_of(file.name)
-        if format:
-            known.append((file, format))
+        if format and file.entry and file.entry.rows == "record" and not rows_of(format, file.name):
+            detail = f"rows: record asks for its rows, and {format} has none"
+            hint = "narrow the pattern in sources, or set `format`"
+            found.rejects.append(Reject(file.name, "no rows", detail, hint=hint))
+        elif format:
+            records = file.entry is not None and file.entry.rows == "record"
+            known.append((file, rows_of(format, file.name) if records else format))
         else:
             detail = f"is of a type that cannot be read ({ending_of(file.name)})"
             hint = f"supported: {known_endings()}; choose files with a glob such as 'notes/**/*.md', or set `format`"

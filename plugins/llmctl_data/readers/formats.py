@@ -45,6 +45,8 @@ SUPPORTED = (*TEXT, *MARKDOWN, *RECORDS)
 """The endings that `llmctl init` looks for; `known_endings` has all."""
 CUT = frozenset({"txt", "markdown", "jsonl"})
 """Formats of lines: a large file that is not packed is read in parts."""
+ROWS = frozenset({"jsonl", "json", "csv", "tsv", "parquet", "xml", "html-tables"})
+"""Formats of rows."""
 PIECEMEAL = frozenset({"txt", "markdown"})
 """Formats of which one file may become several documents."""
 
@@ -62,6 +64,15 @@ def format_of(name: str) -> str:
         if bare.endswith(endings):
             return format
     return "code" if PurePosixPath(bare).suffix in LANGUAGES else ""
+
+
+def rows_of(format: str, name: str) -> str:
+    """The format by which a file is read as records; "" if it has no rows."""
+    if format == "html":
+        return "html-tables"
+    if format == "code":
+        return "xml" if language_of(name) == "xml" else ""
+    return format if format in ROWS or format.startswith("reader:") else ""
 
 
 def language_of(name: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmctl import LlmctlError, MachineError
@@ -41,7 +42,7 @@ def _from_line(piece: Piece, text: str, number: int) -> Document | Reject:
     try:
         bare = text.rstrip("\r\n")  # a line end would count as a further line
         row = load_exact(bare) if keeps_all(piece) else load_json(bare)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         column = error.colno if isinstance(error, json.JSONDecodeError) else None
         detail = f"no valid JSON: {error}"
         return Reject(piece.name, "broken line", detail, number, column, hint="one JSON object per line")
@@ -78,7 +79,7 @@ def read_json(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[D
     except streams.Damaged as error:
         yield cut_short(piece, error, 0)
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         column = error.colno if isinstance(error, json.JSONDecodeError) else None
         hint = "JSON Lines are called .jsonl"
@@ -118,11 +119,21 @@ def read_table(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[
             return
         if head is None:
             head = cells
+            if keeps_all(piece) and (twice := named_twice(head)) is not None:
+                detail = f"two columns are called `{twice}`"
+                yield Reject(piece.name, "broken table", detail, line=1, hint="give each a name of its own")
+                return
         elif cells and len(cells) != len(head):
             detail = f"{len(cells)} cells, the first line names {len(head)}"
             yield Reject(piece.name, "broken row", detail, line=table.line_num)
         elif cells:
             yield to_document(piece, dict(zip(head, cells, strict=True)), table.line_num)
+
+
+def named_twice(names: Sequence[str]) -> str | None:
+    """The first name that stands there more than once."""
+    counts = Counter(names)
+    return next((name for name in names if counts[name] > 1), None)
 
 
 def read_parquet(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
@@ -178,9 +189,16 @@ def read_by_plugin(piece: Piece, limit: int) -> Iterator[Document | Reject | Not
 
 
 def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Document | Reject:
-    """The document of a row by `fields`; a reject if it has no text there."""
-    fields: Mapping[str, str] = piece.options["fields"]
+    """The document of a row by `fields`; a reject if it has no text there, or values within values without end."""
     place: dict[str, Any] = {"line": number} if line else {"row": number}
+    try:
+        return _to_document(piece, row, f"{piece.name}#{number}", place)
+    except RecursionError:
+        return Reject(piece.name, "nested too deeply", "its values lie too deep within each other", **place)
+
+
+def _to_document(piece: Piece, row: Row, identity: str, place: Mapping[str, Any]) -> Document | Reject:
+    fields: Mapping[str, str] = piece.options["fields"]
     limit = int(piece.options["max_document_bytes"])
     if keeps_all(piece):
         text: Any = record_to_text(row)
@@ -196,7 +214,8 @@ def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Docum
         return Reject(
             piece.name, "document too long", f"{len(text):,} characters", hint="raise max_document_bytes", **place
         )
-    identity, source, meta = f"{piece.name}#{number}", piece.name, {}
+    source = piece.name
+    meta: dict[str, Any] = {}
     for name, path in fields.items():
         value = None if name == "text" else at(row, path)
         if value is None or value is MISSING:
