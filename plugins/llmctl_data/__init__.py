@@ -12,7 +12,7 @@ DATA = Stage(
             "files",
             optional=True,
             many=True,
-            help="text, Markdown, HTML, PDF, JSONL, CSV, Parquet or source files, packed or not",
+            help="text, Markdown, HTML, PDF, JSONL, CSV, Parquet, XML or source files, packed or not",
         ),
         "text": In("dataset.text", optional=True, help="text to work on instead of reading files"),
         "evaluation": In(
