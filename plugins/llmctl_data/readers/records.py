@@ -6,7 +6,8 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from llmctl import LlmctlError, MachineError
@@ -216,6 +217,8 @@ def _to_document(piece: Piece, row: Row, identity: str, place: Mapping[str, Any]
         )
     source = piece.name
     meta: dict[str, Any] = {}
+    # What JSON calls a number stays one in `meta`, whatever its digits, so that a column has one type.
+    decimals: Callable[[Decimal], Any] = float if piece.format in ("json", "jsonl") else str
     for name, path in fields.items():
         value = None if name == "text" else at(row, path)
         if value is None or value is MISSING:
@@ -225,20 +228,23 @@ def _to_document(piece: Piece, row: Row, identity: str, place: Mapping[str, Any]
         elif name == "source":
             source = str(value)
         else:
-            meta[name] = json_value(value)
+            meta[name] = json_value(value, decimals)
     if keeps_all(piece):
         meta = {"format": piece.format, **meta, "kind": "table"}  # rules for prose would break it
     return Document(identity, source, text, identity, meta=meta)
 
 
-def json_value(value: Any) -> Any:
-    """What JSON can say of a value: dates and Decimals, at any depth, become their text, bytes theirs or their hex."""
+def json_value(value: Any, decimals: Callable[[Decimal], Any] = str) -> Any:
+    """What JSON can say of a value: dates, at any depth, become their text, bytes theirs or their hex, a Decimal what
+    `decimals` makes of it."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(name): json_value(one) for name, one in value.items()}
+        return {str(name): json_value(one, decimals) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [json_value(one) for one in value]
+        return [json_value(one, decimals) for one in value]
+    if isinstance(value, Decimal):
+        return decimals(value)
     return text_of(value) if isinstance(value, bytes) else str(value)
 
 

@@ -59,6 +59,9 @@ def test_numbers_of_json_keep_their_digits(tmp_path: Path) -> None:
     for row in rows(read(tmp_path / "raw", tmp_path / "out", **RECORD)):
         assert "price: 1.10\n" in row["text"] and "0.30000000000000000001" in row["text"]
         assert text_to_record(row["text"]) == json.loads(line, parse_float=Decimal)
+    sources = [{"path": "*", "rows": "record", "fields": {"price": "price", "deep": "deep"}}]
+    for row in rows(read(tmp_path / "raw", tmp_path / "meta", sources=sources)):
+        assert (row["meta"]["price"], row["meta"]["deep"]) == (1.1, [{"x": 0.3}]), "numbers in meta are numbers"
 
 
 def test_values_that_json_has_no_type_for(tmp_path: Path) -> None:
