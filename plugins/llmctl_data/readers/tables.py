@@ -142,6 +142,10 @@ class _Page(HTMLParser):
         elif table.in_caption and table.caption is not None:
             table.caption.append(data)
 
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
+        """`<![…` is a comment up to the next `>`, as in browsers; Python's parser asserts that it is one it knows."""
+        return self.parse_bogus_comment(i, report=False)
+
 
 def _span(given: str | None) -> int:
     return min(max(int(given), 1), WIDEST) if given and given.strip().isdecimal() else 1

@@ -61,6 +61,10 @@ class _Repeated(list[Any]):
     """Values of elements of one name; XML has no other lists."""
 
 
+class _EntityError(ValueError):
+    """An entity that is not one of XML's own five."""
+
+
 class _Reader:
     """Events of the parser to records and rejects, in `found`."""
 
@@ -80,7 +84,7 @@ class _Reader:
         self.found: list[Document | Reject | Note] = []
 
     def feed(self, data: bytes, last: bool) -> None:
-        """Parse a block. ExpatError, with its place, for what is no XML; ValueError for what is not read."""
+        """Parse a block. ExpatError for what is no XML; LookupError and ValueError for other faults."""
         self._parser.Parse(data, last)
         if self._depth >= RECORD and self._parser.CurrentByteIndex - self._begin > self._limit:
             self._too_long()
@@ -139,10 +143,10 @@ class _Reader:
         self._open.clear()
 
     def _entity(self, name: str, *_: Any) -> None:
-        raise ValueError(f"it declares the entity `{name}`")
+        raise _EntityError(f"it declares the entity `{name}`")
 
     def _skipped(self, name: str, *_: Any) -> None:
-        raise ValueError(f"it uses the entity `{name}`, which it does not declare")
+        raise _EntityError(f"it uses the entity `{name}`, which it does not declare")
 
     def _reject(self, reason: str, detail: str) -> None:
         self.found.append(Reject(self._piece.name, reason, detail, line=self._line, hint=HINT))
@@ -153,27 +157,30 @@ class _Reader:
             detail = f"no valid XML: {expat.ErrorString(error.code)}"
             return Reject(self._piece.name, "broken file", detail, error.lineno, error.offset + 1, hint=HINT)
         line = self._parser.CurrentLineNumber
-        return Reject(self._piece.name, "broken file", str(error), line, hint="write what it stands for instead")
+        if isinstance(error, _EntityError):
+            return Reject(self._piece.name, "broken file", str(error), line, hint="write what it stands for instead")
+        return Reject(self._piece.name, "wrong encoding", str(error), line, hint="convert it to UTF-8")
 
 
 def read_xml(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
     """A document for every element below the root, while the file is read; what follows a fault of XML is not read."""
-    try:
-        reader = _Reader(piece, limit)
-    except (LookupError, ValueError) as error:
-        yield Reject(piece.name, "wrong encoding", str(error), hint="set `encoding: auto`")
-        return
+    reader = _Reader(piece, limit)
     fault: Reject | None = None
+    told = False
     while fault is None:
         try:
             block = streams.next_bytes(stream, BLOCK)
             reader.feed(block, not block)
-        except (expat.ExpatError, ValueError) as error:
+        except (expat.ExpatError, LookupError, ValueError) as error:
             fault = reader.broken(error)
         except streams.Damaged as error:
             fault = cut_short(piece, error, 0)
+        told = told or bool(reader.found)
         yield from reader.found
         reader.found.clear()
         if fault is None and not block:
-            return
-    yield fault
+            break
+    if fault is not None:
+        yield fault
+    elif not told:
+        yield Reject(piece.name, "no records", "no element lies below the root", hint="leave it out", fault=False)

@@ -119,6 +119,9 @@ def test_fields_of_xml_and_its_text(tmp_path: Path) -> None:
         (f"<r>\n<a>{'<b>' * 200}{'</b>' * 200}</a>\n<a><x>1</x></a></r>", "a.xml:2", "more than 100 deep", 1),
         (f"<r>\n<a><x>{'long ' * 900}</x></a>\n<a><x>1</x></a></r>", "a.xml:2", "more than 2,000 bytes", 1),
         ('<!DOCTYPE r [\n<!ENTITY a "b">]>\n<r><a><x>&a;</x></a></r>', "a.xml:2", "it declares the entity `a`", 0),
+        ('<?xml version="1.0" encoding="klingon"?>\n<r><a/></r>', "a.xml:1", "unknown encoding: klingon", 0),
+        ('<?xml version="1.0" encoding="shift_jis"?>\n<r><a/></r>', "a.xml:1", "multi-byte encodings", 0),
+        ("<r>\n</r>", "a.xml", "no element lies below the root", 0),
         ("<!DOCTYPE r SYSTEM 'x.dtd'>\n<r>\n<a><x>&z;</x></a></r>", "a.xml:3", "it uses the entity `z`", 0),
     ],
 )
@@ -162,7 +165,7 @@ def test_tables_are_what_lxml_reads_and_come_back(tmp_path: Path) -> None:
 SPANS = """<table>
 <tr><th rowspan=2>city<th colspan=2>people</tr>
 <tr><th>1990<th>2000</tr>
-<tr><td>Kiel<td>7<td>8<tr><td>Bern<td>7
+<![odd mark[ x ]]><tr><td>Kiel<td>7<td>8<tr><td>Bern<td>7
 </table>
 <table><thead>
 <tr><th rowspan=2>city<th colspan=2>people</tr>
