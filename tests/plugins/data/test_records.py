@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from llmctl import Artifact
@@ -76,6 +78,18 @@ def test_values_that_json_has_no_type_for(tmp_path: Path) -> None:
     (found,) = rows(read(tmp_path / "raw", tmp_path / "record", **RECORD))
     back = text_to_record(found["text"])
     assert back == {**row, "seen": [{"day": "2024-02-29", "paid": [amount]}], "raw": ["abc", "ff00"]}
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
+VALUE = st.recursive(LEAF, lambda one: st.lists(one, max_size=3) | st.dictionaries(TEXT, one, max_size=3), max_leaves=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(TEXT, VALUE, max_size=5))
+def test_any_record_comes_back(record: dict[str, Any]) -> None:
+    back = text_to_record(record_to_text(record))
+    assert json.dumps(back) == json.dumps(record), "values, types and order"
 
 
 def test_a_field_named_twice_is_an_error() -> None:
