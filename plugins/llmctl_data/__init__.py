@@ -12,7 +12,7 @@ DATA = Stage(
             "files",
             optional=True,
             many=True,
-            help="text, Markdown, HTML, PDF, JSONL, CSV, Parquet or source files, packed or not",
+            help="text, Markdown, HTML, PDF, JSONL, CSV, Parquet, XML or source files, packed or not",
         ),
         "text": In("dataset.text", optional=True, help="text to work on instead of reading files"),
         "evaluation": In(
@@ -40,7 +40,7 @@ DATA = Stage(
     extra="data",
     key_deps=("python",),  # the reader `python-stdlib` reads the running interpreter's library
     headline=("text.documents",),
-    rev=4,  # documents of a source with a `name` carry it in `meta.corpus`; audits tell imbalance
+    rev=5,  # a unit is never cut by the split that it fills; records are of the kind `table`; languages in lower case
 )
 
 

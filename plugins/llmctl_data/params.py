@@ -13,7 +13,9 @@ from llmctl.text.cleaning.params import AnyStep
 from llmctl.text.labelled import Task
 
 Product = Literal["text", "chat", "preference", "labelled"]
-Format = Literal["txt", "markdown", "html", "pdf", "jsonl", "json", "csv", "tsv", "parquet", "code"]
+Format = Literal[
+    "txt", "markdown", "html", "pdf", "jsonl", "json", "csv", "tsv", "parquet", "xml", "html-tables", "code"
+]
 Kind = Literal["module", "doc", "signature", "source", "continuation", "section"]
 PRODUCTS: tuple[Product, ...] = ("text", "chat", "preference")
 """What a corpus yields. Labelled examples are read, with their texts, and yield nothing else."""
@@ -107,8 +109,9 @@ class SourceParams(Params):
     fields: dict[str, str] = Field({}, description="as `fields` of the stage, for this source; added to them")
     rows: Literal["text", "record"] = Field(
         "text",
-        description="what of a JSONL, JSON, CSV, TSV or Parquet row becomes the document: its column of text, or the "
-        "whole record, a line `name: value` for each field",
+        description="what of a JSONL, JSON, CSV, TSV, Parquet or XML row, or of one of a table in HTML, becomes the "
+        "document: its column of text, or the whole record, a line `name: value` for each field. `record` reads .xml "
+        "and .html as rows; else `format` says so",
     )
     license: str | None = Field(None, description="license of its documents that name none, an SPDX identifier")
     language: str | None = Field(None, description="language of its documents that name none, as in `de`")
@@ -206,6 +209,23 @@ class DataParams(Params):
         description="control experiments that must fail: training answers or labels dealt to the wrong questions or "
         "texts, or right and wrong swapped",
     )
+
+    @model_validator(mode="after")
+    def _copies_last(self) -> DataParams:
+        """What looks for duplicates would take copies away again, and the shares with them."""
+        made = next(
+            (f"sources: `{entry.path}` with weight {entry.weight:g}" for entry in self.sources if entry.weight > 1), ""
+        )
+        for step in self.steps:
+            seeks = step.name == "exact-duplicates" or (step.name == "near-duplicates" and step.action == "drop")
+            if made and seeks:
+                raise ValueError(
+                    f"{step.name} would take away the copies that are made before it ({made}): "
+                    "use {name: balance} or {name: augment} after it"
+                )
+            if step.name in ("balance", "augment"):
+                made = f"step {step.name}"
+        return self
 
     @model_validator(mode="after")
     def _sensible(self) -> DataParams:

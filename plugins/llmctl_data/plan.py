@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl_data.readers.piece import Piece
+from llmctl_data.readers.piece import SPOOL, Piece
 
 FILE = "plan.json"
 MOST_PIECES = 2000
@@ -84,7 +84,7 @@ def make_plan(
     """Write the plan; what a run with another plan has left in `work` is removed first."""
     tasks = list(pack(pieces, task_bytes))
     told = [[piece.to_json() for piece in task] for task in tasks]
-    stats = [_state(piece.path) for piece in pieces]
+    stats = [_state(piece) for piece in pieces]
     text = json.dumps([dict(facts), list(corpus), told, stats], sort_keys=True)
     plan = Plan(**facts, corpus=list(corpus), tasks=len(tasks), fingerprint=hashlib.sha256(text.encode()).hexdigest())
     if (work / FILE).is_file() and Plan.read(work) == plan:
@@ -99,10 +99,13 @@ def make_plan(
     return plan
 
 
-def _state(path: str) -> list[int]:
-    """What changes when a local file does."""
+def _state(piece: Piece) -> list[Any]:
+    """What changes when a local file does; one that the stage itself writes anew in every run is known by its bytes."""
     try:
-        status = Path(path).stat()
+        if piece.format == SPOOL:
+            with Path(piece.path).open("rb") as file:
+                return [hashlib.file_digest(file, "sha256").hexdigest()]
+        status = Path(piece.path).stat()
     except OSError:
         return []
     return [status.st_size, status.st_mtime_ns]

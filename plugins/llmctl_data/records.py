@@ -36,6 +36,8 @@ def text_to_record(text: str) -> dict[str, Any]:
             name, rest = _split(line)
         except ValueError as error:
             raise ValueError(f"line {number} is no field of a record: {error}") from error
+        if name in found:
+            raise ValueError(f"line {number} names the field {name!r} a second time")
         found[name] = _parse(rest, number)
     return found
 
@@ -65,20 +67,40 @@ def _value(value: Any) -> str:
             and value.splitlines() == [value]
         )
         return value if plain else json.dumps(value, ensure_ascii=False)
+    return _json(value)
+
+
+def _json(value: Any) -> str:
+    """JSON, with the digits of a Decimal at any depth; what JSON has no type for becomes a string."""
     if isinstance(value, Decimal):
         return str(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_json(str(name))}: {_json(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_json, value)) + "]"
+    if isinstance(value, bytes):
+        value = text_of(value)
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _parse(text: str, number: int) -> Any:
+def text_of(value: bytes) -> str:
+    """The text that bytes are in UTF-8, else their hex."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
+
+
+def _parse(text: str, line: int) -> Any:
     if PLAIN.match(text) and text.lower() not in WORDS:
         return text
     try:
-        return json.loads(text, parse_float=_number)
+        return json.loads(text, parse_float=number)
     except ValueError as error:
-        raise ValueError(f"line {number}: no value: {error}") from error
+        raise ValueError(f"line {line}: no value: {error}") from error
 
 
-def _number(digits: str) -> float | Decimal:
+def number(digits: str) -> float | Decimal:
+    """The number of a JSON literal with a point or an exponent: a float where it prints the same digits."""
     value = float(digits)
     return value if repr(value) == digits else Decimal(digits)

@@ -43,7 +43,7 @@ def expand(url: str) -> list[tuple[str, str, int]]:
             f"cannot list {url}: {text}", hint="check the address, the connection, the credentials"
         ) from error
     if not rows:
-        raise InputError(f"nothing matches {url}")
+        raise InputError(f"nothing matches {url}", hint="check the pattern; `**` crosses directories")
     base = _base(path)
     protocol = url.partition("://")[0]
     named = [
@@ -132,5 +132,5 @@ def expand_stream(address: str, pattern: str) -> list[tuple[str, str, int]]:
     root = base.removeprefix("hf://")
     rows = [(name, facts) for name, facts in sorted(found.items()) if facts.get("type") == "file"]
     if not rows:
-        raise InputError(f"nothing matches {address}")
+        raise InputError(f"nothing matches {address}", hint="check the pattern; `**` crosses directories")
     return [(name.removeprefix(root).lstrip("/"), f"hf://{name}", int(facts.get("size") or 0)) for name, facts in rows]

@@ -154,6 +154,11 @@ def tell_augment(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> 
     """How many texts were derived, and how many could not be."""
     derived = found.get("derived", 0)
     ctx.log(f"augment: {facts['group']} had {facts['share_before']:.2%} of the documents; {derived:,} texts derived")
+    if short := facts.get("items_too_short"):
+        ctx.warn(
+            f"augment: {short:,} of {short + facts['items']:,} evaluation items are too short to be looked for; "
+            "lower min_words"
+        )
     if lost := facts["planned"] - derived:
         ctx.warn(f"augment: {lost:,} of {facts['planned']:,} texts could not be derived; the audit's `found` says why")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import Artifact, Context, InputError
+from llmctl.text.cleaning.balance_params import GUARD
 from llmctl.text.cleaning.step import CorpusStep
 from llmctl.text.datasets import join_members, pack_row
 from llmctl.text.documents import Document
-from llmctl_data import parts, pool, shuffle, tasks
+from llmctl_data import parts, placing, pool, shuffle, tasks
 from llmctl_data.ledger import DocumentLedger, ReadLedger, StepLedger, merged, size_of
 from llmctl_data.params import DataParams
 from llmctl_data.plan import Plan, folder, make_plan
@@ -78,7 +79,10 @@ class OtherInputs:
 def told_steps(params: DataParams, others: OtherInputs) -> list[dict[str, Any]]:
     """The parameters of every step as JSON, with the inputs that it uses."""
     steps = [step.model_dump(mode="json") for step in params.steps]
+    seeks = next((told for told in steps if told["name"] == "decontaminate"), {})
     for told in steps:
+        if told["name"] == "augment":  # what may have no twin is what must not be trained on
+            told |= {name: seeks.get(name) for name in GUARD if told[name] is None}
         if told["name"] in ("decontaminate", "augment"):
             told["evaluation"] = [str(path) for path in others.evaluation]
         if told.get("method") == "back-translation":
@@ -153,41 +157,12 @@ def _gather(plan: Plan, work: Path, found: Found) -> Result:
         facts = json.loads((folder(work, f"resolve-{number}", 0) / shuffle.FACTS).read_text()) if plan.tasks else {}
         audits[place]["facts"] = facts
     result = Result(plan, found, read, kept, audits, None, last_folders, first_folders)
-    _place_first(result)
+    placing.place_first(result, work)
     return result
 
 
 def _told(params: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in params.items() if key not in ("name", "evaluation", "models")}
-
-
-def _place_first(result: Result) -> None:
-    """The first document of all fills the split that would be empty; those of the other tasks are counted.
-
-    What the stage itself has made stays as it is.
-    """
-    used = set(result.kept.groups["split"])
-    firsts = [(number, told) for number, place in enumerate(result.folders) if (told := parts.first_of(place))]
-    for _, told in firsts[1:]:
-        used.add(told["split"])
-        _count(result.kept, told, told["split"])
-    if firsts and result.found.spooled:
-        _count(result.kept, firsts[0][1], firsts[0][1]["split"])
-    elif firsts:
-        number, told = firsts[0]
-        split = told["split"]
-        if not told["fixed"] and result.plan.validation_share > 0 and len(used) == 1:
-            split = "train" if used == {"validation"} else "validation"
-        if not used and not told["fixed"]:
-            split = "train"
-        result.last = {**told, "split": split, "task": number}
-        _count(result.kept, told, split)
-    result.splits = {split: counts[0] for split, counts in result.kept.groups["split"].items()}
-
-
-def _count(kept: DocumentLedger, told: dict[str, Any], split: str) -> None:
-    document = _document(told["row"])
-    kept.add(document, size_of(document.text), split=split, **told["known"])
 
 
 def check_result(result: Result, share: float) -> None:

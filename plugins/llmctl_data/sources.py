@@ -19,9 +19,9 @@ from llmctl import Artifact, InputError
 from llmctl.text.datasets import split_files
 from llmctl_data import remote
 from llmctl_data.params import DataParams, SourceParams
-from llmctl_data.readers.formats import CUT, PIECEMEAL, ending_of, format_of, known_endings, packing_of
+from llmctl_data.readers.formats import CUT, PIECEMEAL, ending_of, format_of, known_endings, packing_of, rows_of
 from llmctl_data.readers.listing import names
-from llmctl_data.readers.piece import Piece, Reject
+from llmctl_data.readers.piece import SPOOL, Piece, Reject
 from llmctl_data.readers.streams import is_binary, is_url, mark_of
 
 FEW = 20
@@ -33,11 +33,10 @@ DEFAULT = "files"
 
 @dataclass
 class Found:
-    """All pieces in order, what was rejected on the way, and the digests that are known already (by file name)."""
+    """All pieces in order, and what was rejected on the way."""
 
     pieces: list[Piece] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
     hidden: int = 0
     spooled: bool = False
     """Whether the documents are of the stage's own making, with their splits and in their order."""
@@ -71,8 +70,13 @@ def find_files(inputs: Sequence[Artifact], params: DataParams) -> Found:
     known: list[tuple[File, str]] = []
     for file in files:
         format = (file.entry.format if file.entry and file.entry.format else "") or format_of(file.name)
-        if format:
-            known.append((file, format))
+        if format and file.entry and file.entry.rows == "record" and not rows_of(format, file.name):
+            detail = f"rows: record asks for its rows, and {format} has none"
+            hint = "narrow the pattern in sources, or set `format`"
+            found.rejects.append(Reject(file.name, "no rows", detail, hint=hint))
+        elif format:
+            records = file.entry is not None and file.entry.rows == "record"
+            known.append((file, rows_of(format, file.name) if records else format))
         else:
             detail = f"is of a type that cannot be read ({ending_of(file.name)})"
             hint = f"supported: {known_endings()}; choose files with a glob such as 'notes/**/*.md', or set `format`"
@@ -80,7 +84,7 @@ def find_files(inputs: Sequence[Artifact], params: DataParams) -> Found:
     whole = sum(format in (*PIECEMEAL, "pdf", "html", "code") for _, format in known) >= FEW
     for file, format in known:
         found.sources.setdefault(_source_name(file.entry), _declared(file.entry))
-        found.pieces += _cut(_piece(file, format, params, whole and format in PIECEMEAL), params.task_bytes, found)
+        found.pieces += _cut(_piece(file, format, params, whole and format in PIECEMEAL), params.task_bytes)
     return found
 
 
@@ -98,8 +102,8 @@ def find_text(source: Artifact, params: DataParams) -> Found:
 
 def find_spool(path: Path, name: str, params: DataParams) -> Found:
     """The piece for a file of documents that the stage itself has made."""
-    options = {"max_document_bytes": params.max_document_bytes, "digest": False}
-    piece = Piece(name, str(path), "spool", name, path.stat().st_size, options=options)
+    options = {"max_document_bytes": params.max_document_bytes, "digest": ""}
+    piece = Piece(name, str(path), SPOOL, name, path.stat().st_size, options=options)
     return Found([piece], spooled=True, sources={name: {}})
 
 
@@ -202,7 +206,7 @@ def _piece(file: File, format: str, params: DataParams, whole: bool) -> Piece:
     return Piece(file.name, file.path, format, _source_name(entry), file.size, whole=whole, options=options)
 
 
-def _cut(piece: Piece, task_bytes: int, found: Found) -> list[Piece]:
+def _cut(piece: Piece, task_bytes: int) -> list[Piece]:
     """The parts of a large file: at line ends, between row groups; all others are one piece."""
     if piece.size <= task_bytes or is_url(piece.path) or piece.options.get("limit"):
         return [piece]
@@ -210,13 +214,14 @@ def _cut(piece: Piece, task_bytes: int, found: Found) -> list[Piece]:
         if piece.format == "parquet":
             return _row_groups(piece, task_bytes)
         if piece.format in CUT and not packing_of(piece.name):
-            return _line_ranges(piece, task_bytes, found)
+            return _line_ranges(piece, task_bytes)
     except OSError:
         return [piece]  # its reader says what is wrong
     return [piece]
 
 
-def _line_ranges(piece: Piece, task_bytes: int, found: Found) -> list[Piece]:
+def _line_ranges(piece: Piece, task_bytes: int) -> list[Piece]:
+    """The parts of a file of lines; the first knows the digest of the whole, which this pass gives for nothing."""
     digest = hashlib.sha256()
     ranges: list[Piece] = []
     start, first, lines, position = 0, 1, 0, 0
@@ -238,7 +243,7 @@ def _line_ranges(piece: Piece, task_bytes: int, found: Found) -> list[Piece]:
             position += len(block)
     if start < position or not ranges:
         ranges.append(replace(piece, start=start, end=position, first=first, part=len(ranges)))
-    found.digests[piece.name] = digest.hexdigest()
+    ranges[0] = replace(ranges[0], options={**piece.options, "digest": f"sha256:{digest.hexdigest()}"})
     return [replace(part, size=(part.end or 0) - part.start) for part in ranges]
 
 

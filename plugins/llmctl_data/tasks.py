@@ -4,8 +4,11 @@
 left; `match-K` and `resolve-K` are the phases of the K-th corpus step. With `--serve WORK`, lines `PHASE NUMBER` on
 standard input are done one after the other, an answer in JSON for each; the end of the input ends the process.
 
-A task holds a batch of documents, the line that is read (at most `max_document_bytes`), its own signatures and, in
-`match`, those of a range of keys (about `MATCH_BYTES`): its memory does not grow with the corpus.
+What a task holds. `read`: a batch of documents, the line or the file that is read (at most `max_document_bytes`), the
+signatures of its own documents, the verdicts over them, and what the corpus step gives to all (the lines that
+`repeated-lines` removes). `match`: the signatures of a range of keys, about `MATCH_BYTES`, but at least one of 256
+buckets, so with more than 256 times that in all it grows with the corpus. `resolve`: everything that matching found,
+which grows with the duplicates and the items found, not with the documents that have none.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmctl.errors import LlmctlError
+from llmctl.errors import LlmctlError, StageError
 from llmctl.stage import Artifact
 from llmctl.text.cleaning.step import BatchStep, CorpusStep, Drop, Noted, Several, Step
 from llmctl.text.documents import Document
@@ -40,6 +43,21 @@ BATCH, BATCH_CHARS = 64, 1 << 20
 LEDGER, REJECTS, FILES = "ledger.json", "rejects.jsonl", "files.jsonl"
 Known = dict[str, str]
 """Source and format of a document: they survive whatever a step makes of it."""
+
+
+def publish(aside: Path, target: Path) -> None:
+    """Give what a task made its name. Where another worker was faster, the same bytes lie there already.
+
+    StageError if it can get none: without it the documents of the task would be missing.
+    """
+    try:
+        aside.rename(target)
+    except OSError as error:
+        if not target.is_dir():
+            raise StageError(
+                f"{target} cannot be written: {error.strerror or error}",
+                hint="look at the free space and the permissions of the store; the same command goes on from here",
+            ) from error
 
 
 class Worker:
@@ -71,8 +89,7 @@ class Worker:
         aside.mkdir(parents=True)
         try:
             {"read": self._read, "match": self._match, "resolve": self._resolve}[kind](int(segment), number, aside)
-            with contextlib.suppress(OSError):  # another worker was faster: the same bytes lie there
-                aside.rename(target)
+            publish(aside, target)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -229,7 +246,8 @@ class Reading:
 
     def _note_file(self, piece: Piece, documents: int) -> None:
         told = {"name": piece.name, "source": piece.source, "format": piece.format, "part": piece.part}
-        digest = digest_of(piece) if piece.part == 0 and piece.options.get("digest", True) else ""
+        known = piece.options.get("digest")  # where the file was read to be cut, and where none is wanted
+        digest = "" if piece.part else digest_of(piece) if known is None else known
         told |= {"bytes": piece.size, "documents": documents, "digest": digest}
         self._files.write(json.dumps(told, ensure_ascii=False) + "\n")
 

@@ -294,9 +294,9 @@ def check(tokens: str, tokenizer: str | None, as_json: bool) -> None:
 @tokenizers.command("export-shards")
 @click.argument("tokens")
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--format", type=click.Choice(["nanogpt", "megatron"]), required=True)
+@click.option("--format", type=click.Choice(["nanogpt", "megatron", "litdata"]), required=True)
 def export(tokens: str, directory: Path, format: str) -> None:
-    """Write the token shards TOKENS as nanoGPT (train.bin) or Megatron (.bin and .idx) reads them."""
+    """Write the shards TOKENS as nanoGPT (train.bin), Megatron (.bin and .idx) or litdata (folders) reads them."""
     from llmctl_tokenize.shard_formats import export_shards
 
     for path in export_shards(_open_shards(tokens), directory, format):
@@ -307,9 +307,9 @@ def export(tokens: str, directory: Path, format: str) -> None:
 @click.argument("sources", nargs=-1, required=True, metavar="SPLIT=PATH…")
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--tokenizer", required=True, help="The tokenizer that they were written with.")
-@click.option("--format", type=click.Choice(["nanogpt", "megatron"]), required=True)
+@click.option("--format", type=click.Choice(["nanogpt", "megatron", "litdata"]), required=True)
 def import_shards(sources: Sequence[str], directory: Path, tokenizer: str, format: str) -> None:
-    """Write nanoGPT's or Megatron's files as token shards into DIRECTORY, one SPLIT=PATH for each split."""
+    """Write files of nanoGPT, Megatron or litdata as token shards into DIRECTORY, one SPLIT=PATH for each split."""
     from llmctl_tokenize import shard_formats
     from llmctl_tokenize.comparison import open_tokenizer
 

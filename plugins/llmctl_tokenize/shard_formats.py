@@ -1,8 +1,9 @@
-"""Token shards as nanoGPT's and Megatron's flat binaries, and those as token shards.
+"""Token shards as nanoGPT's, Megatron's and litdata's flat binaries, and those as token shards.
 
 Megatron's index (`megatron/core/datasets/indexed_dataset.py`): `MMIDIDX\\0\\0`, version 1 (uint64), code of the dtype
 (uint8), number of sequences and of document bounds (uint64), lengths (int32) and byte pointers (int64) of the
-sequences, document bounds (int64). nanoGPT: nothing but uint16 ids, which says nothing about documents.
+sequences, document bounds (int64). nanoGPT: nothing but uint16 ids, which says nothing about documents. litdata's are
+in `litdata_chunks`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy as np
 from llmctl import InputError, UsageError
 from llmctl.text.shards import Encoded, ShardWriter, SplitTokens, TokenShards
 from llmctl.text.tokenizer import Tokenizer
+from llmctl_tokenize import litdata_chunks
 
-FORMATS = ("nanogpt", "megatron")
 MAGIC = b"MMIDIDX\x00\x00"
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 SPLIT_FILES = {"train": "train.bin", "validation": "val.bin"}
@@ -35,6 +36,8 @@ def export_shards(shards: TokenShards, directory: Path, format: str) -> list[Pat
         split = shards.split(name)
         if format == "nanogpt":
             written.append(_to_nanogpt(shards, split, directory))
+        elif format == "litdata":
+            written += litdata_chunks.write_chunks(split, directory / name, shards.vocab_size)
         else:
             written += _to_megatron(shards, split, directory)
     return written
@@ -101,14 +104,20 @@ def _write_shards(sources: dict[str, Path], directory: Path, tokenizer: Tokenize
     writer = ShardWriter(directory, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.digest, splits=list(sources))
     with writer:
         for name, path in sources.items():
-            parts = _from_nanogpt(path, tokenizer.eos_id) if format == "nanogpt" else _from_megatron(path)
-            for ids, lengths in parts:
+            for ids, lengths in _parts_of(path, tokenizer, format):
                 if len(ids) and ids.max() >= tokenizer.vocab_size:
                     raise InputError(
                         f"{path}: id {ids.max()} is not in the tokenizer's {tokenizer.vocab_size}",
                         hint="give the tokenizer that the file was written with",
                     )
                 writer.add_encoded(name, Encoded(ids, lengths, int(sizes[ids].sum())))
+
+
+def _parts_of(path: Path, tokenizer: Tokenizer, format: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids, lengths of the documents) of a file or a directory, part by part."""
+    if format == "litdata":
+        return litdata_chunks.read_chunks(path)
+    return _from_nanogpt(path, tokenizer.eos_id) if format == "nanogpt" else _from_megatron(path)
 
 
 def _from_nanogpt(path: Path, eos: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

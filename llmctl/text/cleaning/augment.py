@@ -40,10 +40,15 @@ class Augment:
         self._params, self._seed = params, seed
         self._rules = [(re.compile(rule.pattern), rule.replace) for rule in params.rules]
         self._guard: Any = None
+        if params.guard() and not evaluation:
+            raise UsageError(
+                f"augment: {', '.join(params.guard())} says how evaluation items are found, and none are bound",
+                hint="bind the input `evaluation`, or leave it out",
+            )
         if evaluation:
             from llmctl.text.cleaning.decontamination import Decontaminate
 
-            self._guard = Decontaminate(DecontaminateParams(name="decontaminate"), seed, evaluation)
+            self._guard = Decontaminate(DecontaminateParams(name="decontaminate", **params.guard()), seed, evaluation)
         self._translator: Any = None
         if params.method == "back-translation":
             if len(models) != 2:
@@ -110,6 +115,8 @@ class Augment:
             "share_before": round(own / whole, 6),
             "share": round((own + made) / (whole + made), 6),
         }
+        if self._guard is not None:
+            facts |= {"items": self._guard.count, "items_too_short": self._guard.short}
         return Resolution(shared=[int(each), below], facts=facts)
 
     def filter(self, document: Document, verdict: Any, shared: Any) -> Outcome | Several:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -89,9 +90,19 @@ def wanted(groups: Mapping[str, Sizes], params: BalanceParams) -> dict[str, floa
 
 
 def volume(sizes: Mapping[str, int], shares: Mapping[str, float], params: BalanceParams) -> float:
-    """Documents or bytes of the result, so that every group has its share within the passes allowed."""
+    """Documents or bytes of the result, so that every group has its share within the passes allowed.
+
+    InputError where `size: up` cannot keep every document within them.
+    """
     passes = [sizes[name] / share for name, share in shares.items() if share]  # the whole at one pass over each group
     most = params.max_epochs * min(passes)
+    if params.size == "up" and max(passes) > most * (1 + 1e-9):
+        needed = max(passes) / min(passes)
+        raise InputError(
+            f"balance: size: up leaves no document out, which takes {needed:,.1f} passes over the smallest group; "
+            f"max_epochs allows {params.max_epochs:g}",
+            hint=f"set max_epochs: {math.ceil(needed)}, or size: same",
+        )
     return min(most, {"same": float(sum(sizes.values())), "down": min(passes), "up": max(passes)}[params.size])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -15,6 +15,8 @@ BY = (
     "(meta.label), or the name of any other field of `meta`"
 )
 Method = Literal["noise", "paraphrase", "synthetic", "back-translation"]
+GUARD = ("fields", "ngram", "min_words")
+"""Parameters of `augment` that are those of `decontaminate` where they are not set."""
 Noise = Literal["swap", "keyboard", "ocr", "delete", "dropout"]
 
 
@@ -35,7 +37,8 @@ class BalanceParams(Params):
     )
     size: Literal["same", "down", "up"] = Field(
         "same",
-        description="how large the result is: `same` as before, `down` no document is repeated, `up` none is left out",
+        description="how large the result is: `same` as before, `down` no document is repeated, `up` none is left out "
+        "(an error if max_epochs is too few)",
     )
     max_epochs: float = Field(
         4.0, gt=0, description="most passes over a group; the whole becomes smaller rather than the mix another"
@@ -93,6 +96,20 @@ class RuleParams(Params):
         return self
 
 
+def slots_of(template: str) -> set[str]:
+    """The names of a template's `{slot}`s. ValueError for braces that hold anything but a name."""
+    try:
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"templates: `{template}`: {error}; a brace of the text is doubled") from error
+    for _, name, form, conversion in fields:
+        if form or conversion or not str(name).isidentifier():
+            raise ValueError(
+                f"templates: `{template}` has braces that name no slot; write {{name}}, and double those of the text"
+            )
+    return {str(name) for _, name, _, _ in fields}
+
+
 class AugmentParams(Params):
     """Derive further documents from those of a small group until it has its share. Only what is trained on is used."""
 
@@ -114,6 +131,22 @@ class AugmentParams(Params):
     rules: list[RuleParams] = Field([], description="paraphrase: what may stand for what")
     templates: list[str] = Field([], description="synthetic: texts with {slot}s")
     slots: dict[str, list[str]] = Field({}, description="synthetic: what may stand in each slot")
+    fields: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="columns of the input `evaluation` whose texts have no twins; null: as the step decontaminate says",
+    )
+    ngram: int | None = Field(
+        None, ge=2, le=64, description="words that a twin shares with such a text at least; null: as decontaminate says"
+    )
+    min_words: int | None = Field(
+        None, ge=2, description="shorter texts are not looked for, and are counted; null: as decontaminate says"
+    )
+
+    def guard(self) -> dict[str, Any]:
+        """What is set of how evaluation items are found."""
+        named = {name: getattr(self, name) for name in GUARD}
+        return {name: value for name, value in named.items() if value is not None}
 
     @model_validator(mode="after")
     def _complete(self) -> AugmentParams:
@@ -124,11 +157,7 @@ class AugmentParams(Params):
         fields = type(self).model_fields
         if self.method != "noise" and any(getattr(self, name) != fields[name].default for name in ("noise", "rate")):
             raise ValueError("noise and rate belong to method: noise")
-        try:
-            named = {name for text in self.templates for _, name, _, _ in string.Formatter().parse(text) if name}
-        except ValueError as error:
-            raise ValueError(f"templates: {error}") from error
-        if named != set(self.slots) or not all(self.slots.values()):
+        if set().union(*map(slots_of, self.templates)) != set(self.slots) or not all(self.slots.values()):
             raise ValueError("slots must name values for just the slots of templates")
         return self
 

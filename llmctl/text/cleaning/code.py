@@ -53,7 +53,7 @@ class Code(Routed):
     def _language(self, document: Document) -> str:
         """The programming language, `unknown` for code that does not tell, "" for what is no code."""
         if known := document.meta.get("code"):
-            return str(known)
+            return str(known).lower()  # a corpus may write `Python`
         if not self._params.detect:
             return "unknown" if kind_of(document) == "code" else ""
         path = str(document.meta.get("path") or document.source)

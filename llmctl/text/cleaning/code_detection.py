@@ -12,7 +12,7 @@ SUFFIXES = {
     ".tsx": "typescript", ".php": "php", ".rb": "ruby", ".pl": "perl", ".pm": "perl", ".lua": "lua", ".r": "r",
     ".jl": "julia", ".hs": "haskell", ".ml": "ocaml", ".ex": "elixir", ".exs": "elixir", ".erl": "erlang",
     ".clj": "clojure", ".lisp": "lisp", ".el": "lisp", ".scm": "scheme", ".sh": "shell", ".bash": "shell",
-    ".zsh": "shell", ".ps1": "powershell", ".sql": "sql", ".css": "css", ".scss": "css", ".m": "matlab",
+    ".zsh": "shell", ".ps1": "powershell", ".sql": "sql", ".css": "css", ".scss": "css", ".m": "objective-c",
     ".f90": "fortran", ".f": "fortran", ".asm": "assembly", ".s": "assembly", ".zig": "zig", ".dart": "dart",
     ".vue": "javascript", ".proto": "protobuf", ".cmake": "cmake", ".gradle": "groovy", ".groovy": "groovy",
 }  # fmt: skip

@@ -64,6 +64,11 @@ class Decontaminate(Routed):
             tables[n] = (joined[order], numbers[order])
         return tables
 
+    @property
+    def count(self) -> int:
+        """Items that are looked for."""
+        return len(self._names)
+
     def hits(self, text: str) -> list[str]:
         """Names of the items that the text holds."""
         words = self._words.of(normal_words(text))
@@ -75,7 +80,7 @@ class Decontaminate(Routed):
                 for owner in owners[starts[place] : ends[place]].tolist():
                     counts[owner] = counts.get(owner, 0) + 1
         share = self._params.share
-        return sorted(self._names[owner] for owner, count in counts.items() if count / self._sizes[owner] > share)
+        return sorted(self._names[owner] for owner, count in counts.items() if count / self._sizes[owner] >= share)
 
     def signatures(self, document: Document) -> Iterable[Signature]:
         """One for each item that the document holds."""
@@ -98,7 +103,7 @@ class Decontaminate(Routed):
             documents.setdefault(ref, []).append(name)
             held.setdefault(name, []).append(identity)
         facts = {
-            "items": len(self._names),
+            "items": self.count,
             "items_too_short": self.short,
             "items_found": len(held),
             "documents": len(documents),

@@ -20,7 +20,7 @@ CHANCE = 1 / 256
 
 
 class NearDuplicates(Routed):
-    """Keeps the first, in order of the sources, of every cluster of near duplicates.
+    """Keeps the first, in order of the sources, of every cluster of near duplicates, or tags them all.
 
     Candidates agree in a whole band; they are duplicates if the Jaccard similarity estimated from their signatures is
     at least `threshold`. Duplicates of duplicates are of one cluster.
@@ -35,7 +35,8 @@ class NearDuplicates(Routed):
         self._minhash = load_minhash()
 
     def signatures(self, document: Document) -> Iterable[Signature]:
-        """A key for each band; the payload is one byte per hash function, which is enough to estimate similarity."""
+        """A key for each band; the payload is one byte per hash function, which is enough to estimate similarity, and
+        for tags the document's id behind them."""
         if not self.touches(document):
             return []
         shingles = self.shingles(document.text)
@@ -43,6 +44,8 @@ class NearDuplicates(Routed):
             return []
         row = self.minima(shingles)
         payload = row.astype(np.uint8).tobytes()
+        if self._params.action == "tag":
+            payload += document.id.encode("utf-8", "surrogatepass")
         return [(key, payload) for key in self._keys(row)]
 
     def shingles(self, text: str) -> Hashes:
@@ -66,7 +69,7 @@ class NearDuplicates(Routed):
         return found
 
     def match(self, signatures: Signatures) -> Iterable[Finding]:
-        """(earlier, later) of documents in one bucket that are similar enough.
+        """(earlier, later, id of the earlier for tags) of documents in one bucket that are similar enough.
 
         Each is compared with those that no earlier one of the bucket stands for, so buckets of thousands of copies cost
         no more than their size.
@@ -74,13 +77,16 @@ class NearDuplicates(Routed):
         for _, refs, payloads in signatures.groups():
             if len(refs) < 2:
                 continue
-            rows = np.frombuffer(b"".join(payloads), dtype=np.uint8).reshape(len(refs), -1)
+            size = self._params.num_perm
+            minima = b"".join(payload[:size] for payload in payloads)
+            rows = np.frombuffer(minima, dtype=np.uint8).reshape(len(refs), size)
             left = np.arange(len(refs))
             while len(left) > 1:
                 first, rest = left[0], left[1:]
                 alike = self.similarity(rows[first], rows[rest]) >= self._params.threshold
+                name = payloads[first][size:].decode("utf-8", "surrogatepass")
                 for other in rest[alike].tolist():
-                    yield refs[first], refs[other]
+                    yield refs[first], refs[other], name
                 left = rest[~alike]
 
     @staticmethod
@@ -91,17 +97,22 @@ class NearDuplicates(Routed):
         return similarity
 
     def resolve(self, findings: Iterator[Finding]) -> Resolution:
-        """All but the first of each cluster, with the first."""
+        """All but the first of each cluster; for tags, all of it with the id of the first."""
         clusters = Clusters()
-        for one, other in findings:
+        names: dict[int, str] = {}
+        for one, other, name in findings:
             clusters.join(one, other)
-        verdicts = [(ref, first) for first, members in clusters.sets() for ref in members if ref != first]
+            names[one] = name  # the first of a cluster is the first of some pair
+        tags = self._params.action == "tag"
+        verdicts = [
+            (ref, names[first]) for first, members in clusters.sets() for ref in members if tags or ref != first
+        ]
         sizes: dict[int, int] = {}
         for _, members in clusters.sets():
             sizes[len(members)] = sizes.get(len(members), 0) + 1
         facts = {
             "clusters": sum(sizes.values()),
-            "duplicates": len(verdicts),
+            "duplicates": sum((size - 1) * count for size, count in sizes.items()),
             "cluster_sizes": [[size, count] for size, count in sorted(sizes.items())],
         }
         return Resolution(verdicts, facts=facts)

@@ -137,7 +137,9 @@ class ToxicityParams(StepParams):
         "drop", description="drop the document, cut the offensive sentences, or tag it (meta.toxicity)"
     )
     threshold: float = Field(0.8, gt=0, le=1, description="probability from which a sentence is offensive")
-    share: float = Field(0.0, ge=0, le=1, description="drop: more than this share of the sentences must be offensive")
+    share: float = Field(
+        0.0, ge=0, le=1, description="drop: at least this share of the sentences must be offensive; 0: one of them"
+    )
     quotations: bool = Field(False, description="judge what stands in quotation marks, too")
     innocent: list[str] = Field(
         [], description="further words that are judged as harmless (names, terms of a field), in lower case"
@@ -181,7 +183,10 @@ class NearDuplicatesParams(StepParams):
         16, ge=1, description="bands of the signature; documents equal in one are compared. Divides num_perm"
     )
     threshold: float = Field(0.8, gt=0, le=1, description="estimated Jaccard similarity from which two are duplicates")
-    action: Literal["drop", "tag"] = Field("drop", description="drop all but the first, or tag all (meta.duplicate_of)")
+    action: Literal["drop", "tag"] = Field(
+        "drop",
+        description="drop all but the first of a cluster, or tag all of it: meta.duplicate_of is the id of the first",
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> NearDuplicatesParams:
@@ -202,7 +207,9 @@ class DecontaminateParams(StepParams):
     )
     ngram: int = Field(13, ge=2, le=64, description="words per n-gram (GPT-3 13, PaLM 8)")
     min_words: int = Field(8, ge=2, description="items with fewer words than `ngram` count whole, from this many on")
-    share: float = Field(0.0, ge=0, le=1, description="an item is found when more than this share of its n-grams is")
+    share: float = Field(
+        0.0, ge=0, le=1, description="an item is found when at least this share of its n-grams is; 0: one of them"
+    )
     action: Literal["drop", "tag"] = Field("drop", description="drop the document or tag it (meta.contaminated)")
 
 

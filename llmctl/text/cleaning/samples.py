@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,15 +27,17 @@ class Reservoir:
 
     def __init__(self, size: int = KEPT) -> None:
         self._size = size
-        self._heap: list[tuple[int, str, dict[str, Any]]] = []  # the highest rank first, hence negative
+        self._heap: list[tuple[int, str, str]] = []
+        """(-rank, name, sample in JSON), the highest rank first: a total order, so no order of offers can matter."""
 
     def wants(self, key: int) -> bool:
         """Whether a sample of this rank would be kept: making one may be dear."""
-        return len(self._heap) < self._size or -key > self._heap[0][0]
+        return len(self._heap) < self._size or -key >= self._heap[0][0]
 
     def offer(self, key: int, name: str, sample: Mapping[str, Any]) -> None:
-        """Keep `sample` if its rank is among the lowest; `name` (the document's id) decides between equal ranks."""
-        item = (-key, name, dict(sample))
+        """Keep `sample` if its rank is among the lowest; between equal ranks `name` (the document's id) decides, and
+        between documents of one id the sample itself."""
+        item = (-key, name, json.dumps(sample, ensure_ascii=False))
         if len(self._heap) < self._size:
             heapq.heappush(self._heap, item)
         else:
@@ -42,7 +45,8 @@ class Reservoir:
 
     def to_json(self) -> list[list[Any]]:
         """For `merge`, lowest rank first."""
-        return [[-key, name, sample] for key, name, sample in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
+        ordered = sorted(self._heap, key=lambda item: (-item[0], *item[1:]))
+        return [[-key, name, json.loads(sample)] for key, name, sample in ordered]
 
     def merge(self, items: Iterable[list[Any]]) -> None:
         """Add the samples of another reservoir, as its `to_json` gives them."""

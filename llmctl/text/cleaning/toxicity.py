@@ -103,7 +103,7 @@ class Toxicity(Routed):
             if not text.strip():
                 return Drop("offensive", f"score {worst:.2f}")
             return Noted(with_text(document, text), {"sentences": len(hits)})
-        if len(hits) / judged > self._params.share:
+        if len(hits) / judged >= self._params.share:
             return Drop("offensive", f"score {worst:.2f}, {len(hits)} of {judged} sentences")
         return Noted(document, {"sentences": len(hits)})
 

@@ -21,20 +21,22 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
 }
 LANGUAGES: dict[str, str] = {
-    ".py": "Python", ".pyi": "Python", ".ipynb": "Jupyter", ".c": "C", ".h": "C", ".cc": "C++", ".cpp": "C++",
-    ".cxx": "C++", ".hpp": "C++", ".hh": "C++", ".cu": "CUDA", ".java": "Java", ".kt": "Kotlin", ".scala": "Scala",
-    ".go": "Go", ".rs": "Rust", ".js": "JavaScript", ".mjs": "JavaScript", ".jsx": "JavaScript", ".ts": "TypeScript",
-    ".tsx": "TypeScript", ".rb": "Ruby", ".php": "PHP", ".pl": "Perl", ".lua": "Lua", ".r": "R", ".jl": "Julia",
-    ".swift": "Swift", ".m": "Objective-C", ".cs": "C#", ".fs": "F#", ".hs": "Haskell", ".ml": "OCaml", ".ex": "Elixir",
-    ".erl": "Erlang", ".clj": "Clojure", ".lisp": "Lisp", ".el": "Lisp", ".sh": "Shell", ".bash": "Shell",
-    ".zsh": "Shell", ".ps1": "PowerShell", ".sql": "SQL", ".css": "CSS", ".scss": "CSS", ".vue": "Vue", ".dart": "Dart",
-    ".zig": "Zig", ".nim": "Nim", ".f90": "Fortran", ".f": "Fortran", ".asm": "Assembly", ".s": "Assembly",
-    ".tex": "TeX", ".bib": "TeX", ".rst": "reStructuredText", ".yaml": "YAML", ".yml": "YAML", ".toml": "TOML",
-    ".ini": "INI", ".cfg": "INI", ".xml": "XML", ".proto": "Protocol Buffers", ".cmake": "CMake", ".tf": "HCL",
-    ".dockerfile": "Dockerfile", ".makefile": "Makefile", ".v": "Verilog", ".vhd": "VHDL", ".sol": "Solidity",
+    ".py": "python", ".pyi": "python", ".ipynb": "jupyter", ".c": "c", ".h": "c", ".cc": "c++", ".cpp": "c++",
+    ".cxx": "c++", ".hpp": "c++", ".hh": "c++", ".cu": "cuda", ".java": "java", ".kt": "kotlin", ".scala": "scala",
+    ".go": "go", ".rs": "rust", ".js": "javascript", ".mjs": "javascript", ".jsx": "javascript", ".ts": "typescript",
+    ".tsx": "typescript", ".rb": "ruby", ".php": "php", ".pl": "perl", ".lua": "lua", ".r": "r", ".jl": "julia",
+    ".swift": "swift", ".m": "objective-c", ".cs": "c#", ".fs": "f#", ".hs": "haskell", ".ml": "ocaml", ".ex": "elixir",
+    ".erl": "erlang", ".clj": "clojure", ".lisp": "lisp", ".el": "lisp", ".sh": "shell", ".bash": "shell",
+    ".zsh": "shell", ".ps1": "powershell", ".sql": "sql", ".css": "css", ".scss": "css", ".vue": "javascript",
+    ".dart": "dart", ".zig": "zig", ".nim": "nim", ".f90": "fortran", ".f": "fortran", ".asm": "assembly",
+    ".s": "assembly",
+    ".tex": "tex", ".bib": "tex", ".rst": "restructuredtext", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml",
+    ".ini": "ini", ".cfg": "ini", ".xml": "xml", ".proto": "protobuf", ".cmake": "cmake", ".tf": "hcl",
+    ".dockerfile": "docker", ".makefile": "make", ".v": "verilog", ".vhd": "vhdl", ".sol": "solidity",
 }  # fmt: skip
-"""Endings of source code, and of what is kept like it: never repaired, never judged by the rules of prose."""
-CODE_NAMES = {"makefile": "Makefile", "dockerfile": "Dockerfile", "cmakelists.txt": "CMake", "rakefile": "Ruby"}
+"""Endings of source code, and of what is kept like it: never repaired, never judged by the rules of prose.
+Languages have the names that the step `code` gives them, in lower case."""
+CODE_NAMES = {"makefile": "make", "dockerfile": "docker", "cmakelists.txt": "cmake", "rakefile": "ruby"}
 
 RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
 """Files of rows that labelled examples may come from, beside tables."""
@@ -43,6 +45,8 @@ SUPPORTED = (*TEXT, *MARKDOWN, *RECORDS)
 """The endings that `llmctl init` looks for; `known_endings` has all."""
 CUT = frozenset({"txt", "markdown", "jsonl"})
 """Formats of lines: a large file that is not packed is read in parts."""
+ROWS = frozenset({"jsonl", "json", "csv", "tsv", "parquet", "xml", "html-tables"})
+"""Formats of rows."""
 PIECEMEAL = frozenset({"txt", "markdown"})
 """Formats of which one file may become several documents."""
 
@@ -60,6 +64,15 @@ def format_of(name: str) -> str:
         if bare.endswith(endings):
             return format
     return "code" if PurePosixPath(bare).suffix in LANGUAGES else ""
+
+
+def rows_of(format: str, name: str) -> str:
+    """The format by which a file is read as records; "" if it has no rows."""
+    if format == "html":
+        return "html-tables"
+    if format == "code":
+        return "xml" if language_of(name) == "xml" else ""
+    return format if format in ROWS or format.startswith("reader:") else ""
 
 
 def language_of(name: str) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 
 from llmctl import InputError
 
+SPOOL = "spool"
+"""The format of documents that the stage itself has made."""
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -10,9 +10,9 @@ from pathlib import Path
 from llmctl.text.datasets import read_records
 from llmctl.text.documents import Document
 from llmctl_data.parts import read_documents
-from llmctl_data.readers import markup, pdf, plain, records, streams
+from llmctl_data.readers import markup, pdf, plain, records, streams, tables, xml_records
 from llmctl_data.readers.listing import text_document
-from llmctl_data.readers.piece import Note, Piece, Reject
+from llmctl_data.readers.piece import SPOOL, Note, Piece, Reject
 
 Read = Callable[[Piece, io.BufferedReader, int], Iterator[Document | Reject | Note]]
 READERS: dict[str, Read] = {
@@ -26,6 +26,8 @@ READERS: dict[str, Read] = {
     "csv": records.read_table,
     "tsv": records.read_table,
     "parquet": records.read_parquet,
+    "xml": xml_records.read_xml,
+    "html-tables": tables.read_tables,
 }
 BINARY = frozenset({"pdf", "parquet"})
 
@@ -61,7 +63,7 @@ def with_source(document: Document, piece: Piece) -> Document:
 
 def _read(piece: Piece) -> Iterator[Document | Reject | Note]:
     limit = int(piece.options["max_document_bytes"])
-    if piece.format == "spool":
+    if piece.format == SPOOL:
         yield from (document for document, _ in read_documents(Path(piece.path)))
         return
     if piece.format == "dataset.text":
@@ -106,6 +108,6 @@ def _no_text(piece: Piece, stream: io.BufferedReader) -> Reject | None:
         raise
     if not head:
         return Reject(piece.name, "empty file", "the file is empty", fault=False)
-    if streams.is_binary(head) and piece.format != "html":
+    if streams.is_binary(head) and piece.format not in ("html", "html-tables", "xml"):
         return Reject(piece.name, "binary file", "it holds zero bytes: binary data, no text", hint="leave it out")
     return None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from llmctl import LlmctlError, MachineError
@@ -15,6 +17,8 @@ from llmctl_data.readers import streams
 from llmctl_data.readers.formats import readers
 from llmctl_data.readers.piece import Note, Piece, Reject
 from llmctl_data.readers.plain import cut_short, decoded, too_long
+from llmctl_data.records import number as exact_number
+from llmctl_data.records import record_to_text, text_of
 
 Row = Mapping[str, Any]
 BATCH = 256
@@ -37,8 +41,9 @@ def read_jsonl(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[
 
 def _from_line(piece: Piece, text: str, number: int) -> Document | Reject:
     try:
-        row = load_json(text.rstrip("\r\n"))  # a line end would count as a further line
-    except ValueError as error:
+        bare = text.rstrip("\r\n")  # a line end would count as a further line
+        row = load_exact(bare) if keeps_all(piece) else load_json(bare)
+    except (ValueError, RecursionError) as error:
         column = error.colno if isinstance(error, json.JSONDecodeError) else None
         detail = f"no valid JSON: {error}"
         return Reject(piece.name, "broken line", detail, number, column, hint="one JSON object per line")
@@ -58,6 +63,11 @@ def load_json(text: str) -> Any:
         return json.loads(text)
 
 
+def load_exact(text: str) -> Any:
+    """JSON for a record: a number whose digits a float would not print is a Decimal, an integer has any size."""
+    return json.loads(text, parse_float=exact_number)
+
+
 def read_json(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
     """One object, or a list of them, of up to `limit` bytes."""
     try:
@@ -65,11 +75,12 @@ def read_json(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[D
         if data is None:
             yield too_long(piece, "the file", f"more than {limit:,} bytes")
             return
-        found = json.loads(data.decode(json.detect_encoding(data)).removeprefix("\ufeff"))
+        text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
+        found = load_exact(text) if keeps_all(piece) else json.loads(text)
     except streams.Damaged as error:
         yield cut_short(piece, error, 0)
         return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         column = error.colno if isinstance(error, json.JSONDecodeError) else None
         hint = "JSON Lines are called .jsonl"
@@ -109,11 +120,21 @@ def read_table(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[
             return
         if head is None:
             head = cells
+            if keeps_all(piece) and (twice := named_twice(head)) is not None:
+                detail = f"two columns are called `{twice}`"
+                yield Reject(piece.name, "broken table", detail, line=1, hint="give each a name of its own")
+                return
         elif cells and len(cells) != len(head):
             detail = f"{len(cells)} cells, the first line names {len(head)}"
             yield Reject(piece.name, "broken row", detail, line=table.line_num)
         elif cells:
             yield to_document(piece, dict(zip(head, cells, strict=True)), table.line_num)
+
+
+def named_twice(names: Sequence[str]) -> str | None:
+    """The first name that stands there more than once."""
+    counts = Counter(names)
+    return next((name for name in names if counts[name] > 1), None)
 
 
 def read_parquet(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
@@ -169,13 +190,18 @@ def read_by_plugin(piece: Piece, limit: int) -> Iterator[Document | Reject | Not
 
 
 def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Document | Reject:
-    """The document of a row by `fields`; a reject if it has no text there."""
-    fields: Mapping[str, str] = piece.options["fields"]
+    """The document of a row by `fields`; a reject if it has no text there, or values within values without end."""
     place: dict[str, Any] = {"line": number} if line else {"row": number}
+    try:
+        return _to_document(piece, row, f"{piece.name}#{number}", place)
+    except RecursionError:
+        return Reject(piece.name, "nested too deeply", "its values lie too deep within each other", **place)
+
+
+def _to_document(piece: Piece, row: Row, identity: str, place: Mapping[str, Any]) -> Document | Reject:
+    fields: Mapping[str, str] = piece.options["fields"]
     limit = int(piece.options["max_document_bytes"])
     if keeps_all(piece):
-        from llmctl_data.records import record_to_text
-
         text: Any = record_to_text(row)
     else:
         text = at(row, fields["text"])
@@ -189,7 +215,10 @@ def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Docum
         return Reject(
             piece.name, "document too long", f"{len(text):,} characters", hint="raise max_document_bytes", **place
         )
-    identity, source, meta = f"{piece.name}#{number}", piece.name, {}
+    source = piece.name
+    meta: dict[str, Any] = {}
+    # What JSON calls a number stays one in `meta`, whatever its digits, so that a column has one type.
+    decimals: Callable[[Decimal], Any] = float if piece.format in ("json", "jsonl") else str
     for name, path in fields.items():
         value = None if name == "text" else at(row, path)
         if value is None or value is MISSING:
@@ -199,8 +228,24 @@ def to_document(piece: Piece, row: Row, number: int, line: bool = True) -> Docum
         elif name == "source":
             source = str(value)
         else:
-            meta[name] = value if isinstance(value, str | int | float | bool | list | dict) else str(value)
+            meta[name] = json_value(value, decimals)
+    if keeps_all(piece):
+        meta = {"format": piece.format, **meta, "kind": "table"}  # rules for prose would break it
     return Document(identity, source, text, identity, meta=meta)
+
+
+def json_value(value: Any, decimals: Callable[[Decimal], Any] = str) -> Any:
+    """What JSON can say of a value: dates, at any depth, become their text, bytes theirs or their hex, a Decimal what
+    `decimals` makes of it."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): json_value(one, decimals) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(one, decimals) for one in value]
+    if isinstance(value, Decimal):
+        return decimals(value)
+    return text_of(value) if isinstance(value, bytes) else str(value)
 
 
 def at(row: Row, path: str) -> Any:

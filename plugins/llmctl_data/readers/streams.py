@@ -231,12 +231,17 @@ def bounded_lines(
 
 def bounded_bytes(stream: io.BufferedReader, limit: int) -> bytes | None:
     """All of it, None if that is more than `limit`. Raises Damaged."""
+    data = next_bytes(stream, limit + 1)
+    return None if len(data) > limit else data
+
+
+def next_bytes(stream: io.BufferedReader, size: int) -> bytes:
+    """Up to `size` bytes, none at the end. Raises Damaged where the packed data end or break."""
     try:
-        data = stream.read(limit + 1)
+        return stream.read(size)
     except DAMAGED as error:
         raise Damaged(str(error)) from error
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None:  # bzip2
             raise Damaged(str(error)) from error
         raise
-    return None if len(data) > limit else data

@@ -151,3 +151,28 @@ def test_each_kind_of_noise() -> None:
         assert alike != "modern"
     assert set(noise.NEIGHBOURS["g"]) == set("tyfhvb")
     assert noise.swap("aa", rng) == "aa" and noise.keyboard("日本", rng) == "日本" and noise.delete("a", rng) == "a"
+
+
+@pytest.mark.parametrize("template", ["{} is late", "{0} is late", "{who.name} is late", "{who!r}", "{who:>9}", "{who"])
+def test_braces_that_name_no_slot_are_refused(template: str) -> None:
+    for slots in ({"who": ["Ann"]}, {"0": ["Ann"]}, {"who.name": ["Ann"]}):
+        with pytest.raises(pydantic.ValidationError, match="templates: "):
+            AugmentParams(name="augment", group="g", share=0.5, method="synthetic", templates=[template], slots=slots)
+    fine = {"templates": ["{{}} {who}"], "slots": {"who": ["Ann"]}}
+    assert AugmentParams(name="augment", group="g", share=0.5, method="synthetic", **fine)
+
+
+def test_the_guard_looks_as_it_is_told_to(
+    tmp_path: Path, documents: list[Document], corpus: Callable[..., Any]
+) -> None:
+    """Items in a column of another name, of fewer words than the default; those too short are counted."""
+    held = [one.text for one in documents if one.meta["label"] == "rare"]
+    rows = [{"sentence": " ".join(held[0].split()[:6])}, {"sentence": "too short"}, {"sentence": held[1]}]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="no evaluation item"):
+        step(evaluation=[tmp_path / "quiz.jsonl"])
+    told = {"fields": ["sentence"], "ngram": 6, "min_words": 4}
+    _, resolution = corpus(step(evaluation=[tmp_path / "quiz.jsonl"], share=0.15, **told), documents)
+    assert (resolution.facts["refused"], resolution.facts["items"], resolution.facts["items_too_short"]) == (2, 2, 1)
+    with pytest.raises(UsageError, match="fields, ngram, min_words says how"):
+        step(**told)

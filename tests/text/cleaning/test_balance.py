@@ -155,3 +155,14 @@ def test_spread_is_the_entropy() -> None:
     assert told["effective"] == pytest.approx(float(np.exp(entropy(counts))), abs=1e-3)
     assert (told["groups"], told["largest"], told["ratio"]) == (4, 0.7, 70)
     assert spread([5, 5, 5, 5])["effective"] == 4 and spread([])["groups"] == 0
+
+
+def test_size_up_keeps_every_document_or_is_refused(corpus: Callable[..., Any]) -> None:
+    """Nine to one, wanted alike: nine passes over the small group."""
+    found = [Document(str(n), "s", "text", meta={"language": "a" if n % 10 else "b"}) for n in range(200)]
+    asked = {"unit": "documents", "size": "up", "weights": {"a": 1, "b": 1}}
+    with pytest.raises(InputError, match=r"takes 9\.0 passes over the smallest group; max_epochs allows 4") as caught:
+        corpus(step(**asked), found)
+    assert caught.value.hint == "set max_epochs: 9, or size: same"
+    kept = left(corpus(step(**asked, max_epochs=9), found)[0])
+    assert {one.id for one in found} == {one.id for one in kept if "~" not in one.id}

@@ -102,3 +102,11 @@ def test_licences_and_parsing_can_be_asked_for() -> None:
 )
 def test_licences_of_headers(text: str, spdx: str) -> None:
     assert license_of(text) == spdx
+
+
+def test_a_language_that_the_corpus_writes_large_is_the_same() -> None:
+    broken = Document("1", "s", "def f(:\n", meta={"code": "Python"})
+    outcome = step(parses=True)(broken)
+    assert isinstance(outcome, Drop) and outcome.reason == "does not parse"
+    kept = step(parses=True)(Document("1", "s", "def f():\n    return 1\n", meta={"code": "Python"}))
+    assert isinstance(kept, Noted) and kept.document.meta["code"] == "python" and "code:python" in kept.found

@@ -96,3 +96,10 @@ def test_chinese_is_found_by_characters(tmp_path: Path) -> None:
     path.write_text("请问下面哪一个选项正确地描述了光合作用的过程", encoding="utf-8")
     assert step(path).hits("前言。请问下面哪一个选项正确地描述了光合作用的过程？后记") == ["items.txt#1"]
     assert step(path).hits("这是一个完全不同的句子，没有任何重叠的内容，请继续阅读") == []
+
+
+def test_a_share_of_one_asks_for_the_whole_item(evaluation: Path) -> None:
+    whole = f"{' '.join(words(30))} {QUESTIONS[0]} {' '.join(words(30))}"
+    cut = " ".join(QUESTIONS[0].rstrip("?").split()[:-1])
+    assert step(evaluation, share=1.0).hits(whole) == ["quiz.jsonl/train#1.question"]
+    assert step(evaluation, share=1.0).hits(cut) == [] and step(evaluation).hits(cut)

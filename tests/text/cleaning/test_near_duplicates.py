@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -122,8 +123,12 @@ def test_parameters(corpus: Callable[..., Any]) -> None:
     assert dropped(threshold=0.5, bands=32) == 1
     assert dropped(threshold=0.5, bands=1) == 0, "one band of all: only equal signatures meet"
     assert dropped(ngram=1, threshold=0.85) == 1, "single words are alike more often"
-    outcomes, _ = corpus(step(action="tag", threshold=0.5, bands=32), pair)
-    assert outcomes[1].meta["duplicate_of"] == 0 and outcomes[1].text == pair[1].text
+    named = [replace(one, id=f"page-{one.id}") for one in pair]
+    other = Document("far", "s", "nothing of the kind stands here at all")
+    outcomes, resolution = corpus(step(action="tag", threshold=0.5, bands=32), [*named, other], tasks=3)
+    assert [one.meta.get("duplicate_of") for one in outcomes] == ["page-0", "page-0", None]
+    assert [one.text for one in outcomes[:2]] == [one.text for one in pair]
+    assert resolution.facts["duplicates"] == 1
     case = [Document("0", "s", "A short text, it says!"), Document("1", "s", "a short text it says")]
     assert [isinstance(outcome, Drop) for outcome in corpus(step(), case)[0]] == [False, True]
     table = [Document(str(n), "s", "1,2,3", meta={"kind": "table"}) for n in range(2)]

@@ -73,3 +73,8 @@ def test_many_at_once_is_the_same_as_one_at_a_time() -> None:
 def test_other_kinds_are_not_judged(kind: str) -> None:
     document = Document("1", "s", INSULT, meta={"kind": kind})
     assert step()(document) is document
+
+
+def test_a_share_of_one_asks_for_every_sentence() -> None:
+    assert isinstance(step(share=1.0)(Document("1", "s", f"{INSULT} {INSULT}")), Drop)
+    assert isinstance(step(share=1.0)(Document("1", "s", f"{INSULT} {PLAIN}")), Noted)
