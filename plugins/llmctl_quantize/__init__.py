@@ -20,7 +20,7 @@ QUANTIZE = Stage(
     params="llmctl_quantize.params:QuantizeParams",
     run="llmctl_quantize.run:run",
     extra="optimum",
-    headline=("bytes.ratio",),
+    headline=("bytes.ratio", "cache.bytes_per_token"),
 )
 
 

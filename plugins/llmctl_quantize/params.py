@@ -36,7 +36,7 @@ class QuantizeParams(Params):
         "auto", description="keys and values in the cache: auto as the graph has them; int8 with scales from `data`"
     )
     calibration_tokens: int = Field(
-        8192,
+        16384,
         ge=64,
         description="tokens of `data`, of its training split, that the scales of an int8 cache come from",
     )
