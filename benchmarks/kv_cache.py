@@ -27,14 +27,19 @@ from llmctl.ort.cache_memory import token_bytes
 from llmctl_quantize import cache
 
 
-def with_int8(source: Path, target: Path, generator: OrtGenerator) -> None:
-    """Write the bundle with an int8 cache."""
+def copies(source: Path, home: Path, threads: int) -> tuple[OrtGenerator, OrtGenerator]:
+    """The bundle as it is and with an int8 cache, both written alike: where weights lie in a file is felt, too."""
+    generator = open_bundle(source, "cpu", threads)
     texts = np.random.default_rng(0).integers(3, generator.vocab_size, (2, 64)).tolist()
-    model = onnx.load(source / "model.onnx")
-    cache.refuse(model, source)
-    cache.quantize(model, cache.calibrate(generator, texts, lambda done, total: None))
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.onnx*"))
-    onnx.save_model(model, target / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    scales = cache.calibrate(generator, texts, lambda done, total: None)
+    for name in ("float32", "int8"):
+        model = onnx.load(source / "model.onnx")
+        if name == "int8":
+            cache.refuse(model, source)
+            cache.quantize(model, scales)
+        shutil.copytree(source, home / name, ignore=shutil.ignore_patterns("model.onnx*"))
+        onnx.save_model(model, home / name / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    return open_bundle(home / "float32", "cpu", threads), open_bundle(home / "int8", "cpu", threads)
 
 
 def measure(sides: tuple[OrtGenerator, OrtGenerator], batch: int, length: int, steps: int) -> dict[str, float]:
@@ -65,16 +70,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
-    before = open_bundle(args.bundle, "cpu", args.threads)
     with tempfile.TemporaryDirectory() as home:
-        with_int8(args.bundle, Path(home) / "int8", before)
-        after = open_bundle(Path(home) / "int8", "cpu", args.threads)
-    size = [token_bytes(side.layout) for side in (before, after)]
+        sides = copies(args.bundle, Path(home), args.threads)
+    size = [token_bytes(side.layout) for side in sides]
     print(f"bytes of a token: float32 {size[0]}, int8 {size[1]}, ratio {size[1] / size[0]:.3f}")
     found = []
     for batch in args.batch:
         for length in args.length:
-            one = measure((before, after), batch, length, args.steps)
+            one = measure(sides, batch, length, args.steps)
             print(
                 f"batch {batch:3}, behind {length:5}: float32 {one['float32']:8.1f} tokens/s, "
                 f"int8 {one['int8']:8.1f} tokens/s, ratio {one['ratio']:.3f}"
