@@ -226,11 +226,14 @@ def nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _port_faults(stage: Stage, model: type[BaseModel]) -> Iterator[Fault]:
-    """`Params.outputs` may only name ports that are declared; asked for the defaults, if there are any."""
+    """`outputs` and `requires` may only name ports that are declared; asked for the defaults, if there are any."""
     try:
-        ports = model().outputs()  # type: ignore[attr-defined]  # a Params class
+        params: Any = model()
+        ports, required = params.outputs(), params.requires()
     except (Exception, SystemExit):  # a parameter without a default, or plugin code that needs more than defaults
         return
+    for port in sorted(set(required) - set(stage.inputs)):
+        yield f"requires() of its parameters names `{port}`, which is no input", _near(port, stage.inputs)
     for port in sorted(set(ports or ()) - set(stage.outputs)):
         yield f"outputs() of its parameters names `{port}`, which is no output", _near(port, stage.outputs)
 

@@ -64,11 +64,12 @@ class CachedContext(AttentionContext):
 
     def before(self, tokens: Tensor) -> Tensor:
         """See `AttentionContext`. The tokens are kept as one more layer of the cache, so that whatever runs the graph
-        need not know of them: their digits to the base 256 are values, and each query sees the slot before its own."""
+        need not know of them: their digits to the base 128, which int8 holds exactly, are values, and each query sees
+        the slot before its own."""
         positions = self.where(tokens.shape[1], tokens.device)
         past = self.past[self.config.layers]
         dtype, width = past[0].dtype, past[0].shape[3]
-        digits = torch.stack([tokens % 256, tokens // 256 % 256, tokens // 65536], dim=-1).to(dtype)
+        digits = torch.stack([tokens % 128, tokens // 128 % 128, tokens // 16384], dim=-1).to(dtype)
         values = F.pad(digits, (0, self.config.kv_heads * width - 3))
         behind = positions[..., None] - torch.arange(self.width, device=tokens.device)
         bias = torch.where(behind[:, None] == 1, 0.0, -1e4).to(dtype)
@@ -76,7 +77,7 @@ class CachedContext(AttentionContext):
         out, key, value = _operator(nothing, nothing, values, past, self, bias, self.config.kv_heads)
         self.remembered.append((key, value))
         found = out[..., :3].round().to(torch.int64)
-        return torch.where(positions == 0, -1, found[..., 0] + 256 * found[..., 1] + 65536 * found[..., 2])
+        return torch.where(positions == 0, -1, found[..., 0] + 128 * found[..., 1] + 16384 * found[..., 2])
 
 
 def cache_layers(config: ModelConfig) -> int:

@@ -17,7 +17,9 @@ import onnxruntime as ort
 from llmctl.errors import InputError
 from llmctl.ort.sessions import CUDA, provider
 
-_DTYPES: dict[str, type[np.float32] | type[np.float16]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+Float = type[np.float32] | type[np.float16]
+_FLOATS: dict[str, Float] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_CACHES: dict[str, Float | type[np.int8]] = {**_FLOATS, "tensor(int8)": np.int8}
 _KNOWN = re.compile(
     r"(input_ids|attention_mask|position_ids|past_key_values\.\d+\.(decoder\.)?(key|value)|"
     r"encoder_attention_mask|encoder_hidden_states|past_key_values\.\d+\.encoder\.(key|value))\Z"
@@ -31,8 +33,9 @@ class Layout:
     layers: int
     kv_heads: int
     head_dim: int
-    cache_dtype: type[np.float32] | type[np.float16]
-    logits_dtype: type[np.float32] | type[np.float16]
+    cache_dtype: Float | type[np.int8]
+    """int8: the graph itself rounds and scales what it writes and reads; to the engine these are numbers as any."""
+    logits_dtype: Float
     vocab_size: int
     position_ids: bool
     attention_mask: bool
@@ -74,16 +77,20 @@ def read_layout(session: ort.InferenceSession, source: object) -> Layout:
         )
     key, vocab = inputs[f"past_key_values.0{infix}.key"], outputs["logits"].shape[-1]
     shape = key.shape
-    if key.type not in _DTYPES or outputs["logits"].type not in _DTYPES:
-        raise InputError(f"{source} has a cache of {key.type} and logits of {outputs['logits'].type}, not of floats")
+    logits = outputs["logits"].type
+    if key.type not in _CACHES or logits not in _FLOATS:
+        raise InputError(
+            f"{source} has a cache of {key.type} and logits of {logits}; floats or an int8 cache are known",
+            hint="export the model again with `dtype: float32`",
+        )
     if not all(isinstance(size, int) for size in (shape[1], shape[3], vocab)):
         raise InputError(f"{source} does not fix its heads, head width and vocabulary: {shape}, {vocab}")
     return Layout(
         layers=layers,
         kv_heads=shape[1],
         head_dim=shape[3],
-        cache_dtype=_DTYPES[key.type],
-        logits_dtype=_DTYPES[outputs["logits"].type],
+        cache_dtype=_CACHES[key.type],
+        logits_dtype=_FLOATS[logits],
         vocab_size=vocab,
         position_ids="position_ids" in inputs,
         attention_mask="attention_mask" in inputs,

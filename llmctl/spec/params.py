@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +22,10 @@ class Params(BaseModel):
     def outputs(self) -> set[str] | None:
         """The output ports this configuration produces; None (the default) means all of them."""
         return None
+
+    def requires(self) -> Mapping[str, str]:
+        """The optional input ports that this configuration cannot do without, each with the reason in a few words."""
+        return {}
 
     def processes(self) -> int:
         """How many processes run the stage together, each all of it (SPMD); rank 0 leaves the outputs."""

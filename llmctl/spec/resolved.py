@@ -219,7 +219,9 @@ class StageSpec:
 
     def unbound(self) -> tuple[str, ...]:
         """Required input ports without a reference; only a stage command that reads stdin has any."""
-        return tuple(name for name, port in self.stage.inputs.items() if not port.optional and name not in self.inputs)
+        reasons = self.params.requires()
+        ports = self.stage.inputs.items()
+        return tuple(n for n, port in ports if n not in self.inputs and (not port.optional or n in reasons))
 
     def key_params(self, *, extent: bool = True) -> dict[str, Any]:
         """The parameters that decide the result and differ from their defaults, as canonical JSON values.

@@ -199,13 +199,15 @@ class Wiring:
             if name not in draft.stage.inputs:
                 hint = suggest(name, list(draft.stage.inputs), "ports")
                 self.report.add("E120", f"stage `{draft.stage.name}` has no input `{name}`", entry.key, hint)
+        reasons = draft.params.requires() if draft.params is not None else {}
         for name, port in draft.stage.inputs.items():
             if name in entries:
                 self._bind_port(draft, name, port, entries[name].value)
-            elif not port.optional and not self.stdin and (node is None or isinstance(node, Map)):
+            elif (not port.optional or name in reasons) and not self.stdin and (node is None or isinstance(node, Map)):
                 kinds = " or ".join(port.types)
                 message = f"required input `{name}` ({kinds}) of `{draft.stage.name}` is missing"
-                self.report.add("E124", message, mark, self._offer(draft, name, port))
+                why = f": {reasons[name]}" if name in reasons else ""
+                self.report.add("E124", message + why, mark, self._offer(draft, name, port))
 
     def _offer(self, draft: Draft, name: str, port: In) -> str:
         """How a missing input could be given: by the one earlier output that fits, else in general."""

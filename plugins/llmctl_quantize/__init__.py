@@ -1,4 +1,4 @@
-"""Store a model's weights in fewer bits and measure what that costs."""
+"""Store a model's weights and cache in fewer bits and measure what that costs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from llmctl import In, Out, Stage, hookimpl
 
 QUANTIZE = Stage(
     name="quantize",
-    help="Store a model's weights in fewer bits and measure what that costs.",
+    help="Store a model's weights and cache in fewer bits and measure what that costs.",
     inputs={
         "model": In("model.onnx"),
-        "data": In("dataset.tokens", "dataset.chat", optional=True, help="held-out text for the quality check"),
+        "data": In(
+            "dataset.tokens",
+            "dataset.chat",
+            optional=True,
+            help="text of the quality check and of an int8 cache's scales",
+        ),
     },
     outputs={"model": Out(same_as="model"), "metrics": Out("metrics")},
     params="llmctl_quantize.params:QuantizeParams",
     run="llmctl_quantize.run:run",
     extra="optimum",
-    headline=("bytes.ratio",),
+    headline=("bytes.ratio", "cache.bytes_per_token"),
 )
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from llmctl import Field, Params
 
+_OF_WEIGHTS = ("method", "block_size", "symmetric", "accuracy_level", "embedding_bits")
+
 
 class QuantizeParams(Params):
-    """How weights are stored, and how much worse the model may become."""
+    """How weights and the cache are stored, and how much worse the model may become."""
 
-    bits: Literal[4, 8] = Field(8, description="bits per weight of the matrix products")
+    bits: Literal[0, 4, 8] = Field(
+        8, description="bits per weight of the matrix products; 0 leaves all weights as they are"
+    )
     method: Literal["auto", "rtn", "search"] = Field(
         "auto",
         description="rtn: round to nearest; search: clip each block best first; auto: search at 4 bits",
@@ -25,12 +32,43 @@ class QuantizeParams(Params):
     embedding_bits: Literal[0, 4, 8] = Field(
         8, description="bits of embedding tables and of a head tied to one; 0 leaves them as they are"
     )
+    kv_cache_dtype: Literal["auto", "int8"] = Field(
+        "auto", description="keys and values in the cache: auto as the graph has them; int8 with scales from `data`"
+    )
+    calibration_tokens: int = Field(
+        16384,
+        ge=64,
+        description="tokens of `data`, of its training split, that the scales of an int8 cache come from",
+    )
     max_bits_per_byte_rise: float | None = Field(
-        None, ge=0, description="largest relative rise of bits per byte on `data`; default 0.01 at 8 bits, 0.05 at 4"
+        None, ge=0, description="largest relative rise of bits per byte on `data`; default 0.05 at 4 bits, else 0.01"
     )
     eval_tokens: int = Field(16384, ge=64, description="held-out tokens on which quality is measured")
     speed_rounds: int = Field(15, ge=1, affects="nothing", description="rounds of the interleaved speed comparison")
     threads: int = Field(0, ge=0, affects="nothing", description="CPU threads; 0 takes one per physical core")
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self) -> Self:
+        """A parameter of what is not done would change nothing."""
+        fields = type(self).model_fields
+        if not self.bits:
+            if not self.int8_cache:
+                raise ValueError("`bits: 0` leaves nothing to do without `kv_cache_dtype: int8`")
+            vain = [name for name in _OF_WEIGHTS if getattr(self, name) != fields[name].default]
+            if vain:
+                raise ValueError(f"`{vain[0]}` is about weights, which `bits: 0` leaves as they are")
+        if not self.int8_cache and self.calibration_tokens != fields["calibration_tokens"].default:
+            raise ValueError("`calibration_tokens` is for `kv_cache_dtype: int8`")
+        return self
+
+    def requires(self) -> Mapping[str, str]:
+        """See `Params`."""
+        return {"data": "`kv_cache_dtype: int8` takes its scales from it"} if self.int8_cache else {}
+
+    @property
+    def int8_cache(self) -> bool:
+        """Whether keys and values are kept in 8 bits."""
+        return self.kv_cache_dtype == "int8"
 
     @property
     def rounding(self) -> str:

@@ -26,25 +26,39 @@ Progress = Callable[[int, int], None]
 
 
 class Text:
-    """One held-out sequence: token ids, and the UTF-8 bytes that each stands for (0: not counted)."""
+    """One sequence: token ids, and the UTF-8 bytes that each stands for (0: not counted)."""
 
     def __init__(self, ids: list[int], bytes_each: np.ndarray) -> None:
         self.ids = ids
         self.bytes_each = bytes_each
 
 
-def held_out(data: Artifact, model: Path, context: int, vocab_size: int, limit: int) -> list[Text]:
-    """Sequences of at most `context` tokens of the held-out split, together about `limit` tokens.
+Split = Callable[[list[str]], str]
+"""Chooses one of the names of a data set's splits."""
+
+
+def held_out(names: list[str]) -> str:
+    """The split on which quality is measured."""
+    return next((name for name in ("validation", "test") if name in names), names[0])
+
+
+def training(names: list[str]) -> str:
+    """The split from which something may be learned: not the held-out one, where there is another."""
+    return next((name for name in ("train", *names) if name in names and name != held_out(names)), names[0])
+
+
+def sequences(data: Artifact, split: Split, model: Path, context: int, vocab_size: int, limit: int) -> list[Text]:
+    """Sequences of at most `context` tokens of the split that `split` chooses, together about `limit` tokens.
 
     In conversations only what the assistant says counts, in documents all text; special tokens count for nothing.
     """
     tokenizer = Tokenizer.load(model)
     sizes = np.zeros(max(vocab_size, tokenizer.vocab_size), np.int64)
     sizes[: tokenizer.vocab_size] = tokenizer.token_bytes()
-    source = _documents(data, tokenizer, context) if data.type == "dataset.tokens" else _chats(data, tokenizer, context)
+    read = _documents if data.type == "dataset.tokens" else _chats
     found: list[Text] = []
     total = 0
-    for ids, mask in source:
+    for ids, mask in read(data, split, tokenizer, context):
         counted = sizes[ids] * mask
         if counted[1:].sum() == 0:
             continue
@@ -53,7 +67,7 @@ def held_out(data: Artifact, model: Path, context: int, vocab_size: int, limit: 
         if total >= limit:
             break
     if not found:
-        raise InputError(f"{data.path} holds no text to measure quality on", hint="give a held-out split with text")
+        raise InputError(f"{data.path} holds no text in the split that is read", hint="give text in each split")
     return found
 
 
@@ -116,24 +130,22 @@ def _log_softmax_at(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return logits[np.arange(len(targets)), targets] - total  # type: ignore[no-any-return]
 
 
-def _held_out(names: list[str]) -> str:
-    return next((name for name in ("validation", "test") if name in names), names[0])
-
-
-def _documents(data: Artifact, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], np.ndarray]]:
+def _documents(
+    data: Artifact, split: Split, tokenizer: Tokenizer, context: int
+) -> Iterator[tuple[list[int], np.ndarray]]:
     shards = TokenShards.open(data)
     if shards.tokenizer != tokenizer.digest:
         raise InputError(
             f"{data.path} was made with another tokenizer ({shards.tokenizer}) than the model's ({tokenizer.digest})",
             hint="give tokens that were made with the model's own tokenizer",
         )
-    split = shards.split(_held_out(shards.splits))
-    for start in range(0, len(split.tokens) - 1, context):
-        ids = split.tokens[start : start + context].tolist()
+    tokens = shards.split(split(shards.splits)).tokens
+    for start in range(0, len(tokens) - 1, context):
+        ids = tokens[start : start + context].tolist()
         yield ids, np.ones(len(ids), np.int64)
 
 
-def _chats(data: Artifact, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], np.ndarray]]:
-    for row in islice(read_rows(data, _held_out(splits(data))), 10_000):
+def _chats(data: Artifact, split: Split, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], np.ndarray]]:
+    for row in islice(read_rows(data, split(splits(data))), 10_000):
         found = tokenizer.encode_chat(row["messages"])
         yield found.ids[:context], np.asarray(found.mask[:context], np.int64)

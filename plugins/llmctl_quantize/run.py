@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from llmctl import Artifact, Context, InputError, StageError
-from llmctl.ort import open_bundle, open_encoder
+from llmctl.ort import OrtGenerator, open_bundle, open_encoder
+from llmctl.ort.cache_memory import token_bytes
 from llmctl.text.pooling import POOLING_FILES
-from llmctl_quantize import quality, weights
+from llmctl_quantize import cache, quality, weights
 from llmctl_quantize.params import QuantizeParams
 from llmctl_quantize.tables import METHODS
 
@@ -22,36 +24,82 @@ def run(ctx: Context, params: QuantizeParams, model: Artifact, data: Artifact | 
     """Quantize the bundle `model`, compare it with the original and report."""
     target = ctx.output("model")
     try:
-        values = _quantize(ctx, params, model, target)
+        values = _quantize(ctx, params, model, data, target)
         values |= _compare(ctx, params, model.path, target, data)
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
         raise
     ctx.report(values)
-    ctx.describe("model", parameters=values["parameters"], bits=params.bits)
+    ctx.describe("model", parameters=values["parameters"], **_facts(params, model))
     rise = values.get("bits_per_byte.ratio", 1.0) - 1
     if not rise <= params.budget:
         shutil.rmtree(target, ignore_errors=True)
         raise StageError(
-            f"{params.bits} bits raise bits per byte by {rise:.2%}, the budget is {params.budget:.2%}",
-            hint="try a smaller `block_size` or more bits, or raise `max_bits_per_byte_rise`",
+            f"{_verb(params)} bits per byte by {rise:.2%}, the budget is {params.budget:.2%}",
+            hint="try a smaller `block_size` or more bits, or raise `max_bits_per_byte_rise`"
+            if params.bits
+            else "take the scales from more and other text (`calibration_tokens`), or raise `max_bits_per_byte_rise`",
         )
 
 
-def _quantize(ctx: Context, params: QuantizeParams, artifact: Artifact, target: Path) -> dict[str, float]:
+def _facts(params: QuantizeParams, source: Artifact) -> dict[str, Any]:
+    """What the bundle is described by, beside its size: what it was, where nothing changed it."""
+    found = {
+        "bits": params.bits or source.metadata.get("bits"),
+        "kv_cache_dtype": "int8" if params.int8_cache else source.metadata.get("kv_cache_dtype"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _verb(params: QuantizeParams) -> str:
+    """What was done, as the beginning of a sentence."""
+    if not params.int8_cache:
+        return f"{params.bits} bits raise"
+    return f"{params.bits} bits and an int8 cache raise" if params.bits else "an int8 cache raises"
+
+
+def _quantize(
+    ctx: Context, params: QuantizeParams, artifact: Artifact, data: Artifact | None, target: Path
+) -> dict[str, float]:
     ctx.progress(0, 1)
     source = artifact.path
     model = _load(source)
     parameters = artifact.metadata.get("parameters") or _parameters(model)
-    weights.quantize(
-        model,
-        METHODS[params.rounding],
-        bits=params.bits,
-        block=params.block,
-        symmetric=params.symmetric,
-        embedding_bits=params.embedding_bits,
-        accuracy=params.accuracy_level,
-    )
+    if params.int8_cache:
+        cache.refuse(model, source)
+        cache.quantize(model, _scales(ctx, params, source, data))
+    if params.bits:
+        weights.quantize(
+            model,
+            METHODS[params.rounding],
+            bits=params.bits,
+            block=params.block,
+            symmetric=params.symmetric,
+            embedding_bits=params.embedding_bits,
+            accuracy=params.accuracy_level,
+        )
+    _write(model, source, target)
+    before, after = _bytes(source), _bytes(target)
+    return {"parameters": parameters, "bytes": after, "bytes.before": before, "bytes.ratio": after / before}
+
+
+def _scales(ctx: Context, params: QuantizeParams, source: Path, data: Artifact | None) -> dict[str, np.ndarray]:
+    """The scales of the cache, from what the bundle as it came keeps there while it reads `data`."""
+    if data is None:
+        raise InputError("an int8 cache takes its scales from text, and there is no `data`", hint="give the input")
+    generator = open_bundle(source, "cpu", params.threads)
+    texts = _texts(generator, source, data, quality.training, params.calibration_tokens)
+    return cache.calibrate(generator, [text.ids for text in texts], lambda done, total: ctx.progress(done, total))
+
+
+def _texts(
+    generator: OrtGenerator, source: Path, data: Artifact, split: quality.Split, limit: int
+) -> list[quality.Text]:
+    return quality.sequences(data, split, source, generator.context_length, generator.vocab_size, limit)
+
+
+def _write(model: onnx.ModelProto, source: Path, target: Path) -> None:
+    """The bundle with another graph."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith("model.onnx"):
             shutil.copyfile(path, target / path.name)
@@ -65,8 +113,6 @@ def _quantize(ctx: Context, params: QuantizeParams, artifact: Artifact, target: 
         raise StageError(f"cannot write {target / 'model.onnx'}: {error}", hint="is the disk full?") from error
     if (target / DATA).is_file():
         shutil.copymode(target / "model.onnx", target / DATA)  # onnx makes it readable by its owner only
-    before, after = _bytes(source), _bytes(target)
-    return {"parameters": parameters, "bytes": after, "bytes.before": before, "bytes.ratio": after / before}
 
 
 def _compare(
@@ -84,10 +130,15 @@ def _compare(
         return _compare_encoders(source, target, params.threads)
     after = open_bundle(target, "cpu", params.threads)
     values = quality.speed(before, after, params.speed_rounds)
+    if params.int8_cache:
+        values |= {
+            "cache.bytes_per_token": token_bytes(after.layout),
+            "cache.bytes_per_token.before": token_bytes(before.layout),
+        }
     if data is None:
         ctx.warn("no `data`: what quantization costs in quality was not measured, and no budget applied")
         return values
-    texts = quality.held_out(data, source, before.context_length, before.vocab_size, params.eval_tokens)
+    texts = _texts(before, source, data, quality.held_out, params.eval_tokens)
     return values | quality.measure(before, after, texts, lambda done, total: ctx.progress(done, total))
 
 

@@ -34,6 +34,24 @@ def test_training_is_profiled_on_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_int8_cache_is_timed_beside_float32(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmctl import Artifact
+    from llmctl.testing import run_stage
+    from llmctl_export_onnx import EXPORT_ONNX
+
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 128}
+    LlamaForCausalLM(LlamaConfig(vocab_size=97, intermediate_size=96, **shape)).save_pretrained(tmp_path / "hf")
+    model = Artifact(tmp_path / "hf", "model.hf")
+    made = run_stage(EXPORT_ONNX, tmp_path, {"parity_prompts": 1, "threads": 1}, model=model).outputs["model"]
+    wanted = ["--batch", "2", "--length", "32", "--steps", "3", "--threads", "1"]
+    found = shown(str(BENCHMARKS / "kv_cache.py"), str(made.path), *wanted)
+    assert "bytes of a token: float32 512, int8 128, ratio 0.250" in found
+    assert re.search(r"batch +2, behind +32: float32 +[\d.]+ tokens/s, int8 +[\d.]+ tokens/s, ratio [\d.]+", found)
+
+
+@pytest.mark.slow
 def test_our_side_of_the_comparison_trains_in_turns() -> None:
     found = shown(str(BENCHMARKS / "train.py"), "--shapes", "tiny", "--compile", "0", "--rounds", "2", "--threads", "1")
     assert re.search(r"llmctl +\d+ tokens/s   llmctl is 1\.00 times as fast", found)

@@ -112,6 +112,11 @@ PROBLEMS = {
         "outputs() of its parameters names `txt`, which is no output",
         "`text`?",
     ),
+    "requires": (
+        dict(field="def requires(self):\n        return {'txt': 'x'}"),
+        "requires() of its parameters names `txt`, which is no input",
+        "",
+    ),
     "command": (
         dict(more="@hookimpl\ndef register_commands():\n    return [Command(name='hi', help='Hi.', target='acme:hi')]"),
         "`hi`: target: `acme` defines no `hi`",

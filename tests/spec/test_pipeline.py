@@ -157,6 +157,13 @@ def test_open_inputs_are_allowed_only_if_stdin_can_bring_them(registry):
     assert "--input model=PATH" in found.hint
 
 
+def test_an_input_that_the_parameters_require_is_open_too(registry):
+    tokenize = registry.stages["tokenize"]
+    given = {"inputs": ["text=./t"], "stdin": True, "registry": registry}
+    assert single_stage(tokenize, **given).stages["tokenize"].unbound() == ()
+    assert single_stage(tokenize, flags={"extend": True}, **given).stages["tokenize"].unbound() == ("tokenizer",)
+
+
 @pytest.mark.parametrize(
     ("given", "place", "message"),
     [
