@@ -22,6 +22,14 @@ class Params(BaseModel):
         """The output ports this configuration produces; None (the default) means all of them."""
         return None
 
+    def required_inputs(self) -> dict[str, str]:
+        """Optional input ports that this configuration needs, each with the setting that says so: `answers: model`."""
+        return {}
+
+    def unused_inputs(self) -> dict[str, str]:
+        """Optional input ports that would have no effect, each with the setting that says so."""
+        return {}
+
     def processes(self) -> int:
         """How many processes run the stage together, each all of it (SPMD); rank 0 leaves the outputs."""
         return 1

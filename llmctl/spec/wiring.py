@@ -14,11 +14,12 @@ from pathlib import Path
 
 from llmctl.spec.diagnostics import Mark, Report, did_you_mean, suggest
 from llmctl.spec.draft import Draft
-from llmctl.spec.nodes import Map, Node, Scalar, maps, texts
+from llmctl.spec.nodes import Entry, Map, Node, Scalar, maps, texts
+from llmctl.spec.params import Params
 from llmctl.spec.references import NotAReference, parse_reference
 from llmctl.spec.resolved import Gate, Ref, Source, SourceRef, StageRef
 from llmctl.spec.selecting import declare_select
-from llmctl.stage import In
+from llmctl.stage import In, Stage
 
 METRICS = In("metrics")
 FEW = 12
@@ -206,6 +207,21 @@ class Wiring:
                 kinds = " or ".join(port.types)
                 message = f"required input `{name}` ({kinds}) of `{draft.stage.name}` is missing"
                 self.report.add("E124", message, mark, self._offer(draft, name, port))
+        if draft.params is not None and (node is None or isinstance(node, Map)):
+            self._bind_by_params(draft, draft.stage, draft.params, entries)
+
+    def _bind_by_params(self, draft: Draft, stage: Stage, params: Params, entries: Mapping[str, Entry]) -> None:
+        """Report optional inputs that the parameters need and that are missing, and those that they leave unused."""
+        mark, _ = draft.entry("inputs")
+        for name, setting in params.required_inputs().items():
+            port = stage.inputs[name]
+            if name not in entries and not self.stdin:
+                message = f"{setting} needs the input `{name}` ({' or '.join(port.types)}) of `{stage.name}`"
+                self.report.add("E124", message, mark, self._offer(draft, name, port))
+        for name, setting in params.unused_inputs().items():
+            if name in entries:
+                message = f"the input `{name}` of `{stage.name}` has no effect with {setting}"
+                self.report.add("E102", message, entries[name].key, "leave it out, or change the setting")
 
     def _offer(self, draft: Draft, name: str, port: In) -> str:
         """How a missing input could be given: by the one earlier output that fits, else in general."""

@@ -15,6 +15,7 @@ EMBED = Stage(
     params="llmctl_embed.params:EmbedParams",
     run="llmctl_embed.run:run",
     extra="train",
+    rev=2,
     headline=("vectors", "loss"),
 )
 

@@ -77,6 +77,14 @@ class EmbedParams(Params):
     )
     threads: int = Field(default=1, ge=0, affects="nothing", description="threads that compute; 0 takes all cores")
 
+    def required_inputs(self) -> dict[str, str]:
+        """The model that encodes."""
+        return {"model": "method: encode"} if self.method == "encode" else {}
+
+    def unused_inputs(self) -> dict[str, str]:
+        """No model where vectors are trained on the text."""
+        return {} if self.method == "encode" else {"model": f"method: {self.method}"}
+
     @model_validator(mode="after")
     def _rates_fall(self) -> EmbedParams:
         if self.method == "word2vec" and self.min_lr > (self.lr or 0.025):
