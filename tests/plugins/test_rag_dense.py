@@ -6,6 +6,8 @@ import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -391,6 +393,18 @@ def test_an_encoder_gives_chunks_the_vectors_that_embed_gives_them(tmp_path, cor
     assert index.search(index.chunks[9].searched, 1)[0].chunk.id == index.chunks[9].id
 
 
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+sys.modules["torch"] = None
+from llmctl import Artifact
+from llmctl.encoders import open_text_encoder
+from llmctl.text.retrieval import Index
+index = Index.load(Path(sys.argv[1]), open_text_encoder(Artifact(Path(sys.argv[2]), "model.onnx"), "cpu", 1))
+print(*(passage.chunk.id for passage in index.search(sys.argv[3], 3)))
+"""
+
+
 def test_its_export_belongs_to_the_index_and_other_weights_do_not(tmp_path, corpus, write_tokenizer):
     pytest.importorskip("onnx")
     from llmctl_export_onnx import EXPORT_ONNX
@@ -405,6 +419,9 @@ def test_its_export_belongs_to_the_index_and_other_weights_do_not(tmp_path, corp
     other = make_encoder(tmp_path / "other", 1, write_tokenizer)
     with pytest.raises(InputError, match="was made with another encoder"):
         Index.load(index, open_text_encoder(other))
+    given = [str(index.path), str(bundle.path), ASKED[0][0]]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *given], capture_output=True, text=True)
+    assert done.stdout.split() == [one.chunk.id for one in by_onnx.search(ASKED[0][0], 3)], done.stderr
 
 
 def test_chunks_beyond_the_encoders_context_are_cut_and_counted(tmp_path, corpus, write_tokenizer, model_dir):
