@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from llmctl.errors import InputError
 from llmctl.text.vectors import Vectors, split_words
 
-Retrieval = Literal["lexical", "dense", "hybrid"]
 FILE = "chunks.safetensors"
 RARE = 1e-3
 """Words with a larger share of the corpus weigh less: a/(a + p) of Arora et al. 2017, with their a."""
@@ -22,7 +21,6 @@ ALIKE = 0.999
 """Least cosine with the saved vector: the same weights in torch or ONNX, in 32 or 16 bits, stay above it."""
 
 
-@runtime_checkable
 class Encoder(Protocol):
     """What makes one vector of a text."""
 
