@@ -226,14 +226,16 @@ def nested_models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _port_faults(stage: Stage, model: type[BaseModel]) -> Iterator[Fault]:
-    """`outputs` and `requires` may only name ports that are declared; asked for the defaults, if there are any."""
+    """What names ports may only name declared ones; asked for the defaults, if there are any."""
     try:
         params: Any = model()
-        ports, required = params.outputs(), params.requires()
+        ports = params.outputs()
+        named = {"required_inputs": params.required_inputs(), "unused_inputs": params.unused_inputs()}
     except (Exception, SystemExit):  # a parameter without a default, or plugin code that needs more than defaults
         return
-    for port in sorted(set(required) - set(stage.inputs)):
-        yield f"requires() of its parameters names `{port}`, which is no input", _near(port, stage.inputs)
+    for method, found in named.items():
+        for port in sorted(set(found) - set(stage.inputs)):
+            yield f"{method}() of its parameters names `{port}`, which is no input", _near(port, stage.inputs)
     for port in sorted(set(ports or ()) - set(stage.outputs)):
         yield f"outputs() of its parameters names `{port}`, which is no output", _near(port, stage.outputs)
 

@@ -12,7 +12,7 @@ from llmctl.errors import InputError, UsageError
 from llmctl.ort.bundle import Bundle, read_bundle
 from llmctl.ort.sampling import check_ids
 from llmctl.ort.sessions import open_session, provider
-from llmctl.text.pooling import Pooling, normalises, read_pooling
+from llmctl.text.pooling import Pooling, normalises, pool, read_pooling
 
 BATCH = 32
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
@@ -121,15 +121,3 @@ class OrtEncoder:
                 types[i, : len(row)] = segments[i]
         feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
         return {name: value for name, value in feeds.items() if name in self.inputs}
-
-
-def pool(states: np.ndarray, lengths: Sequence[int], pooling: Pooling, normalise: bool) -> np.ndarray:
-    """`states (B, T, D)` of rows with `lengths` real tokens to `(B, D)`: their mean, or the first token's."""
-    if pooling == "cls":
-        vectors = states[:, 0]
-    else:
-        real = np.arange(states.shape[1]) < np.asarray(lengths)[:, None]
-        vectors = (states * real[..., None]).sum(1) / np.asarray(lengths, np.float32)[:, None]
-    if normalise:
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors.astype(np.float32)

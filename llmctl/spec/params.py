@@ -23,8 +23,12 @@ class Params(BaseModel):
         """The output ports this configuration produces; None (the default) means all of them."""
         return None
 
-    def requires(self) -> Mapping[str, str]:
-        """The optional input ports that this configuration cannot do without, each with the reason in a few words."""
+    def required_inputs(self) -> Mapping[str, str]:
+        """Optional input ports that this configuration needs, each with the setting that says so: `answers: model`."""
+        return {}
+
+    def unused_inputs(self) -> Mapping[str, str]:
+        """Optional input ports that would have no effect, each with the setting that says so."""
         return {}
 
     def processes(self) -> int:

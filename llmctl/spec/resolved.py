@@ -219,9 +219,9 @@ class StageSpec:
 
     def unbound(self) -> tuple[str, ...]:
         """Required input ports without a reference; only a stage command that reads stdin has any."""
-        reasons = self.params.requires()
+        needed = self.params.required_inputs()
         ports = self.stage.inputs.items()
-        return tuple(n for n, port in ports if n not in self.inputs and (not port.optional or n in reasons))
+        return tuple(n for n, port in ports if n not in self.inputs and (not port.optional or n in needed))
 
     def key_params(self, *, extent: bool = True) -> dict[str, Any]:
         """The parameters that decide the result and differ from their defaults, as canonical JSON values.

@@ -199,15 +199,19 @@ class Wiring:
             if name not in draft.stage.inputs:
                 hint = suggest(name, list(draft.stage.inputs), "ports")
                 self.report.add("E120", f"stage `{draft.stage.name}` has no input `{name}`", entry.key, hint)
-        reasons = draft.params.requires() if draft.params is not None else {}
+        needed = draft.params.required_inputs() if draft.params is not None else {}
+        unused = draft.params.unused_inputs() if draft.params is not None else {}
         for name, port in draft.stage.inputs.items():
             if name in entries:
                 self._bind_port(draft, name, port, entries[name].value)
-            elif (not port.optional or name in reasons) and not self.stdin and (node is None or isinstance(node, Map)):
+            elif (not port.optional or name in needed) and not self.stdin and (node is None or isinstance(node, Map)):
                 kinds = " or ".join(port.types)
                 message = f"required input `{name}` ({kinds}) of `{draft.stage.name}` is missing"
-                why = f": {reasons[name]}" if name in reasons else ""
+                why = f": `{needed[name]}` needs it" if name in needed else ""
                 self.report.add("E124", message + why, mark, self._offer(draft, name, port))
+            if name in entries and name in unused:
+                message = f"the input `{name}` of `{draft.stage.name}` has no effect with `{unused[name]}`"
+                self.report.add("E102", message, entries[name].key, "leave it out, or change the setting")
 
     def _offer(self, draft: Draft, name: str, port: In) -> str:
         """How a missing input could be given: by the one earlier output that fits, else in general."""

@@ -71,8 +71,7 @@ def quote(index: Index, grounds: Grounds) -> str:
     sentences = [text.strip() for text in SENTENCE.split(grounds.passages[0].chunk.text) if text.strip()]
     # A list such as [1] in the text itself would read as a citation.
     plain = [MARKS.sub(lambda marks: NUMBER.sub(r"(\1)", marks.group()), text) for text in sentences]
-    best = max(plain, key=lambda text: index.support(grounds.question, text), default="")
-    return f"{best} [1]"
+    return f"{index.nearest(grounds.question, plain)} [1]"
 
 
 def grounded_prompt(
@@ -143,7 +142,7 @@ def missing_citation(index: Index, answer: str, passages: Sequence[Passage]) -> 
     """What to add to an answer without citation: one of the passage that supports its words most, if any does."""
     if citations(answer, passages) or not answer.strip():
         return ""
-    supports = [index.support(answer, passage.chunk.searched) for passage in passages]
+    supports = index.supports(answer, [passage.chunk.searched for passage in passages])
     best = max(range(len(supports)), key=supports.__getitem__, default=0)
     return f" [{best + 1}]" if supports and supports[best] > 0 else ""
 

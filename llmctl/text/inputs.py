@@ -23,24 +23,26 @@ def frame_text(tokenizer: Tokenizer, row: Row) -> Framed:
 
 @dataclass(frozen=True)
 class Words:
-    """The words of a row, and the place of each one's first token, None for a word that has none of its own."""
+    """The words of a row, and the places of each one's tokens, none for a word that has none of its own."""
 
     framed: Framed
-    places: list[int | None]
+    tokens: list[list[int]]
+
+    @property
+    def places(self) -> list[int | None]:
+        """The place of each word's first token."""
+        return [tokens[0] if tokens else None for tokens in self.tokens]
 
 
 def frame_words(tokenizer: Tokenizer, words: Sequence[str]) -> Words:
     """Words with single spaces between them; a token belongs to the word in which it begins."""
     framed = tokenizer.frame(" ".join(words))
     starts = np.cumsum([0, *(len(word) + 1 for word in words[:-1])])
-    places: list[int | None] = [None] * len(words)
+    tokens: list[list[int]] = [[] for _ in words]
     for place, (part, (start, end)) in enumerate(zip(framed.parts, framed.spans, strict=True)):
-        if part is None or start == end:
-            continue
-        word = int(np.searchsorted(starts, start, side="right")) - 1
-        if places[word] is None:
-            places[word] = place
-    return Words(framed, places)
+        if part is not None and start != end:
+            tokens[int(np.searchsorted(starts, start, side="right")) - 1].append(place)
+    return Words(framed, tokens)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from llmctl.errors import InputError
 
@@ -75,6 +78,18 @@ def normalises(directory: Path) -> bool:
     InputError for modules that are not known here.
     """
     return not (directory / MODULES).is_file() or "Normalize" in _modules(directory)
+
+
+def pool(states: np.ndarray, lengths: Sequence[int], pooling: Pooling, normalise: bool) -> np.ndarray:
+    """`states (B, T, D)` of rows with `lengths` real tokens to `(B, D)`: their mean, or the first token's."""
+    if pooling == "cls":
+        vectors = states[:, 0]
+    else:
+        real = np.arange(states.shape[1]) < np.asarray(lengths)[:, None]
+        vectors = (states * real[..., None]).sum(1) / np.asarray(lengths, np.float32)[:, None]
+    if normalise:
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return vectors.astype(np.float32)
 
 
 def _modules(directory: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Find passages by their words: a BM25 index over chunks, and how far a passage supports a question.
+"""Find passages: a BM25 index over chunks, with vectors of them if wanted, and how far a passage supports a question.
 
 Terms know identifiers: `os.path.basename` is found whole and by each of its parts, `move_to_end` and `OrderedDict`
 also by the words they are made of; plain words are stemmed (Snowball, English).
@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.errors import InputError, MachineError
+from llmctl.errors import InputError, MachineError, UsageError
 from llmctl.stage import Artifact
+from llmctl.text.dense import Dense, Encoder
 
 FORMAT = "index.rag"
 CHUNKS, INFO = "chunks.jsonl", "index.json"
@@ -56,7 +57,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Passage:
-    """A chunk that was found. `score` is BM25; `support` is the share of the question it covers (`Index.support`)."""
+    """A chunk that was found. `score`: BM25, the cosine, or both ranks fused; `support`: see `Index.supports`."""
 
     chunk: Chunk
     score: float
@@ -130,17 +131,29 @@ def _missing(name: str) -> MachineError:
 
 
 class Index:
-    """A BM25 index (Lucene's variant, as in bm25s) over chunks; a search finds `per_document` of each document."""
+    """A BM25 index (Lucene's variant, as in bm25s) over chunks; a search finds `per_document` of each document.
 
-    def __init__(self, chunks: Sequence[Chunk], ranking: Any, per_document: int) -> None:
+    With `dense` it searches by meaning, or by both; BM25's words are there all the same, to tell what is rare.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], ranking: Any, per_document: int, dense: Dense | None = None) -> None:
         self.chunks = list(chunks)
         self.per_document = per_document
+        self.dense = dense
         self._ranking = ranking
         self._vocabulary: dict[str, int] = ranking.vocab_dict
 
     @classmethod
-    def build(cls, chunks: Sequence[Chunk], *, k1: float = 0.9, b: float = 0.4, per_document: int = 2) -> Index:
-        """Index `chunks`; InputError if there is nothing in them to search."""
+    def build(
+        cls,
+        chunks: Sequence[Chunk],
+        *,
+        k1: float = 0.9,
+        b: float = 0.4,
+        per_document: int = 2,
+        dense: Dense | None = None,
+    ) -> Index:
+        """Index `chunks`; InputError if there is nothing in them to search. `dense`: vectors of their `searched`."""
         corpus = [terms(chunk.searched) for chunk in chunks]
         # bm25s numbers a vocabulary of its own by the order of a set, which changes with the hash seed.
         vocabulary = {term: number for number, term in enumerate(sorted({term for row in corpus for term in row}))}
@@ -149,22 +162,29 @@ class Index:
         ranking = _bm25s().BM25(k1=k1, b=b, method="lucene")
         ids = [[vocabulary[term] for term in row] for row in corpus]
         ranking.index((ids, vocabulary), create_empty_token=False, show_progress=False)
-        return cls(chunks, ranking, per_document)
+        return cls(chunks, ranking, per_document, dense)
 
     def save(self, directory: Path, **facts: Any) -> None:
-        """Write `chunks.jsonl`, bm25s' own files, and last `index.json` with `facts`."""
+        """Write `chunks.jsonl`, bm25s' own files, the vectors, and last `index.json` with `facts`."""
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / CHUNKS).open("w", encoding="utf-8", newline="\n") as file:
             for chunk in self.chunks:
                 file.write(json.dumps(asdict(chunk), ensure_ascii=False) + "\n")
         self._ranking.save(directory, show_progress=False)
+        if self.dense is not None:
+            self.dense.save(directory)
+            facts = {**facts, "dense": self.dense.facts()}
         described = {"format": FORMAT, "chunks": len(self.chunks), "per_document": self.per_document, **facts}
         text = json.dumps(described, indent=2, sort_keys=True)
         (directory / INFO).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, source: Artifact | Path | str) -> Index:
-        """Open a saved index; InputError if it is missing or its parts do not fit together."""
+    def load(cls, source: Artifact | Path | str, encoder: Encoder | None = None) -> Index:
+        """Open a saved index; InputError if it is missing or its parts do not fit together.
+
+        One with vectors needs the `encoder` that made them: InputError without it or with another, UsageError for one
+        that would not be used.
+        """
         directory = source.path if isinstance(source, Artifact) else Path(source)
         chunks = list(read_chunks(directory))
         try:
@@ -178,7 +198,7 @@ class Index:
             ) from error
         if len(counts) > 1:
             raise InputError(f"the index in {directory} is damaged: its files count {sorted(counts)} chunks")
-        return cls(chunks, ranking, per_document)
+        return cls(chunks, ranking, per_document, _dense(directory, described.get("dense"), chunks, encoder))
 
     def frequency(self, term: str) -> int:
         """In how many chunks `term` stands."""
@@ -210,18 +230,41 @@ class Index:
         return scores
 
     def search(self, question: str, k: int = 5) -> list[Passage]:
-        """The `k` best chunks, best first, equal ones in order of the corpus; fewer if fewer share a term with it."""
+        """The `k` best chunks, best first; fewer if fewer share a term with it or, by meaning, have a cosine above 0.
+
+        Equal ones are in order of their cosines, then of the corpus.
+        """
         scores = self.scores(question)
+        cosines = np.zeros_like(scores)
+        if self.dense is not None:
+            cosines = self.dense.cosines(question)
+            scores = self.dense.rank(scores, cosines)
         taken: Counter[str] = Counter()
         found: list[Passage] = []
-        for i in map(int, np.argsort(-scores, kind="stable")):
+        for i in map(int, np.lexsort((-cosines, -scores))):
             chunk = self.chunks[i]
             if scores[i] <= 0 or len(found) == k:
                 break
             taken[chunk.document] += 1
             if taken[chunk.document] <= self.per_document:
-                found.append(Passage(chunk, float(scores[i]), self.support(question, chunk.searched)))
+                found.append(Passage(chunk, float(scores[i]), self._supported(question, chunk.searched, cosines[i])))
         return found
+
+    def supports(self, question: str, texts: Sequence[str]) -> list[float]:
+        """For each text: 1 if by its meaning it is near enough to the question, else `support`."""
+        cosines = np.zeros(len(texts)) if self.dense is None else self.dense.cosines(question, texts)
+        return [self._supported(question, text, cosine) for text, cosine in zip(texts, cosines, strict=True)]
+
+    def nearest(self, question: str, texts: Sequence[str]) -> str:
+        """The text that has most to do with the question, by its words and its meaning; empty without texts."""
+        near = np.array([self.support(question, text) for text in texts])
+        if self.dense is not None:
+            near = near + self.dense.cosines(question, texts)
+        return texts[int(near.argmax())] if texts else ""
+
+    def _supported(self, question: str, text: str, cosine: float) -> float:
+        similar = self.dense is not None and cosine >= self.dense.settings.similar_above
+        return 1.0 if similar else self.support(question, text)
 
     def support(self, question: str, text: str) -> float:
         """How much of what a question names stands in `text`, 0 to 1.
@@ -238,6 +281,24 @@ class Index:
             total += length
             kept += length * held.issuperset(parts)
         return kept / total if total else 0.0
+
+
+def _dense(
+    directory: Path, facts: dict[str, Any] | None, chunks: Sequence[Chunk], encoder: Encoder | None
+) -> Dense | None:
+    if facts is None:
+        if encoder is not None:
+            raise UsageError(
+                f"the index in {directory} finds by words alone, an encoder has no effect",
+                hint="make it with retrieval: dense or hybrid",
+            )
+        return None
+    if encoder is None:
+        raise InputError(
+            f"the index in {directory} finds by meaning and needs the encoder that it was made with",
+            hint="give the encoder that `rag` was given (input or option `encoder`)",
+        )
+    return Dense.load(directory, facts, [chunk.searched for chunk in chunks], encoder)
 
 
 def read_chunks(directory: Path) -> Iterator[Chunk]:

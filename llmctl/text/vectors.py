@@ -7,6 +7,7 @@ A directory of type `embeddings` holds `vectors.safetensors`, the names and `emb
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ INFO, MATRIX, VOCABULARY, IDS, TEXT = "embeddings.json", "vectors.safetensors", 
 NOT_FINITE = "cosines with it mean nothing; leave it out, or train with a lower rate"
 BLOCK = 256
 """Questions that are compared with all vectors at once."""
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+"""Runs of letters, digits and underscores; an apostrophe inside belongs to the word."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class Vectors:
         (directory / names).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
         facts = {**self.info, "names": names, "vectors": len(self.names), "dim": int(self.matrix.shape[1])}
         (directory / INFO).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def split_words(text: str, how: str, *, lowercase: bool) -> list[str]:
+    """The words of a text as `embed` tells them apart: `unicode` finds `WORD`, `whitespace` what it separates."""
+    text = text.lower() if lowercase else text
+    return WORD.findall(text) if how == "unicode" else text.split()
 
 
 def largest(values: np.ndarray, top: int) -> np.ndarray:

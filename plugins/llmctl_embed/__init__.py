@@ -1,4 +1,4 @@
-"""Vectors of words (word2vec, GloVe) and of texts (any encoder), and the commands that look at them."""
+"""Vectors of words (word2vec, GloVe) and of texts (any encoder), what they say, and the commands that look at them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,28 @@ EMBED = Stage(
     params="llmctl_embed.params:EmbedParams",
     run="llmctl_embed.run:run",
     extra="train",
+    rev=2,  # vectors of words say how their text was split; shuffled counts are on other pairs
     headline=("vectors", "loss"),
-    rev=2,  # shuffled counts are on other pairs
+)
+PROBE = Stage(
+    name="probe",
+    help="Measure what the states of models say about labelled words, checkpoint by checkpoint.",
+    inputs={
+        "models": In("model.hf", many=True, help="one model at several steps of its training"),
+        "data": In("dataset.labelled", help="rows of words (`tokens`) with labels"),
+    },
+    outputs={"report": Out("report"), "metrics": Out("metrics")},
+    params="llmctl_embed.probe_params:ProbeParams",
+    run="llmctl_embed.probing:run",
+    extra="train",
+    headline=("labels.accuracy", "labels.selectivity"),
 )
 
 
 @hookimpl
 def register_stages() -> list[Stage]:
-    """Offer the stage `embed`."""
-    return [EMBED]
+    """Offer the stages `embed` and `probe`."""
+    return [EMBED, PROBE]
 
 
 @hookimpl

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,10 +12,8 @@ import numpy as np
 
 from llmctl import Artifact, InputError, UsageError
 from llmctl.text.datasets import read_lines, read_rows, row_texts, splits
+from llmctl.text.vectors import split_words
 from llmctl_embed.params import EmbedParams
-
-WORD = re.compile(r"\w+(?:['’]\w+)*")
-"""Runs of letters, digits and underscores; an apostrophe inside belongs to the word."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ def sentences(texts: Iterable[str], params: EmbedParams) -> Iterator[list[str]]:
     """The words of each text, or of each of its lines."""
     for text in texts:
         for part in text.splitlines() if params.unit == "line" else (text,):
-            part = part.lower() if params.lowercase else part
-            yield WORD.findall(part) if params.split_words == "unicode" else part.split()
+            yield split_words(part, params.split_words, lowercase=params.lowercase)
 
 
 def build(found: Iterable[list[str]], min_count: int, max_vocab: int | None, where: Path) -> Corpus:

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from llmctl import Artifact, Context, InputError, UsageError
+from llmctl import Artifact, Context, InputError
+from llmctl.encoders import open_states
 from llmctl.reader import Reader
 from llmctl.text.pooling import normalises, read_pooling
 from llmctl.text.tokenizer import Framed, Tokenizer
-from llmctl.text.vectors import Vectors
-from llmctl_embed.corpus import WORD
+from llmctl.text.vectors import WORD, Vectors
 from llmctl_embed.params import EmbedParams
 
 BATCH, READ = 32, 1024
@@ -22,24 +22,10 @@ SHOWN = 200
 """Characters of a text that `ids.jsonl` keeps."""
 
 
-def open_reader(model: Artifact, device: str, threads: int) -> Reader:
-    """What reads with the model. UsageError for a bundle that was exported with a head and gives no states."""
-    if model.type == "model.onnx":
-        from llmctl.ort import open_encoder
-
-        encoder = open_encoder(model.path, device, threads)
-        if "last_hidden_state" not in encoder.outputs:
-            raise UsageError(f"{model.path} gives {', '.join(encoder.outputs)}", hint="export the model without a head")
-        return encoder
-    from llmctl.train import reading
-
-    return reading.open_reader(model.path, device, threads, states=True)
-
-
 def encode(ctx: Context, params: EmbedParams, texts: Iterable[tuple[str, str]], model: Artifact) -> Vectors:
     """The vectors of all texts that fit the model, in their order; what was left out is reported."""
     tokenizer = Tokenizer.load(model.path)
-    reader = open_reader(model, params.device, params.threads)
+    reader = open_states(model, params.device, params.threads)
     pooling = read_pooling(model.path) if params.pooling == "auto" else params.pooling
     normalise = normalises(model.path) if params.normalise is None else params.normalise
     rows: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import model_validator
@@ -86,6 +87,14 @@ class EmbedParams(Params):
         default="auto", affects="nothing", description="encode: where the model runs"
     )
     threads: int = Field(default=1, ge=0, affects="nothing", description="threads that compute; 0 takes all cores")
+
+    def required_inputs(self) -> Mapping[str, str]:
+        """The model that encodes."""
+        return {"model": "method: encode"} if self.method == "encode" else {}
+
+    def unused_inputs(self) -> Mapping[str, str]:
+        """No model where vectors are trained on the text."""
+        return {} if self.method == "encode" else {"model": f"method: {self.method}"}
 
     @model_validator(mode="after")
     def _nothing_is_idle(self) -> EmbedParams:

@@ -52,7 +52,13 @@ def of_words(ctx: Context, params: EmbedParams, text: Artifact) -> Vectors:
     ctx.report({"words": len(corpus.ids), "loss": loss, "words_per_s": passes * len(corpus.ids) / max(seconds, 1e-9)})
     if params.normalise:
         matrix = Vectors(corpus.words, matrix).unit
-    info = {"method": params.method, "counts": corpus.counts.tolist(), "normalised": bool(params.normalise)}
+    info = {
+        "method": params.method,
+        "counts": corpus.counts.tolist(),
+        "normalised": bool(params.normalise),
+        "split_words": params.split_words,
+        "lowercase": params.lowercase,
+    }
     return Vectors(corpus.words, matrix, info)
 
 

@@ -9,7 +9,9 @@ EVAL = Stage(
     help="Measure a model: perplexity, exact match, ranking, labelled tasks, with intervals.",
     inputs={
         "model": In("model.hf", "model.onnx"),
-        "data": In("dataset.tokens", "dataset.chat", "dataset.preference", "dataset.labelled", many=True),
+        "data": In(
+            "dataset.tokens", "dataset.text", "dataset.chat", "dataset.preference", "dataset.labelled", many=True
+        ),
         "reference": In("model.hf", "model.onnx", optional=True, help="report the rise over this model, paired"),
     },
     outputs={"metrics": Out("metrics")},

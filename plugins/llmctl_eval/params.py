@@ -30,14 +30,20 @@ class EvalParams(Params):
 
     tasks: list[Task] = Field(
         default=[],
-        description="perplexity, decoding and lengths (token shards), exact-match and accuracy (chat), ranking "
-        "(preference), and for labelled rows the task that they are of; default: one for each kind of data given",
+        description="perplexity (token shards or text), decoding and lengths (token shards), exact-match and accuracy "
+        "(chat), ranking (preference), and for labelled rows the task that they are of; default: one for each kind of "
+        "data given",
     )
     split: str = Field(default="validation", min_length=1, description="split of the data that is measured on")
     splits: dict[Task, str] = Field(default={}, description="another split for single tasks: {exact-match: test}")
     limit: int | None = Field(default=None, ge=1, description="measure on the first rows only")
     max_tokens: int | None = Field(
         default=None, ge=2, description="perplexity: whole documents from the start up to this many tokens"
+    )
+    by: str = Field(
+        default="",
+        description="perplexity of text: measure groups of documents apart: source, language, class, or any other key "
+        "of `meta` or column",
     )
     baselines: list[Literal["kneser-ney-bigram", "xz", "lead-sentence"]] = Field(
         default=[],

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llmctl import Artifact, Context, InputError
+from llmctl.text.cleaning import groups
+from llmctl.text.cleaning.groups import UNKNOWN
+from llmctl.text.datasets import read_rows
+from llmctl.text.documents import Document
 from llmctl.text.shards import SplitTokens, TokenShards
 from llmctl_eval.baselines import KneserNeyBigram, pairs, xz_bits_per_byte
 from llmctl_eval.intervals import Bootstrap
@@ -35,34 +40,108 @@ def score_document(subject: Subject, document: np.ndarray, sizes: np.ndarray) ->
     return {"nats": nats, "tokens": tokens, "bytes": size}
 
 
+@dataclass(frozen=True)
+class Documents:
+    """What is measured on: the ids of each document, framed as in training, and its group where `by` asks for one."""
+
+    rows: list[np.ndarray]
+    groups: list[str]
+    there: int
+    """Documents of the split, of which these are the first."""
+    where: str
+
+
 def perplexity(
     ctx: Context, params: EvalParams, subject: Subject, data: Artifact, split: str, log: SampleLog, boot: Bootstrap
 ) -> dict[str, float]:
     """The metrics of task `perplexity`. InputError if the tokens are of another tokenizer, or there are none."""
+    shards = None if data.type == "dataset.text" else open_shards(subject, data)
+    found = of_text(subject, params, data, split) if shards is None else of_shards(shards, params, data, split)
+    sizes = np.array(subject.tokenizer.token_bytes())
+
+    def score(batch: Sequence[np.ndarray]) -> list[Sample]:
+        return [score_document(subject, document, sizes) for document in batch]
+
+    scored = collect(ctx, log, found.rows, score, 1, "perplexity")
+    samples = [sample for sample in scored if sample["tokens"]]
+    if not samples:
+        raise no_text(params, found.where, len(found.rows), found.there)
+    values = summary(samples, boot)
+    if params.by:
+        values |= by_group(params.by, scored, found.groups, boot)
+    if shards is not None and "kneser-ney-bigram" in params.baselines:
+        values |= bigram_metrics(shards, shards.split(split), len(found.rows), sizes, values["perplexity.nats"])
+    if "xz" in params.baselines:
+        text = "".join(subject.tokenizer.decode(row.tolist()) for row in found.rows)
+        values["perplexity.xz_bits_per_byte"] = xz_bits_per_byte(text.encode())
+    return values
+
+
+def open_shards(subject: Subject, data: Artifact) -> TokenShards:
+    """Token shards of the model's own tokenizer, InputError for others."""
     shards = TokenShards.open(data)
     if shards.tokenizer != subject.tokenizer.digest:
         raise InputError(
             f"the tokens in {data.path} are of another tokenizer than the model's",
             hint="tokenize the text with the model's tokenizer: `llmctl tokenize --tokenizer MODEL`",
         )
+    return shards
+
+
+def of_shards(shards: TokenShards, params: EvalParams, data: Artifact, split: str) -> Documents:
+    """The documents of a split that the limits leave."""
     part = shards.split(split)
-    documents = choose_documents(part, params)
-    sizes = np.array(subject.tokenizer.token_bytes())
-    rows = [part.document(i) for i in range(documents)]
+    count = choose_documents(part, params)
+    return Documents([part.document(i) for i in range(count)], [], len(part), f"split `{split}` of {data.path}")
 
-    def score(batch: Sequence[np.ndarray]) -> list[Sample]:
-        return [score_document(subject, document, sizes) for document in batch]
 
-    samples = [sample for sample in collect(ctx, log, rows, score, 1, "perplexity") if sample["tokens"]]
-    if not samples:
-        raise no_text(params, f"split `{split}` of {data.path}", documents, len(part))
-    found = summary(samples, boot)
-    if "kneser-ney-bigram" in params.baselines:
-        found |= bigram_metrics(shards, part, documents, sizes, found["perplexity.nats"])
-    if "xz" in params.baselines:
-        text = "".join(subject.tokenizer.decode(row.tolist()) for row in rows)
-        found["perplexity.xz_bits_per_byte"] = xz_bits_per_byte(text.encode())
-    return found
+def of_text(subject: Subject, params: EvalParams, data: Artifact, split: str) -> Documents:
+    """The same of texts, by the model's tokenizer. InputError for a row without text, or if no row has a group."""
+    rows: list[np.ndarray] = []
+    named: list[str] = []
+    there = tokens = 0
+    full = False
+    for number, row in enumerate(read_rows(data, split)):
+        there += 1
+        full = full or (params.limit is not None and len(rows) == params.limit)
+        if full:
+            continue
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"{data.path}: row {number} of split `{split}` has no text", hint="rows are {id, text}")
+        ids = np.array(subject.tokenizer.frame_document(subject.tokenizer.encode(row["text"])), np.int64)
+        tokens += len(ids)
+        full = params.max_tokens is not None and bool(rows) and tokens > params.max_tokens
+        if not full:
+            rows.append(ids)
+            named.append(group_of(row, params.by) if params.by else "")
+    if params.by and rows and set(named) == {UNKNOWN}:
+        raise InputError(
+            f"no row of split `{split}` of {data.path} has a `{params.by}`", hint="name a column, or a key of `meta`"
+        )
+    return Documents(rows, named, there, f"split `{split}` of {data.path}")
+
+
+def group_of(row: Mapping[str, Any], by: str) -> str:
+    """The group that the row says it is in, as the stage `data` names it; else the value of its own column."""
+    meta = row["meta"] if isinstance(row.get("meta"), Mapping) else {}
+    document = Document(str(row.get("id", "")), str(row.get("source") or ""), row["text"], meta=meta)
+    found = groups.group_of(document, by)
+    own = row.get(by)
+    return str(own) if found == UNKNOWN and own is not None and own != "" else found
+
+
+def by_group(by: str, samples: Sequence[Sample], named: Sequence[str], boot: Bootstrap) -> dict[str, float]:
+    """The same numbers of each group's documents. Nats per token of groups compare only where tokens are as long:
+    bytes per token are beside them, and bits per byte need no such care."""
+    values: dict[str, float] = {}
+    for group in sorted(set(named)):
+        own = [one for one, its in zip(samples, named, strict=True) if its == group and one["tokens"]]
+        if own:
+            found = summary(own, boot)
+            values |= {name.replace("perplexity.", f"perplexity.{by}.{group}.", 1): v for name, v in found.items()}
+            size = sum(one["bytes"] for one in own)
+            values[f"perplexity.{by}.{group}.bytes_per_token"] = size / sum(one["tokens"] for one in own)
+    return values
 
 
 def choose_documents(part: SplitTokens, params: EvalParams) -> int:

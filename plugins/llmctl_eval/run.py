@@ -23,18 +23,20 @@ from llmctl_eval.samples import Sample, SampleLog, collect, write_samples
 from llmctl_eval.scores import further_scores, lead_score, rank_vectors
 from llmctl_eval.subject import Subject
 
-NEEDS: dict[Task, str] = {
-    "perplexity": "dataset.tokens",
-    "exact-match": "dataset.chat",
-    "accuracy": "dataset.chat",
-    "ranking": "dataset.preference",
-    **dict.fromkeys(get_args(LabelledTask), "dataset.labelled"),
-    "decoding": "dataset.tokens",
-    "lengths": "dataset.tokens",
+NEEDS: dict[Task, tuple[str, ...]] = {
+    "perplexity": ("dataset.tokens", "dataset.text"),
+    "exact-match": ("dataset.chat",),
+    "accuracy": ("dataset.chat",),
+    "ranking": ("dataset.preference",),
+    **dict.fromkeys(get_args(LabelledTask), ("dataset.labelled",)),
+    "decoding": ("dataset.tokens",),
+    "lengths": ("dataset.tokens",),
 }
+"""The types of data that each task measures on, one of them."""
 LABELLED: dict[Task, LabelledTask] = {task: task for task in get_args(LabelledTask)}
 DEFAULT: dict[str, Task] = {
     "dataset.tokens": "perplexity",
+    "dataset.text": "perplexity",
     "dataset.chat": "exact-match",
     "dataset.preference": "ranking",
 }
@@ -105,7 +107,7 @@ def choose_tasks(
                 f"`data` holds two of {artifact.type}", hint="evaluate them in two stages, so that numbers stay apart"
             )
         by_type[artifact.type] = artifact
-    tasks: list[Task] = params.tasks or [DEFAULT[kind] for kind in DEFAULT if kind in by_type]
+    tasks: list[Task] = params.tasks or list(dict.fromkeys(DEFAULT[kind] for kind in DEFAULT if kind in by_type))
     if labelled := by_type.get("dataset.labelled"):
         own = find_task(labelled)
         if not params.tasks:
@@ -113,9 +115,18 @@ def choose_tasks(
         for task in tasks:
             if task in LABELLED and task != own:
                 raise UsageError(f"task {task} was asked for, {labelled.path} holds rows of task {own}")
-    for task in tasks:
-        if NEEDS[task] not in by_type:
-            raise UsageError(f"task {task} needs {NEEDS[task]}", hint="bind it to the input `data`")
+    found = {task: _data_of(task, by_type) for task in tasks}
+    of_text = "perplexity" in found and found["perplexity"].type == "dataset.text"
+    if of_text and "kneser-ney-bigram" in params.baselines:
+        raise UsageError(
+            "baseline kneser-ney-bigram counts the training tokens of a dataset.tokens",
+            hint="give token shards instead of text, or leave the baseline out",
+        )
+    if params.by and not of_text:
+        raise UsageError(
+            f"by: {params.by} tells the rows of a dataset.text apart, for task perplexity",
+            hint="give the text itself instead of token shards, or leave `by` out",
+        )
     for name in params.baselines:
         task = "seq2seq" if name == "lead-sentence" else "perplexity"
         if task not in tasks:
@@ -128,9 +139,21 @@ def choose_tasks(
         if reference and alone in tasks:
             ctx.warn(f"task {alone} measures the model alone, not the reference")
     for kind in by_type:
-        if kind not in {NEEDS[task] for task in tasks}:
+        if kind not in {artifact.type for artifact in found.values()}:
             ctx.warn(f"no task uses the {kind} in {by_type[kind].path}")
-    return {task: by_type[NEEDS[task]] for task in tasks}
+    return found
+
+
+def _data_of(task: Task, by_type: dict[str, Artifact]) -> Artifact:
+    """What `task` measures on. UsageError if there is nothing, or two things."""
+    fitting = [kind for kind in NEEDS[task] if kind in by_type]
+    if not fitting:
+        raise UsageError(f"task {task} needs {' or '.join(NEEDS[task])}", hint="bind it to the input `data`")
+    if len(fitting) > 1:
+        raise UsageError(
+            f"task {task} has {' and '.join(fitting)} to measure on", hint="give one, or evaluate in two stages"
+        )
+    return by_type[fitting[0]]
 
 
 def _perplexity(evaluation: Evaluation, subjects: Sequence[Subject], data: Artifact) -> dict[str, float]:
@@ -141,8 +164,9 @@ def _perplexity(evaluation: Evaluation, subjects: Sequence[Subject], data: Artif
         for subject in subjects
     ]
     values = dict(found[0])
-    if len(found) > 1:
-        values["perplexity.reference_nats"] = found[1]["perplexity.nats"]
+    for name, value in found[1].items() if len(found) > 1 else ():
+        if name.endswith(".nats"):
+            values[f"{name.removesuffix('nats')}reference_nats"] = value
     return values
 
 

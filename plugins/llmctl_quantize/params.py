@@ -61,9 +61,9 @@ class QuantizeParams(Params):
             raise ValueError("`calibration_tokens` is for `kv_cache_dtype: int8`")
         return self
 
-    def requires(self) -> Mapping[str, str]:
+    def required_inputs(self) -> Mapping[str, str]:
         """See `Params`."""
-        return {"data": "`kv_cache_dtype: int8` takes its scales from it"} if self.int8_cache else {}
+        return {"data": "kv_cache_dtype: int8"} if self.int8_cache else {}
 
     @property
     def int8_cache(self) -> bool:

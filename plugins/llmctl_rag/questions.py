@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -99,6 +100,7 @@ class Tally:
     found: int = 0
     found_source: int = 0
     reciprocal: float = 0.0
+    discounted: float = 0.0
     refused: int = 0
     marks: int = 0
     resolved: int = 0
@@ -162,7 +164,10 @@ def _ask_known(
     tally.asked += 1
     tally.found += right in found
     tally.found_source += documents[right].source in {documents[name].source for name in found}
-    tally.reciprocal += 1 / (found.index(right) + 1) if right in found else 0.0
+    if right in found:
+        rank = found.index(right) + 1
+        tally.reciprocal += 1 / rank
+        tally.discounted += 1 / math.log2(rank + 1)  # nDCG with one right document: the best order would have 1
     tally.refused += answer.refused
     cited = _count_citations(tally, answer, documents)
     tally.cited_right += right in cited
@@ -212,6 +217,7 @@ def _metrics(params: RagParams, known: Tally, unknown: Tally) -> dict[str, float
         f"recall@{params.top_k}.source": known.found_source / known.asked,
         f"recall@{params.top_k}.n": known.asked,
         "mrr.value": known.reciprocal / known.asked,
+        f"ndcg@{params.top_k}.value": known.discounted / known.asked,
         "refusal.answerable": known.refused / known.asked,
     }
     if answered:

@@ -10,6 +10,9 @@ SERVE = Stage(
     inputs={
         "model": In("model.onnx", "model.hf"),
         "index": In("index.rag", optional=True, help="answer from these documents, with citations"),
+        "encoder": In(
+            "model.onnx", "model.hf", "embeddings", optional=True, help="of an index that finds by meaning: its encoder"
+        ),
         "draft": In("model.onnx", optional=True, help="a small model that proposes tokens, for speculation"),
     },
     outputs={"receipt": Out("deployment"), "metrics": Out("metrics")},

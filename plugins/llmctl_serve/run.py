@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import Artifact, Context, InputError, StageError, UsageError, __version__
+from llmctl.encoders import open_text_encoder
 from llmctl.registry import get_registry
 from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
@@ -37,6 +38,7 @@ def run(
     params: ServeParams,
     model: Artifact,
     index: Artifact | None = None,
+    encoder: Artifact | None = None,
     draft: Artifact | None = None,
 ) -> None:
     """Open the port, then the models; serve; leave a receipt."""
@@ -46,7 +48,7 @@ def run(
     opener.check_signature(model)
     with closing(Guard(params, metrics, api_key, ctx.warn)) as guard, listen(params.host, params.port) as listener:
         base = url(listener)
-        models = open_models(ctx, params, metrics, model, index, draft)
+        models = open_models(ctx, params, metrics, model, open_index(params, index, encoder), draft)
         app = create_app(models, guard, ctx.warn, params.page)
         try:
             with HttpServer(app, listener, params.drain_seconds, models.close, **guard.uvicorn()) as server:
@@ -62,16 +64,26 @@ def run(
         report_smoke(ctx, asked)
 
 
+def open_index(params: ServeParams, index: Artifact | None, encoder: Artifact | None) -> Index | None:
+    """The documents, with what finds them by meaning. UsageError for an encoder without an index."""
+    if index is None:
+        if encoder is not None:
+            raise UsageError(
+                "the input `encoder` has no effect without an `index`", hint="give the index it belongs to"
+            )
+        return None
+    return Index.load(index, open_text_encoder(encoder, params.device, params.threads) if encoder else None)
+
+
 def open_models(
     ctx: Context,
     params: ServeParams,
     metrics: ServerMetrics,
     model: Artifact,
-    index: Artifact | None,
+    documents: Index | None,
     draft: Artifact | None,
 ) -> Models:
     """The stage's model, which is the default, and the others; each with its own engine and thread."""
-    documents = Index.load(index) if index else None
     opened = get_registry().open_generator(draft, device=params.device, threads=params.threads) if draft else None
     first = Opener(params, documents, opened, Tokenizer.load(draft.path).digest if draft else "")
     # A draft model proposes for the model it was given with.

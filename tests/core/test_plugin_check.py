@@ -113,8 +113,8 @@ PROBLEMS = {
         "`text`?",
     ),
     "requires": (
-        dict(field="def requires(self):\n        return {'txt': 'x'}"),
-        "requires() of its parameters names `txt`, which is no input",
+        dict(field="def required_inputs(self):\n        return {'txt': 'x'}"),
+        "required_inputs() of its parameters names `txt`, which is no input",
         "",
     ),
     "command": (

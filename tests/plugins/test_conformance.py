@@ -38,14 +38,14 @@ def test_a_changed_default_of_a_built_in_stage_is_noticed():
 
 @pytest.mark.parametrize("check", [check for check in CHECKS if check.name not in ("kill", "revision")], ids=str)
 @pytest.mark.parametrize(
-    "name", ["tokenize", *(pytest.param(n, marks=pytest.mark.slow) for n in ("data", "rag", "eval"))]
+    "name", ["tokenize", *(pytest.param(n, marks=pytest.mark.slow) for n in ("data", "rag", "eval", "probe"))]
 )
 def test_cheap_stages_conform(name, check, tmp_path):
-    if name in ("rag", "eval"):
+    if name in ("rag", "eval", "probe"):
         pytest.importorskip("torch")
     (outcome,) = check_stage(built_in()[name], directory=tmp_path, only=[check], file=FILE)
     # Such a stage begins anew after a stop; `data` keeps whole tasks, and the kit's corpus is one task.
-    keeps_nothing = name in ("data", "rag")
+    keeps_nothing = name in ("data", "rag", "probe")
     assert outcome.status == ("not applicable" if check.name == "resume" and keeps_nothing else "ok")
 
 

@@ -20,9 +20,8 @@ from llmctl import Artifact, InputError, MachineError, StageError, UsageError
 from llmctl.generator import Sampling
 from llmctl.nn.config import TRAITS, RopeScaling
 from llmctl.ort import OrtSeq2Seq, open_bundle, open_encoder, open_generator
-from llmctl.ort.encoder import pool
 from llmctl.testing import StageResult, run_stage
-from llmctl.text.pooling import normalises, read_pooling, says_pooling, write_pooling
+from llmctl.text.pooling import normalises, pool, read_pooling, says_pooling, write_pooling
 from llmctl_export_onnx import EXPORT_ONNX
 
 from .conftest import write_byte_tokenizer

@@ -104,7 +104,7 @@ CASES = [
      "E124 spec.yaml:4:3 required input `text` (dataset.text) of `tokenize` is missing "
      "[give it: inputs: {text: STAGE or ./PATH}]"),
     (DATA + "  s: {uses: tokenize, inputs: {text: data}, with: {extend: true}}\n",
-     "E124 spec.yaml:5:23 required input `tokenizer` (tokenizer) of `tokenize` is missing: `extend` adds to it "
+     "E124 spec.yaml:5:23 required input `tokenizer` (tokenizer) of `tokenize` is missing: `extend: true` needs it "
      "[give it: inputs: {tokenizer: STAGE or ./PATH}]"),
     (TRAIN + "  s: {uses: sft, inputs: {model: train, data: sources.chta}}\nsources: {chat: ./x}\n",
      "E121 spec.yaml:7:47 no source `chta` [did you mean `chat`?]"),

@@ -35,6 +35,22 @@ def test_round_trip_of_awkward_text(ours, text):
     assert ours.decode(ours.encode(text), skip_special=False) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "吾輩は猫である。名前はまだ無い。",
+        "สวัสดีชาวโลก",
+        "ພາສາລາວ",
+        "שָׁלוֹם עוֹלָם",
+        "مرحبا\u200cبالعالم ١٢٣",
+        "abc \u202bعربي\u202c xyz",
+    ],
+    ids=["Japanese", "Thai", "Lao", "Hebrew", "Arabic", "mixed"],
+)
+def test_round_trip_of_unspaced_and_right_to_left_scripts(ours, text):
+    assert ours.decode(ours.encode(text), skip_special=False) == text
+
+
 def test_same_ids_as_the_tokenizers_library(ours, families):
     peer = tokenizers.Tokenizer.from_file(str(families["ours"] / "tokenizer.json"))
     for text in ("The quick brown fox", "  def hello(name):\n\treturn 1", "12345 你好"):

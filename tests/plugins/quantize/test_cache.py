@@ -309,7 +309,7 @@ def test_without_data_a_spec_is_refused_before_anything_runs(tmp_path: Path) -> 
     assert (found.code, found.mark.line) == ("E124", 6)
     assert found.message == (
         "required input `data` (dataset.tokens or dataset.chat) of `quantize` is missing: "
-        "`kv_cache_dtype: int8` takes its scales from it"
+        "`kv_cache_dtype: int8` needs it"
     )
     assert "inputs: {data: STAGE or ./PATH}" in found.hint
     for fine in (text % ", data: ./tokens" + setting, text % ""):

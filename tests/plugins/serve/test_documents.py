@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from llmctl import Artifact, InputError, UsageError
+from llmctl.encoders import open_text_encoder
+from llmctl.testing import run_stage
+from llmctl.text.dense import Dense, DenseSettings, unit
 from llmctl.text.retrieval import Chunk, Index
+from llmctl.text.tokenizer import Tokenizer
+from llmctl.text.vectors import Vectors
+from llmctl_serve import SERVE
 
 DEDENT = [{"role": "user", "content": "What does `dedent` do?"}]
 
@@ -80,3 +88,51 @@ def test_closed_book_answers_are_refused_and_cited_without_being_shown_the_passa
         assert body["citations"][0]["document"] == "textwrap"
         unknown = [{"role": "user", "content": "What is `frobnicate`?"}]
         assert server.post({"messages": unknown})[1]["refused"] is True
+
+
+@pytest.fixture
+def by_meaning(tmp_path, index):
+    """(the directory of an index that finds by meaning, the vectors that do): other words for what the chunks say."""
+    names = ["whitespace", "blanks", "parses", "reads", "compressed", "zipped"]
+    matrix = np.repeat(np.eye(3, dtype=np.float32), 2, axis=0)
+    Vectors(names, matrix).save(tmp_path / "vectors")
+    vectors = Artifact(tmp_path / "vectors", "embeddings")
+    encoder = open_text_encoder(vectors)
+    made = unit(encoder.embed([chunk.searched for chunk in index.chunks]))
+    dense = Dense(made, encoder, DenseSettings("hybrid", 0.5, 60.0))
+    Index.build(index.chunks, dense=dense).save(tmp_path / "index")
+    return tmp_path / "index", vectors
+
+
+BLANKS = [{"role": "user", "content": "Who strips blanks?"}]
+
+
+def test_what_is_asked_in_other_words_is_answered(scripted, byte_tokenizer, index, by_meaning, running):
+    generator = scripted(byte_tokenizer, {"[1] The function dedent": "dedent does [1]"}, default="hm")
+    with running(generator, Index.load(by_meaning[0], open_text_encoder(by_meaning[1]))) as server:
+        body = server.post({"messages": BLANKS})[1]
+        assert body["choices"][0]["message"]["content"] == "dedent does [1]"
+        assert body["citations"][0]["id"] == "textwrap#0"
+        assert server.post({"messages": [{"role": "user", "content": "What is a frobnicator?"}]})[1]["refused"] is True
+    with running(scripted(byte_tokenizer), index) as server:  # the control: by words alone nothing is found
+        assert server.post({"messages": BLANKS})[1]["refused"] is True
+
+
+def test_the_stage_takes_the_encoder_of_its_index(tmp_path, model_dir, opens, scripted, index, by_meaning):
+    opens({model_dir: scripted(Tokenizer.load(model_dir))})
+    params = {"port": 0, "mode": "smoke", "smoke_questions": ["Who strips blanks?"], "answers": "extractive"}
+    directory, vectors = by_meaning
+    index.save(tmp_path / "plain")
+
+    def serve(name, **inputs):
+        return run_stage(SERVE, tmp_path / name, params, model=Artifact(model_dir, "model.onnx"), **inputs)
+
+    dense, plain = Artifact(directory, "index.rag"), Artifact(tmp_path / "plain", "index.rag")
+    receipt = serve("both", index=dense, encoder=vectors).outputs["receipt"] / "receipt.json"
+    assert "The function dedent removes common leading whitespace. [1]" in receipt.read_text()
+    with pytest.raises(InputError, match="finds by meaning and needs the encoder"):
+        serve("none", index=dense)
+    with pytest.raises(UsageError, match="`encoder` has no effect without an `index`"):
+        serve("alone", encoder=vectors)
+    with pytest.raises(UsageError, match="finds by words alone, an encoder has no effect"):
+        serve("plain", index=plain, encoder=vectors)

@@ -30,8 +30,8 @@ class TokenizeParams(Params):
     vocab_size: int = Field(256, ge=16, description="entries")
     extend: bool = Field(False, description="add to what there is")
 
-    def requires(self) -> dict[str, str]:
-        return {"tokenizer": "`extend` adds to it"} if self.extend else {}
+    def required_inputs(self) -> dict[str, str]:
+        return {"tokenizer": "extend: true"} if self.extend else {}
 
 
 class TrainParams(Params):
