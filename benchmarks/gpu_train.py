@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 WARMUP, PROFILED = 4, 3
 KINDS = {
-    "matrix products": r"gemm|nvjet|cutlass|aten::(mm|addmm|bmm)$|onednn",
+    "matrix products": r"gemm|nvjet|cutlass|aten::(mm|addmm|bmm)$|onednn|mkldnn::_linear",
     "attention": r"flash|fmha|attention|cudnn_generated",
     "optimizer": r"adam|multi_tensor|foreach|norm_kernel|lp_?norm",
     "copies": r"memcpy|memset|copy_|fill_|zero_",

@@ -231,7 +231,7 @@ def test_equal_inputs_give_equal_indexes(tmp_path, corpus, vectors):
 def test_what_an_index_needs_is_said(tmp_path, corpus, vectors):
     for retrieval, given, problem in (
         ("dense", {}, "retrieval: dense needs an encoder"),
-        ("lexical", {"encoder": vectors}, "`encoder` has no effect with `retrieval: lexical`"),
+        ("lexical", {"encoder": vectors}, "`encoder` has no effect with retrieval: lexical"),
     ):
         with pytest.raises(UsageError, match=problem):
             run_stage(RAG, tmp_path / "x", {"retrieval": retrieval}, text=corpus, **given)
