@@ -16,6 +16,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from llmctl.errors import InputError, MachineError, UsageError
+from llmctl.ort.huge_pages import in_huge_pages
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -171,7 +172,8 @@ def _session(path: Path, providers: list[str], threads: int) -> ort.InferenceSes
     if CUDA in providers and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA libraries that pip installed beside torch
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
+        with in_huge_pages():
+            return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         reason = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
         raise InputError(
