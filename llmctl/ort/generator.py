@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import onnxruntime as ort
 from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.engine import Constraint, Engine, EngineOptions, Request
-from llmctl.errors import InputError, UsageError
+from llmctl.errors import InputError, MachineError, UsageError
 from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
 from llmctl.one_by_one import OneByOne
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
@@ -27,18 +28,27 @@ BATCH = 16
 """Most prompts answered side by side: a step reads the same weights for 16 rows as for one."""
 _ROUND = 64
 
+_log = logging.getLogger(__name__)
+
 
 def open_generator(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator | OrtSeq2Seq:
     """Open the bundle in `directory` for generation; needs neither torch nor onnx.
 
     Raises InputError naming the file that is missing, damaged or generates no text, and MachineError if `device` is
-    "cuda" and there is none.
+    "cuda" and there is none, or the bundle's cache is int8, which CUDA's operator has beside half precision only.
     """
     bundle = read_bundle(directory)
-    if not bundle.has_pair:
-        return OrtGenerator(bundle, open_session(bundle.model, device, threads))
-    names = (ENCODER, DECODER, DECODER_WITH_PAST)
-    return OrtSeq2Seq(bundle, *(open_session(bundle.directory / name, device, threads) for name in names))
+    if bundle.has_pair:
+        names = (ENCODER, DECODER, DECODER_WITH_PAST)
+        return OrtSeq2Seq(bundle, *(open_session(bundle.directory / name, device, threads) for name in names))
+    generator = OrtGenerator(bundle, open_session(bundle.model, device, threads))
+    if generator.layout.device == "cpu" or generator.layout.cache_dtype is not np.int8:
+        return generator
+    problem = f"{bundle.model}: an int8 cache is for the CPU"
+    if device == "cuda":
+        raise MachineError(problem, hint="use --device cpu, or the bundle before `quantize`")
+    _log.warning("%s; running there", problem)
+    return OrtGenerator(bundle, open_session(bundle.model, "cpu", threads))
 
 
 def open_bundle(directory: Path | str, device: str = "auto", threads: int = 0) -> OrtGenerator:

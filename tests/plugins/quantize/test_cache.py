@@ -15,10 +15,10 @@ import onnxruntime as ort
 import pytest
 from pydantic import ValidationError
 
-from llmctl import Artifact, InputError, StageError
+from llmctl import Artifact, InputError, MachineError, StageError
 from llmctl.engine import Engine, EngineOptions, Request
 from llmctl.generator import Sampling
-from llmctl.ort import OrtGenerator, open_bundle
+from llmctl.ort import OrtGenerator, open_bundle, sessions
 from llmctl.testing import StageResult, run_stage
 from llmctl_export_onnx import EXPORT_ONNX
 from llmctl_quantize import QUANTIZE, cache
@@ -199,6 +199,24 @@ def test_the_cache_takes_a_quarter(result: StageResult, int8: OrtGenerator, floa
         engine.close()
     assert held[0] * 4 == held[1]
     assert held[0] >= 3 * 64 * size
+
+
+def test_beside_a_gpu_the_cpu_is_taken(result: StageResult, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """The GPU is pretended: a session of the CPU that says it is CUDA's, unless the CPU is asked for."""
+    asked: list[str] = []
+    path = result.outputs["model"].path
+
+    def opened(model: Path, device: str, threads: int) -> Any:
+        asked.append(device)
+        return sessions.open_session(model, "cpu", threads)
+
+    monkeypatch.setattr("llmctl.ort.generator.open_session", opened)
+    monkeypatch.setattr("llmctl.ort.cache.provider", lambda _: "CPU" if asked[-1] == "cpu" else sessions.CUDA)
+    assert open_bundle(path, "auto", 1).layout.device == "cpu"
+    assert asked == ["auto", "cpu"]
+    assert "an int8 cache is for the CPU" in caplog.text
+    with pytest.raises(MachineError, match="an int8 cache is for the CPU"):
+        open_bundle(path, "cuda", 1)
 
 
 def nats(generator: OrtGenerator, tokens: Artifact) -> float:
