@@ -555,6 +555,7 @@ def test_an_embedding_is_part_of_the_graph(exported: Exported, tmp_path: Path, p
     assert np.abs(encoder.embed(texts) - np.array(expected)[::-1]).max() > 1e-2
 
 
+@SLOW
 def test_a_bundle_says_how_it_embeds_as_its_model_does(tmp_path: Path) -> None:
     texts = [[5, 6, 7, 90], [8]]
     model = save(tmp_path / "hf", arch="bert", head="features", token_types=2)

@@ -132,7 +132,7 @@ def sequences(model: Transformer, count: int = 4) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (count, 30), generator=generator)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_pruned_logits_equal_masked_logits(arch, trained):
     dense = load_model(trained(arch).path)
     masked, pruned = copy.deepcopy(dense), copy.deepcopy(dense)

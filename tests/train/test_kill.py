@@ -133,14 +133,12 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(tmp_path: Path, expect
     assert [path.name for path in kept.iterdir()] == ["step-120"]
 
 
-@pytest.mark.parametrize("stops", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_weights_after_sigterm_at_random_steps_equal_an_uninterrupted_runs(
-    tmp_path: Path, expected: str, stops: int
-) -> None:
+@pytest.mark.slow
+def test_weights_after_sigterm_at_random_steps_equal_an_uninterrupted_runs(tmp_path: Path, expected: str) -> None:
     (tmp_path / "stopped").mkdir()
-    rng = random.Random(stops)
+    rng = random.Random(10)
     reached: list[int] = []
-    for _ in range(stops):
+    for _ in range(10):
         child = start(tmp_path / "stopped")
         assert child.stdout is not None
         child.stdout.readline()
@@ -152,5 +150,5 @@ def test_weights_after_sigterm_at_random_steps_equal_an_uninterrupted_runs(
         assert child.returncode == 75, out
         reached.append(int(out.splitlines()[-1]))
         assert (tmp_path / f"stopped/resume/ckpt/step-{reached[-1]}").is_dir()
-    assert reached == sorted(set(reached)) and len(reached) >= min(stops, 3)
+    assert reached == sorted(set(reached)) and len(reached) >= 3
     assert finished(tmp_path / "stopped") == expected

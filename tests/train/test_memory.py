@@ -58,7 +58,7 @@ def measured(model, mode: str, dropout: float) -> tuple[float, Tensor, int]:
     return found[0].item(), torch.cat([p.grad.flatten() for p in model.parameters()]), kept
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_recomputed_gradients_are_bitwise_equal_and_take_less_memory(make_model, arch: str, dropout: float) -> None:
     heads = {"kv_heads": 4} if arch == "gpt2" else {}

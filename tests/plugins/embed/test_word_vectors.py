@@ -268,6 +268,7 @@ def test_a_parameter_of_another_method_is_refused():
     EmbedParams(device="cpu")
 
 
+@pytest.mark.slow
 def test_shuffled_counts_take_memory_for_themselves_and_not_for_all_pairs():
     words = 1500
     for share in (1 / 60, 1 / 40, 0.4, 0.9):
