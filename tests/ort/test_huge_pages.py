@@ -62,10 +62,10 @@ def huge_kilobytes(address: int) -> int:
 def test_what_comes_to_be_inside_is_moved_and_keeps_its_content() -> None:
     random_bytes = np.random.default_rng(0).integers(0, 256, 12 * HUGE, np.uint8)
     with in_huge_pages():
-        held = random_bytes.tobytes()
-    address = np.frombuffer(held, np.uint8).ctypes.data
+        held, address = memory(12 * HUGE, 12 * HUGE)
+        np.frombuffer(held, np.uint8)[:] = random_bytes
     assert finish() == 1
-    assert held == random_bytes.tobytes()
+    assert np.array_equal(np.frombuffer(held, np.uint8), random_bytes)
     assert huge_kilobytes(address + 4 * HUGE) >= 8 * (HUGE >> 10)
 
 

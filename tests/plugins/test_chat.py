@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import select
 import stat
 import sys
 import time
@@ -127,7 +128,8 @@ def test_what_is_no_model(tmp_path, monkeypatch):
 def read_until(master, text, seconds=20):
     found, deadline = b"", time.monotonic() + seconds
     while text not in found:
-        assert time.monotonic() < deadline, found
+        ready, _, _ = select.select([master], [], [], max(0, deadline - time.monotonic()))
+        assert ready, found
         found += os.read(master, 4096)
     return found.decode()
 
@@ -153,6 +155,9 @@ def terminal(tmp_path, monkeypatch):
                 os._exit(code)
 
         def typed(text, answer="", end=b"> "):
+            if isinstance(text, bytes):
+                # A signal between the prompt and the read that follows is seen only after the next line.
+                time.sleep(0.3)
             os.write(master, text if isinstance(text, bytes) else text.encode() + b"\n")
             found = read_until(master, answer.encode())
             return found if found.endswith(end.decode()) else found + read_until(master, end)
