@@ -7,6 +7,10 @@ own, as they need other versions of what we need, too:
     python -m venv peers
     peers/bin/pip install torch==2.13.0 litgpt==0.5.13 transformers==4.57.6 accelerate==1.15.0
     python benchmarks/train.py --peers peers/bin/python [--shapes 4x128 12x768] [--threads 2] [--rounds 7]
+    python benchmarks/train.py --peers peers/bin/python --shapes speedrun --nanochat CHECKOUT
+
+The shape `speedrun` is nanochat's architecture, which the preset of that name is ours of, with Muon; its peer is the
+loop of a checkout of nanochat.
 
 Prints per shape the median tokens per second of each side, and the median over the rounds of the ratios to it, once as
 Python runs it and once with torch.compile on all sides, which is litgpt's default.
@@ -27,11 +31,12 @@ HERE = Path(__file__).parent
 SHAPES: dict[str, dict[str, Any]] = {
     "4x128": {"layers": 4, "dim": 128, "heads": 4, "ff_dim": 352, "context": 128, "batch": 16, "vocabulary": 1024},
     "12x768": {"layers": 12, "dim": 768, "heads": 12, "ff_dim": 2048, "context": 256, "batch": 4, "vocabulary": 8192},
+    "speedrun": {"layers": 4, "dim": 128, "heads": 2, "ff_dim": 512, "context": 128, "batch": 16, "vocabulary": 1024},
     "tiny": {"layers": 2, "dim": 32, "heads": 2, "ff_dim": 96, "context": 32, "batch": 4, "vocabulary": 512},
 }
-STEPS = {"4x128": 20, "12x768": 2, "tiny": 2}
+STEPS = {"4x128": 20, "speedrun": 20, "12x768": 2, "tiny": 2}
 """Steps of a round."""
-WARMUP = {"4x128": 10, "12x768": 3, "tiny": 2}
+WARMUP = {"4x128": 10, "speedrun": 10, "12x768": 3, "tiny": 2}
 
 
 Sides = dict[str, "Trainer"]
@@ -90,16 +95,11 @@ def ours(directory: Path, shape: dict[str, Any]) -> None:
     from llmctl_train_pretrain import TRAIN_PRETRAIN
 
     params = {
-        "preset": "llama",
+        **(recipe() if shape["preset"] == "speedrun" else llama(shape)),
         **{name: shape[name] for name in ("layers", "dim", "heads", "ff_dim", "context")},
-        "tie_embeddings": False,
-        "norm_eps": 1e-5,
         "batch_size": shape["batch"],
         "packing": shape["packing"],
         "document_mask": shape["packing"] != "crop",
-        "optimizer": "adamw",
-        **{name: shape["lr"] for name in ("lr", "embedding_lr", "head_lr", "vector_lr")},
-        "beta2": 0.95,
         "max_steps": 10**6,
         "save_every": 0,
         "precision": shape["precision"],
@@ -109,6 +109,21 @@ def ours(directory: Path, shape: dict[str, Any]) -> None:
     }
     inputs = {name: Artifact(directory / "tokenize" / name, kind) for name, kind in KINDS.items()}
     run_stage(TRAIN_PRETRAIN, Path(tempfile.mkdtemp(dir=directory)), params, **inputs)
+
+
+def llama(shape: dict[str, Any]) -> dict[str, Any]:
+    """What the peers' LLaMA is trained with."""
+    rates = {name: shape["lr"] for name in ("lr", "embedding_lr", "head_lr", "vector_lr")}
+    return {"preset": "llama", "tie_embeddings": False, "norm_eps": 1e-5, "optimizer": "adamw", "beta2": 0.95, **rates}
+
+
+def recipe() -> dict[str, Any]:
+    """The parameters of `specs/speedrun.yaml`."""
+    import yaml
+
+    spec = yaml.safe_load((HERE.parent / "specs" / "speedrun.yaml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = spec["stages"]["train"]["with"]
+    return {name: value for name, value in found.items() if name != "seed"}
 
 
 KINDS = {"tokens": "dataset.tokens", "tokenizer": "tokenizer"}
@@ -161,6 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", help="interpreter of the peers' environment; without it only our own speed is shown")
     parser.add_argument("--sides", nargs="+", default=["trainer", "litgpt"], choices=["trainer", "litgpt"])
+    parser.add_argument("--nanochat", help="its checkout, for the shape speedrun")
     parser.add_argument("--shapes", nargs="+", default=["4x128", "12x768"], choices=list(SHAPES))
     parser.add_argument("--compile", nargs="+", type=int, default=[0, 1], choices=[0, 1], help="1: with torch.compile")
     parser.add_argument("--packing", default="crop", choices=["crop", "documents", "best-fit"], help="ours")
@@ -169,6 +185,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
+    if "speedrun" in options.shapes and options.peers and not options.nanochat:
+        parser.error("the shape speedrun has nanochat beside it: give --nanochat CHECKOUT, or no --peers")
     with tempfile.TemporaryDirectory() as temporary:
         for name in options.shapes:
             directory = Path(temporary, name)
@@ -183,7 +201,9 @@ def main() -> None:
                     "lr": 1e-3,
                 }
                 shape |= {key: getattr(options, key) for key in ("threads", "packing", "precision", "device")}
-                wanted = ["llmctl", *(options.sides if options.peers else [])]
+                shape |= {"nanochat": options.nanochat, "preset": "speedrun" if name == "speedrun" else "llama"}
+                others = ["nanochat"] if name == "speedrun" else options.sides
+                wanted = ["llmctl", *(others if options.peers else [])]
                 sides = {side: start(side, directory, shape, options.peers) for side in wanted}
                 tokens = shape["steps"] * shape["batch"] * shape["context"]
                 compare(name + (", compiled" if compiled else ""), sides, tokens, options.rounds)

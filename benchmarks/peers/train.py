@@ -132,9 +132,47 @@ def litgpt(directory: Path, shape: dict[str, Any]) -> None:
     )
 
 
+def nanochat(directory: Path, shape: dict[str, Any]) -> None:
+    """A step of `scripts/base_train.py` of the checkout in `shape`: its model, its Muon with AdamW, its order of work.
+
+    Its script reads text of its own and evaluates with downloads, so its loop is written out here. Rates stand still,
+    which changes nothing about speed. Its model and its optimizer's kernels are compiled where `shape` says so.
+    """
+    sys.path.insert(0, shape["nanochat"])
+    from nanochat.gpt import GPT, GPTConfig
+
+    if not shape["compile"]:
+        torch.compiler.set_stance("force_eager")
+    config = GPTConfig(
+        sequence_len=shape["context"],
+        vocab_size=shape["vocabulary"],
+        n_layer=shape["layers"],
+        n_head=shape["heads"],
+        n_kv_head=shape["heads"],
+        n_embd=shape["dim"],
+        window_pattern="L",
+    )
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=shape["device"])
+    model.init_weights()
+    optimizer = model.setup_optimizer()
+    compiled = torch.compile(model, dynamic=False)
+    rows = Rows(directory / "tokens.npy", shape["context"] + 1, labelled=False)
+    loader = DataLoader(rows, shape["batch"], shuffle=True, drop_last=True)
+    while True:
+        for row in loader:
+            row = row.to(shape["device"])  # noqa: PLW2901
+            loss = compiled(row[:, :-1].contiguous(), row[:, 1:].contiguous())
+            loss.backward()
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+            loss.item()
+
+
 if __name__ == "__main__":
     side, folder, values = sys.argv[1:]
     wanted = json.loads(values)
     torch.set_num_threads(wanted["threads"])
     Pace(wanted["warmup"], wanted["steps"])
-    {"trainer": trainer, "litgpt": litgpt}[side](Path(folder), wanted)
+    {"trainer": trainer, "litgpt": litgpt, "nanochat": nanochat}[side](Path(folder), wanted)
