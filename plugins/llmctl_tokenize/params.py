@@ -92,7 +92,7 @@ class TokenizeParams(Params):
         list(INFILL_TOKENS),
         min_length=3,
         max_length=3,
-        description="special tokens before prefix, suffix, middle; training adds them, a bound tokenizer must have them",
+        description="special tokens before prefix, suffix, middle; training adds them, a bound tokenizer has them",
     )
     infill_seed: int = Field(0, ge=0, description="seed of which documents are cut, how and where")
     emit: Literal["both", "tokenizer", "tokens"] = Field(
