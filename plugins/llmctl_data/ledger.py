@@ -42,6 +42,7 @@ class StepLedger:
         self.bytes_in += size
         if isinstance(outcome, Drop):
             self.dropped[outcome.reason] += 1
+            self.found.update(outcome.found)
             self._sample(f"dropped: {outcome.reason}", before, None, outcome.detail)
             return None
         after = outcome

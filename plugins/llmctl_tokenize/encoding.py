@@ -25,6 +25,7 @@ import numpy as np
 from llmctl import Context, MachineError
 from llmctl.text.shards import Encoded, ShardWriter, token_dtype
 from llmctl.text.tokenizer import Tokenizer
+from llmctl_tokenize.infill import Infill
 
 BATCH_BYTES = 1 << 20
 CHECKPOINT_BYTES = 64 << 20
@@ -41,8 +42,12 @@ def write_tokens(
     *,
     workers: int | None,
     counts: Mapping[str, Mapping[str, int]],
+    infill: Infill | None,
 ) -> None:
-    """Encode the texts of every split into the output `tokens`; `counts` are their rows and bytes, where known."""
+    """Encode the texts of every split into the output `tokens`; `counts` are their rows and bytes, where known.
+
+    `infill` cuts documents of the split `train`; the loss on any other compares with that of a model without it.
+    """
     directory = ctx.resume_dir / "tokens"
     writer = ShardWriter(
         directory,
@@ -56,8 +61,9 @@ def write_tokens(
     with writer, _Encoders(tokenizer, worker_count(workers, size)) as encoders:
         since, done = 0, sum(writer.documents(name) for name in texts)
         for name, found in texts.items():
-            rest = islice(found, writer.documents(name), None)
-            for encoded in encoders.encode(batches(rest)):
+            first = writer.documents(name)
+            rest = islice(found, first, None)
+            for encoded in encoders.encode(batches(rest), first, infill if name == "train" else None):
                 writer.add_encoded(name, encoded)
                 since, done = since + encoded.bytes, done + len(encoded.lengths)
                 ctx.progress(done, total, phase="encode")
@@ -70,7 +76,7 @@ def write_tokens(
                     raise ctx.stopped(done)
     for path in directory.iterdir():
         shutil.move(path, ctx.output("tokens") / path.name)
-    _describe(ctx, tokenizer, writer.meta())
+    _describe(ctx, tokenizer, writer.meta(), infill)
 
 
 def _unfinished(directory: Path, tokenizer: Tokenizer, splits: list[str]) -> dict[str, Any] | None:
@@ -83,14 +89,19 @@ def _unfinished(directory: Path, tokenizer: Tokenizer, splits: list[str]) -> dic
     return found if same else None
 
 
-def _describe(ctx: Context, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> None:
+def _describe(ctx: Context, tokenizer: Tokenizer, meta: Mapping[str, Any], infill: Infill | None) -> None:
     counts = {name: entry["tokens"] for name, entry in meta["splits"].items()}
     ctx.describe("tokens", tokenizer=tokenizer.digest, vocab_size=tokenizer.vocab_size, tokens=sum(counts.values()))
     ctx.report({f"tokens.{name}": count for name, count in counts.items()})
     frame = len(tokenizer.opening) + len(tokenizer.closing)
+    marks = 0
+    if infill and "train" in meta["splits"]:
+        orders = infill.counts(meta["splits"]["train"]["documents"])
+        ctx.report({f"infill.{order}": count for order, count in orders.items()})
+        marks = 3 * (orders["psm"] + orders["spm"])
     for name, entry in meta["splits"].items():
-        # BOS and EOS are not counted: they stand for no text.
-        if content := entry["tokens"] - frame * entry["documents"]:
+        # BOS, EOS and the marks of infill are not counted: they stand for no text.
+        if content := entry["tokens"] - frame * entry["documents"] - (marks if name == "train" else 0):
             ctx.report({f"bytes_per_token.{name}": entry["bytes"] / content})
 
 
@@ -116,10 +127,10 @@ def worker_count(workers: int | None, size: int) -> int:
     return cores if size > WORTH_WORKERS and cores > 1 else 0
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
-    """The documents of a batch, one after the other, each between BOS and EOS."""
+def encode(tokenizer: Tokenizer, texts: list[str], first: int = 0, infill: Infill | None = None) -> Encoded:
+    """The documents of a batch, number `first` of the split and those after it, each between BOS and EOS."""
     opening, closing = tokenizer.opening, tokenizer.closing
-    found = tokenizer.encode_batch(texts)
+    found = infill.encode(tokenizer, texts, first) if infill else tokenizer.encode_batch(texts)
     frame = len(opening) + len(closing)
     lengths = np.fromiter((len(ids) + frame for ids in found), np.int64, len(found))
     parts = chain.from_iterable((opening, ids, closing) for ids in found) if frame else iter(found)
@@ -158,14 +169,18 @@ class _Encoders:
         for future in self._pending:
             future.cancel()
 
-    def encode(self, batches: Iterator[list[str]]) -> Iterator[Encoded]:
-        """The batches, encoded; at most two per worker are under way. MachineError if a worker is lost."""
+    def encode(self, batches: Iterator[list[str]], first: int, infill: Infill | None) -> Iterator[Encoded]:
+        """The batches, encoded; at most two per worker are under way. MachineError if a worker is lost.
+
+        `first` is the number of the first document, which the choices of `infill` hang on.
+        """
+        numbered = _numbered(batches, first)
         if self._pool is None:
-            yield from (encode(self._tokenizer, batch) for batch in batches)
+            yield from (encode(self._tokenizer, batch, number, infill) for number, batch in numbered)
             return
         try:
-            for batch in batches:
-                self._pending.append(self._pool.submit(_encode, batch))
+            for number, batch in numbered:
+                self._pending.append(self._pool.submit(_encode, batch, number, infill))
                 if len(self._pending) > 2 * self._workers:
                     yield self._pending.popleft().result()
             while self._pending:
@@ -175,6 +190,13 @@ class _Encoders:
                 "a process that encodes was lost, perhaps for want of memory",
                 hint="run again with fewer workers; it goes on where it stopped",
             ) from error
+
+
+def _numbered(batches: Iterator[list[str]], first: int) -> Iterator[tuple[int, list[str]]]:
+    """(number of its first document, batch)."""
+    for batch in batches:
+        yield first, batch
+        first += len(batch)
 
 
 def _start_worker(directory: str) -> None:
@@ -190,6 +212,6 @@ def _end_with(parent: Any, end: Callable[[int], Any]) -> None:
     end(1)
 
 
-def _encode(texts: list[str]) -> Encoded:
+def _encode(texts: list[str], first: int, infill: Infill | None) -> Encoded:
     assert _tokenizer is not None
-    return encode(_tokenizer, texts)
+    return encode(_tokenizer, texts, first, infill)

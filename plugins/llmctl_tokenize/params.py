@@ -10,6 +10,8 @@ from llmctl.spec.params import Field, Params
 
 SPECIAL_COUNT = {"gpt": 6, "bert": 4, "roberta": 4, "t5": 2}
 T5_SENTINELS = 100
+INFILL_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+"""As Qwen and OpenAI's cl100k_base write them."""
 PATTERN = {"bpe": "gpt2", "wordpiece": "words", "unigram": "spaces", "word": "words", "char": "whole"}
 """How each kind cuts text unless told otherwise."""
 COVERAGE = {"bpe": "byte-level", "wordpiece": "unk", "unigram": "byte-fallback", "word": "unk", "char": "unk"}
@@ -73,6 +75,26 @@ class TokenizeParams(Params):
         description="`<extra_id_N>` tokens for span corruption, the last ids of the vocabulary; unset: 100 with "
         "special: t5, else none",
     )
+    infill: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the training documents that are cut at two characters and learnt with their middle last "
+        "(fill in the middle, 2207.14255); other splits stay as they are",
+    )
+    infill_spm: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of these with the suffix first (SPM); the others have the prefix first (PSM)",
+    )
+    infill_tokens: list[str] = Field(
+        list(INFILL_TOKENS),
+        min_length=3,
+        max_length=3,
+        description="special tokens before prefix, suffix, middle; training adds them, a bound tokenizer has them",
+    )
+    infill_seed: int = Field(0, ge=0, description="seed of which documents are cut, how and where")
     emit: Literal["both", "tokenizer", "tokens"] = Field(
         "both", description="what to produce: the tokenizer, the token shards, or both"
     )
@@ -105,7 +127,22 @@ class TokenizeParams(Params):
             raise ValueError("min_frequency is not for kind: unigram, which weighs pieces by likelihood")
         if len({*self.further_special}) < len(self.further_special) or "" in self.further_special:
             raise ValueError("further_special holds a token twice, or an empty one")
-        return self._bytes_fit()
+        return self._infill_fits()._bytes_fit()
+
+    def _infill_fits(self) -> TokenizeParams:
+        """A bound tokenizer is not known here; `Infill.check` tries it."""
+        fields = type(self).model_fields
+        if not self.infill:
+            for name in ("infill_spm", "infill_tokens", "infill_seed"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name} has no meaning without infill")
+        elif self.emit == "tokenizer":
+            raise ValueError("infill is for token shards; with emit: tokenizer name its tokens in further_special")
+        elif not self.lossless:
+            raise ValueError("infill is for a tokenizer that gives back any text; see coverage, normalizer, pattern")
+        if len({*self.infill_tokens}) < 3 or "" in self.infill_tokens:
+            raise ValueError("infill_tokens holds a token twice, or an empty one")
+        return self
 
     def _bytes_fit(self) -> TokenizeParams:
         least = self.fixed + (0 if self.covers == "unk" else 256)
@@ -122,7 +159,13 @@ class TokenizeParams(Params):
     def fixed(self) -> int:
         """How many tokens are special: those of `special`, the unknown token, one's own and the sentinels."""
         unknown = self.covers != "byte-level" or self.kind == "unigram"
-        return SPECIAL_COUNT[self.special] + unknown + len(self.further_special) + self.sentinel_count
+        return SPECIAL_COUNT[self.special] + unknown + len(self.own_special) + self.sentinel_count
+
+    @property
+    def own_special(self) -> list[str]:
+        """`further_special`, and those of `infill_tokens` that are not among them."""
+        infill = self.infill_tokens if self.infill else []
+        return [*self.further_special, *(name for name in infill if name not in self.further_special)]
 
     @property
     def covers(self) -> str:
@@ -160,5 +203,5 @@ class TokenizeParams(Params):
     def changed(self) -> list[str]:
         """Parameters of training, beside the size, that differ from their defaults."""
         fields: dict[str, Any] = dict(type(self).model_fields)
-        rest = {"vocab_size", "emit", "workers"}
+        rest = {"vocab_size", "emit", "workers", "infill", "infill_spm", "infill_tokens", "infill_seed"}
         return [name for name in fields if name not in rest and getattr(self, name) != fields[name].default]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,12 @@ def run(ctx: Context, params: TokenizeParams, text: Artifact, tokenizer: Artifac
         ctx.describe("tokenizer", vocab_size=opened.vocab_size, tokenizer=opened.digest)
     if ctx.wants("tokens"):
         from llmctl_tokenize.encoding import write_tokens
+        from llmctl_tokenize.infill import Infill
 
-        write_tokens(ctx, opened, _texts_by_split(text), workers=params.workers, counts=info(text).get("splits", {}))
+        texts, counts = _texts_by_split(text), info(text).get("splits", {})
+        if (infill := Infill.of(params, opened)) and "train" in texts:
+            infill.check(opened, (found for _, found in islice(_documents(text, "train"), SAMPLE)))
+        write_tokens(ctx, opened, texts, workers=params.workers, counts=counts, infill=infill)
 
 
 def _check_bound(params: TokenizeParams, tokenizer: Tokenizer) -> None:
@@ -88,19 +93,24 @@ def _special(params: TokenizeParams) -> SpecialTokens:
     from llmctl_tokenize.special import SPECIAL, sentinel_names
 
     unknown = params.covers != "byte-level" or params.kind == "unigram"
-    special = SPECIAL[params.special].extended(params.further_special, unknown)
+    special = SPECIAL[params.special].extended(params.own_special, unknown)
     every = [*special.tokens, *sentinel_names(params.sentinel_count)]
     if len({*every}) < len(every):
-        raise UsageError(f"further_special names a token that special: {params.special} has already")
+        raise UsageError(f"{_where(params)} names a token that special: {params.special} has already")
     untrained = kinds.untrained(params, every, special.unknown)
-    for name in params.further_special:
+    for name in params.own_special:
         if kinds.is_spelt(untrained, params, name):
             raise UsageError(
-                f"further_special: {name!r} could be a piece of plain text with kind: {params.kind}, pattern: "
+                f"{_where(params)}: {name!r} could be a piece of plain text with kind: {params.kind}, pattern: "
                 f"{params.cuts}; what a user types would become the special token",
                 hint="mark it by signs that the pattern cuts off, as in <|end|>",
             )
     return special
+
+
+def _where(params: TokenizeParams) -> str:
+    """Where special tokens of one's own are named."""
+    return "further_special or infill_tokens" if params.infill else "further_special"
 
 
 def _texts(ctx: Context, text: Artifact) -> Iterator[str]:

@@ -1,12 +1,18 @@
-"""Which licence a source file names: SPDX tags, and phrases of the common texts."""
+"""Which licence a source file names: SPDX tags, notes such as `@license MIT`, and phrases of the common texts."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 
 HEAD = 6000
 """Characters of a file that are searched."""
 TAG = re.compile(r"SPDX-License-Identifier:\s*(?P<id>[\w.\-+() ]+?)\s*(?:\*/|-->|$)", re.MULTILINE)
+NOTE = re.compile(
+    r"(?i:licen[cs]e[ds]?)(?:__)?(?: under)?(?: the)? ?[:=]? ?[\"'(]?(?P<id>MIT|ISC|0BSD|Zlib|Unlicense|Apache-2\.0"
+    r"|MPL-2\.0|BSD-[23]-Clause|(?:A?GPL-[23]\.0|LGPL-(?:2\.1|3\.0))(?:-only|-or-later|\+)?)(?![\w.+-]*\w)"
+)
+"""A licence named by its SPDX id: `@license MIT`, `License: MIT`, `__license__ = "MIT"`."""
 TEXTS = (
     ("AGPL-3.0", r"GNU Affero General Public License"),
     ("LGPL-3.0", r"GNU Lesser General Public License.{0,200}version 3"),
@@ -19,7 +25,13 @@ TEXTS = (
     ("BSL-1.0", r"Boost Software License"),
     ("Unlicense", r"free and unencumbered software released into the public domain"),
     ("CC0-1.0", r"CC0 1\.0|Creative Commons Zero"),
+    ("0BSD", r"Permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with or"
+     r" without fee is hereby granted\."),
+    ("HPND", r"Permission to use, copy, modify,? and distribute this software and its documentation for any purpose"),
     ("ISC", r"Permission to use, copy, modify, and(?:/or)? distribute this software for any purpose with"),
+    ("Zlib", r"This software is provided .as-is., without any express or implied warranty\.\s*In no event"),
+    ("WTFPL", r"DO WHAT THE FUCK YOU WANT TO PUBLIC LICENSE"),
+    ("MIT-0", r"MIT No Attribution"),
     ("MIT", r"Permission is hereby granted, free of charge, to any person obtaining a copy"),
     ("MIT", r"under the (?:terms of the )?MIT Licen[cs]e"),
     ("BSD-3-Clause", r"Redistribution and use in source and binary forms.{0,1500}(?:Neither the name|names? of)"),
@@ -31,14 +43,66 @@ TEXTS = (
 )  # fmt: skip
 PHRASES = tuple((spdx, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for spdx, pattern in TEXTS)
 MARKS = re.compile(r"^[\s#*/;%!\-]+", re.MULTILINE)
+WORDS = ("licen", "permission", "redistribut", "reserved", "proprietary", "public domain", "as-is")
+"""One of these is in whatever a phrase or note finds."""
 
 
 def license_of(text: str) -> str:
-    """The SPDX expression that the file's tag or text names, `proprietary`, or "" if it names none."""
+    """The SPDX expression that the file's tag, text or note names first, `proprietary`, or "" if it names none."""
     head = text[:HEAD]
     if tag := TAG.search(head):
         return tag["id"].strip()
-    if "icen" not in head and "ermission" not in head and "edistribut" not in head and "eserved" not in head.lower():
+    lowered = head.lower()
+    if not any(word in lowered for word in WORDS):
         return ""
     plain = " ".join(MARKS.sub(" ", head).split())
-    return next((spdx for spdx, phrase in PHRASES if phrase.search(plain)), "")
+    # The first place decides: the text of the MPL names the GPL further down, and so do lists of bundled files.
+    named = [(match.start(), n, spdx) for n, (spdx, phrase) in enumerate(PHRASES) if (match := phrase.search(plain))]
+    if note := NOTE.search(plain):
+        named.append((note.start(), len(named), note["id"]))
+    return min(named)[2] if named else ""
+
+
+def allowed(expression: str, licenses: Set[str]) -> bool:
+    """Whether an SPDX expression can be met with `licenses`: one side of OR is enough, AND needs both and binds closer.
+
+    `A WITH exception` is a licence of its own. An expression that cannot be read is allowed only if it stands there.
+    """
+    if expression in licenses:
+        return True
+    words = re.findall(r"[()]|[^\s()]+", expression)
+    met = _either(words, licenses)
+    return met and not words
+
+
+def _either(words: list[str], licenses: Set[str]) -> bool:
+    """Whether what `words` begin with is allowed; takes it off them."""
+    met = _both(words, licenses)
+    while words and words[0].upper() == "OR":
+        del words[0]
+        met = _both(words, licenses) or met  # the right side is always read
+    return met
+
+
+def _both(words: list[str], licenses: Set[str]) -> bool:
+    met = _single(words, licenses)
+    while words and words[0].upper() == "AND":
+        del words[0]
+        met = _single(words, licenses) and met
+    return met
+
+
+def _single(words: list[str], licenses: Set[str]) -> bool:
+    if not words:
+        words.append("")  # what is missing is left over, so that the whole is not read
+        return False
+    word = words.pop(0)
+    if word == "(":
+        met = _either(words, licenses)
+        closed = words[:1] == [")"]
+        del words[:1]
+        return met and closed
+    if len(words) > 1 and words[0].upper() == "WITH":
+        word = f"{word} WITH {words[1]}"
+        del words[:2]
+    return word in licenses

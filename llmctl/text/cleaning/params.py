@@ -219,16 +219,26 @@ class CodeParams(StepParams):
     name: Literal["code"] = Field(description="the step")
     kinds: list[Kind] = Field(["prose", "code"], min_length=1, description=KINDS)
     detect: bool = Field(True, description="tell source code by its path, shebang or content and set meta.code")
-    generated: bool = Field(True, description="drop files that say that they were generated")
+    generated: bool = Field(True, description="drop files that say that they were generated; they are counted anyhow")
     vendored: bool = Field(True, description="drop files in folders of other people's code (node_modules, vendor, …)")
     max_line: int = Field(1000, ge=1, description="drop files with a longer line")
     max_mean_line: int = Field(100, ge=1, description="drop files whose lines are longer on average")
     min_alphanumeric: float = Field(0.25, ge=0, le=1, description="smallest share of letters and digits")
     max_encoded: float = Field(0.5, ge=0, le=1, description="largest share of characters in hex or base64 data")
     parses: bool = Field(False, description="drop Python and JSON that does not parse")
+    count_parsed: bool = Field(False, description="count in the audit how many files of Python and JSON parse")
     licenses: list[str] = Field(
-        [], description="SPDX ids to keep; empty for all. `none` stands for files that name no licence"
+        [],
+        description="SPDX ids to keep; empty for all. `none` stands for files that name no licence; of `A OR B` one is "
+        "enough, `A AND B` needs both",
     )
+    unlicensed: bool = Field(False, description="drop files that name no licence, whatever `licenses` says of others")
+
+    @pydantic.model_validator(mode="after")
+    def _agree(self) -> CodeParams:
+        if self.unlicensed and "none" in self.licenses:
+            raise ValueError("unlicensed drops the files that `none` in licenses keeps; drop one of them")
+        return self
 
 
 AnyStep = Annotated[

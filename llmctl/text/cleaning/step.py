@@ -29,10 +29,12 @@ TASK_SHIFT = 40
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """The document goes. `reason` is a short constant that is counted; `detail` is shown beside the sample."""
+    """The document goes. `reason` is a short constant that is counted; `detail` is shown beside the sample; `found` is
+    added to the step's counts, as that of `Noted`."""
 
     reason: str
     detail: str = ""
+    found: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import unicodedata
 
 import ftfy
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from llmctl.text.cleaning.params import UnicodeParams
@@ -52,6 +52,7 @@ LETTERS = st.sampled_from("abc XYZ äöüß éèç ñ 0123 абв γδε 漢字 
 @settings(max_examples=300, deadline=None)
 def test_any_correct_text_is_left_byte_identical(lines: list[str]) -> None:
     text = unicodedata.normalize("NFC", "\n".join(lines)).strip()
+    assume("\n" * 4 not in text)  # `white_space: trim` leaves two empty lines of three
     assert step().repair(text) == (text, {})
 
 
