@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from llmctl import Context, MachineError
-from llmctl.text.shards import Encoded, ShardWriter, token_dtype
+from llmctl.text.shards import Counts, Encoded, ShardWriter, token_dtype
 from llmctl.text.tokenizer import Tokenizer
 
+Sourced = tuple[str, str]
+"""The source of a document and its text."""
 BATCH_BYTES = 1 << 20
 CHECKPOINT_BYTES = 64 << 20
 WORTH_WORKERS = 32 << 20
@@ -37,7 +39,7 @@ _tokenizer: Tokenizer | None = None
 def write_tokens(
     ctx: Context,
     tokenizer: Tokenizer,
-    texts: Mapping[str, Iterator[str]],
+    texts: Mapping[str, Iterator[Sourced]],
     *,
     workers: int | None,
     counts: Mapping[str, Mapping[str, int]],
@@ -94,12 +96,12 @@ def _describe(ctx: Context, tokenizer: Tokenizer, meta: Mapping[str, Any]) -> No
             ctx.report({f"bytes_per_token.{name}": entry["bytes"] / content})
 
 
-def batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Texts in batches of about `BATCH_BYTES`, so that memory does not grow with the dataset."""
-    batch: list[str] = []
+def batches(texts: Iterator[Sourced]) -> Iterator[list[Sourced]]:
+    """Documents in batches of about `BATCH_BYTES`, so that memory does not grow with the dataset."""
+    batch: list[Sourced] = []
     size = 0
-    for text in texts:
-        batch.append(text)
+    for source, text in texts:
+        batch.append((source, text))
         size += len(text)
         if size >= BATCH_BYTES:
             yield batch
@@ -116,10 +118,10 @@ def worker_count(workers: int | None, size: int) -> int:
     return cores if size > WORTH_WORKERS and cores > 1 else 0
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
+def encode(tokenizer: Tokenizer, documents: list[Sourced]) -> Encoded:
     """The documents of a batch, one after the other, each between BOS and EOS."""
     opening, closing = tokenizer.opening, tokenizer.closing
-    found = tokenizer.encode_batch(texts)
+    found = tokenizer.encode_batch([text for _, text in documents])
     frame = len(opening) + len(closing)
     lengths = np.fromiter((len(ids) + frame for ids in found), np.int64, len(found))
     parts = chain.from_iterable((opening, ids, closing) for ids in found) if frame else iter(found)
@@ -127,7 +129,20 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
     flat = np.fromiter(chain.from_iterable(parts), np.uint32, int(lengths.sum()))
     if len(flat) and flat.max() < tokenizer.vocab_size:
         flat = flat.astype(token_dtype(tokenizer.vocab_size))
-    return Encoded(flat, lengths, sum(len(text.encode()) for text in texts))
+    sizes = [len(text.encode()) for _, text in documents]
+    sources = _by_source([source for source, _ in documents], lengths.tolist(), sizes)
+    return Encoded(flat, lengths, sum(sizes), sources)
+
+
+def _by_source(sources: list[str], lengths: list[int], sizes: list[int]) -> dict[str, Counts]:
+    """Documents, tokens and bytes of each source."""
+    found: dict[str, Counts] = {}
+    for source, tokens, size in zip(sources, lengths, sizes, strict=True):
+        counts = found.setdefault(source, {"documents": 0, "tokens": 0, "bytes": 0})
+        counts["documents"] += 1
+        counts["tokens"] += tokens
+        counts["bytes"] += size
+    return found
 
 
 class _Encoders:
@@ -158,7 +173,7 @@ class _Encoders:
         for future in self._pending:
             future.cancel()
 
-    def encode(self, batches: Iterator[list[str]]) -> Iterator[Encoded]:
+    def encode(self, batches: Iterator[list[Sourced]]) -> Iterator[Encoded]:
         """The batches, encoded; at most two per worker are under way. MachineError if a worker is lost."""
         if self._pool is None:
             yield from (encode(self._tokenizer, batch) for batch in batches)
@@ -190,6 +205,6 @@ def _end_with(parent: Any, end: Callable[[int], Any]) -> None:
     end(1)
 
 
-def _encode(texts: list[str]) -> Encoded:
+def _encode(documents: list[Sourced]) -> Encoded:
     assert _tokenizer is not None
-    return encode(_tokenizer, texts)
+    return encode(_tokenizer, documents)
