@@ -93,7 +93,7 @@ def main() -> None:
         made = run_stage(TOKENIZE, root / "made", {"vocab_size": options.vocab, "emit": "tokenizer"}, text=text)
         tokenizer = made.outputs["tokenizer"]
         bare = Library.from_file(str(tokenizer.path / "tokenizer.json"))
-        batches = list(encoding.batches(iter(texts)))
+        batches = [[text for _, text in batch] for batch in encoding.batches(("s", text) for text in texts)]
         count = iter(range(10_000))
         settings = {"emit": "tokens", **({} if options.workers is None else {"workers": options.workers})}
         compare(

@@ -123,6 +123,10 @@ def _map(path: Path, dtype: np.dtype[Any], count: int) -> np.ndarray:
     return np.memmap(path, dtype, mode="r", shape=(count,))
 
 
+Counts = dict[str, int]
+"""`documents`, `tokens` (BOS and EOS included) and `bytes` of text."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Documents as they go into shards: `ids` one after the other, shape `(sum(lengths),)`, BOS and EOS included."""
@@ -132,6 +136,8 @@ class Encoded:
     """Tokens of each document, int64."""
     bytes: int
     """UTF-8 bytes of text that they stand for."""
+    sources: Mapping[str, Counts] = field(default_factory=dict)
+    """What there is of each source, for documents whose source is known."""
 
 
 @dataclass
@@ -142,6 +148,13 @@ class _Open:
     documents: int = 0
     bytes: int = 0
     files: list[str] = field(default_factory=list)
+    sources: dict[str, Counts] = field(default_factory=dict)
+
+    def entry(self) -> dict[str, Any]:
+        """What `meta.json` says of it; nothing of sources where none is known, as after an import."""
+        known = {"sources": self.sources} if self.sources else {}
+        counts = {"tokens": self.count, "documents": self.documents, "bytes": self.bytes}
+        return {**counts, "files": self.files, **known}
 
 
 class ShardWriter:
@@ -187,7 +200,8 @@ class ShardWriter:
         for file, size in zip(files, sizes, strict=True):
             file.truncate(size)
             file.seek(size)
-        return _Open(files[0], files[1], entry["tokens"], entry["documents"], entry["bytes"], names)
+        sources = {name: dict(counts) for name, counts in entry.get("sources", {}).items()}
+        return _Open(files[0], files[1], entry["tokens"], entry["documents"], entry["bytes"], names, sources)
 
     def documents(self, split: str) -> int:
         """How many documents `split` has so far."""
@@ -209,6 +223,10 @@ class ShardWriter:
         part.count += len(values)
         part.documents += len(documents.lengths)
         part.bytes += documents.bytes
+        for name, counts in documents.sources.items():
+            known = part.sources.setdefault(name, dict.fromkeys(counts, 0))
+            for what, count in counts.items():
+                known[what] += count
 
     def checkpoint(self) -> None:
         """Bring all that was added to disk, then write `meta.json`: a writer with `resume` goes on from here."""
@@ -225,10 +243,7 @@ class ShardWriter:
             "dtype": self._dtype.newbyteorder("=").name,
             "vocab_size": self._vocab_size,
             "tokenizer": self._tokenizer,
-            "splits": {
-                name: {"tokens": part.count, "documents": part.documents, "bytes": part.bytes, "files": part.files}
-                for name, part in self._splits.items()
-            },
+            "splits": {name: part.entry() for name, part in self._splits.items()},
         }
 
     def close(self) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from llmctl import Artifact, Context, InputError
-from llmctl.text.cleaning import groups
-from llmctl.text.cleaning.groups import UNKNOWN
+from llmctl.text.cleaning.groups import UNKNOWN, group_of_row
 from llmctl.text.datasets import read_rows
-from llmctl.text.documents import Document
 from llmctl.text.shards import SplitTokens, TokenShards
 from llmctl_eval.baselines import KneserNeyBigram, pairs, xz_bits_per_byte
 from llmctl_eval.intervals import Bootstrap
@@ -113,21 +111,12 @@ def of_text(subject: Subject, params: EvalParams, data: Artifact, split: str) ->
         full = params.max_tokens is not None and bool(rows) and tokens > params.max_tokens
         if not full:
             rows.append(ids)
-            named.append(group_of(row, params.by) if params.by else "")
+            named.append(group_of_row(row, params.by) if params.by else "")
     if params.by and rows and set(named) == {UNKNOWN}:
         raise InputError(
             f"no row of split `{split}` of {data.path} has a `{params.by}`", hint="name a column, or a key of `meta`"
         )
     return Documents(rows, named, there, f"split `{split}` of {data.path}")
-
-
-def group_of(row: Mapping[str, Any], by: str) -> str:
-    """The group that the row says it is in, as the stage `data` names it; else the value of its own column."""
-    meta = row["meta"] if isinstance(row.get("meta"), Mapping) else {}
-    document = Document(str(row.get("id", "")), str(row.get("source") or ""), row["text"], meta=meta)
-    found = groups.group_of(document, by)
-    own = row.get(by)
-    return str(own) if found == UNKNOWN and own is not None and own != "" else found
 
 
 def by_group(by: str, samples: Sequence[Sample], named: Sequence[str], boot: Bootstrap) -> dict[str, float]:

@@ -16,7 +16,7 @@ TOKENIZE = Stage(
     run="llmctl_tokenize.run:run",
     key_deps=("tokenizers",),
     headline=("bytes_per_token.validation", "vocab_size"),
-    rev=3,  # byte-level pieces are made of bytes with pattern: words, too
+    rev=4,  # meta.json of the shards counts by source
 )
 
 

@@ -285,6 +285,10 @@ def check(tokens: str, tokenizer: str | None, as_json: bool) -> None:
             click.echo(
                 f"{name}: {entry['documents']} documents, {entry['tokens']} tokens, {entry['bytes']} bytes of text"
             )
+            for source, count in entry.get("sources", {}).items():
+                click.echo(
+                    f"  {source}: {count['documents']} documents, {count['tokens']} tokens, {count['bytes']} bytes"
+                )
         for fault in faults:
             click.echo(f"fault: {fault}")
     if faults:

@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 
 from llmctl import Context, MachineError
-from llmctl.text.shards import Encoded, ShardWriter, token_dtype
+from llmctl.text.shards import Counts, Encoded, ShardWriter, token_dtype
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_tokenize.infill import Infill
 
+Sourced = tuple[str, str]
+"""The source of a document and its text."""
 BATCH_BYTES = 1 << 20
 CHECKPOINT_BYTES = 64 << 20
 WORTH_WORKERS = 32 << 20
@@ -38,7 +40,7 @@ _tokenizer: Tokenizer | None = None
 def write_tokens(
     ctx: Context,
     tokenizer: Tokenizer,
-    texts: Mapping[str, Iterator[str]],
+    texts: Mapping[str, Iterator[Sourced]],
     *,
     workers: int | None,
     counts: Mapping[str, Mapping[str, int]],
@@ -105,12 +107,12 @@ def _describe(ctx: Context, tokenizer: Tokenizer, meta: Mapping[str, Any], infil
             ctx.report({f"bytes_per_token.{name}": entry["bytes"] / content})
 
 
-def batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Texts in batches of about `BATCH_BYTES`, so that memory does not grow with the dataset."""
-    batch: list[str] = []
+def batches(texts: Iterator[Sourced]) -> Iterator[list[Sourced]]:
+    """Documents in batches of about `BATCH_BYTES`, so that memory does not grow with the dataset."""
+    batch: list[Sourced] = []
     size = 0
-    for text in texts:
-        batch.append(text)
+    for source, text in texts:
+        batch.append((source, text))
         size += len(text)
         if size >= BATCH_BYTES:
             yield batch
@@ -127,9 +129,10 @@ def worker_count(workers: int | None, size: int) -> int:
     return cores if size > WORTH_WORKERS and cores > 1 else 0
 
 
-def encode(tokenizer: Tokenizer, texts: list[str], first: int = 0, infill: Infill | None = None) -> Encoded:
+def encode(tokenizer: Tokenizer, documents: list[Sourced], first: int = 0, infill: Infill | None = None) -> Encoded:
     """The documents of a batch, number `first` of the split and those after it, each between BOS and EOS."""
     opening, closing = tokenizer.opening, tokenizer.closing
+    texts = [text for _, text in documents]
     found = infill.encode(tokenizer, texts, first) if infill else tokenizer.encode_batch(texts)
     frame = len(opening) + len(closing)
     lengths = np.fromiter((len(ids) + frame for ids in found), np.int64, len(found))
@@ -138,7 +141,20 @@ def encode(tokenizer: Tokenizer, texts: list[str], first: int = 0, infill: Infil
     flat = np.fromiter(chain.from_iterable(parts), np.uint32, int(lengths.sum()))
     if len(flat) and flat.max() < tokenizer.vocab_size:
         flat = flat.astype(token_dtype(tokenizer.vocab_size))
-    return Encoded(flat, lengths, sum(len(text.encode()) for text in texts))
+    sizes = [len(text.encode()) for _, text in documents]
+    sources = _by_source([source for source, _ in documents], lengths.tolist(), sizes)
+    return Encoded(flat, lengths, sum(sizes), sources)
+
+
+def _by_source(sources: list[str], lengths: list[int], sizes: list[int]) -> dict[str, Counts]:
+    """Documents, tokens and bytes of each source."""
+    found: dict[str, Counts] = {}
+    for source, tokens, size in zip(sources, lengths, sizes, strict=True):
+        counts = found.setdefault(source, {"documents": 0, "tokens": 0, "bytes": 0})
+        counts["documents"] += 1
+        counts["tokens"] += tokens
+        counts["bytes"] += size
+    return found
 
 
 class _Encoders:
@@ -169,7 +185,7 @@ class _Encoders:
         for future in self._pending:
             future.cancel()
 
-    def encode(self, batches: Iterator[list[str]], first: int, infill: Infill | None) -> Iterator[Encoded]:
+    def encode(self, batches: Iterator[list[Sourced]], first: int, infill: Infill | None) -> Iterator[Encoded]:
         """The batches, encoded; at most two per worker are under way. MachineError if a worker is lost.
 
         `first` is the number of the first document, which the choices of `infill` hang on.
@@ -192,7 +208,7 @@ class _Encoders:
             ) from error
 
 
-def _numbered(batches: Iterator[list[str]], first: int) -> Iterator[tuple[int, list[str]]]:
+def _numbered(batches: Iterator[list[Sourced]], first: int) -> Iterator[tuple[int, list[Sourced]]]:
     """(number of its first document, batch)."""
     for batch in batches:
         yield first, batch
@@ -212,6 +228,6 @@ def _end_with(parent: Any, end: Callable[[int], Any]) -> None:
     end(1)
 
 
-def _encode(texts: list[str], first: int, infill: Infill | None) -> Encoded:
+def _encode(documents: list[Sourced], first: int, infill: Infill | None) -> Encoded:
     assert _tokenizer is not None
-    return encode(_tokenizer, texts, first, infill)
+    return encode(_tokenizer, documents, first, infill)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmctl import Artifact, Context, InputError, StageError, UsageError
+from llmctl.text.cleaning.groups import group_of_row
 from llmctl.text.datasets import info, read_rows, splits
 from llmctl.text.tokenizer import Tokenizer, copy_tokenizer
 from llmctl_tokenize.params import TokenizeParams
@@ -38,7 +39,7 @@ def run(ctx: Context, params: TokenizeParams, text: Artifact, tokenizer: Artifac
 
         texts, counts = _texts_by_split(text), info(text).get("splits", {})
         if (infill := Infill.of(params, opened)) and "train" in texts:
-            infill.check(opened, (found for _, found in islice(_documents(text, "train"), SAMPLE)))
+            infill.check(opened, (found for _, _, found in islice(_documents(text, "train"), SAMPLE)))
         write_tokens(ctx, opened, texts, workers=params.workers, counts=counts, infill=infill)
 
 
@@ -116,7 +117,7 @@ def _where(params: TokenizeParams) -> str:
 def _texts(ctx: Context, text: Artifact) -> Iterator[str]:
     total = info(text).get("splits", {}).get("train", {}).get("rows")
     number = 0
-    for number, (_, found) in enumerate(_documents(text, "train"), start=1):
+    for number, _, found in _documents(text, "train"):
         if number % 100 == 0:
             ctx.progress(number, total, phase="train")
         yield found
@@ -124,12 +125,13 @@ def _texts(ctx: Context, text: Artifact) -> Iterator[str]:
         raise InputError("the training split is empty, there is nothing to train a tokenizer on")
 
 
-def _texts_by_split(text: Artifact) -> dict[str, Iterator[str]]:
-    return {name: (found for _, found in _documents(text, name)) for name in splits(text)}
+def _texts_by_split(text: Artifact) -> dict[str, Iterator[tuple[str, str]]]:
+    """(source, text) of every document."""
+    return {name: ((source, found) for _, source, found in _documents(text, name)) for name in splits(text)}
 
 
-def _documents(text: Artifact, split: str) -> Iterator[tuple[int, str]]:
-    """(row number from 1, text); InputError for a row without text."""
+def _documents(text: Artifact, split: str) -> Iterator[tuple[int, str, str]]:
+    """(row number from 1, source, text); InputError for a row without text."""
     for number, row in enumerate(read_rows(text, split), start=1):
         found = row.get("text")
         if not isinstance(found, str):
@@ -138,13 +140,13 @@ def _documents(text: Artifact, split: str) -> Iterator[tuple[int, str]]:
                 f"{text.path}: row {number} of `{split}` has no column `text`",
                 hint=f"its columns are: {columns}; `llmctl data --column …` makes a dataset.text of other columns",
             )
-        yield number, found
+        yield number, group_of_row(row, "source"), found
 
 
 def _check_round_trip(ctx: Context, tokenizer: Tokenizer, text: Artifact, lossless: bool) -> None:
     """A sample of documents must come back as they were; a tokenizer that changes text is worth a warning."""
     for split in splits(text):
-        for number, found in _documents(text, split):
+        for number, _, found in _documents(text, split):
             if number > SAMPLE:
                 break
             if tokenizer.decode(tokenizer.encode(found), skip_special=False) != found:

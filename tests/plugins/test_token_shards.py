@@ -20,6 +20,7 @@ from llmctl.testing import run_stage
 from llmctl.text.datasets import DatasetWriter
 from llmctl.text.shards import ShardWriter, TokenShards
 from llmctl.text.tokenizer import Tokenizer
+from llmctl_data import DATA
 from llmctl_tokenize import TOKENIZE, encoding, shard_formats
 from llmctl_tokenize.commands import tokenizers
 
@@ -31,7 +32,8 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("shards")
     with DatasetWriter(root / "text", "dataset.text", ("train", "validation")) as writer:
         for number, text in enumerate(TEXTS):
-            writer.add("validation" if number % 10 == 0 else "train", {"id": str(number), "source": "s", "text": text})
+            row = {"id": str(number), "source": f"s{number % 3}", "text": text}
+            writer.add("validation" if number % 10 == 0 else "train", row)
     text = Artifact(root / "text", "dataset.text")
     return text, run_stage(TOKENIZE, root / "made", {"vocab_size": 300}, text=text)
 
@@ -43,11 +45,61 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
+def same_tokens(shards: Path, imported: Path) -> bool:
+    """Whether an import has the bytes of the shards; what was exported does not tell sources."""
+    meta = json.loads((shards / "meta.json").read_text())
+    for entry in meta["splits"].values():
+        del entry["sources"]
+    names = sorted(path.name for path in shards.iterdir())
+    return (
+        names == sorted(path.name for path in imported.iterdir())
+        and json.loads((imported / "meta.json").read_text()) == meta
+        and all((shards / name).read_bytes() == (imported / name).read_bytes() for name in names if name != "meta.json")
+    )
+
+
 def test_worker_processes_write_the_same_bytes(made, tmp_path, monkeypatch):
     text, serial = made
     monkeypatch.setattr(encoding, "BATCH_BYTES", 700)
     parallel = run_stage(TOKENIZE, tmp_path, {"workers": 2}, text=text, tokenizer=serial.outputs["tokenizer"])
     assert same_files(serial.outputs["tokens"].path, parallel.outputs["tokens"].path)
+
+
+def test_sources_are_counted_as_planted(tmp_path):
+    """Without merges every byte is a token, and BOS and EOS frame a document: all counts are known beforehand."""
+    raw = tmp_path / "raw"
+    planted = {
+        "web": [f"a page of the web, the {number}th; 你好" for number in range(7)],
+        "books": [f"# Chapter {number}\n\nIt was a dark night." for number in range(3)],
+        "talk": [f"said {'so ' * number}and no more" for number in range(1, 6)],
+    }
+    for name in planted:
+        (raw / name).mkdir(parents=True)
+    (raw / "talk/all.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in planted["talk"]))
+    for name, ending in (("web", "txt"), ("books", "md")):
+        for number, text in enumerate(planted[name]):
+            (raw / name / f"{number}.{ending}").write_text(text, encoding="utf-8")
+    told = [{"path": f"{name}/*", "name": name} for name in planted]
+    params = {"emit": ["text"], "validation_share": 0.0, "workers": 1, "sources": told}
+    text = run_stage(DATA, tmp_path / "data", params, files=[Artifact(raw, "files")]).outputs["text"]
+    made = run_stage(TOKENIZE, tmp_path / "tokens", {"vocab_size": 262}, text=text).outputs["tokens"]
+    sizes = {name: sum(len(text.encode()) for text in texts) for name, texts in planted.items()}
+    entry = TokenShards.open(made).meta["splits"]["train"]
+    assert entry["sources"] == {
+        name: {"documents": len(texts), "tokens": sizes[name] + 2 * len(texts), "bytes": sizes[name]}
+        for name, texts in planted.items()
+    }
+    shown = run("check-shards", made.path).output
+    assert f"  web: 7 documents, {sizes['web'] + 14} tokens, {sizes['web']} bytes" in shown
+    audit = json.loads((text.path / "audit.json").read_text())
+    assert {told["name"]: told["kept"] for told in audit["sources"]} == {"web": 7, "books": 3, "talk": 5}
+
+
+def test_sources_add_up_to_their_split(made):
+    for entry in TokenShards.open(made[1].outputs["tokens"]).meta["splits"].values():
+        assert list(entry["sources"]) == ["s0", "s1", "s2"]
+        for what in ("documents", "tokens", "bytes"):
+            assert sum(counts[what] for counts in entry["sources"].values()) == entry[what] > 0
 
 
 def test_workers_are_chosen_by_size(monkeypatch):
@@ -178,7 +230,7 @@ def test_nanogpt_there_and_back(made, tmp_path):
         "--tokenizer", tokenizer.directory, "--format", "nanogpt",
     )  # fmt: skip
     assert back.exit_code == 0, back.output
-    assert same_files(shards.directory, tmp_path / "back")
+    assert same_tokens(shards.directory, tmp_path / "back")
     (tmp_path / "empty").mkdir()
     for target, source, fault in (
         (tmp_path / "back", "out/train.bin", "back is not empty"), (tmp_path / "empty", "none.bin", "does not exist"),
@@ -229,7 +281,7 @@ def test_megatron_there_and_back(made, tmp_path):
     tokenizer = Tokenizer.load(whole.outputs["tokenizer"].path)
     sources = {name: tmp_path / "out" / f"{name}.bin" for name in ("train", "validation")}
     shard_formats.import_shards(sources, tmp_path / "back", tokenizer, "megatron")
-    assert same_files(shards.directory, tmp_path / "back")
+    assert same_tokens(shards.directory, tmp_path / "back")
     (tmp_path / "out" / "train.idx").write_bytes(raw[:40])
     with pytest.raises(InputError, match="damaged"):
         shard_formats.read_index(tmp_path / "out" / "train.idx")

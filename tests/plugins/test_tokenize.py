@@ -376,7 +376,8 @@ def test_rows_without_text_and_empty_splits(tmp_path):
 
 def test_batches_are_bounded(monkeypatch):
     monkeypatch.setattr(encoding, "BATCH_BYTES", 10)
-    assert list(encoding.batches(iter(["a" * 10, "b", "c"]))) == [["a" * 10], ["b", "c"]]
+    documents = [("s", "a" * 10), ("s", "b"), ("t", "c")]
+    assert list(encoding.batches(iter(documents))) == [documents[:1], documents[1:]]
 
 
 def test_progress_is_shown(tmp_path):

@@ -55,6 +55,28 @@ def test_files_are_what_numpy_reads(tmp_path):
     }
 
 
+def test_counts_are_not_limited_to_32_bits(tmp_path):
+    """Five billion tokens, a hole in the file, are there already when two documents more are written."""
+    many = 5_000_000_000
+    write(tmp_path, [])
+    with (tmp_path / "train-00000.bin").open("wb") as file:
+        file.truncate(2 * many)
+    np.array([0, many], "<u8").tofile(tmp_path / "train-00000.idx")
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta["splits"]["train"] |= {"tokens": many, "documents": 1, "bytes": 3 * many}
+    with ShardWriter(
+        tmp_path, vocab_size=1000, tokenizer="sha256:x", splits=["train", "validation"], resume=meta
+    ) as writer:
+        for ids in ([1, 2, 3], [4]):
+            writer.add("train", ids, bytes=3)
+    shards = TokenShards.open(tmp_path)
+    train = shards.split("train")
+    assert shards.meta["splits"]["train"]["tokens"] == many + 4 == len(train.tokens)
+    assert train.bytes == 3 * many + 6
+    assert train.offsets.tolist() == [0, many, many + 3, many + 4]
+    assert [train.document(1).tolist(), train.document(2).tolist()] == [[1, 2, 3], [4]]
+
+
 def test_tokens_are_mapped_read_only(tmp_path):
     tokens = TokenShards.open(write(tmp_path, [[1, 2]])).split("train").tokens
     assert isinstance(tokens, np.memmap)

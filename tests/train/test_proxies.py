@@ -37,14 +37,18 @@ class Planted(Source):
         return lay_out([self.make(np.random.default_rng([8, n])) for n in range(count)], 64, False, self.causal)
 
 
-def train(make_context, config: ModelConfig, objective: Objective, make, steps: int, **changes) -> tuple:
-    """(accuracy on held-out sequences, the model, its source)."""
+def train(
+    make_context, config: ModelConfig, objective: Objective, make, steps: int, frozen: Sequence[str] = (), **changes
+) -> tuple:
+    """(accuracy on held-out sequences, the model, its source); the parameters `frozen` stay as they begin."""
     values = {"batch_size": 64, "max_steps": steps, "embedding_lr": 0.01, "warmup_steps": 10, "threads": 1}
     params = TrainParams(**{**values, "schedule": "wsd", **changes})
-    torch.manual_seed(0)
+    torch.manual_seed(changes.get("seed", 0))
     model = Transformer(config)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     source = Planted(make, config.traits.kind != "encoder", params)
-    fit(make_context(config.traits.kind), model, objective, source, params)
+    fit(make_context("-".join([config.traits.kind, *frozen])), model, objective, source, params)
     return accuracy(model, source.held_out()), model, source
 
 
@@ -76,6 +80,40 @@ def test_only_an_encoder_fills_in_a_palindrome(make_context) -> None:
     print("infill: both sides", both, "back only", back)
     assert both > 0.98
     assert back < 2 / LETTERS  # chance is 1 / LETTERS
+
+
+CLASSES = np.random.default_rng(3).permutation(240).reshape(8, 30)
+"""Tokens of each class: nothing but what follows a token tells its class."""
+TURN = 0.9
+
+
+def turning(rng: np.random.Generator) -> Piece:
+    """Tokens of any class; after one of class k comes one of class k + 1 in nine cases of ten, else one of any."""
+    kinds = [int(rng.integers(8))]
+    for _ in range(16):
+        kinds.append((kinds[-1] + 1) % 8 if rng.random() < TURN else int(rng.integers(8)))
+    ids = np.array([CLASSES[kind, rng.integers(30)] for kind in kinds])
+    return Piece(ids[:-1], np.arange(16), ids[1:])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_frozen_embeddings_end_with_a_higher_loss(make_context, seed: int) -> None:
+    """In 8 dimensions the blocks and the head alone do not tell 240 random vectors apart as fast."""
+    config = ModelConfig(
+        arch="llama", vocab_size=240, dim=8, layers=1, heads=2, kv_heads=2, ff_dim=16, context=32, tie_embeddings=False
+    )
+    losses = {}
+    for name, frozen in (("trained", ()), ("frozen", ("embedding.weight",))):
+        _, model, source = train(make_context, config, CausalLM(), turning, 200, frozen, seed=seed)
+        batch = source.held_out()
+        with torch.no_grad():
+            total, _ = CausalLM().loss(model, batch)
+        losses[name] = float(total) / len(batch.targets)
+    likely = TURN + (1 - TURN) / 8
+    entropy = np.log(30) - likely * np.log(likely) - (1 - likely) * np.log((1 - likely) / 7)
+    print("nats: entropy", entropy, losses, "guess", np.log(240))
+    assert abs(losses["trained"] - entropy) < 0.05  # what there is to learn is learnt
+    assert losses["frozen"] > losses["trained"] + 0.5
 
 
 def reversal(rng: np.random.Generator) -> Piece:

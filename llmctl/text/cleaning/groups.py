@@ -8,7 +8,7 @@ any share, in memory that does not grow with the corpus.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,15 @@ def group_of(document: Document, by: str) -> str:
         return f"code: {meta['code']}"
     value = meta.get(by)
     return UNKNOWN if value is None or value == "" else str(value)
+
+
+def group_of_row(row: Mapping[str, Any], by: str) -> str:
+    """The group that a dataset's row with `text` says it is in, as `group_of`; else the value of its own column."""
+    meta = row["meta"] if isinstance(row.get("meta"), Mapping) else {}
+    document = Document(str(row.get("id", "")), str(row.get("source") or ""), row["text"], meta=meta)
+    found = group_of(document, by)
+    own = row.get(by)
+    return str(own) if found == UNKNOWN and own is not None and own != "" else found
 
 
 def document_rank(document: Document, seed: int, step: str) -> int:

@@ -34,7 +34,8 @@ IBAN_LENGTHS = dict(
 IPV4 = re.compile(r"(?<![\w.\-/:])(?:\d{1,3}\.){3}\d{1,3}(?![\w\-]|\.\d)")
 IPV6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f]*:[0-9A-Fa-f:]*:)[0-9A-Fa-f:]{2,39}(?:(?:\d{1,3}\.){3}\d{1,3})?(?![\w:])")
 VERSION = re.compile(
-    r"(?:version|release|ver|rev|build|section|chapter|clause|oid|firmware|driver|upgrade[ds]? to|python|v|§)"
+    r"(?:version|release|(?<![A-Za-z])"  # the others are words of their own: a server has an address
+    r"(?:ver|rev|build|section|chapter|clause|oid|firmware|driver|upgrade[ds]? to|python|v|§))"
     r"[\s.:=#(]*\Z",
     re.IGNORECASE,
 )
@@ -80,7 +81,8 @@ def _phone(text: str, place: int, raw: str) -> Iterator[Span]:
     before = text[start - 1 : start] if start else ""
     digits = sum(map(str.isdigit, raw))
     announced = not raw.isdigit() or _is_announced(text, start)
-    if digits >= 7 and announced and not (before and before in "$€£#=_/.@-"):
+    dotted = IPV4.fullmatch(raw) is not None  # an address, or a version
+    if digits >= 7 and announced and not dotted and not (before and before in "$€£#=_/.@-"):
         yield start, place + len(raw)
 
 

@@ -1,14 +1,23 @@
-"""Personal data: precision and recall on planted values, exact spans, and look-alikes that stay."""
+"""Personal data: precision and recall on planted values, exact spans, and look-alikes that stay.
+
+What presidio finds in the same texts is recorded by benchmarks/peers/presidio_spans.py.
+"""
 
 from __future__ import annotations
 
 import base64
+import gzip
+import json
 import random
+import re
 import string
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llmctl.text.cleaning.params import PiiParams
+from llmctl.text.cleaning import personal_data
+from llmctl.text.cleaning.params import PiiKind, PiiParams
 from llmctl.text.cleaning.personal_data import IBAN_LENGTHS, find, is_iban, luhn, phones
 from llmctl.text.cleaning.pii import PersonalData, masked
 from llmctl.text.cleaning.step import Drop, Noted
@@ -195,3 +204,86 @@ def test_telephone_numbers_of_lines_are_those_of_the_text():
         text = " ".join(dice.choice(numbers) if dice.random() < 0.3 else dice.choice(words) for _ in range(50))
         ends = {match.end for match in PhoneNumberMatcher(text, "US", leniency=Leniency.VALID)}
         assert {end for _, end in phones(text, "US")} == ends
+
+
+THEIRS: frozenset[PiiKind] = frozenset({"email", "phone", "credit_card", "iban", "ip_address", "ssn"})
+"""What presidio has recognisers of."""
+STAY = {
+    "10.20.30.40", "1.2.3.4", "3.11.7.1", "4.3.2.1",  # called versions and sections by the words before
+    "127.0.0.1", "::1", "0.0.0.0", "255.255.255.0",  # no host's
+    "a::b",
+    "987-65-4321",  # no number is issued from 900 on
+}  # fmt: skip
+"""What presidio, which sees no words around a match, takes for personal data and llmctl does not."""
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[dict[str, Any]]:
+    with gzip.open(Path(__file__).with_name("presidio_spans.jsonl.gz"), "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def presidios(row: dict[str, Any]) -> set[tuple[int, int, str]]:
+    """What presidio found: of two that overlap the surer one, then the longer one, as presidio's anonymizer has it.
+
+    A bracket that opens before a telephone number and closes after it is not counted in: presidio takes the
+    first and leaves the second.
+    """
+    taken: list[tuple[int, int, str]] = []
+    for start, end, kind, _ in sorted(row["presidio"], key=lambda found: (-found[3], found[0] - found[1])):
+        value = row["text"][start:end]
+        opened = kind == "phone" and value.startswith("(") and ")" not in value
+        if all(end <= other or start >= stop for other, stop, _ in taken):
+            taken.append((start + opened, end, kind))
+    return set(taken)
+
+
+def test_spans_are_presidios(recorded: list[dict[str, Any]]) -> None:
+    rows = [row for row in recorded if row["planted"]]
+    assert len(rows) == 600
+    for row in rows:
+        found = find(row["text"], THEIRS, "US")
+        assert found == [tuple(place) for place in row["planted"]]
+        assert {*found} == presidios(row), row["text"]
+
+
+def test_look_alikes_that_presidio_takes_are_known(recorded: list[dict[str, Any]]) -> None:
+    rows = [row for row in recorded if not row["planted"]]
+    assert {row["text"][start:end] for row in rows for start, end, _ in presidios(row)} == STAY
+    assert [find(row["text"], KINDS, "US") for row in rows] == [[]] * len(rows)
+
+
+@pytest.mark.parametrize(
+    ("check", "fault", "taken"),
+    [
+        ("luhn", lambda digits: True, "4111 1111 1111 1112"),
+        ("is_iban", lambda value: True, "DE89 3704 0044 0532 0130 01"),
+        ("VERSION", re.compile("(?!)"), "10.20.30.40"),
+    ],
+)
+def test_without_a_check_a_look_alike_is_taken(
+    recorded: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, check: str, fault: Any, taken: str
+) -> None:
+    monkeypatch.setattr(personal_data, check, fault)
+    texts = [row["text"] for row in recorded if not row["planted"]]
+    assert taken in {text[start:end] for text in texts for start, end, _ in find(text, KINDS, "US")}
+
+
+def test_all_between_planted_values_stays_byte_equal(recorded: list[dict[str, Any]]) -> None:
+    for row in recorded:
+        text, done, expected = row["text"], 0, ""
+        for start, end, kind in row["planted"]:
+            expected += text[done:start] + f"<{kind.upper()}>"
+            done = end
+        document = Document("1", "s", text)
+        outcome = step()(document)
+        cleaned = outcome.document if isinstance(outcome, Noted) else outcome
+        assert isinstance(cleaned, Document)
+        assert cleaned.text == expected + text[done:]
+        assert not any(text[start:end] in json.dumps(cleaned.meta) for start, end, _ in row["planted"])
+
+
+@pytest.mark.parametrize("word", ["river", "server", "Tel Aviv", "the clever"])
+def test_only_whole_words_call_an_address_a_version(word: str) -> None:
+    assert find(f"{word} 93.184.216.34", KINDS, "US") == [(len(word) + 1, len(word) + 14, "ip_address")]
+    assert find("ver. 93.184.216.34, FileVersion=93.184.216.34", KINDS, "US") == []
