@@ -67,6 +67,29 @@ def test_it_learns_and_measures_in_bits_per_byte(train, world) -> None:
     assert result.metrics["bpb.validation"] == pytest.approx(nats / split.bytes / np.log(2), rel=1e-5)
 
 
+def test_the_loss_is_the_mean_of_minus_log_p_by_transformers_in_float64(train, world) -> None:
+    """The command's own number, from nothing but its model and its tokens: every document alone, no mask, no packing."""
+    from transformers import AutoModelForCausalLM
+
+    result = train("train-pretrain", params={"max_steps": 20})
+    model = AutoModelForCausalLM.from_pretrained(result.outputs["model"].path, dtype=torch.float64).eval()
+    losses, sums = [], []
+    for batch in TokenSource(TokenShards.open(world.tokens).split("validation"), 48, PretrainParams()).sweep():
+        logs = torch.zeros(*batch.tokens.shape, 300, dtype=torch.float64)
+        for row, (tokens, documents) in enumerate(zip(batch.tokens, batch.documents, strict=True)):
+            for document in documents.unique():
+                place = documents == document
+                with torch.no_grad():
+                    logs[row, place] = model(tokens[place][None]).logits[0].log_softmax(-1)
+        chosen = logs.flatten(0, 1)[batch.picks]
+        losses.append(-chosen.gather(1, batch.targets[:, None])[:, 0])
+        sums.append(torch.logsumexp(chosen, -1).abs().max())
+    assert max(sums) < 1e-12  # they are logarithms of probabilities
+    expected = float(torch.cat(losses).mean())
+    assert result.metrics["loss.validation"] == pytest.approx(expected, rel=2e-6)
+    assert expected < np.log(300) - 0.5
+
+
 def test_it_continues_from_a_model(train, world, weights) -> None:
     more = train("train-pretrain", "more", {"lr": 1e-4}, model=world.model)
     fresh = train("train-pretrain", "fresh", {"lr": 1e-4})
