@@ -68,7 +68,7 @@ def test_it_learns_and_measures_in_bits_per_byte(train, world) -> None:
 
 
 def test_the_loss_is_the_mean_of_minus_log_p_by_transformers_in_float64(train, world) -> None:
-    """The command's own number, from nothing but its model and its tokens: every document alone, no mask, no packing."""
+    """The command's own number from its model and tokens alone: every document by itself, no mask, no packing."""
     from transformers import AutoModelForCausalLM
 
     result = train("train-pretrain", params={"max_steps": 20})
