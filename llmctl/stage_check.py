@@ -234,7 +234,7 @@ def _port_faults(stage: Stage, model: type[BaseModel]) -> Iterator[Fault]:
     except (Exception, SystemExit):  # a parameter without a default, or plugin code that needs more than defaults
         return
     for method, found in named.items():
-        for port in sorted(set(found) - set(stage.inputs)):
+        for port in sorted(set(found or ()) - set(stage.inputs)):
             yield f"{method}() of its parameters names `{port}`, which is no input", _near(port, stage.inputs)
     for port in sorted(set(ports or ()) - set(stage.outputs)):
         yield f"outputs() of its parameters names `{port}`, which is no output", _near(port, stage.outputs)

@@ -215,7 +215,8 @@ def bind_upstream(
 
     spec = _only(pipeline)
     asked = {port for port, refs in spec.inputs.items() if any(_is_stdin(ref) for ref in refs)}
-    open_ports: dict[str, In] = {n: p for n, p in spec.stage.inputs.items() if n in asked or n not in spec.inputs}
+    closed = (set(spec.inputs) | set(spec.params.unused_inputs())) - asked
+    open_ports: dict[str, In] = {name: port for name, port in spec.stage.inputs.items() if name not in closed}
     upstream = Upstream(open_ports, frozenset(asked | set(spec.unbound())))
     read_upstream(upstream, stream, explicit=explicit)
     bound = upstream.bind()

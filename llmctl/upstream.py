@@ -113,7 +113,8 @@ class Upstream:
     def bind(self) -> dict[str, list[Reference]]:
         """Which reference goes to which port: by port name, else by type; of several the nearest producer's.
 
-        A port that takes several gets one per type. Raises UsageError if a required port finds nothing although there
+        A port that takes several gets one per type. An optional port does not take by type alone what another has: the
+        model that is served is not its own draft. Raises UsageError if a required port finds nothing although there
         were references, or if two required ports would take the same one by type alone.
         """
         bound = {port: found for port, spec in self.ports.items() if (found := self._candidates(port, spec))}
@@ -131,7 +132,21 @@ class Upstream:
                     f"inputs `{other}` and `{port}` would both be `{ref.port}` ({ref.type}) from the pipe",
                     hint=f"say which is which: --input {other}=PATH",
                 )
-        return bound
+        return self._without_doubles(bound)
+
+    def _without_doubles(self, bound: dict[str, list[Reference]]) -> dict[str, list[Reference]]:
+        def by_type_alone(port: str) -> bool:
+            return port not in self.required and not self.ports[port].many and bound[port][0].port != port
+
+        taken = {ref.id for port, refs in bound.items() if not by_type_alone(port) for ref in refs}
+        kept = {}
+        for port, refs in bound.items():
+            if by_type_alone(port):
+                if refs[0].id in taken:
+                    continue
+                taken.add(refs[0].id)
+            kept[port] = refs
+        return kept
 
     def _candidates(self, port: str, spec: In) -> list[Reference]:
         fitting = [ref for ref in self.refs if _fits(spec, ref.type)]

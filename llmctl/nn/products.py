@@ -61,6 +61,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         ONEDNN_IS_FASTER
         and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
         and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        and (bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous()))
         and x.numel() * weight.shape[0] >= SMALLEST
         and x.numel() >= FEWEST_ROWS * weight.shape[1]
         and not torch.is_autocast_enabled("cpu")
@@ -88,6 +89,13 @@ def _opaque(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @_opaque.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+OPERATORS = (
+    torch.ops.llmctl.linear.default,
+    *([torch.ops.mkldnn._linear_pointwise.default] if hasattr(torch.ops.mkldnn, "_linear_pointwise") else []),
+)
+"""What such a product is called in a graph and by a dispatch mode."""
 
 
 class _Linear(torch.autograd.Function):

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -34,6 +34,7 @@ WORTH_IT = 32 << 20
 THREAD = "huge pages"
 MADV_COLLAPSE = 25
 """Linux 6.1: copy into huge pages now."""
+MAPS = Path("/proc/self/maps")
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 _log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def in_huge_pages() -> Iterator[None]:
     new = [part for range in _anonymous() for part in _without(range, before)]
     runs = [run for range in new for run in _resident(range)]
     if sum(end - start for start, end in runs) >= WORTH_IT:
-        threading.Thread(target=_move, args=(runs,), name=THREAD, daemon=True).start()
+        with suppress(RuntimeError):  # no more threads may be started
+            threading.Thread(target=_move, args=(runs,), name=THREAD, daemon=True).start()
 
 
 def _move(runs: list[Range]) -> None:
@@ -73,13 +75,13 @@ def _anonymous() -> list[Range]:
     """Private memory of the process that belongs to no file, ascending."""
     found = []
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = MAPS.read_bytes().split(b"\n")
     except OSError:
         return []
-    for line in lines:
+    for line in filter(None, lines):
         place, rights, _, _, inode, *name = line.split(maxsplit=5)
-        if rights == "rw-p" and inode == "0" and not name:
-            start, end = (int(address, 16) for address in place.split("-"))
+        if rights == b"rw-p" and inode == b"0" and not name:
+            start, end = (int(address, 16) for address in place.split(b"-"))
             found.append((start, end))
     return found
 

@@ -137,6 +137,7 @@ class Speculation:
             return self._drafts(lanes)
         except Exception as error:  # of the draft's session: the answers do not need it
             self.failed = error
+            self.drafter.close()
             _log.warning("speculation has ended, answers go on without it: %s: %s", type(error).__name__, error)
             return None
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llmctl.nn import products
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Block
 
 aten = torch.ops.aten
-PRODUCTS = frozenset((aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default))
+PRODUCTS = frozenset((aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, *products.OPERATORS))
 """What would cost most of the time to compute again."""
 KERNELS = frozenset(
     (

@@ -47,6 +47,11 @@ def training(names: list[str]) -> str:
     return next((name for name in ("train", *names) if name in names and name != held_out(names)), names[0])
 
 
+def split_names(data: Artifact) -> list[str]:
+    """The splits of token shards or conversations."""
+    return list(TokenShards.open(data).splits if data.type == "dataset.tokens" else splits(data))
+
+
 def sequences(data: Artifact, split: Split, model: Path, context: int, vocab_size: int, limit: int) -> list[Text]:
     """Sequences of at most `context` tokens of the split that `split` chooses, together about `limit` tokens.
 

@@ -87,6 +87,9 @@ def _scales(ctx: Context, params: QuantizeParams, source: Path, data: Artifact |
     """The scales of the cache, from what the bundle as it came keeps there while it reads `data`."""
     if data is None:
         raise InputError("an int8 cache takes its scales from text, and there is no `data`", hint="give the input")
+    names = quality.split_names(data)
+    if quality.training(names) == quality.held_out(names):
+        ctx.warn(f"`data` has one split: the int8 cache is judged on the text that its scales come from, `{names[0]}`")
     generator = open_bundle(source, "cpu", params.threads)
     texts = _texts(generator, source, data, quality.training, params.calibration_tokens)
     return cache.calibrate(generator, [text.ids for text in texts], lambda done, total: ctx.progress(done, total))
@@ -95,7 +98,8 @@ def _scales(ctx: Context, params: QuantizeParams, source: Path, data: Artifact |
 def _texts(
     generator: OrtGenerator, source: Path, data: Artifact, split: quality.Split, limit: int
 ) -> list[quality.Text]:
-    return quality.sequences(data, split, source, generator.context_length, generator.vocab_size, limit)
+    window = min(generator.context_length, limit)
+    return quality.sequences(data, split, source, window, generator.vocab_size, limit)
 
 
 def _write(model: onnx.ModelProto, source: Path, target: Path) -> None:

@@ -118,6 +118,17 @@ def test_references_that_do_not_fit_are_refused_at_the_end():
         up.bind()
 
 
+def test_a_model_is_not_its_own_draft_or_encoder():
+    ports = {"model": MODEL, "draft": In("model.hf", optional=True), "encoder": In("model.hf", optional=True)}
+    piped = [hello("train", model="model.hf"), ref("model", "model.hf", "sha256:m"), end("train")]
+    assert ids(upstream(*piped, ports=ports).bind()) == {"model": ["sha256:m"]}
+    named = [*piped[:2], ref("draft", "model.hf", "sha256:d"), end("train")]
+    assert ids(upstream(*named, ports=ports).bind()) == {"model": ["sha256:m"], "draft": ["sha256:d"]}
+    # Where nothing else takes it, one optional port does; another would only be guessed.
+    optional = {name: ports[name] for name in ("draft", "encoder")}
+    assert ids(upstream(*piped, ports=optional).bind()) == {"draft": ["sha256:m"]}
+
+
 @pytest.mark.parametrize("code", [1, 2, 3, 7, 75, 130])
 def test_the_code_of_a_failed_upstream_is_ours(code):
     with pytest.raises(UpstreamFailed, match=f"upstream `tokenize` failed with exit {code}") as caught:

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmctl.nn import products
 from llmctl.nn.products import Linear, linear
+from llmctl.train.recompute import wrapper
 
 SIZES = [(256, 64, 96), (64, 256, 128), (33, 200, 177)]
 
@@ -88,6 +90,36 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(used: list[tuple[i
         assert bias.grad is not None
         leaf.requires_grad_(True)
         x.grad = weight.grad = bias.grad = None
+
+
+@pytest.mark.parametrize("bias", [normal(96, 3)[:, 0], normal(1).expand(96), normal(1)])
+def test_a_bias_that_is_no_plain_vector_is_torchs(used: list[tuple[int, ...]], bias: Tensor) -> None:
+    x, weight, _ = parts(256, 64, 96)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=0, atol=0)
+    assert used == []
+
+
+class Computed(TorchDispatchMode):
+    """Counts the products that are computed, not those that are taken from what was kept."""
+
+    products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in products.OPERATORS
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("none", 6), ("selective", 6), ("full", 8)])
+def test_selective_recomputation_keeps_products(mode: str, expected: int) -> None:
+    layers, x = [Linear(64, 64), Linear(64, 64)], normal(256, 64)
+
+    def block(x: Tensor) -> Tensor:
+        return layers[1](torch.tanh(layers[0](x)))  # type: ignore[no-any-return]
+
+    wrap = wrapper(mode, 0.0)
+    with Computed() as computed:
+        (block(x) if wrap is None else wrap(block, x)).sum().backward()
+    assert computed.products == expected
 
 
 def test_training_and_evaluation_give_the_same_bits() -> None:

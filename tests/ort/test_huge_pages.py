@@ -87,6 +87,16 @@ def test_only_memory_that_is_there_is_chosen(monkeypatch: pytest.MonkeyPatch) ->
     assert [run for run in moved if address <= run[0] < address + 16 * HUGE] == []
 
 
+def test_names_of_files_may_be_anything(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_bytes(
+        b"7f00000000-7f00200000 r--p 00000000 fe:00 77 /lib/a\xff\xe2\x80\xa8b\x0cc.so\n"
+        b"7f00400000-7f00800000 rw-p 00000000 00:00 0 \n7f00800000-7f00a00000 rw-p 00000000 00:00 0 [stack]\n"
+    )
+    monkeypatch.setattr(huge_pages, "MAPS", maps)
+    assert huge_pages._anonymous() == [(0x7F00400000, 0x7F00800000)]
+
+
 @pytest.mark.parametrize("case", ["never", "no such file", "small", "no pagemap"])
 def test_nothing_is_done(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     def unexpected(run: tuple[int, int]) -> int:
