@@ -335,6 +335,19 @@ def test_without_data_a_spec_is_refused_before_anything_runs(tmp_path: Path) -> 
         load_pipeline(str(spec), (), (), registry=get_registry())
 
 
+def test_one_split_is_judged_by_itself_and_said_to_be(
+    bundle: Artifact, tokens: Artifact, result: StageResult, tmp_path: Path
+) -> None:
+    from llmctl.text.shards import ShardWriter, TokenShards
+
+    shards = TokenShards.open(tokens)
+    with ShardWriter(tmp_path / "one", vocab_size=262, tokenizer=shards.tokenizer, splits=("train",)) as writer:
+        writer.add("train", np.asarray(shards.split("train").tokens).tolist(), 999)
+    found = quantize(tmp_path / "out", bundle, Artifact(tmp_path / "one", "dataset.tokens"), calibration_tokens=64)
+    assert any(kind == "warning" and "has one split" in event["text"] for kind, event in found.events)
+    assert not any(kind == "warning" and "has one split" in event["text"] for kind, event in result.events)
+
+
 def test_without_data_the_stage_fakes_nothing(bundle: Artifact, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="takes its scales from text, and there is no `data`"):
         quantize(tmp_path, bundle, None)
