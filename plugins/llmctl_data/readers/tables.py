@@ -1,9 +1,10 @@
 """Tables in HTML: a record for every row below the header, its cells by the names of the columns.
 
 As the standard has it (HTML, 4.9): end tags of rows and cells may be missing, a cell may span columns and rows and then
-stands in each, though not beyond its `thead`, `tbody` or `tfoot`, a table may lie in a cell of another. The header is `thead`, or the first rows of which all cells
-are `th`; in a header of several rows a column is called by all of them. Cells are strings, with blanks as one, so that
-numbers keep their digits. A table without a header is left out: nothing says what its columns are.
+stands in each, though not beyond its `thead`, `tbody` or `tfoot`, a table may lie in a cell of another. The header is
+`thead`, or the first rows of which all cells are `th`; in a header of several rows a column is called by all of them.
+Cells are strings, with blanks as one, so that numbers keep their digits. A table without a header is left out: nothing
+says what its columns are.
 """
 
 from __future__ import annotations
