@@ -136,7 +136,7 @@ def check_encoder(directory: Path, matrix: np.ndarray, texts: Sequence[str], enc
         )
     # Of texts without anything known both are zero.
     cosines = np.where((again == 0).all(axis=1) & (saved == 0).all(axis=1), 1.0, (again * saved).sum(axis=1))
-    if cosines.min() < ALIKE:
+    if not cosines.min() >= ALIKE:  # NaN is not
         raise InputError(
             f"the index in {directory} was made with another encoder: a chunk has a cosine of {cosines.min():.2f} "
             "with its own vector",

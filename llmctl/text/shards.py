@@ -127,6 +127,12 @@ Counts = dict[str, int]
 """`documents`, `tokens` (BOS and EOS included) and `bytes` of text."""
 
 
+MOST_SOURCES = 1000
+"""Sources of a split that are counted by name, so that `meta.json` does not grow with the documents."""
+OTHER = "other"
+"""Where the sources beyond are counted together."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Documents as they go into shards: `ids` one after the other, shape `(sum(lengths),)`, BOS and EOS included."""
@@ -149,6 +155,14 @@ class _Open:
     bytes: int = 0
     files: list[str] = field(default_factory=list)
     sources: dict[str, Counts] = field(default_factory=dict)
+
+    def count_source(self, name: str, more: Counts) -> None:
+        """Add to a source. In the order of documents, so that the same names are kept whatever the batches were."""
+        if name not in self.sources and len(self.sources.keys() - {OTHER}) >= MOST_SOURCES:
+            name = OTHER
+        known = self.sources.setdefault(name, dict.fromkeys(more, 0))
+        for what, count in more.items():
+            known[what] += count
 
     def entry(self) -> dict[str, Any]:
         """What `meta.json` says of it; nothing of sources where none is known, as after an import."""
@@ -224,9 +238,7 @@ class ShardWriter:
         part.documents += len(documents.lengths)
         part.bytes += documents.bytes
         for name, counts in documents.sources.items():
-            known = part.sources.setdefault(name, dict.fromkeys(counts, 0))
-            for what, count in counts.items():
-                known[what] += count
+            part.count_source(name, counts)
 
     def checkpoint(self) -> None:
         """Bring all that was added to disk, then write `meta.json`: a writer with `resume` goes on from here."""

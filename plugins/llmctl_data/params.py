@@ -223,7 +223,7 @@ class DataParams(Params):
                     f"{step.name} would take away the copies that are made before it ({made}): "
                     "use {name: balance} or {name: augment} after it"
                 )
-            if step.name in ("balance", "augment"):
+            if step.name == "augment" or (step.name == "balance" and step.size != "down"):
                 made = f"step {step.name}"
         return self
 

@@ -37,11 +37,15 @@ class ProbeParams(Params):
     threads: int = Field(default=1, ge=0, affects="nothing", description="threads that compute; 0 takes all cores")
 
     @model_validator(mode="after")
-    def _steps_rise(self) -> ProbeParams:
+    def _sensible(self) -> ProbeParams:
         if any(step < 0 for step in self.steps) or sorted(set(self.steps)) != sorted(self.steps):
             raise ValueError("steps must be different numbers, none below 0")
         if self.untrained and 0 in self.steps:
             raise ValueError("step 0 is the untrained model: leave it out of steps, or set untrained to false")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("a column stands twice in labels")
+        if self.split == self.test_split:
+            raise ValueError(
+                f"split and test_split are both `{self.split}`: a probe is measured on rows it has not seen"
+            )
         return self

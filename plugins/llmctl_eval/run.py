@@ -159,6 +159,11 @@ def _data_of(task: Task, by_type: dict[str, Artifact]) -> Artifact:
 def _perplexity(evaluation: Evaluation, subjects: Sequence[Subject], data: Artifact) -> dict[str, float]:
     ctx, params = evaluation.ctx, evaluation.params
     split = evaluation.split("perplexity")
+    if data.type == "dataset.text" and len({subject.tokenizer.digest for subject in subjects}) > 1:
+        raise UsageError(
+            "the model and the reference have different tokenizers: their nats per token do not compare",
+            hint="leave the reference out and compare perplexity.bits_per_byte of an evaluation of each",
+        )
     found = [
         perplexity(ctx, params, subject, data, split, evaluation.log(subject, "perplexity"), evaluation.boot)
         for subject in subjects

@@ -79,10 +79,14 @@ class RagParams(Params):
 
     @model_validator(mode="after")
     def _retrieval_uses_them(self) -> RagParams:
-        read = {"dense": {"similar_above"}, "hybrid": {"similar_above", "rrf_k"}}.get(self.retrieval, set())
+        read = {
+            "lexical": {"k1", "b"},
+            "dense": {"similar_above"},
+            "hybrid": {"k1", "b", "similar_above", "rrf_k"},
+        }[self.retrieval]
         fields = type(self).model_fields
         # By value: a process is handed all parameters, those at their defaults too.
-        for name in sorted({"similar_above", "rrf_k"} - read):
+        for name in sorted({"k1", "b", "similar_above", "rrf_k"} - read):
             if getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name} has no effect with retrieval: {self.retrieval}")
         return self

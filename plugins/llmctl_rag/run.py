@@ -88,7 +88,13 @@ def embed_chunks(ctx: Context, params: RagParams, chunks: list[Chunk], encoder: 
         ctx.progress(min(begin + EMBEDDED, len(chunks)), len(chunks))
         if ctx.should_stop():
             raise ctx.stopped(begin)
-    matrix = unit(np.concatenate(parts))
+    matrix = np.concatenate(parts)
+    if damaged := int((~np.isfinite(matrix)).any(axis=1).sum()):
+        raise InputError(
+            f"the encoder gives {damaged} of {len(chunks)} chunks vectors with NaN or infinity",
+            hint="its weights are damaged, or too large for their number format: give another encoder",
+        )
+    matrix = unit(matrix)
     unknown = int((matrix == 0).all(axis=1).sum())
     if unknown == len(chunks):
         raise InputError("no chunk has a word that the encoder knows", hint="give vectors of words of this language")

@@ -22,6 +22,11 @@ SAMPLE = 32
 
 def run(ctx: Context, params: TokenizeParams, text: Artifact, tokenizer: Artifact | None) -> None:
     """Produce what `params.emit` names; a bound tokenizer is passed through byte for byte."""
+    if params.infill and "train" not in splits(text):
+        raise UsageError(
+            f"infill cuts documents of the split `train`, which {text.path} lacks",
+            hint="leave infill out, or give a dataset with a split `train`",
+        )
     trained = tokenizer is None
     directory = _trained(ctx, params, text) if tokenizer is None else tokenizer.path
     if ctx.wants("tokenizer"):
@@ -38,7 +43,7 @@ def run(ctx: Context, params: TokenizeParams, text: Artifact, tokenizer: Artifac
         from llmctl_tokenize.infill import Infill
 
         texts, counts = _texts_by_split(text), info(text).get("splits", {})
-        if (infill := Infill.of(params, opened)) and "train" in texts:
+        if infill := Infill.of(params, opened):
             infill.check(opened, (found for _, _, found in islice(_documents(text, "train"), SAMPLE)))
         write_tokens(ctx, opened, texts, workers=params.workers, counts=counts, infill=infill)
 

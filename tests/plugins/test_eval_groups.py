@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -110,6 +112,17 @@ def test_groups_are_those_of_data_and_a_reference_is_beside(tmp_path, model_dir,
     assert {name.split(".")[2] for name in m if name.startswith("perplexity.source.")} == {"x", "z"}
     for own in ("perplexity", "perplexity.source.x", "perplexity.source.z"):
         assert m[f"{own}.reference_nats"] == alone[f"{own}.nats"] != m[f"{own}.nats"]
+
+
+def test_a_reference_of_other_tokens_does_not_compare(tmp_path, model_dir, byte_tokenizer, text, opens):
+    other = tmp_path / "other"
+    shutil.copytree(model_dir, other)
+    changed = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(changed, indent=7))
+    opens({model_dir: Table(byte_tokenizer), other: Table(byte_tokenizer)})
+    given = {"model": Artifact(model_dir, "model.onnx"), "reference": Artifact(other, "model.onnx")}
+    with pytest.raises(UsageError, match="have different tokenizers: their nats per token do not compare"):
+        run_stage(EVAL, tmp_path / "o", data=[text], **given)
 
 
 def test_what_cannot_be_told_apart_is_said(tmp_path, model_dir, byte_tokenizer, text, opens):

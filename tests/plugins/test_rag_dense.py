@@ -273,6 +273,25 @@ def test_vectors_that_cannot_be_used_are_refused(tmp_path, corpus, vectors):
     assert any("11 of 12 chunks have no known word" in str(event) for _, event in events)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_vectors_that_are_no_numbers_are_refused(tmp_path, corpus, vectors, monkeypatch, wrong):
+    encoder = open_text_encoder(vectors)
+    embed = encoder.embed
+
+    def damaged(texts):
+        found = embed(texts).copy()
+        found[1, 2] = wrong
+        return found
+
+    index = run_stage(RAG, tmp_path / "o", {"retrieval": "dense"}, text=corpus, encoder=vectors).outputs["index"]
+    monkeypatch.setattr(encoder, "embed", damaged)
+    monkeypatch.setattr("llmctl_rag.run.open_text_encoder", lambda *_: encoder)
+    with pytest.raises(InputError, match="gives 1 of 12 chunks vectors with NaN or infinity"):
+        run_stage(RAG, tmp_path / "x", {"retrieval": "dense"}, text=corpus, encoder=vectors)
+    with np.errstate(invalid="ignore"), pytest.raises(InputError, match="made with another encoder"):
+        Index.load(index, encoder)
+
+
 SPEC = """llmctl: 1
 name: t
 stages:
@@ -316,6 +335,8 @@ def test_check_knows_before_anything_runs(tmp_path, monkeypatch, inputs, params,
         ({"similar_above": 0.9}, "similar_above"),
         ({"rrf_k": 1.0}, "rrf_k"),
         ({"retrieval": "dense", "rrf_k": 1.0}, "rrf_k"),
+        ({"retrieval": "dense", "k1": 1.2}, "k1"),
+        ({"retrieval": "dense", "b": 0.75}, "b"),
     ],
 )
 def test_settings_without_effect_are_refused(params, idle):

@@ -102,6 +102,34 @@ def test_sources_add_up_to_their_split(made):
             assert sum(counts[what] for counts in entry["sources"].values()) == entry[what] > 0
 
 
+def test_sources_beyond_the_most_are_counted_together(tmp_path, made, monkeypatch):
+    """As of a flat folder, where each file is a source. In the order of documents, however they are batched."""
+    names = ["b", "other", "a", "z", "b", "y", "x", "a", "y", "c"]
+    with DatasetWriter(tmp_path / "text", "dataset.text") as writer:
+        for number, name in enumerate(names):
+            writer.add("train", {"id": str(number), "source": name, "text": "xyz"})
+    text, bound = Artifact(tmp_path / "text", "dataset.text"), made[1].outputs["tokenizer"]
+    monkeypatch.setattr("llmctl.text.shards.MOST_SOURCES", 3)
+    expected = {"a": 2, "b": 2, "z": 1, "other": 5}
+    found = []
+    for workers, size in ((0, 1 << 20), (0, 1), (2, 6)):
+        monkeypatch.setattr(encoding, "BATCH_BYTES", size)
+        params = {"emit": "tokens", "workers": workers}
+        out = run_stage(TOKENIZE, tmp_path / f"{workers}-{size}", params, text=text, tokenizer=bound).outputs["tokens"]
+        entry = TokenShards.open(out).meta["splits"]["train"]
+        assert {name: counts["documents"] for name, counts in entry["sources"].items()} == expected
+        assert all(sum(one[what] for one in entry["sources"].values()) == entry[what] for what in ("tokens", "bytes"))
+        found.append(out.path)
+    assert same_files(found[0], found[1]) and same_files(found[0], found[2])
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 1)
+    monkeypatch.setattr(encoding, "CHECKPOINT_BYTES", 1)
+    params = {"emit": "tokens", "workers": 0}
+    with pytest.raises(TempFail):
+        run_stage(TOKENIZE, tmp_path / "again", params, stop_after=8, text=text, tokenizer=bound)
+    again = run_stage(TOKENIZE, tmp_path / "again", params, text=text, tokenizer=bound).outputs["tokens"]
+    assert same_files(found[0], again.path)
+
+
 def test_workers_are_chosen_by_size(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     assert encoding.worker_count(None, encoding.WORTH_WORKERS + 1) == 3

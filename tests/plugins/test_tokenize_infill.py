@@ -193,6 +193,15 @@ def test_marks_of_other_names(text, tmp_path):
         run_stage(TOKENIZE, tmp_path / "taken", {**values, "infill_tokens": ["<|pad|>", "<s>", "<m>"]}, text=text)
 
 
+def test_a_text_without_training_documents_is_refused(made, tmp_path):
+    with DatasetWriter(tmp_path / "text", "dataset.text") as writer:
+        writer.add("validation", {"id": "1", "text": "a text"})
+    only = Artifact(tmp_path / "text", "dataset.text")
+    params = {"infill": 0.5, "emit": "tokens"}
+    with pytest.raises(UsageError, match="infill cuts documents of the split `train`, which .* lacks"):
+        run_stage(TOKENIZE, tmp_path / "out", params, text=only, tokenizer=made.outputs["tokenizer"])
+
+
 def test_a_tokenizer_that_puts_a_space_before_a_text_is_refused(tmp_path, text):
     """As Llama 2's does: prefix and middle of SPM would have a space between them."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers

@@ -8,11 +8,23 @@ from collections.abc import Set
 HEAD = 6000
 """Characters of a file that are searched."""
 TAG = re.compile(r"SPDX-License-Identifier:\s*(?P<id>[\w.\-+() ]+?)\s*(?:\*/|-->|$)", re.MULTILINE)
-NOTE = re.compile(
-    r"(?i:licen[cs]e[ds]?)(?:__)?(?: under)?(?: the)? ?[:=]? ?[\"'(]?(?P<id>MIT|ISC|0BSD|Zlib|Unlicense|Apache-2\.0"
-    r"|MPL-2\.0|BSD-[23]-Clause|(?:A?GPL-[23]\.0|LGPL-(?:2\.1|3\.0))(?:-only|-or-later|\+)?)(?![\w.+-]*\w)"
+ID = (
+    r"(?:MIT|ISC|0BSD|Zlib|Unlicense|Apache-2\.0|MPL-2\.0|BSD-[23]-Clause"
+    r"|(?:A?GPL-[23]\.0|LGPL-(?:2\.1|3\.0))(?:-only|-or-later|\+)?)(?![\w.+-]*\w)"
 )
-"""A licence named by its SPDX id: `@license MIT`, `License: MIT`, `__license__ = "MIT"`."""
+FURTHER = (
+    rf"(?:\s(?:and|or)\s(?:the\s)?{ID}|\s(?:AND|OR)\s(?:[\w.+-]*[\w+]|\([\w.+\-\s]*\))"
+    r"|\s(?i:with)\s[\w.-]+-(?:exception|note)(?:-[\d.]*\d)?)"
+)
+"""What an expression goes on with. In small letters it may be prose, so that only a known id is taken."""
+NOTE = re.compile(
+    r"(?i:licen[cs]e[ds]?)(?:__)?(?!\n(?!under\b))(?:\sunder)?(?:\sthe)? ?[:=]?\s?[\"']?"
+    rf"(?P<id>\(?{ID}{FURTHER}*(?:\){FURTHER}+)?)"
+)
+"""A licence named by its SPDX id, or an expression: `@license MIT`, `License: MIT OR ISC`, `__license__ = "MIT"`.
+
+A line break alone joins nothing: `see LICENSE`, and `MIT students` on the next line.
+"""
 TEXTS = (
     ("AGPL-3.0", r"GNU Affero General Public License"),
     ("LGPL-3.0", r"GNU Lesser General Public License.{0,200}version 3"),
@@ -55,12 +67,21 @@ def license_of(text: str) -> str:
     lowered = head.lower()
     if not any(word in lowered for word in WORDS):
         return ""
-    plain = " ".join(MARKS.sub(" ", head).split())
+    lines = "\n".join(filter(None, (" ".join(MARKS.sub(" ", line).split()) for line in head.split("\n"))))
+    plain = lines.replace("\n", " ")
     # The first place decides: the text of the MPL names the GPL further down, and so do lists of bundled files.
     named = [(match.start(), n, spdx) for n, (spdx, phrase) in enumerate(PHRASES) if (match := phrase.search(plain))]
-    if note := NOTE.search(plain):
-        named.append((note.start(), len(named), note["id"]))
+    if note := NOTE.search(lines):
+        named.append((note.start(), len(PHRASES), _expression(note["id"])))
     return min(named)[2] if named else ""
+
+
+def _expression(found: str) -> str:
+    """A note's id as SPDX writes it: operators in capitals, no bracket that is not closed."""
+    words = [word for word in found.split() if word != "the"]
+    words = [word.upper() if word in ("and", "or", "with") else word for word in words]
+    told = " ".join(words)
+    return told if told.count("(") == told.count(")") else told.removeprefix("(")
 
 
 def allowed(expression: str, licenses: Set[str]) -> bool:

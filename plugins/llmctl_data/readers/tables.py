@@ -1,9 +1,10 @@
 """Tables in HTML: a record for every row below the header, its cells by the names of the columns.
 
 As the standard has it (HTML, 4.9): end tags of rows and cells may be missing, a cell may span columns and rows and then
-stands in each, a table may lie in a cell of another. The header is `thead`, or the first rows of which all cells
-are `th`; in a header of several rows a column is called by all of them. Cells are strings, with blanks as one, so that
-numbers keep their digits. A table without a header is left out: nothing says what its columns are.
+stands in each, though not beyond its `thead`, `tbody` or `tfoot`, a table may lie in a cell of another. The header is
+`thead`, or the first rows of which all cells are `th`; in a header of several rows a column is called by all of them.
+Cells are strings, with blanks as one, so that numbers keep their digits. A table without a header is left out: nothing
+says what its columns are.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ WIDEST = 1000
 """Columns that a cell may span, as the standard has it; the same bound holds for rows here."""
 MOST_COLUMNS = 10_000
 """Columns of a row; further cells are not laid out, so that a small page cannot ask for much memory."""
+TO_THE_END = 1 << 62
+"""Rows of a cell with `rowspan="0"`: all that its row group still has."""
+GROUPS = ("thead", "tbody", "tfoot")
 UNSEEN = frozenset({"script", "style", "template"})
 BREAKS = frozenset({"br", "p", "div", "li", "ul", "ol", "hr", "h1", "h2", "h3", "h4", "h5", "h6"})
 
@@ -44,6 +48,7 @@ class _Cell:
 class _Row:
     line: int
     head: bool
+    group: int
     cells: list[_Cell] = field(default_factory=list)
 
 
@@ -51,15 +56,31 @@ class _Row:
 class _Table:
     line: int
     rows: list[_Row] = field(default_factory=list)
-    in_head: bool = False
+    part: str = ""
+    """The row group that is open, "" if none is."""
+    groups: int = 0
     cell: _Cell | None = None
     caption: list[str] | None = None
     in_caption: bool = False
 
+    def open_part(self, tag: str) -> None:
+        """Begin a row group."""
+        self.part = tag
+        self.groups += 1
+
+    def add_row(self, line: int) -> None:
+        """Begin a row; outside of all row groups it begins a body, as the standard has it."""
+        if not self.part:
+            self.open_part("tbody")
+        self.rows.append(_Row(line, self.part == "thead", self.groups))
+
     def grid(self) -> Iterator[tuple[_Row, list[str]]]:
         """Every row with the texts of its columns, cells that span several repeated; one row is held at a time."""
         hanging: dict[int, tuple[str, int]] = {}  # column → (text, rows that it takes from this one on)
+        group = 0
         for row in self.rows:
+            if row.group != group:
+                group, hanging = row.group, {}
             laid: list[tuple[str, int]] = []
             for cell in row.cells:
                 own = cell.value(), cell.rows
@@ -94,22 +115,25 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Open what the tag opens; a row or cell ends the one before it."""
         self._unseen += tag in UNSEEN
+        if self._unseen:
+            return
         if tag == "table":
             self.open.append(_Table(self.getpos()[0]))
         if not self.open:
             return
         table = self.open[-1]
-        if tag in ("thead", "tbody", "tfoot", "tr", "td", "th"):
+        if tag in (*GROUPS, "tr", "td", "th"):
             table.cell, table.in_caption = None, False
-        if tag in ("thead", "tbody", "tfoot"):
-            table.in_head = tag == "thead"
+        if tag in GROUPS:
+            table.open_part(tag)
         elif tag == "tr":
-            table.rows.append(_Row(self.getpos()[0], table.in_head))
+            table.add_row(self.getpos()[0])
         elif tag in ("td", "th"):
             if not table.rows:
-                table.rows.append(_Row(self.getpos()[0], table.in_head))
+                table.add_row(self.getpos()[0])
             given = dict(attrs)
-            table.cell = _Cell(tag == "th", _span(given.get("colspan")), _span(given.get("rowspan")))
+            rows = _span(given.get("rowspan"))
+            table.cell = _Cell(tag == "th", _span(given.get("colspan")) or 1, TO_THE_END if rows == 0 else rows)
             table.rows[-1].cells.append(table.cell)
         elif tag == "caption":
             table.caption, table.in_caption = [], True
@@ -118,15 +142,17 @@ class _Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         """Close what the tag closes."""
-        self._unseen -= tag in UNSEEN and self._unseen > 0
+        if self._unseen:
+            self._unseen -= tag in UNSEEN
+            return
         if not self.open:
             return
         table = self.open[-1]
         if tag == "table":
             self.tables.append(self.open.pop())
-        elif tag in ("td", "th", "tr", "thead", "tbody", "tfoot"):
+        elif tag in ("td", "th", "tr", *GROUPS):
             table.cell = None
-            table.in_head = table.in_head and tag not in ("thead", "tbody", "tfoot")
+            table.part = "" if tag == table.part else table.part
         elif tag == "caption":
             table.in_caption = False
         elif tag in BREAKS:
@@ -148,7 +174,10 @@ class _Page(HTMLParser):
 
 
 def _span(given: str | None) -> int:
-    return min(max(int(given), 1), WIDEST) if given and given.strip().isdecimal() else 1
+    """A span as it is given, at most `WIDEST`; 1 if it is no number."""
+    digits = (given or "").strip()
+    # Python refuses to read thousands of digits; the first few are more than `WIDEST` already.
+    return min(int(digits.lstrip("0")[:8] or 0), WIDEST) if digits.isdecimal() else 1
 
 
 def read_tables(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:

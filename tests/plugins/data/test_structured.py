@@ -187,6 +187,34 @@ def test_cells_that_span_and_tables_in_cells(tmp_path: Path) -> None:
     assert rejects(result) == {"a.html:4": "2 cells, the header of table 1 names 3"}
 
 
+def test_cells_end_with_their_row_group(tmp_path: Path) -> None:
+    """As the standard's algorithm for growing cells has it: at the end of a row group they are cut off."""
+    groups = (
+        "<table><thead><tr><th rowspan=9>a<th>b</thead>"
+        "<tbody><tr><td rowspan=0>1<td>2<tr><td>3<tr><td>4</tbody>"
+        "<tr><td rowspan=5>5<td>6<tfoot><tr><td>7<td>8</table>"
+    )
+    result = read(folder(tmp_path, a_html=groups), tmp_path / "o")
+    pairs = [("1", "2"), ("1", "3"), ("1", "4"), ("5", "6"), ("7", "8")]
+    assert records(result) == [{"a": one, "b": two} for one, two in pairs]
+    assert rejects(result) == {}
+
+
+def test_a_span_of_thousands_of_digits_is_a_long_one(tmp_path: Path) -> None:
+    """Python reads no number of more than 4300 digits."""
+    text = f"<table><tr><th>a<th>b<tr><td rowspan=0002>1<td>2<tr><td>3<tr><td colspan={'9' * 5000}>x</table>"
+    result = read(folder(tmp_path, a_html=text), tmp_path / "o")
+    assert records(result) == [{"a": "1", "b": "2"}, {"a": "1", "b": "3"}]
+    assert list(rejects(result).values()) == ["1000 cells, the header of table 1 names 2"]
+
+
+def test_templates_hold_no_rows(tmp_path: Path) -> None:
+    inner = "<table><tr><th>x<tr><td>y</table>"
+    text = f"<template>{inner}</template><table><tr><th>a<template><td>no{inner}</template><tr><td>1</table>"
+    result = read(folder(tmp_path, a_html=text), tmp_path / "o")
+    assert records(result) == [{"a": "1"}]
+
+
 @pytest.mark.parametrize(
     ("text", "where", "detail", "kept"),
     [

@@ -82,6 +82,7 @@ NOISE = {"name": "augment", "group": "a", "share": 0.2, "method": "noise"}
         ([BALANCE, EXACT], 1, "step balance"),
         ([BALANCE, {"name": "unicode"}, NEAR], 1, "step balance"),
         ([NOISE, NEAR], 1, "step augment"),
+        ([NOISE, {**BALANCE, "size": "down"}, NEAR], 1, "step augment"),
         ([EXACT], 2, "sources: `\\*` with weight 2"),
         ([NEAR], 1.5, "sources: `\\*` with weight 1.5"),
     ],
@@ -93,7 +94,10 @@ def test_copies_that_a_later_step_would_take_away_are_refused(
         DataParams(steps=steps, sources=[{"path": "*", "weight": weight}])
 
 
-@pytest.mark.parametrize("steps", [[EXACT, NEAR, BALANCE, NOISE], [{**NEAR, "action": "tag"}], []])
+@pytest.mark.parametrize(
+    "steps",
+    [[EXACT, NEAR, BALANCE, NOISE], [{**BALANCE, "size": "down"}, EXACT, NEAR], [{**NEAR, "action": "tag"}], []],
+)
 def test_copies_that_stay_are_not(steps: list[dict[str, Any]]) -> None:
     assert DataParams(steps=steps, sources=[{"path": "*", "weight": 2 if not steps else 0.5}])
 

@@ -240,7 +240,7 @@ def test_what_is_written(tmp_path, early, labelled):
 @pytest.mark.parametrize(
     "changed",
     [{"layer": 0}, {"l2": 3.0}, {"seed": 2}, {"limit": 10}, {"untrained": False}, {"labels": ["topic"]},
-     {"split": "validation"}, {"test_split": "train"}, {"steps": [7]}],
+     {"split": "validation", "test_split": "train"}, {"steps": [7]}],
     ids=lambda changed: next(iter(changed)),
 )  # fmt: skip
 def test_every_parameter_changes_the_rows(tmp_path, early, labelled, changed):
@@ -276,6 +276,7 @@ def test_mistakes_are_explained(tmp_path, early, labelled):
         ({"steps": [0, 5]}, "step 0 is the untrained model"),
         ({"steps": [5, 5]}, "different numbers"),
         ({"labels": ["a", "a"]}, "stands twice"),
+        ({"test_split": "train"}, "split and test_split are both `train`"),
     ):
         with pytest.raises(ValueError, match=problem):
             ProbeParams(**params)
