@@ -28,7 +28,7 @@ from llmctl_quantize import cache
 
 
 def copies(source: Path, home: Path, threads: int) -> tuple[OrtGenerator, OrtGenerator]:
-    """The bundle as it is and with an int8 cache, both written alike: where weights lie in a file is felt, too."""
+    """The bundle as it is and with an int8 cache, both written alike: an original beside a copy was not a fair pair."""
     generator = open_bundle(source, "cpu", threads)
     texts = np.random.default_rng(0).integers(3, generator.vocab_size, (2, 64)).tolist()
     scales = cache.calibrate(generator, texts, lambda done, total: None)

@@ -1,8 +1,8 @@
 """Linear layers in float32 on CPU, by the library that multiplies fastest there.
 
 torch multiplies float32 matrices on x86 by MKL, which takes its AVX2 kernels on AMD processors even where they have
-AVX-512. oneDNN, which torch brings for other dtypes, takes what there is: on a Zen 5 core it is 2.2 times as fast in
-the forward pass and 1.7 to 2.3 times in the two products of the gradient (`benchmarks/products.py`).
+AVX-512. oneDNN, which torch brings for other dtypes, takes what there is: on two Zen 5 cores a layer and its gradients
+take 1.5 to 2.1 times less (`benchmarks/products.py`).
 """
 
 from __future__ import annotations

@@ -171,14 +171,15 @@ def _session(path: Path, providers: list[str], threads: int) -> ort.InferenceSes
     options.log_severity_level = 4
     if CUDA in providers and hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # finds the CUDA libraries that pip installed beside torch
-    try:
-        with in_huge_pages():
+    with in_huge_pages():
+        try:
             return ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions share no base but Exception
-        reason = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
-        raise InputError(
-            f"{_culprit(path, reason)} cannot be loaded: {reason}", hint="export the model again, or copy all its files"
-        ) from error
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            reason = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
+            raise InputError(
+                f"{_culprit(path, reason)} cannot be loaded: {reason}",
+                hint="export the model again, or copy all its files",
+            ) from error
 
 
 def _culprit(path: Path, reason: str) -> Path:
