@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,8 @@ class Documents:
 
     rows: list[np.ndarray]
     groups: list[str]
-    there: int
-    """Documents of the split, of which these are the first."""
+    there: Callable[[], int]
+    """Counts the documents of the split, of which these are the first."""
     where: str
 
 
@@ -63,7 +64,7 @@ def perplexity(
     scored = collect(ctx, log, found.rows, score, 1, "perplexity")
     samples = [sample for sample in scored if sample["tokens"]]
     if not samples:
-        raise no_text(params, found.where, len(found.rows), found.there)
+        raise no_text(params, found.where, len(found.rows), found.there())
     values = summary(samples, boot)
     if params.by:
         values |= by_group(params.by, scored, found.groups, boot)
@@ -90,33 +91,28 @@ def of_shards(shards: TokenShards, params: EvalParams, data: Artifact, split: st
     """The documents of a split that the limits leave."""
     part = shards.split(split)
     count = choose_documents(part, params)
-    return Documents([part.document(i) for i in range(count)], [], len(part), f"split `{split}` of {data.path}")
+    return Documents([part.document(i) for i in range(count)], [], lambda: len(part), f"split `{split}` of {data.path}")
 
 
 def of_text(subject: Subject, params: EvalParams, data: Artifact, split: str) -> Documents:
     """The same of texts, by the model's tokenizer. InputError for a row without text, or if no row has a group."""
     rows: list[np.ndarray] = []
     named: list[str] = []
-    there = tokens = 0
-    full = False
-    for number, row in enumerate(read_rows(data, split)):
-        there += 1
-        full = full or (params.limit is not None and len(rows) == params.limit)
-        if full:
-            continue
+    tokens = 0
+    for number, row in enumerate(islice(read_rows(data, split), params.limit)):
         if not isinstance(row.get("text"), str):
             raise InputError(f"{data.path}: row {number} of split `{split}` has no text", hint="rows are {id, text}")
         ids = np.array(subject.tokenizer.frame_document(subject.tokenizer.encode(row["text"])), np.int64)
         tokens += len(ids)
-        full = params.max_tokens is not None and bool(rows) and tokens > params.max_tokens
-        if not full:
-            rows.append(ids)
-            named.append(group_of_row(row, params.by) if params.by else "")
+        if params.max_tokens is not None and rows and tokens > params.max_tokens:
+            break
+        rows.append(ids)
+        named.append(group_of_row(row, params.by) if params.by else "")
     if params.by and rows and set(named) == {UNKNOWN}:
         raise InputError(
             f"no row of split `{split}` of {data.path} has a `{params.by}`", hint="name a column, or a key of `meta`"
         )
-    return Documents(rows, named, there, f"split `{split}` of {data.path}")
+    return Documents(rows, named, lambda: sum(1 for _ in read_rows(data, split)), f"split `{split}` of {data.path}")
 
 
 def by_group(by: str, samples: Sequence[Sample], named: Sequence[str], boot: Bootstrap) -> dict[str, float]:

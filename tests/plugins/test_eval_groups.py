@@ -93,6 +93,17 @@ def test_text_gives_the_numbers_of_its_token_shards(tmp_path, model_dir, byte_to
         assert by_text == by_shards, params
 
 
+@pytest.mark.parametrize(("params", "documents"), [({"limit": 2}, 2), ({"max_tokens": 25}, 2)])
+def test_what_is_behind_the_limits_is_not_read(tmp_path, model_dir, byte_tokenizer, text, opens, params, documents):
+    opens({model_dir: Table(byte_tokenizer)})
+    file = next(text.path.rglob("*.jsonl"))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], "{broken"]) + "\n")
+    assert measured(tmp_path / "o", model_dir, [text], **params)["perplexity.documents"] == documents
+    with pytest.raises(InputError):
+        measured(tmp_path / "all", model_dir, [text])
+
+
 def test_groups_are_those_of_data_and_a_reference_is_beside(tmp_path, model_dir, byte_tokenizer, opens):
     rows = [{"text": "one", "source": "x/a.txt", "meta": {"code": "c"}}, {"text": "two", "meta": {"corpus": "z"}}]
     rows[1]["dialect"] = "north"

@@ -11,7 +11,7 @@ from llmctl import MachineError
 from llmctl.text.documents import Document
 from llmctl_data.readers import streams
 from llmctl_data.readers.piece import Note, Piece, Reject
-from llmctl_data.readers.plain import cut_short, too_long
+from llmctl_data.readers.plain import whole_file
 
 CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_.:-]{2,40})", re.IGNORECASE)
 HEAD = 4096
@@ -20,13 +20,9 @@ INSTALL = "pip install 'llmctl[data]'"
 
 def read_html(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
     """One document; a page in which no main text is found is a reject."""
-    try:
-        data = streams.bounded_bytes(stream, limit)
-    except streams.Damaged as error:
-        yield cut_short(piece, error, 0)
-        return
-    if data is None:
-        yield too_long(piece, "the file", f"more than {limit:,} bytes")
+    data = whole_file(piece, stream, limit)
+    if isinstance(data, Reject):
+        yield data
         return
     page, encoding = decode_page(data, str(piece.options.get("encoding", "auto")))
     if encoding != "utf-8":

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from llmctl import MachineError
 from llmctl.text.documents import Document
-from llmctl_data.readers import streams
 from llmctl_data.readers.piece import Note, Piece, Reject
-from llmctl_data.readers.plain import cut_short, pieces, too_long
+from llmctl_data.readers.plain import pieces, whole_file
 
 PASSWORD = 4
 """PDFium's error code FPDF_ERR_PASSWORD."""
@@ -21,13 +20,9 @@ def read_pdf(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Do
         import pypdfium2
     except ModuleNotFoundError as error:
         raise MachineError("reading PDF needs pypdfium2", hint="pip install 'llmctl[data]'") from error
-    try:
-        data = streams.bounded_bytes(stream, limit)
-    except streams.Damaged as error:
-        yield cut_short(piece, error, 0)
-        return
-    if data is None:
-        yield too_long(piece, "the file", f"more than {limit:,} bytes")
+    data = whole_file(piece, stream, limit)
+    if isinstance(data, Reject):
+        yield data
         return
     try:
         book = pypdfium2.PdfDocument(data)

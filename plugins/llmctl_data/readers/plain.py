@@ -100,6 +100,15 @@ def cut_short(piece: Piece, error: Exception, number: int) -> Reject:
     return Reject(piece.name, "cut short or damaged", detail, line=number + 1, hint="fetch the file again")
 
 
+def whole_file(piece: Piece, stream: io.BufferedReader, limit: int) -> bytes | Reject:
+    """All bytes of a file of up to `limit`, or the reject for one that is longer, cut short or damaged."""
+    try:
+        data = streams.bounded_bytes(stream, limit)
+    except streams.Damaged as error:
+        return cut_short(piece, error, 0)
+    return too_long(piece, "the file", f"more than {limit:,} bytes") if data is None else data
+
+
 def without_front_matter(lines: Iterator[str | Reject | Note]) -> Iterator[str | Reject | Note]:
     """The lines after a block between `---` and `---` or `...` at the very top: data about the page."""
     held: list[str | Reject | Note] = []

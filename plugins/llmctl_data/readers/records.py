@@ -13,10 +13,9 @@ from typing import Any
 from llmctl import LlmctlError, MachineError
 from llmctl.stage import load_string
 from llmctl.text.documents import Document
-from llmctl_data.readers import streams
 from llmctl_data.readers.formats import readers
 from llmctl_data.readers.piece import Note, Piece, Reject
-from llmctl_data.readers.plain import cut_short, decoded, too_long
+from llmctl_data.readers.plain import decoded, whole_file
 from llmctl_data.records import number as exact_number
 from llmctl_data.records import record_to_text, text_of
 
@@ -70,16 +69,13 @@ def load_exact(text: str) -> Any:
 
 def read_json(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
     """One object, or a list of them, of up to `limit` bytes."""
+    data = whole_file(piece, stream, limit)
+    if isinstance(data, Reject):
+        yield data
+        return
     try:
-        data = streams.bounded_bytes(stream, limit)
-        if data is None:
-            yield too_long(piece, "the file", f"more than {limit:,} bytes")
-            return
         text = data.decode(json.detect_encoding(data)).removeprefix("\ufeff")
         found = load_exact(text) if keeps_all(piece) else json.loads(text)
-    except streams.Damaged as error:
-        yield cut_short(piece, error, 0)
-        return
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         column = error.colno if isinstance(error, json.JSONDecodeError) else None

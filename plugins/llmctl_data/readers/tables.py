@@ -16,10 +16,9 @@ from html.parser import HTMLParser
 from itertools import takewhile
 
 from llmctl.text.documents import Document
-from llmctl_data.readers import streams
 from llmctl_data.readers.markup import decode_page
 from llmctl_data.readers.piece import Note, Piece, Reject
-from llmctl_data.readers.plain import cut_short, too_long
+from llmctl_data.readers.plain import whole_file
 from llmctl_data.readers.records import named_twice, to_document
 
 WIDEST = 1000
@@ -182,13 +181,9 @@ def _span(given: str | None) -> int:
 
 def read_tables(piece: Piece, stream: io.BufferedReader, limit: int) -> Iterator[Document | Reject | Note]:
     """A document for every row of every table of a page of up to `limit` bytes."""
-    try:
-        data = streams.bounded_bytes(stream, limit)
-    except streams.Damaged as error:
-        yield cut_short(piece, error, 0)
-        return
-    if data is None:
-        yield too_long(piece, "the file", f"more than {limit:,} bytes")
+    data = whole_file(piece, stream, limit)
+    if isinstance(data, Reject):
+        yield data
         return
     text, encoding = decode_page(data, str(piece.options.get("encoding", "auto")))
     if encoding != "utf-8":
