@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
@@ -96,9 +97,9 @@ def test_text_gives_the_numbers_of_its_token_shards(tmp_path, model_dir, byte_to
 @pytest.mark.parametrize(("params", "documents"), [({"limit": 2}, 2), ({"max_tokens": 25}, 2)])
 def test_what_is_behind_the_limits_is_not_read(tmp_path, model_dir, byte_tokenizer, text, opens, params, documents):
     opens({model_dir: Table(byte_tokenizer)})
-    file = next(text.path.rglob("*.jsonl"))
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[:3], "{broken"]) + "\n")
+    file = next(text.path.glob("*.jsonl.gz"))
+    lines = gzip.decompress(file.read_bytes()).decode().splitlines()
+    file.write_bytes(gzip.compress("\n".join([*lines[:3], "{broken", ""]).encode()))
     assert measured(tmp_path / "o", model_dir, [text], **params)["perplexity.documents"] == documents
     with pytest.raises(InputError):
         measured(tmp_path / "all", model_dir, [text])
