@@ -1,5 +1,6 @@
 """Flags generated from a params class: which there are, how they are typed, what their help says."""
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,10 @@ import pytest
 from pydantic import BaseModel
 
 from llmctl import Field, In, InputError, Out, Params, Stage, UsageError
-from llmctl.stage_command import StageCommand, given_inputs
+from llmctl.registry import get_registry
+from llmctl.shell import Stream
+from llmctl.spec.pipeline import single_stage
+from llmctl.stage_command import StageCommand, bind_upstream, given_inputs
 from llmctl.stage_flags import PARAM, PORT, by_set, option_type, param_options
 from llmctl.store import Store, names
 
@@ -174,3 +178,18 @@ def test_help_names_everything(monkeypatch):
         "inner.depth", "how deep", "model  model.hf", "other  as base", "--set NAME=VALUE", "--stop-on-reader-exit",
     ):  # fmt: skip
         assert part in text, part
+
+
+@pytest.mark.parametrize(("retrieval", "bound"), [("lexical", {"text"}), ("dense", {"text", "encoder"})])
+def test_a_pipe_binds_no_input_that_would_have_no_effect(tmp_path, monkeypatch, retrieval, bound):
+    def fed(upstream, stream, *, explicit):
+        for port, kind in (("text", "dataset.text"), ("vectors", "embeddings")):
+            record = {"llmctl": "ref", "v": 1, "port": port, "type": kind, "id": f"sha256:{port}", "store": "file:///s"}
+            upstream.feed(json.dumps({**record, "path": str(tmp_path)}).encode())
+
+    monkeypatch.setattr("llmctl.upstream.read_upstream", fed)
+    registry = get_registry()
+    pipeline = single_stage(registry.stages["rag"], flags={"retrieval": retrieval}, stdin=True, registry=registry)
+    store = Store(tmp_path / "store")
+    found = bind_upstream(pipeline, store, Stream("rag", "json"), lambda stdin: pipeline, explicit=False)
+    assert set(found.stages["rag"].inputs) == bound
