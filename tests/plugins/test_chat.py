@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import signal
 import stat
 import sys
 import time
@@ -134,6 +135,18 @@ def read_until(master, text, seconds=20):
     return found.decode()
 
 
+def exit_code(child, seconds=20):
+    """Of a process that is about to end; one that does not is killed."""
+    deadline = time.monotonic() + seconds
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the program did not end")
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
+
+
 @pytest.fixture
 def terminal(tmp_path, monkeypatch):
     """`with terminal(arguments) as typed`: `llmctl chat` in a pty; `typed(text, answer)` types and waits for both."""
@@ -154,19 +167,21 @@ def terminal(tmp_path, monkeypatch):
             finally:
                 os._exit(code)
 
+        def press(key):
+            # Faster than any hand, a signal comes between the prompt and the read, which then waits for a line.
+            time.sleep(0.3)
+            os.write(master, key)
+
         def typed(text, answer="", end=b"> "):
-            if isinstance(text, bytes):
-                # A signal between the prompt and the read that follows is seen only after the next line.
-                time.sleep(0.3)
-            os.write(master, text if isinstance(text, bytes) else text.encode() + b"\n")
+            press(text) if isinstance(text, bytes) else os.write(master, text.encode() + b"\n")
             found = read_until(master, answer.encode())
             return found if found.endswith(end.decode()) else found + read_until(master, end)
 
         typed.screen = read_until(master, b"> ")
-        typed.master = master
+        typed.master, typed.press = master, press
         try:
             yield typed
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert exit_code(child) == 0
         finally:
             os.close(master)
 
@@ -232,7 +247,7 @@ def test_an_interrupt_stops_the_answer_and_a_second_one_the_program(model_dir, o
         assert "(interrupted)" in typed(b"\x03", "(interrupted)")
         assert "[assistant] abcdefghij" in typed("/show", "[assistant] abcdefghij")  # what came is remembered
         typed(b"\x03", "Ctrl-C again ends")
-        os.write(typed.master, b"\x03")
+        typed.press(b"\x03")
 
 
 def test_a_conversation_with_a_server(terminal):
