@@ -2,8 +2,8 @@
 
 An 82M LLaMA (12 layers, width 768, 12 query and 4 key/value heads, vocabulary 8192) with random weights answers
 prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits. Our side runs the bundles of `export-onnx`
-and `quantize`; Optimum its own export; onnxruntime-genai our bundles; llama.cpp GGUF files of the same weights, F32 and
-Q4_0. Each side is a process that waits while another works. In every round each side answers with one token and with
+and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4 bits, what its own builder makes of the
+weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. Each side is a process that waits while another works. In every round each side answers with one token and with
 all: the difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all
 sides must give the same tokens. `--peers` is the interpreter of an environment with what
 `benchmarks/peers/decode.py` names; without it only Optimum is beside us.
@@ -77,6 +77,8 @@ def prepare(home: Path, peers: str | None, block: int, symmetric: bool) -> None:
         main_export(str(source), home / "optimum", task="text-generation-with-past", do_validation=False)
     if peers and not (home / "int4.gguf").is_file():
         subprocess.run([peers, HERE / "peers" / "decode.py", "convert", source, home], check=True)
+    if peers and not (home / "genai" / "genai_config.json").is_file():
+        subprocess.run([peers, HERE / "peers" / "decode.py", "build", source, home / "genai"], check=True)
 
 
 def llmctl_answers(bundle: Path, threads: int) -> Any:
@@ -150,6 +152,8 @@ def start(home: Path, kind: str, threads: int, peers: str | None) -> dict[str, S
     if peers:
         theirs = [peers, str(HERE / "peers" / "decode.py")]
         commands["genai"] = [*theirs, "genai", str(home / kind / "model"), str(threads)]
+        if kind == "int4":
+            commands["genai's own"] = [*theirs, "genai", str(home / "genai"), str(threads)]
         commands["llama.cpp"] = [*theirs, "llama.cpp", str(home / f"{kind}.gguf"), str(threads)]
     return {name: Side(command, home / f"{name}-{kind}.log") for name, command in commands.items()}
 
@@ -257,7 +261,7 @@ def report(kind: str, batch: int, found: dict[str, Any], size: int) -> None:
     print(f"\n{kind}, batch {batch}: decoding alone; in brackets with the prompt")
     for name in found["decode"]:
         print(
-            f"  {name:10} {found['decode'][name]:8.1f} ({found['whole'][name]:.1f}) tokens/s   "
+            f"  {name:11} {found['decode'][name]:8.1f} ({found['whole'][name]:.1f}) tokens/s   "
             f"llmctl is {found['ratio'][name]:.2f} ({found['whole_ratio'][name]:.2f}) times as fast"
         )
     speed = found["bandwidth"]

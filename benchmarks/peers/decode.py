@@ -1,9 +1,10 @@
 """Be llama.cpp or onnxruntime-genai in `benchmarks/decode.py`: answer prompts that the parent process sends, greedily.
 
-Run by the interpreter of the peers' environment: `pip install gguf safetensors onnxruntime-genai==0.18.0
-llama-cpp-python==0.3.36` (build the last with `CMAKE_ARGS=-DGGML_NATIVE=OFF` and the processor's vector extensions on).
-`decode.py convert HF TARGET` writes a GGUF file per format; `decode.py llama.cpp FILE THREADS` and
-`decode.py genai BUNDLE THREADS` serve.
+Run by the interpreter of the peers' environment: `pip install gguf safetensors torch==2.13.0 transformers==5.24.0 onnx
+onnx-ir onnxruntime-genai==0.18.0 llama-cpp-python==0.3.36` (build the last with `CMAKE_ARGS=-DGGML_NATIVE=OFF` and the
+processor's vector extensions on). `decode.py convert HF TARGET` writes a GGUF file per format, `decode.py build HF TARGET`
+what genai's own builder makes of the weights in 4 bits; `decode.py llama.cpp FILE THREADS` and `decode.py genai BUNDLE
+THREADS` serve.
 """
 
 from __future__ import annotations
@@ -74,6 +75,24 @@ def convert(source: Path, target: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def build(source: Path, target: Path) -> None:
+    """Have genai's model builder write its int4 model, as it does by default for the CPU, into `target`."""
+    import shutil
+    import subprocess
+    import tempfile
+
+    from tokenizers import Tokenizer, models
+
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "hf"
+        shutil.copytree(source, copy)
+        # The builder wants a tokenizer; nothing here uses it.
+        Tokenizer(models.BPE({"a": 0}, [])).save(str(copy / "tokenizer.json"))
+        (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", copy, "-o", target]
+        subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", Path(name) / "cache"], check=True)
 
 
 def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -167,7 +186,7 @@ def serve(answer: Answer) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "convert":
-        convert(Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1] in ("convert", "build"):
+        {"convert": convert, "build": build}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         serve({"llama.cpp": llama_cpp, "genai": genai}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3])))
