@@ -3,7 +3,9 @@
 An 82M LLaMA (12 layers, width 768, 12 query and 4 key/value heads, vocabulary 8192) with random weights answers
 prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits. Our side runs the bundles of `export-onnx`
 and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4 bits, what its own builder makes of the
-weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. Each side is a process that waits while another works. In every round each side answers with one token and with
+weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a graph of nothing but our bundle's
+matrix products: no engine that runs these kernels can be faster than they are. Each side is a process that waits while
+another works. In every round each side answers with one token and with
 all: the difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all
 sides must give the same tokens. `--peers` is the interpreter of an environment with what
 `benchmarks/peers/decode.py` names; without it only Optimum is beside us.
@@ -98,6 +100,58 @@ def llmctl_answers(bundle: Path, threads: int) -> Any:
     return answer
 
 
+def products_answers(bundle: Path, threads: int) -> Any:
+    """The matrix products of a step alone, as often as an answer has steps behind its prompt; the tokens are zeros."""
+    import onnx
+    from onnx import helper
+
+    from llmctl.ort.sessions import open_session
+
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes, widths = [], {}
+    for node in model.graph.node:
+        if node.op_type not in ("MatMulNBits", "MatMul", "FusedMatMul") or node.input[1] not in stored:
+            continue
+        sizes = {item.name: item.i for item in node.attribute}
+        shape = stored[node.input[1]].dims[:: -1 if sizes.get("transB") else 1]
+        inner, outer = (sizes["K"], sizes["N"]) if node.op_type == "MatMulNBits" else shape
+        node.input[0], node.output[0] = f"of {inner}", f"product {len(nodes)}"
+        widths[node.input[0]], widths[node.output[0]] = inner, outer
+        nodes.append(node)
+    values = {
+        name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", width])
+        for name, width in widths.items()
+    }
+    del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    model.graph.input.extend(value for name, value in values.items() if name.startswith("of"))
+    model.graph.output.extend(value for name, value in values.items() if name.startswith("product"))
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    file = bundle / "products.onnx"  # beside the weights that it refers to
+    onnx.save(model, file)
+    session = open_session(file, "cpu", threads)
+    file.unlink()
+    bound: dict[int, Any] = {}
+
+    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
+        if len(prompts) not in bound:
+            binding = session.io_binding()
+            arrays = {name: np.ones((len(prompts), width), np.float32) for name, width in widths.items()}
+            for name, array in arrays.items():
+                bind = binding.bind_input if name.startswith("of") else binding.bind_output
+                bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+            bound[len(prompts)] = binding, arrays
+        for _ in range(new - 1):
+            session.run_with_iobinding(bound[len(prompts)][0])
+        return [[0] * new for _ in prompts]
+
+    return answer
+
+
 def optimum_answers(directory: Path, threads: int) -> Any:
     """`ORTModelForCausalLM.generate` with its KV cache and I/O binding, as it is by default."""
     import onnxruntime
@@ -146,7 +200,7 @@ class Side:
 def start(home: Path, kind: str, threads: int, peers: str | None) -> dict[str, Side]:
     """The sides that compute in the format `kind`."""
     ours = [sys.executable, str(HERE / "decode.py"), "--work"]
-    commands = {"llmctl": [*ours, "llmctl", str(home / kind / "model"), str(threads)]}
+    commands = {name: [*ours, name, str(home / kind / "model"), str(threads)] for name in ("llmctl", "products")}
     if kind == "fp32":
         commands["optimum"] = [*ours, "optimum", str(home / "optimum"), str(threads)]
     if peers:
@@ -189,7 +243,7 @@ def compare(sides: dict[str, Side], batch: int, rounds: int, threads: int, equal
     """Let the sides take turns, the order turned round every time."""
     prompts = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
     answers = {name: side.ask(prompts, NEW)[1] for name, side in sides.items()}
-    different = [name for name, tokens in answers.items() if tokens != answers["llmctl"]]
+    different = [name for name, tokens in answers.items() if name != "products" and tokens != answers["llmctl"]]
     if equal and different:
         raise SystemExit(f"other tokens than ours from {', '.join(different)}: nothing was compared")
     decode: dict[str, list[float]] = {name: [] for name in sides}
@@ -225,7 +279,8 @@ def work(side: str, directory: str, threads: str) -> None:
     serve = runpy.run_path(str(HERE / "peers" / "decode.py"))["serve"]
 
     warnings.simplefilter("ignore")
-    serve({"llmctl": llmctl_answers, "optimum": optimum_answers}[side](Path(directory), int(threads)))
+    sides = {"llmctl": llmctl_answers, "products": products_answers, "optimum": optimum_answers}
+    serve(sides[side](Path(directory), int(threads)))
 
 
 def main() -> None:

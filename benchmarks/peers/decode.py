@@ -2,9 +2,9 @@
 
 Run by the interpreter of the peers' environment: `pip install gguf safetensors torch==2.13.0 transformers==5.24.0 onnx
 onnx-ir onnxruntime-genai==0.18.0 llama-cpp-python==0.3.36` (build the last with `CMAKE_ARGS=-DGGML_NATIVE=OFF` and the
-processor's vector extensions on). `decode.py convert HF TARGET` writes a GGUF file per format, `decode.py build HF TARGET`
-what genai's own builder makes of the weights in 4 bits; `decode.py llama.cpp FILE THREADS` and `decode.py genai BUNDLE
-THREADS` serve.
+processor's vector extensions on). `decode.py convert HF TARGET` writes a GGUF file per format, `decode.py build HF
+TARGET` what genai's own builder makes of the weights in 4 bits; `decode.py llama.cpp FILE THREADS` and `decode.py genai
+BUNDLE THREADS` serve.
 """
 
 from __future__ import annotations

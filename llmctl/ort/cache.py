@@ -20,6 +20,8 @@ from llmctl.ort.sessions import CUDA, provider
 Float = type[np.float32] | type[np.float16]
 _FLOATS: dict[str, Float] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _CACHES: dict[str, Float | type[np.int8]] = {**_FLOATS, "tensor(int8)": np.int8}
+KEEP = "num_logits_to_keep"
+"""An input with a default, 0: of how many last tokens logits are computed; 0: of all."""
 _KNOWN = re.compile(
     r"(input_ids|attention_mask|position_ids|past_key_values\.\d+\.(decoder\.)?(key|value)|"
     r"encoder_attention_mask|encoder_hidden_states|past_key_values\.\d+\.encoder\.(key|value))\Z"
@@ -45,6 +47,8 @@ class Layout:
     """`.decoder` in the names of an encoder-decoder's cache, which holds its encoder's keys beside its own."""
     constants: tuple[str, ...] = ()
     """Inputs that stay the same from step to step: the keys, values and mask of what the encoder read."""
+    keeps_last: bool = False
+    """Whether the graph computes the logits of the last tokens alone when `num_logits_to_keep` says how many."""
 
     @property
     def past(self) -> list[str]:
@@ -97,6 +101,7 @@ def read_layout(session: ort.InferenceSession, source: object) -> Layout:
         device="cuda" if provider(session) == CUDA else "cpu",
         infix=infix,
         constants=constants,
+        keeps_last=any(value.name == KEEP and value.shape == [1] for value in session.get_overridable_initializers()),
     )
 
 
@@ -111,8 +116,8 @@ class Rows(Protocol):
     def restart(self) -> None:
         """Empty all rows."""
 
-    def feed(self, row: int, tokens: Sequence[int]) -> np.ndarray:
-        """Append `tokens` to one row; logits `(len(tokens), V)` float32."""
+    def feed(self, row: int, tokens: Sequence[int], last: bool = False) -> np.ndarray:
+        """Append `tokens` to one row; logits `(len(tokens), V)` float32, or `(1, V)` of the last one alone."""
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32."""
@@ -152,6 +157,8 @@ class InPlaceRows:
         self._step_values = {"input_ids": _value(self._tokens), "logits": _value(self._logits)}
         if layout.position_ids:
             self._step_values["position_ids"] = _value(self._positions)
+        if layout.keeps_last:
+            self._step_values[KEEP] = _value(np.zeros(1, np.int64))
         self._binding = session.io_binding()
         for name, array in self.constants.items():
             self._binding.bind_ortvalue_input(name, _value(array, layout.device))
@@ -164,12 +171,18 @@ class InPlaceRows:
         """Empty all rows; their slots need no clearing."""
         self.lengths[:] = 0
 
-    def feed(self, row: int, tokens: Sequence[int]) -> np.ndarray:
-        """Append `tokens` to `row`; logits `(len(tokens), V)` float32, equal whatever the other rows hold."""
+    def feed(self, row: int, tokens: Sequence[int], last: bool = False) -> np.ndarray:
+        """Append `tokens` to `row`; logits `(len(tokens), V)` float32, equal whatever the other rows hold.
+
+        `last`: `(1, V)`, of the last token alone, which is less work.
+        """
         layout, count, start = self.layout, len(tokens), int(self.lengths[row])
         ids = np.asarray(tokens, np.int64)[None]
-        logits = np.empty((1, count, layout.vocab_size), layout.logits_dtype)
+        kept = 1 if last and layout.keeps_last else count
+        logits = np.empty((1, kept, layout.vocab_size), layout.logits_dtype)
         values = {"input_ids": _value(ids), "logits": _value(logits)}
+        if layout.keeps_last:
+            values[KEEP] = _value(np.array([kept]))
         if layout.position_ids:
             values["position_ids"] = _value(np.arange(start, start + count)[None])
         ones = np.ones((1, start + count), np.int64)
@@ -181,7 +194,7 @@ class InPlaceRows:
         self.lengths[row] += count
         if self.batch == 1:
             self._bind_step()
-        return np.asarray(logits[0], np.float32)
+        return np.asarray(logits[0, -1:] if last else logits[0], np.float32)
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32, valid until the next call."""
@@ -276,11 +289,11 @@ class GrowingRows:
         self.cache = [_value(np.ascontiguousarray(values), self.layout.device) for values in cache]
         self.lengths[:] = lengths
 
-    def feed(self, row: int, tokens: Sequence[int]) -> np.ndarray:
-        """Append `tokens` to the only row; logits `(len(tokens), V)` float32."""
+    def feed(self, row: int, tokens: Sequence[int], last: bool = False) -> np.ndarray:
+        """Append `tokens` to the only row; logits `(len(tokens), V)` float32, or `(1, V)` of the last one alone."""
         if row != 0 or self.batch != 1:
             raise IndexError(f"row {row} of {self.batch}: graphs that concatenate are fed all rows at once")
-        return self._run(np.asarray(tokens, np.int64)[None])[0]  # type: ignore[no-any-return]
+        return self._run(np.asarray(tokens, np.int64)[None], last)[0]  # type: ignore[no-any-return]
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32."""
@@ -297,8 +310,8 @@ class GrowingRows:
         kept.fill([value.numpy()[chosen] for value in self.cache], self.lengths[chosen].tolist())
         return kept
 
-    def _run(self, ids: np.ndarray) -> np.ndarray:
-        """Logits `(B, T, V)` of `ids (B, T)`, which follow what the cache holds."""
+    def _run(self, ids: np.ndarray, last: bool = False) -> np.ndarray:
+        """Logits `(B, T, V)` of `ids (B, T)`, which follow what the cache holds; `last`: `(B, 1, V)`."""
         layout, start = self.layout, self.cache[0].shape()[2]
         end = start + ids.shape[1]
         binding = self.session.io_binding()
@@ -307,6 +320,8 @@ class GrowingRows:
             binding.bind_cpu_input("position_ids", np.repeat(np.arange(start, end)[None], self.batch, 0))
         if layout.attention_mask:
             binding.bind_cpu_input("attention_mask", np.ones((self.batch, end), np.int64))
+        if last and layout.keeps_last:
+            binding.bind_ortvalue_input(KEEP, _value(np.ones(1, np.int64)))
         for name, value in [*zip(layout.past, self.cache, strict=True), *self._fixed.items()]:
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")
@@ -315,7 +330,8 @@ class GrowingRows:
         self.session.run_with_iobinding(binding)
         logits, *self.cache = binding.get_outputs()
         self.lengths[:] = end
-        return np.asarray(logits.numpy(), np.float32)
+        found = logits.numpy()
+        return np.asarray(found[:, -1:] if last else found, np.float32)
 
 
 def _value(array: np.ndarray, device: str = "cpu") -> ort.OrtValue:

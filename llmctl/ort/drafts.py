@@ -159,10 +159,11 @@ class DraftModel:
         if len(missing) > LATE:
             part = missing[: self._budget]
             if len(part):
-                self.slots.feed(slot, part[:-1] if len(part) == len(missing) else part)  # one is left to propose from
+                # One is left to propose from.
+                self.slots.feed(slot, part[:-1] if len(part) == len(missing) else part, last=True)
             self._budget -= len(part)
             return []
-        logits = self.slots.feed(slot, missing)
+        logits = self.slots.feed(slot, missing, last=True)
         found: list[int] = []
         while True:
             token = int(logits[-1].argmax())

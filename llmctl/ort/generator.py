@@ -221,5 +221,5 @@ def run_all(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
 def prefill(rows: Rows, row: int, prompt: Sequence[int]) -> np.ndarray:
     """Feed a prompt in chunks; the logits `(V,)` after its last token."""
     for start in range(0, len(prompt), PREFILL_CHUNK):
-        logits = rows.feed(row, prompt[start : start + PREFILL_CHUNK])
+        logits = rows.feed(row, prompt[start : start + PREFILL_CHUNK], last=True)
     return logits[-1]  # type: ignore[no-any-return]

@@ -380,7 +380,7 @@ class OrtEngine:
         assert lane is not None
         chunk = task.prompt[start : start + budget]
         try:
-            logits = self._slots.feed(lane.slot, chunk)
+            logits = self._slots.feed(lane.slot, chunk, last=not task.scored_prompt)
             task.fed += len(chunk)
             self._prompt_tokens += len(chunk)
             if task.scored_prompt:

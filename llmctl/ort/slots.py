@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
-from llmctl.ort.cache import Layout
+from llmctl.ort.cache import KEEP, Layout
 from llmctl.ort.cache_memory import CacheMemory, open_memory
 
 
@@ -35,6 +35,7 @@ class Slots:
         self._positions = np.zeros((count, 1), np.int64)
         self._mask = np.zeros(count * capacity, np.int64)
         self._ones = np.ones(capacity, np.int64)
+        self._kept = np.zeros(1, np.int64)
         self._range = np.arange(max(count, capacity))
         self._logits = np.zeros((count, 1, layout.vocab_size), layout.logits_dtype)
         self._scratch = np.zeros((0, layout.vocab_size), layout.logits_dtype)
@@ -66,8 +67,10 @@ class Slots:
         self.session.run_with_iobinding(binding)
         return np.asarray(self._logits[:count, 0], np.float32)
 
-    def feed(self, slot: int, tokens: np.ndarray) -> np.ndarray:
+    def feed(self, slot: int, tokens: np.ndarray, last: bool = False) -> np.ndarray:
         """Append `tokens (T,)` to one slot; logits `(T, V)` float32, equal whatever the other slots hold.
+
+        `last`: `(1, V)`, of the last token alone, which is less work.
 
         T may be any number that fits: a chunk of a prompt, or drafted tokens to be judged (what is refused of them is
         taken back by a smaller `lengths`).
@@ -75,8 +78,9 @@ class Slots:
         layout, count, start = self.layout, len(tokens), int(self.lengths[slot])
         end = start + count
         binding = self._feeds.get(slot) or self._bind_feed(slot)
-        if len(self._scratch) < count:
-            self._scratch = np.zeros((count, layout.vocab_size), layout.logits_dtype)
+        kept = 1 if last and layout.keeps_last else count
+        if len(self._scratch) < kept:
+            self._scratch = np.zeros((kept, layout.vocab_size), layout.logits_dtype)
         ids = np.ascontiguousarray(tokens, np.int64)
         positions = self._range[start:end]
         binding.bind_input("input_ids", "cpu", 0, np.int64, (1, count), ids.ctypes.data)
@@ -84,12 +88,15 @@ class Slots:
             binding.bind_input("position_ids", "cpu", 0, np.int64, (1, count), positions.ctypes.data)
         if layout.attention_mask:
             binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, end), self._ones.ctypes.data)
-        shape = (1, count, layout.vocab_size)
+        if layout.keeps_last:
+            self._kept[0] = kept
+            binding.bind_input(KEEP, "cpu", 0, np.int64, (1,), self._kept.ctypes.data)
+        shape = (1, kept, layout.vocab_size)
         binding.bind_output("logits", "cpu", 0, layout.logits_dtype, shape, self._scratch.ctypes.data)
         self.session.run_with_iobinding(binding)
         self.contents[slot, start:end] = tokens
         self.lengths[slot] = end
-        return np.asarray(self._scratch[:count], np.float32)
+        return np.asarray(self._scratch[kept - 1 : kept] if last else self._scratch[:kept], np.float32)
 
     def match(self, tokens: np.ndarray) -> np.ndarray:
         """For each slot, how many of `tokens (T,)` it holds from its start on, `(count,)` int64."""

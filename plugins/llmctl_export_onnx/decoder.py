@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from llmctl.nn.transformer import Transformer
 from llmctl_export_onnx import graph
 
 Cache = list[tuple[Tensor, Tensor]]
+KEEP = "num_logits_to_keep"
+"""Name of the optional input; the one that transformers.js knows it by."""
+_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
 
 
 class Traced(nn.Module):
@@ -93,6 +97,45 @@ def cache_of(model: Transformer, infix: str = "") -> tuple[Cache, list[Any], lis
     layers = range(cache_layers(config))
     names = [f"{layer}{infix}.{kind}" for layer in layers for kind in ("key", "value")]
     return [(zeros.clone(), zeros.clone()) for _ in layers], [(axes, axes)] * len(layers), names
+
+
+def keep_last(traced: ir.Model) -> None:
+    """Give the graph the optional input `num_logits_to_keep`, int64 `(1,)`: logits of so many last tokens alone.
+
+    Its default 0, an initializer that may be overridden, keeps all of them, so runtimes that do not know it get what
+    they expect. Who reads a prompt needs one row of logits: the head of a large vocabulary is a third of a small model.
+    """
+    graph = traced.graph
+    logits = next(value for value in graph.outputs if value.name == "logits")
+    head = _head(logits)
+    hidden = head.inputs[0] if head is not None else None
+    if head is None or hidden is None:
+        return
+    count = ir.Value(name=KEEP, shape=ir.Shape((1,)), type=ir.TensorType(ir.DataType.INT64))
+    count.const_value = ir.tensor(np.zeros(1, np.int64), name=KEEP)
+    start = ir.node("Neg", [count])
+    ends = {
+        name: ir.Value(name=f"{KEEP}.{name}", const_value=ir.tensor(np.array([value], np.int64), name=f"{KEEP}.{name}"))
+        for name, value in (("end", np.iinfo(np.int64).max), ("axis", 1))
+    }
+    rest = ir.node("Slice", [hidden, start.outputs[0], ends["end"], ends["axis"]])
+    rest.outputs[0].dtype = hidden.dtype
+    graph.inputs.append(count)
+    for value in (count, *ends.values()):
+        graph.register_initializer(value)
+    graph.insert_before(head, [start, rest])
+    head.replace_input_with(0, rest.outputs[0])
+    if logits.shape is not None:
+        logits.shape = ir.Shape((logits.shape[0], "kept_length", logits.shape[2]))
+
+
+def _head(logits: ir.Value) -> ir.Node | None:
+    """The last product before the logits: scaling, capping and a bias may stand between."""
+    node = logits.producer()
+    while node is not None and node.op_type not in _PRODUCTS:
+        made = [value.producer() for value in node.inputs if value is not None]
+        node = next((one for one in made if one is not None), None)
+    return node
 
 
 def finish(traced: ir.Model) -> None:

@@ -97,6 +97,7 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
     graph.account_weights(list(graphs.values()), lower)
     if generates:
         fusion.fuse(graphs[MODEL])
+        decoder.keep_last(graphs[MODEL])
     graph.save(graphs, job.target)
     bundle.copy_files(source, job.target)
     if pooling != "none" and (pooling, normalise) != _pooling_of(source):

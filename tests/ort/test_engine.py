@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmctl.engine import EngineOptions, Request
 from llmctl.errors import UsageError
 from llmctl.generator import Generator, Sampling
 from llmctl.ort import OrtGenerator
 from llmctl.ort import generator as ort_generator
 from llmctl.ort.cache import InPlaceRows
+from llmctl.ort.slots import Slots
 
 RANDOM = np.random.default_rng(3)
 PROMPTS = [RANDOM.integers(3, 97, int(n)).tolist() for n in RANDOM.integers(1, 30, 20)]
@@ -44,6 +46,43 @@ def test_greedy_equals_transformers_on_a_left_padded_batch(generator: OrtGenerat
     sampling = Sampling(max_new_tokens=40)
     assert generator.generate(PROMPTS, sampling) == expected
     assert [list(generator.stream(prompt, sampling)) for prompt in PROMPTS] == expected
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_last_logits_alone_are_those_of_all(generator: OrtGenerator, batch: int) -> None:
+    assert generator.layout.keeps_last
+    prompt = np.random.default_rng(5).integers(3, 97, 7).tolist()
+    rows = generator.rows(batch, 32)
+    every = rows.feed(batch - 1, prompt).copy()
+    step = rows.step([5] * batch).copy()
+    rows.restart()
+    last = rows.feed(batch - 1, prompt, last=True)
+    assert (every.shape, last.shape) == ((7, 97), (1, 97))
+    np.testing.assert_allclose(last, every[-1:], atol=1e-5)
+    # A step that follows has its own number of logits.
+    np.testing.assert_allclose(rows.step([5] * batch)[batch - 1], step[batch - 1], atol=1e-5)
+    slots = Slots(generator.session, generator.layout, 2, 32)
+    ids = np.array(prompt, np.int32)
+    np.testing.assert_allclose(slots.feed(1, ids), every, atol=1e-5)
+    slots.lengths[1] = 0
+    found = slots.feed(1, ids, last=True)
+    assert found.shape == (1, 97)
+    np.testing.assert_allclose(found, every[-1:], atol=1e-5)
+    slots.close()
+
+
+def test_a_prompt_is_read_without_the_logits_that_nobody_needs(generator: OrtGenerator) -> None:
+    engine = generator.engine(EngineOptions(slots=2, prefill_tokens=16))
+    prompt = np.random.default_rng(6).integers(3, 97, 40).tolist()
+    engine.submit(Request(prompt=prompt, sampling=Sampling(max_new_tokens=2)))
+    while engine.busy:
+        engine.step()
+    assert len(engine._slots._scratch) == 1
+    engine.submit(Request(prompt=prompt, sampling=Sampling(max_new_tokens=2), prompt_logprobs=0))
+    while engine.busy:
+        engine.step()
+    assert len(engine._slots._scratch) == 16  # the control: scores of a prompt need all of a chunk
+    engine.close()
 
 
 def test_rows_of_wrong_length_give_other_tokens(generator: OrtGenerator) -> None:

@@ -190,7 +190,7 @@ def test_a_long_prompt_is_read_under_the_budget(
 ) -> None:
     fed: list[int] = []
     feed = Slots.feed
-    monkeypatch.setattr(Slots, "feed", lambda s, slot, tokens: (fed.append(len(tokens)), feed(s, slot, tokens))[1])
+    monkeypatch.setattr(Slots, "feed", lambda s, slot, ids, **how: (fed.append(len(ids)), feed(s, slot, ids, **how))[1])
     random = np.random.default_rng(2)
     engine = engine_of(trained_generator, slots=4, prefill_tokens=16)
     talker = engine.submit(Request(prompt=[5, 9], sampling=Sampling(max_new_tokens=100, temperature=1.0, seed=1)))

@@ -148,7 +148,7 @@ def test_the_draft_model_goes_on_from_a_prompt_that_it_has_read(trained_generato
     drafter = engine._speculation.drafter
     assert isinstance(drafter, DraftModel)
     feed = drafter.slots.feed
-    drafter.slots.feed = lambda slot, tokens: (fed.append(len(tokens)), feed(slot, tokens))[1]  # type: ignore[method-assign]
+    drafter.slots.feed = lambda slot, ids, **how: (fed.append(len(ids)), feed(slot, ids, **how))[1]  # type: ignore[method-assign]
     sums = []
     for tail in (20, 21):
         fed.clear()

@@ -90,6 +90,28 @@ def test_every_family_gives_one_fused_attention_per_layer_and_each_weight_once(t
     assert result.metrics["bytes"] == sum(p.stat().st_size for p in result.outputs["model"].path.glob("model.onnx*"))
 
 
+@pytest.mark.parametrize("family", ["llama tied", "llama untied", "capped"])
+def test_logits_of_the_last_tokens_alone(tmp_path: Path, family: str) -> None:
+    import onnxruntime as ort
+
+    traits = {**FAMILIES, "capped": {"arch": "gemma2", "kv_heads": 2, "head_dim": 16}}[family]
+    found = export(tmp_path / "out", save(tmp_path / "hf", **traits)).outputs["model"]
+    session = ort.InferenceSession(str(found / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [(value.name, value.shape) for value in session.get_overridable_initializers()] == [
+        ("num_logits_to_keep", [1])
+    ]
+    feeds = {"input_ids": np.array([[3, 50, 7, 7, 90]] * 2), "attention_mask": np.ones((2, 5), np.int64)}
+    for value in session.get_inputs():
+        if value.name.startswith("past"):
+            feeds[value.name] = np.zeros((2, value.shape[1], 0, value.shape[3]), np.float32)
+    (every,) = session.run(["logits"], feeds)
+    assert every.shape == (2, 5, 97)
+    for kept, rows in ((0, 5), (1, 1), (3, 3), (5, 5), (9, 5)):
+        (last,) = session.run(["logits"], {**feeds, "num_logits_to_keep": np.array([kept])})
+        assert last.shape == (2, rows, 97)
+        np.testing.assert_allclose(last, every[:, -rows:], atol=1e-5)
+
+
 def test_the_bundle_answers_as_transformers(exported: StageResult, llama: Artifact) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -109,7 +131,7 @@ def test_the_bundle_holds_what_other_tools_read(exported: StageResult, llama: Ar
     genai = json.loads((bundle / "genai_config.json").read_text())
     inputs = {value.name: value for value in graph(exported).graph.input}
     decoder = genai["model"]["decoder"]
-    assert set(inputs) == {"input_ids", "attention_mask"} | {
+    assert set(inputs) == {"input_ids", "attention_mask", "num_logits_to_keep"} | {
         decoder["inputs"][name] % layer for name in ("past_key_names", "past_value_names") for layer in range(2)
     }
     dims = [d.dim_param or d.dim_value for d in inputs["past_key_values.0.key"].type.tensor_type.shape.dim]
