@@ -96,6 +96,18 @@ def test_a_server_without_metrics_is_measured_and_that_is_said(tmp_path):
         assert f"no /metrics ({why})" in (tmp_path / "x.html").read_text()
 
 
+def test_a_server_that_hides_its_memory_only_is_said_so(tmp_path):
+    """As one without /proc does."""
+    with Stub() as stub:
+        stub.metrics = lambda: 'vllm:num_requests_running{model_name="m"} 0\n'
+        result = invoke(*flags(stub, tmp_path, "--requests", 4))
+    assert result.stderr.splitlines()[-1] == (
+        "the server's memory is not known: its /metrics has no process_resident_memory_bytes"
+    )
+    assert "own /metrics" not in result.stdout
+    assert "has no process_resident_memory_bytes" in (tmp_path / "x.html").read_text()
+
+
 def test_rejects_are_shown_in_the_table_and_the_page(tmp_path):
     # The first two requests measure the length of words.
     refused = Plan(fault="status", status=429, headers={"Retry-After": "3"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,18 +130,7 @@ async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], l
         if wanted.warmup:
             load = Load("closed", min(wanted.warmup, max(int(load.value) for load in wanted.loads) or 1), wanted.warmup)
             await runner.run(load, prompts, 0, lambda *_: None)
-        records, seen = [], []
-        asked = wanted.warmup
-        for number, load in enumerate(wanted.loads):
-            # Each load goes on where the one before has ended: what was asked may lie in a prefix cache.
-            first = asked % len(prompts)
-            own = [*prompts[first:], *prompts[:first]]
-            async with watch.beside() as watched:
-                records.append(await runner.run(load, own, wanted.seed + number, _ticker(load)))
-            seen.append(describe(watched, model, records[-1]))
-            if not records[-1]:
-                raise UsageError(f"no request fell into the {load.seconds:g} s of {load.label}", hint="raise --seconds")
-            asked += len(records[-1])
+        records, seen = await run_loads(runner, watch, wanted, prompts)
     except HttpFailure as failure:
         raise StageError(f"{endpoint.url}: {failure.message} ({failure.kind})", hint="is the server up?") from failure
     finally:
@@ -161,11 +151,34 @@ async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], l
         "prompts": {
             **_described(wanted),
             "different": len({json.dumps(prompt.content, sort_keys=True) for prompt in prompts}),
-            "asked": asked,
+            "asked": wanted.warmup + sum(len(some) for some in records),
         },
-        "metrics_missing": watch.missing,
+        "metrics_missing": watch.missing or ("" if any(one is not None for one in seen) else "no answer in time"),
         "loads": loads,
     }, records
+
+
+async def run_loads(
+    runner: Runner, watch: Watch, wanted: Wanted, prompts: Sequence[Prompt]
+) -> tuple[list[list[Record]], list[dict[str, Any] | None]]:
+    """One load after the other: the records of each, and what the server's metrics say of it.
+
+    UsageError if a load by time ended before its first request.
+    """
+    records: list[list[Record]] = []
+    seen = []
+    asked = wanted.warmup
+    for number, load in enumerate(wanted.loads):
+        # Each load goes on where the one before has ended: what was asked may lie in a prefix cache.
+        first = asked % len(prompts)
+        own = [*prompts[first:], *prompts[:first]]
+        async with watch.beside() as watched:
+            records.append(await runner.run(load, own, wanted.seed + number, _ticker(load)))
+        if not records[-1]:
+            raise UsageError(f"no request fell into the {load.seconds:g} s of {load.label}", hint="raise --seconds")
+        seen.append(describe(watched, runner.model, records[-1]))
+        asked += len(records[-1])
+    return records, seen
 
 
 def _described(wanted: Wanted) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from llmctl.pipeline.charts import Points, line_chart
 from llmctl.pipeline.report import fill_page
 from llmctl_serve.bench.load import Record
 from llmctl_serve.bench.summary import hint_text
-from llmctl_serve.bench.tables import milliseconds, server_table, times
+from llmctl_serve.bench.tables import milliseconds, server_table, times, unknown_text
 
 NAMES = {
     "ttft": "Time to first token",
@@ -35,6 +35,7 @@ def render(result: Mapping[str, Any], records: Sequence[Sequence[Record]]) -> st
         names=NAMES,
         charts=charts,
         server={"headers": headers, "rows": rows},
+        unknown=unknown_text(result),
         speed_up=sum(load["kind"] == "closed" for load in loads) > 1,
         ms=milliseconds,
         times=times,

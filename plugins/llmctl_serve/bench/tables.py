@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from llmctl.console import human_bytes, human_number, table
+from llmctl_serve.bench.exposition import MEMORY
 from llmctl_serve.bench.summary import LATE, hint_text
 
 Load = Mapping[str, Any]
@@ -22,14 +23,23 @@ def show(result: Mapping[str, Any]) -> None:
     if any(load["server"] for load in loads):
         click.echo("by the server's own /metrics")
         _print_table(*server_table(loads))
-    else:
-        click.echo(f"the server's memory and counts are not known: no /metrics ({result['metrics_missing']})", err=True)
+    if unknown := unknown_text(result):
+        click.echo(unknown, err=True)
     different, asked = result["prompts"]["different"], result["prompts"]["asked"]
     if asked > different:
         said = f"warning: {asked} requests had {different} different prompts, so a prefix cache may have held some"
         click.echo(said, err=True)
     for load in loads:
         _remark(load)
+
+
+def unknown_text(result: Mapping[str, Any]) -> str:
+    """What the server does not say of itself, and why; empty where it says all."""
+    if result["metrics_missing"]:
+        return f"the server's memory and counts are not known: no /metrics ({result['metrics_missing']})"
+    if not any("memory" in (load["server"] or {}) for load in result["loads"]):
+        return f"the server's memory is not known: its /metrics has no {MEMORY}"
+    return ""
 
 
 def _remark(load: Load) -> None:
