@@ -386,6 +386,7 @@ def test_options_that_make_no_sense(tmp_path):
         (["--url", "http://x", "--concurrency", "1,4,"], "--concurrency `1,4,` holds"),
         (["--url", "http://x", "--concurrency", "1.5"], "no positive number"),
         (["--url", "http://x", "--concurrency", "nan"], "no positive number"),
+        (["--url", "http://x", "--concurrency", "1,99999999"], "more than the 65535 connections"),
         (["--url", "http://x", "--rate", "1,nan"], "no positive number"),
         (["--url", "http://x", "--rate", "inf"], "no positive number"),
         (["--url", "http://x", "--rate", "1,-2"], "no positive number"),

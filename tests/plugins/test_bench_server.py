@@ -116,9 +116,9 @@ def test_rejects_are_shown_in_the_table_and_the_page(tmp_path):
     lines = result.stdout.splitlines()
     assert lines[1].split()[:4] == ["load", "requests", "failed", "rejected"]
     assert lines[2].split()[:6] == ["1", "at", "a", "time", "8", "0"] and lines[2].split()[6] == "2"
-    assert lines[3] == "1 at a time: 2 rejected, status 429, to come back in 3 s: planted"
+    assert lines[3] == "1 at a time: 2 rejected, status 429, to come back in 3.0 s: planted"
     page = (tmp_path / "x.html").read_text()
-    assert "<h2>Rejects</h2>" in page and "to come back in 3 s" in page and "<h2>Failures</h2>" not in page
+    assert "<h2>Rejects</h2>" in page and "to come back in 3.0 s" in page and "<h2>Failures</h2>" not in page
     with Stub() as stub:
         result = invoke(*flags(stub, tmp_path, "--requests", 4))
     assert "rejected" not in result.stdout and "<h2>Rejects</h2>" not in (tmp_path / "x.html").read_text()

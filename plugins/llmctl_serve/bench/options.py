@@ -17,6 +17,8 @@ from llmctl_serve.bench.summary import parse_limits, split_list
 REQUESTS = 64
 """Of each load, unless --requests or --seconds say otherwise."""
 PROMPT_TOKENS = "128"
+MOST_USERS = 65_535
+"""Connections that one address can have to another one's port."""
 OWN = {"model": "--model", "messages": "--input", "prompt": "--input", "stream": ""}
 """Fields of a request that --body must not change, and the option that does."""
 
@@ -69,6 +71,8 @@ def read_options(
     if requests is None and seconds is None:
         requests = REQUESTS
     users = _numbers(concurrency, "--concurrency", True) or ([1] if rate is None else [])
+    if max(users, default=0) > MOST_USERS:
+        raise UsageError(f"--concurrency {max(users):g} is more than the {MOST_USERS} connections that there can be")
     loads = [Load("closed", value, requests, seconds) for value in users]
     loads += [Load("poisson", value, requests, seconds, burst) for value in _numbers(rate, "--rate", False)]
     return Wanted(
@@ -103,7 +107,7 @@ def _body(text: str) -> dict[str, Any]:
         raise UsageError(f"--body is no JSON: {error}") from error
     if not isinstance(found, dict):
         raise UsageError("--body is no JSON object")
-    for name in found.keys() & OWN.keys():
+    for name in sorted(found.keys() & OWN.keys()):
         hint = f"use {OWN[name]}" if OWN[name] else "answers are measured as they come"
         raise UsageError(f"--body gives `{name}`, which is not its to change", hint=hint)
     return found

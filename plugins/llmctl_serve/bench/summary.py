@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmctl import UsageError
+from llmctl.console import human_seconds
 from llmctl_serve.bench.load import Load, Record
 
 LEVELS = (50, 90, 95, 99)
@@ -183,12 +184,12 @@ def describe_rejects(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def hint_text(kind: Mapping[str, Any]) -> str:
-    """`come back in 1 to 3 s`, and how many were told nothing."""
+    """`to come back in 1.0 s to 3.0 s`, and how many were told nothing."""
     hints, silent = kind["retry_after"], kind["requests"] - kind["hinted"]
     if hints is None:
         return "no retry hint"
-    low, high = f"{hints['min']:.3g}", f"{hints['max']:.3g}"
-    said = f"to come back in {low if low == high else f'{low} to {high}'} s"
+    low, high = human_seconds(hints["min"]), human_seconds(hints["max"])
+    said = f"to come back in {low if low == high else f'{low} to {high}'}"
     return f"{said} ({silent} without a hint)" if silent else said
 
 

@@ -87,7 +87,7 @@ def _row(load: Load, rejected: bool, speed_up: bool) -> list[str]:
 
 def server_table(loads: Sequence[Load]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of what the server's metrics say."""
-    headers = ["load", "answered", "turned away", "tokens", "answers per pass", "memory first", "last", "largest"]
+    headers = ["load", "answered", "429, 503", "tokens", "answers per pass", "memory first", "last", "largest"]
     return [*headers, "2nd half"], [[load["load"], *server_cells(load["server"] or {})] for load in loads]
 
 
