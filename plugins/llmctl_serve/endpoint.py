@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,11 +20,14 @@ KEY = "OPENAI_API_KEY"
 
 
 class HttpFailure(Exception):
-    """A request that got no whole answer. `kind` is fit for counting: "status 500", "timeout", "broken off", …"""
+    """A request that got no whole answer. `kind` is fit for counting: "status 500", "timeout", "broken off", …
 
-    def __init__(self, kind: str, message: str) -> None:
+    `retry_after` is the number of seconds after which the server wants the request again, if it says so.
+    """
+
+    def __init__(self, kind: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
-        self.kind, self.message = kind, message
+        self.kind, self.message, self.retry_after = kind, message, retry_after
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,22 @@ def error_text(raw: bytes) -> str:
     if isinstance(error, dict):
         error = error.get("message") or error.get("detail") or error
     return str(error)[:500]
+
+
+def read_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait, by `retry-after-ms` (OpenAI's) or `retry-after`, which may be a date (RFC 9110, 10.2.3).
+
+    Names are in lower case; None if neither is there or can be read.
+    """
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with suppress(KeyError, ValueError):
+            seconds = float(headers[name]) * unit
+            if 0 <= seconds < math.inf:
+                return seconds
+    with suppress(KeyError, ValueError):
+        due = parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, due.timestamp() - time.time())
+    return None
 
 
 def read_event(line: bytes) -> dict[str, Any] | None:

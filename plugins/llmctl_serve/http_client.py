@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl_serve.endpoint import Endpoint, HttpFailure, error_text
+from llmctl_serve.endpoint import Endpoint, HttpFailure, error_text, read_retry_after
 
 LIMIT = 1 << 22
 """Longest line of a response: an event with many alternatives per token is long."""
@@ -108,6 +108,10 @@ class HttpClient:
         """The JSON at a path below the base, or below the root."""
         return await self._json("GET", (self.endpoint.base if base else "") + path, b"")
 
+    async def text(self, path: str) -> str:
+        """The text at a path below the root."""
+        return (await self._whole("GET", path, b"")).decode(errors="replace")
+
     async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The JSON that answers `body`."""
         return await self._json("POST", self.endpoint.base + path, json.dumps(body).encode())
@@ -120,7 +124,7 @@ class HttpClient:
         ended = False
         async with self._exchange("POST", self.endpoint.base + path, payload) as reply:
             if reply.status != 200:
-                raise HttpFailure(f"status {reply.status}", error_text(await reply.read()))
+                raise await _refusal(reply)
             if not reply.headers.get("content-type", "").startswith("text/event-stream"):
                 raise HttpFailure("no stream", error_text(await reply.read()))
             async for line in reply.lines():
@@ -131,10 +135,7 @@ class HttpClient:
             raise HttpFailure("broken off", "the stream ended without [DONE]")
 
     async def _json(self, method: str, path: str, payload: bytes) -> dict[str, Any]:
-        async with self._exchange(method, path, payload) as reply:
-            raw = await reply.read()
-        if reply.status != 200:
-            raise HttpFailure(f"status {reply.status}", error_text(raw))
+        raw = await self._whole(method, path, payload)
         try:
             found = json.loads(raw)
         except ValueError as error:
@@ -142,6 +143,12 @@ class HttpClient:
         if not isinstance(found, dict):
             raise HttpFailure("bad JSON", f"{path} answered no JSON object")
         return found
+
+    async def _whole(self, method: str, path: str, payload: bytes) -> bytes:
+        async with self._exchange(method, path, payload) as reply:
+            if reply.status != 200:
+                raise await _refusal(reply)
+            return await reply.read()
 
     @asynccontextmanager
     async def _exchange(self, method: str, path: str, payload: bytes) -> AsyncIterator[Reply]:
@@ -190,6 +197,11 @@ class HttpClient:
             return _Connection(*await asyncio.open_connection(host, port, ssl=self._tls, limit=LIMIT))
         except OSError as error:
             raise HttpFailure("no connection", f"nothing answers at {self.endpoint.address}: {error}") from error
+
+
+async def _refusal(reply: Reply) -> HttpFailure:
+    """What a status other than 200 says."""
+    return HttpFailure(f"status {reply.status}", error_text(await reply.read()), read_retry_after(reply.headers))
 
 
 async def _read_head(reader: asyncio.StreamReader) -> Reply:

@@ -22,6 +22,9 @@ class Plan:
     logprobs: bool = False
     finish: str = "stop"
     usage: bool = True
+    status: int = 500
+    """Of the fault `status`, with these headers."""
+    headers: dict[str, str] = field(default_factory=dict)
 
 
 class Stub:
@@ -34,6 +37,8 @@ class Stub:
         self.paths: list[str] = []
         self.disconnected = 0
         self.models = ["stub"]
+        self.metrics: Callable[[], str] | None = None
+        """The text at `/metrics`; None: there is none."""
         self.connections = 0
         self._ready = threading.Event()
 
@@ -90,6 +95,10 @@ class Stub:
     async def _answer(self, path: str, headers: dict, body: dict, writer: asyncio.StreamWriter) -> bool:
         if path.endswith("/models"):
             return await self._json(writer, 200, {"data": [{"id": name} for name in self.models]})
+        if path == "/metrics":
+            if self.metrics is None:
+                return await self._json(writer, 404, {"error": {"message": "no such path"}})
+            return await self._send(writer, 200, "text/plain; version=0.0.4", self.metrics().encode())
         self.paths.append(path)
         self.headers.append(headers)
         self.bodies.append(body)
@@ -100,7 +109,7 @@ class Stub:
             writer.write(b"what?\r\n\r\n")
             return False
         if plan.fault == "status":
-            return await self._json(writer, 500, {"error": {"message": "planted"}})
+            return await self._json(writer, plan.status, {"error": {"message": "planted"}}, plan.headers)
         if not body.get("stream"):
             await asyncio.sleep(plan.ttft)
             return await self._json(writer, 200, self._whole(path, body, plan))
@@ -164,9 +173,16 @@ class Stub:
     def _chunk(writer: asyncio.StreamWriter, data: bytes) -> None:
         writer.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
 
-    async def _json(self, writer: asyncio.StreamWriter, status: int, body: dict[str, Any]) -> bool:
-        raw = json.dumps(body).encode()
-        head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+    async def _json(
+        self, writer: asyncio.StreamWriter, status: int, body: dict[str, Any], headers: dict[str, str] | None = None
+    ) -> bool:
+        return await self._send(writer, status, "application/json", json.dumps(body).encode(), headers or {})
+
+    async def _send(
+        self, writer: asyncio.StreamWriter, status: int, kind: str, raw: bytes, headers: dict[str, str] | None = None
+    ) -> bool:
+        more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+        head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\n{more}Content-Length: {len(raw)}\r\n\r\n"
         writer.write(head.encode() + raw)
         await writer.drain()
         return True

@@ -8,6 +8,7 @@ import json
 import random
 import re
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from llmctl_serve.bench.command import bench, token_counter
 from llmctl_serve.bench.load import Load, Record, Runner
 from llmctl_serve.bench.prompts import Lengths, Prompt, linear_counter, make_prompts, parse_lengths, read_prompts
 from llmctl_serve.bench.summary import meets, parse_limits, pooled_quantiles, quantile, summarise
-from llmctl_serve.endpoint import parse_endpoint
+from llmctl_serve.endpoint import parse_endpoint, read_retry_after
 from llmctl_serve.http_client import HttpClient
 
 from .stub import Plan, Stub
@@ -113,6 +114,52 @@ def test_failures_are_counted_by_kind_and_the_rest_is_measured():
     assert found["ttft"]["n"] == 3
 
 
+def test_rejects_are_counted_apart_with_their_hints():
+    """429, and 503 that says when to come back; one that does not is a server that stops or has failed."""
+    plans = {
+        1: Plan(fault="status", status=429, headers={"Retry-After": "2"}),
+        3: Plan(fault="status", status=429, headers={"Retry-After": "3", "retry-after-ms": "2500"}),
+        4: Plan(fault="status", status=503, headers={"Retry-After": "7"}),
+        6: Plan(fault="status", status=503),
+        7: Plan(fault="status", status=429),
+        8: Plan(fault="status", status=500, headers={"Retry-After": "1"}),
+    }
+    with Stub(lambda number, body: plans.get(number, Plan())) as stub:
+        found, records = measured(stub, Load("closed", 1, requests=10), e2e=10.0)
+    assert (found["answered"], found["failed"], found["rejected"]["requests"]) == (4, 2, 4)
+    assert found["errors"] == {"status 503": 1, "status 500": 1}
+    assert found["rejected"]["kinds"] == {
+        "status 429": {
+            "requests": 3, "hinted": 2, "retry_after": {"min": 2, "median": 2.25, "max": 2.5}, "example": "planted",
+        },
+        "status 503": {
+            "requests": 1, "hinted": 1, "retry_after": {"min": 7, "median": 7, "max": 7}, "example": "planted",
+        },
+    }  # fmt: skip
+    assert [number for number, record in enumerate(records) if record.rejected] == [1, 3, 4, 7]
+    assert found["goodput"]["share"] == 0.4
+
+
+def test_retry_hints_are_read_as_they_may_be_written():
+    def later(seconds):
+        return formatdate(time.time() + seconds, usegmt=True)
+
+    for headers, seconds in (
+        ({}, None),
+        ({"retry-after": "0"}, 0),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after-ms": "300", "retry-after": "1"}, 0.3),
+        ({"retry-after-ms": "x", "retry-after": "1"}, 1),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": later(-100)}, 0),
+    ):
+        assert read_retry_after(headers) == seconds, headers
+    assert read_retry_after({"retry-after": later(90)}) == pytest.approx(90, abs=2)
+
+
 def test_every_kind_of_failure_is_documented():
     sources = [http_client, endpoint, load_module]
     raised = {
@@ -154,9 +201,11 @@ def test_goodput_of_records_whose_times_are_known():
     assert found["goodput"]["share"] == 0.25
     assert found["goodput"]["requests_per_s"] == pytest.approx(0.25 * 4 / found["seconds"])
     assert fine.tpot == pytest.approx(0.02)
-    for wrong in ("ttft=200", "speed=1s", "ttft=0ms", "ttft"):
+    for wrong in ("ttft=200", "speed=1s", "ttft=0ms", "ttft", ",", "", "ttft=1s,", "ttft=nans", "ttft=infs"):
         with pytest.raises(UsageError, match="is no limit"):
             parse_limits(wrong)
+    with pytest.raises(UsageError, match="`ttft` has two limits"):
+        parse_limits("ttft=1s,ttft=2s")
 
 
 @pytest.mark.parametrize("size", [5, 37, 400])
@@ -191,7 +240,10 @@ def test_lengths_follow_their_distributions():
     logs = np.log(draw("lognormal:200:0.5"))
     assert np.median(logs) == pytest.approx(np.log(200), abs=0.05)
     assert logs.std() == pytest.approx(0.5, abs=0.03)
-    for wrong in ("0", "-1", "uniform:9:3", "lognormal:5", "normal:1:2", "x"):
+    for wrong in (
+        "0", "-1", "uniform:9:3", "lognormal:5", "normal:1:2", "x", "", "9" * 9, f"uniform:1:{'9' * 9}",
+        "lognormal:inf:1", "lognormal:nan:1", "lognormal:9:nan", "12,", "nan",
+    ):  # fmt: skip
         with pytest.raises(UsageError, match="no length in tokens"):
             parse_lengths(wrong)
 
@@ -303,7 +355,7 @@ def test_the_command_prints_a_table_and_writes_numbers_and_a_page(tmp_path, monk
     assert all(body["temperature"] == 0 and body["model"] == "stub" for body in real)
     assert {headers["authorization"] for headers in stub.headers} == {"Bearer secret"}
     page = (tmp_path / "x.html").read_text()
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert "Throughput against" in page
     assert "http" not in page.replace(stub.url, "")  # nothing is fetched
 
@@ -330,10 +382,36 @@ def test_options_that_make_no_sense(tmp_path):
         (["--url", "http://x", "--rate", ","], "--rate `,` holds what is no positive number"),
         (["--url", "http://x", "--rate", "", "--concurrency", "2"], "--rate `` holds"),
         (["--url", "http://x", "--concurrency", " , "], "no positive number"),
+        (["--url", "http://x", "--concurrency", "1,,4"], "--concurrency `1,,4` holds"),
+        (["--url", "http://x", "--concurrency", "1,4,"], "--concurrency `1,4,` holds"),
+        (["--url", "http://x", "--concurrency", "1.5"], "no positive number"),
+        (["--url", "http://x", "--concurrency", "nan"], "no positive number"),
+        (["--url", "http://x", "--concurrency", "1,99999999"], "more than the 65535 connections"),
+        (["--url", "http://x", "--rate", "1,nan"], "no positive number"),
+        (["--url", "http://x", "--rate", "inf"], "no positive number"),
+        (["--url", "http://x", "--rate", "1,-2"], "no positive number"),
+        (["--url", "http://x", "--slo", ","], "`` is no limit"),
+        (["--url", "http://x", "--slo", ""], "`` is no limit"),
+        (["--url", "http://x", "--slo", "ttft=1s,,itl=1s"], "`` is no limit"),
+        (["--url", "http://x", "--seconds", "nan"], "--seconds nan is no number"),
+        (["--url", "http://x", "--seconds", "inf"], "--seconds inf is no number"),
+        (["--url", "http://x", "--timeout", "nan"], "--timeout nan is no number"),
+        (["--url", "http://x", "--prefix-share", "nan"], "--prefix-share nan is no number"),
+        (["--url", "http://x", "--input", "x", "--prompt-tokens", "9"], "--prompt-tokens is of made-up prompts"),
+        (["--url", "http://x", "--input", "x", "--prefix-share", "0.5"], "--prefix-share is of made-up prompts"),
+        (["--url", "http://x", "--device", "cpu"], "of a server here"),
+        (["--url", "http://x", "--threads", "2"], "of a server here"),
+        (["model", "--model", "other"], "of a server elsewhere"),
+        (["model", "--api-key-env", "HOME"], "of a server elsewhere"),
         (["--url", "http://x", "--burst", "2"], "--burst is of arrivals"),
         (["--url", "http://x", "--body", "[1]"], "no JSON object"),
+        (["--url", "http://x", "--body", '{"temperature": NaN}'], "NaN is no number of JSON"),
+        (["--url", "http://x", "--body", '{"stream": false}'], "--body gives `stream`"),
+        (["--url", "http://x", "--body", '{"model": "m"}'], "--body gives `model`"),
         (["--url", "http://x", "--api-key-env", "NOT_THERE"], "NOT_THERE is not set"),
         (["--url", "http://x", "--json", str(tmp_path / "no" / "x")], "no directory"),
+        (["--url", "http://x", "--html", str(tmp_path)], "cannot be written"),
+        (["--url", "http://x", "--json", str(tmp_path / "x"), "--html", str(tmp_path / "x")], "name the same file"),
     ):
         with pytest.raises(UsageError, match=text):
             invoke(*arguments)

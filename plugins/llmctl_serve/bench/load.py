@@ -66,6 +66,8 @@ class Record:
     error: str | None = None
     """The kind of the failure."""
     message: str = ""
+    retry_after: float | None = None
+    """Seconds after which a server that turned it away wants it again."""
     characters: int = 0
     further: int = 0
     """Pieces of text of the other answers, where several are asked for; all times are of the first one."""
@@ -74,6 +76,14 @@ class Record:
     def ok(self) -> bool:
         """Answered, with some text and an end."""
         return self.error is None
+
+    @property
+    def rejected(self) -> bool:
+        """Turned away by a server that has too much to do: 429, or 503 that says when to come back.
+
+        A 503 that does not say is a server that stops or has failed.
+        """
+        return self.error == "status 429" or (self.error == "status 503" and self.retry_after is not None)
 
     @property
     def count(self) -> int:
@@ -147,7 +157,7 @@ class Runner:
             if not record.tokens:
                 raise HttpFailure("empty answer", "the answer has no text")
         except HttpFailure as failure:
-            record.error, record.message = failure.kind, failure.message
+            record.error, record.message, record.retry_after = failure.kind, failure.message, failure.retry_after
         record.end = clock() - started
         return record
 

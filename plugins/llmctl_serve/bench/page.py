@@ -9,6 +9,8 @@ from typing import Any
 from llmctl.pipeline.charts import Points, line_chart
 from llmctl.pipeline.report import fill_page
 from llmctl_serve.bench.load import Record
+from llmctl_serve.bench.summary import hint_text
+from llmctl_serve.bench.tables import milliseconds, server_table, times, unknown_text
 
 NAMES = {
     "ttft": "Time to first token",
@@ -24,17 +26,21 @@ def render(result: Mapping[str, Any], records: Sequence[Sequence[Record]]) -> st
     answered = [[record for record in some if record.ok] for some in records]
     labels = [load["load"] for load in loads]
     charts = [(title, chart) for title, chart in _charts(loads, labels, answered) if chart]
+    seen = [load for load in loads if load["server"]]
+    headers, rows = server_table(seen)
     return fill_page(
-        Path(__file__).with_name("page.html"), result=result, loads=loads, names=NAMES, charts=charts, ms=milliseconds
+        Path(__file__).with_name("page.html"),
+        result=result,
+        loads=loads,
+        names=NAMES,
+        charts=charts,
+        server={"headers": headers, "rows": rows},
+        unknown=unknown_text(result),
+        speed_up=sum(load["kind"] == "closed" for load in loads) > 1,
+        ms=milliseconds,
+        times=times,
+        hint_text=hint_text,
     )
-
-
-def milliseconds(seconds: float | None) -> str:
-    """`0.42`, `12.3`, `1250`: milliseconds with three figures."""
-    if seconds is None:
-        return "…"
-    value = seconds * 1000
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _charts(
@@ -53,6 +59,16 @@ def _charts(
         label: sorted((r.intended, r.ttft * 1000) for r in some) for label, some in zip(labels, answered, strict=True)
     }
     yield "Time to first token over time, ms", line_chart("Time to first token over time", times, "s since the begin")
+    memory = {
+        load["load"]: [(at, bytes_ / 2**20) for at, bytes_ in load["server"]["memory"]["samples"]]
+        for load in loads
+        if load["server"] and "memory" in load["server"]
+    }
+    yield "Resident memory of the server, MiB", line_chart("Resident memory of the server", memory, "s since the begin")
+    closed = sorted((load["value"], load["output_tokens_per_s"]) for load in loads if load["kind"] == "closed")
+    if len(closed) > 1:
+        title = "Throughput against concurrency, output tokens/s"
+        yield title, line_chart(title, {"output tokens/s": closed}, "requests at a time")
     if len(loads) > 1:
         for name, title in (("ttft", "time to first token"), ("e2e", "end to end")):
             series = {

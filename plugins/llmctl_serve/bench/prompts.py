@@ -46,11 +46,11 @@ def parse_lengths(text: str) -> Lengths:
     kind, _, rest = text.partition(":")
     words = rest.split(":") if rest else []
     try:
-        if not rest and int(text) >= 1:
+        if not rest and 1 <= int(text) <= MOST:
             return Lengths("fixed", int(text))
-        if kind == "uniform" and len(words) == 2 and 1 <= int(words[0]) <= int(words[1]):
+        if kind == "uniform" and len(words) == 2 and 1 <= int(words[0]) <= int(words[1]) <= MOST:
             return Lengths(kind, int(words[0]), int(words[1]))
-        if kind == "lognormal" and len(words) == 2 and float(words[0]) >= 1 and 0 <= float(words[1]) <= 3:
+        if kind == "lognormal" and len(words) == 2 and 1 <= float(words[0]) <= MOST and 0 <= float(words[1]) <= 3:
             return Lengths(kind, float(words[0]), float(words[1]))
     except ValueError:
         pass  # said below, as for numbers out of range

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmctl import UsageError
+from llmctl.console import human_seconds
 from llmctl_serve.bench.load import Load, Record
 
 LEVELS = (50, 90, 95, 99)
@@ -22,19 +23,29 @@ LATE = 0.005
 UNITS = {"ms": 0.001, "s": 1.0}
 
 
+def split_list(text: str) -> list[str]:
+    """The parts between commas, without blanks. An empty part stays: whoever reads it must refuse it."""
+    return [part.strip() for part in text.split(",")]
+
+
 def parse_limits(text: str) -> dict[str, float]:
-    """`ttft=200ms,itl=50ms,e2e=5s` in seconds. UsageError for other names and for numbers without a unit."""
-    limits = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    """`ttft=200ms,itl=50ms,e2e=5s` in seconds.
+
+    UsageError for other names, names that come twice, numbers without a unit, and where there is no limit at all.
+    """
+    limits: dict[str, float] = {}
+    for part in split_list(text):
         name, _, value = part.partition("=")
         unit = "ms" if value.endswith("ms") else "s" if value.endswith("s") else ""
         try:
             seconds = float(value.removesuffix(unit)) * UNITS[unit]
         except (ValueError, KeyError):
             seconds = math.nan
-        if name not in MEASURES or not seconds > 0:
+        if name not in MEASURES or not 0 < seconds < math.inf:
             names = ", ".join(MEASURES)
             raise UsageError(f"`{part}` is no limit", hint=f"for example ttft=200ms,itl=50ms,e2e=5s (of {names})")
+        if name in limits:
+            raise UsageError(f"`{name}` has two limits", hint="leave one of them out")
         limits[name] = seconds
     return limits
 
@@ -117,6 +128,7 @@ def _described(values: Sequence[float], found: Mapping[int, Quantile]) -> dict[s
 def summarise(load: Load, records: Sequence[Record], limits: Mapping[str, float]) -> dict[str, Any]:
     """Everything that is reported of one load; times in seconds. Latencies are those of answered requests."""
     good = [record for record in records if record.ok]
+    failed = [record for record in records if record.error and not record.rejected]
     took = max(record.end for record in records) - min(record.intended for record in records)
     new, read = sum(record.count for record in good), sum(record.prompt_tokens or 0 for record in good)
     found: dict[str, Any] = {
@@ -126,8 +138,10 @@ def summarise(load: Load, records: Sequence[Record], limits: Mapping[str, float]
         "burst": load.burst,
         "requests": len(records),
         "answered": len(good),
-        "errors": dict(Counter(record.error for record in records if record.error).most_common()),
-        "error_examples": {record.error: record.message for record in records if record.error},
+        "failed": len(failed),
+        "errors": dict(Counter(record.error for record in failed).most_common()),
+        "error_examples": {record.error: record.message for record in failed},
+        "rejected": describe_rejects([record for record in records if record.rejected]),
         "seconds": took,
         "requests_per_s": len(good) / took,
         "output_tokens_per_s": new / took,
@@ -152,3 +166,38 @@ def summarise(load: Load, records: Sequence[Record], limits: Mapping[str, float]
     lags = [record.sent - record.intended for record in records]
     found["client_lag"] = {"p99": float(np.percentile(lags, 99)), "max": max(lags)}
     return found
+
+
+def describe_rejects(records: Sequence[Record]) -> dict[str, Any]:
+    """Requests that were turned away, by status, and after how many seconds the server wants them again."""
+    kinds = {}
+    for kind, count in Counter(str(record.error) for record in records).most_common():
+        some = [record for record in records if record.error == kind]
+        hints = [record.retry_after for record in some if record.retry_after is not None]
+        kinds[kind] = {
+            "requests": count,
+            "hinted": len(hints),
+            "retry_after": {"min": min(hints), "median": float(np.median(hints)), "max": max(hints)} if hints else None,
+            "example": some[-1].message,
+        }
+    return {"requests": len(records), "kinds": kinds}
+
+
+def hint_text(kind: Mapping[str, Any]) -> str:
+    """`to come back in 1.0 s to 3.0 s`, and how many were told nothing."""
+    hints, silent = kind["retry_after"], kind["requests"] - kind["hinted"]
+    if hints is None:
+        return "no retry hint"
+    low, high = human_seconds(hints["min"]), human_seconds(hints["max"])
+    said = f"to come back in {low if low == high else f'{low} to {high}'}"
+    return f"{said} ({silent} without a hint)" if silent else said
+
+
+def add_speed_up(loads: Sequence[dict[str, Any]]) -> None:
+    """Say of each closed load how its tokens per second compare with those of the first one.
+
+    A Poisson load has none: what it delivers is what was asked for, as long as the server keeps up.
+    """
+    first = next((load["output_tokens_per_s"] for load in loads if load["kind"] == "closed"), 0.0)
+    for load in loads:
+        load["speed_up"] = load["output_tokens_per_s"] / first if first and load["kind"] == "closed" else None
