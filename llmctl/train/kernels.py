@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -30,6 +31,25 @@ def kernels_of(operators: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found)) or (OTHER,)
 
 
+@contextmanager
+def operators_listed() -> Iterator[list[str]]:
+    """The names of all operators that torch ran inside, once the block has ended.
+
+    By the recorder below torch's old profiler: torch.profiler writes to stderr and takes a second to begin, and the
+    profiler itself fails on the ends of collectives that began before it.
+    """
+    from torch.autograd.profiler_legacy import profile
+
+    found: list[str] = []
+    recorder: Any = profile()  # type: ignore[no-untyped-call]  # torch
+    torch.autograd._enable_profiler_legacy(recorder.config())  # type: ignore[attr-defined]
+    try:
+        yield found
+    finally:
+        for thread in torch.autograd._disable_profiler_legacy():  # type: ignore[attr-defined]
+            found += [record.name() for record in thread]
+
+
 class KernelWatch:
     """Looks at one forward pass: the first, or of a compiled model, which compiles in that one, the second."""
 
@@ -46,12 +66,9 @@ class KernelWatch:
             self._left -= 1
             yield
             return
-        # The profiler of torch.profiler writes to stderr and takes a second to begin; this one only lists operators.
-        from torch.autograd.profiler_legacy import profile
-
-        with profile() as found:
+        with operators_listed() as found:
             yield
-        self.kernels = kernels_of(event.name for event in found.function_events)
+        self.kernels = kernels_of(found)
 
     def news(self) -> bool:
         """Whether `kernels` are known; True once."""
