@@ -1,27 +1,30 @@
-"""Time and peak memory of one attention layer, forward and backward, by sequence length: full, windowed, and naive.
+"""Time and peak memory of one attention layer, forward and backward, by length: flash, windowed, naive, forced math.
 
     python benchmarks/attention.py [--lengths 2048 4096 8192] [--repeat 5]
 
 One head of 64 channels, causal, float32, one thread; every measurement in a process of its own, the kinds interleaved.
+`math` is the same call as `sdpa` with torch's fallback forced, which holds all scores.
 The ratio printed last is time and memory of the last length over the one before it.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
-KINDS = ("sdpa", "window", "naive")
+KINDS = ("sdpa", "window", "naive", "math")
 WINDOW = 256
 
 
 def measure(length: int, kind: str) -> None:
     """Print CPU seconds and peak resident MiB of one pass."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from llmctl.nn.attention import AttentionContext, backend
     from llmctl.nn.config import ModelConfig
@@ -37,10 +40,13 @@ def measure(length: int, kind: str) -> None:
         scores = (rows[0] @ rows[1].transpose(2, 3) / 8).masked_fill(future, -torch.inf)
         out = scores.softmax(-1) @ rows[2]
     else:
-        out = backend(context).attend(q, k, v, 0, context, None)
+        with sdpa_kernel(SDPBackend.MATH) if kind == "math" else nullcontext():
+            out = backend(context).attend(q, k, v, 0, context, None)
     out.sum().backward()
     seconds = time.process_time() - begun
-    print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not ru_maxrss: a process inherits that of the one that started it, which may be larger.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(seconds, next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
 
 
 def main() -> None:

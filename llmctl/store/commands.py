@@ -152,9 +152,10 @@ def _show_text(value: dict[str, Any], verified: bool) -> str:
     default="text",
     help="How to print it; dot is Graphviz's.",
 )
-def lineage(artifact: str, store_path: Path | None, format_: str) -> None:
+@click.option("--verify", "again", is_flag=True, help="Hash every file on the way again; exit 5 if any has changed.")
+def lineage(artifact: str, store_path: Path | None, format_: str, again: bool) -> None:
     """Show what ARTIFACT was made from, back to files from outside."""
-    from llmctl.store.lineage import dot, tree
+    from llmctl.store.lineage import check, dot, tree
     from llmctl.store.lineage import lineage as ancestors
 
     store = Store.open(store_path)
@@ -164,10 +165,17 @@ def lineage(artifact: str, store_path: Path | None, format_: str) -> None:
     except (OSError, BadManifest):
         raise InputError(f"{found.path} was not made by llmctl: it has no manifest", hint="`llmctl ls`") from None
     nodes = ancestors(store, manifest)
+    if again:
+        check(store, nodes, found.path)
     if format_ == "dot":
         click.echo(dot(nodes))
-        return
-    print_as(format_, [asdict(node) for node in nodes.values()], lambda: "\n".join(tree(nodes, manifest.id)))
+    else:
+        print_as(format_, [asdict(node) for node in nodes.values()], lambda: "\n".join(tree(nodes, manifest.id)))
+    if changed := [problem for node in nodes.values() for problem in node.problems]:
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise InputError(
+            f"{changed[0]}{more}", hint="what was made from it cannot be made again from what is there now"
+        )
 
 
 @click.command()

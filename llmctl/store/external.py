@@ -165,6 +165,35 @@ def read_note(layout: Layout, id: str) -> dict[str, Any]:
     return read_json(layout.external(id))
 
 
+def changed_since(layout: Layout, id: str) -> list[str]:
+    """Which files of an input from outside are no longer those that were read, a line each; empty if all are.
+
+    They are looked for where the input lay; of a place that is no path, such as `hf://`, nothing can be said.
+    """
+    note = read_note(layout, id)
+    origin, listed = str(note.get("path", "")), list(note.get("files") or ())
+    if not origin or "://" in origin or len(listed) != note.get("count"):
+        return []
+    then = [FileEntry(row["path"], row["size"], row["sha256"]) for row in listed]
+    if content_id(str(note.get("type")), sort_files(then)) != id:
+        return [f"{layout.external(id)} is damaged: its files are not those of {id[:15]}"]
+    place = Path(origin)
+    try:
+        files = list_files(place)
+    except InputError:
+        return [f"{place} is missing"]
+    if place.is_file():  # its name within the id may be another
+        files = {then[0].path: place}
+    found = []
+    for row in then:
+        path = files.pop(row.path, None)
+        if path is None:
+            found.append(f"{place / row.path} is missing")
+        elif path.stat().st_size != row.size or hash_files([path]) != [row.sha256]:
+            found.append(f"{path} has changed since it was read")
+    return found + [f"{path} is new since then" for path in files.values()]
+
+
 def _manifest(path: Path) -> Manifest | None:
     if not path.is_dir():
         return None

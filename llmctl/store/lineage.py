@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
-from llmctl.store.external import read_note
+from llmctl.store.external import changed_since, read_note
 from llmctl.store.manifest import Manifest
 from llmctl.store.names import read_json
 from llmctl.store.store import Store
+from llmctl.store.verification import inspect
 
 
 @dataclass(kw_only=True)
@@ -37,8 +39,12 @@ class Node:
     present: bool = False
     inputs: dict[str, list[str]] = field(default_factory=dict)
     """Port of the producing stage → ids."""
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """What the producing stage was told: filters, seeds and all else."""
     path: str = ""
     """Where an input from outside lay when it was last read on this machine, if that is known."""
+    problems: list[str] = field(default_factory=list)
+    """What `check` has found to be no longer as it was."""
     producers: list[Producer] = field(default_factory=list)
     """Later ones; the first is that of `stage` and `run`."""
 
@@ -63,6 +69,19 @@ def lineage(store: Store, manifest: Manifest) -> dict[str, Node]:
     return found
 
 
+def check(store: Store, nodes: Mapping[str, Node], first: Path) -> None:
+    """Hash every file of a lineage again, those from outside where they lay, and note in its node what has changed.
+
+    `first` is where the first of `nodes` was found, which may be a copy outside the store. What was deleted from the
+    store, and what came from elsewhere than this machine's files, cannot be looked at.
+    """
+    for number, node in enumerate(nodes.values()):
+        if node.present:
+            node.problems = inspect(first if number == 0 else store.artifact(node.id), node.id, deep=True)
+        elif node.path:
+            node.problems = changed_since(store, node.id)
+
+
 def _load(store: Store, id: str) -> Node:
     try:
         return _node(store, store.manifest(id))
@@ -83,6 +102,7 @@ def _node(store: Store, manifest: Manifest) -> Node:
         run=first.run,
         present=True,
         inputs=first.inputs,
+        parameters=dict(manifest.provenance.get("with") or {}),
         producers=sorted(producers, key=lambda producer: producer.ended),
     )
 
@@ -110,6 +130,7 @@ def tree(nodes: Mapping[str, Node], root: str) -> list[str]:
         for producer in node.producers:
             what = producer.instance or producer.stage or producer.key[:15]
             lines.append(f"{indent}{'│  ' if below else '   '}(made again by {what}{_in_run(producer)})")
+        lines.extend(f"{indent}{'│  ' if below else '   '}! {problem}" for problem in node.problems)
         for index, (name, child) in enumerate(below):
             visit(child, f"{name}: ", indent, "└─ " if index == len(below) - 1 else "├─ ")
 

@@ -32,6 +32,7 @@ from llmctl.train.display import Display, used
 from llmctl.train.fp8 import fp8_blocks
 from llmctl.train.guards import Guard
 from llmctl.train.heap import keep_freed
+from llmctl.train.kernels import KernelWatch
 from llmctl.train.memory import HINT
 from llmctl.train.objectives import Objective
 from llmctl.train.optimizers import Optimizers
@@ -151,6 +152,7 @@ class _Run:
         self.loss = self.norm = math.nan
         """Loss and gradient norm of the last step whose numbers are known."""
         self.display = Display()
+        self.kernels = KernelWatch(params)
         self.sums: dict[str, float] = {}
         """Loss, metrics and weight since the last point of the curve."""
         self.recent: list[dict[str, float]] = []
@@ -201,6 +203,9 @@ class _Run:
         if weight == 0:
             raise StageError(f"step {self.step + 1} has nothing to learn from", hint="check the loss mask of the data")
         sums = self.ranks.summed(self.accumulate(batches, weight))
+        if self.kernels.news():
+            self.ctx.log(self.kernels.describe())
+            self.ctx.report({"attention.kernel": ", ".join(self.kernels.kernels)})
         reading = Reading(self.step, weight, {**sums, "grad_norm": self.clip().double() * weight})
         # On the CPU the numbers are there, and the weights are spared; a GPU is not waited for unless it must be.
         verdict = self.judge(reading) if self.guard.before or reading.at_hand else "take"
@@ -239,12 +244,13 @@ class _Run:
         factor = self.ranks.token_ranks * (1.0 if self.loss_scale is None else self.loss_scale.scale) / weight
         if self.spread.pipeline is not None:
             moved = [batch.to(self.compute.device) for batch in batches]
-            sums = self.spread.pipeline.gradients(self.objective, moved, factor)
+            with self.kernels.forward():
+                sums = self.spread.pipeline.gradients(self.objective, moved, factor)
             self.spread.reduce()
             return sums
         for number, batch in enumerate((batch.to(self.compute.device) for batch in batches), 1):
             with self.spread.accumulating(last=number == len(batches)):
-                with self.compute.autocast():
+                with self.compute.autocast(), self.kernels.forward():
                     loss, further = self.spread(partial(self.objective.loss, batch=batch))
                 (loss * factor).backward()  # type: ignore[no-untyped-call]  # torch
             for name, value in {"loss": loss, **further}.items():

@@ -48,6 +48,7 @@ def access_line(exchange: Exchange) -> dict[str, Any]:
         "cached_tokens": exchange.cached,
         "queue_ms": _ms(exchange.queue_seconds),
         "first_token_ms": _ms(exchange.first_token_seconds),
+        "masking_ms": _ms(exchange.masking_seconds),
         "total_ms": _ms(exchange.seconds),
         "finish_reason": ",".join(reasons) or None,
         "error": exchange.error or None,

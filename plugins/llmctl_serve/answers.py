@@ -245,6 +245,7 @@ async def _accept(
             settings={**settings(body), "seed": asked.prompts[0].request.sampling.seed if asked.prompts else None},
             prompts=[list(prompt.request.prompt) for prompt in asked.prompts],
         )
+        exchange.masking = asked.masking
         if asked.prompts:
             assert model.worker is not None
             job = Job(asked.prompts, exchange)

@@ -22,7 +22,7 @@ from llmctl_serve.models import Models
 from llmctl_serve.operations import model_routes, operation_routes
 from llmctl_serve.pages import mount_page
 from llmctl_serve.requests import CompletionRequest
-from llmctl_serve.schemas import ChatCompletion, Completion, errors, streamed
+from llmctl_serve.schemas import ChatCompletion, Completion, chunk_schemas, errors, streamed
 from llmctl_serve.tokens import token_routes
 
 Warn = Callable[[str], None]
@@ -53,7 +53,10 @@ def create_app(models: Models, guard: Guard, warn: Warn, page: bool = False) -> 
 
 
 def _describe_truly(app: FastAPI) -> None:
-    """FastAPI describes a 422 of its own for every route; here a wrong field is a 400 in OpenAI's form."""
+    """FastAPI describes a 422 of its own for every route; here a wrong field is a 400 in OpenAI's form.
+
+    Of the events of a stream it knows nothing.
+    """
     described = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -61,6 +64,8 @@ def _describe_truly(app: FastAPI) -> None:
         for path in schema["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        components = schema["components"]["schemas"]
+        schema["components"]["schemas"] = {**chunk_schemas(), **components}
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -16,6 +16,7 @@ import click
 from llmctl import InputError, LlmctlError, StageError, UsageError
 from llmctl.console import human_seconds
 from llmctl.generator import Candidate, Sampling
+from llmctl.text.masking import MaskingTime
 from llmctl_serve.candidates import Output, Said, answers
 from llmctl_serve.defaults import default_sampling
 from llmctl_serve.endpoint import HttpFailure
@@ -32,6 +33,10 @@ BUSY = ("status 429", "status 503", "no connection")
 
 class Answerer(Protocol):
     """Answers jobs; the rows come in their order."""
+
+    @property
+    def masking(self) -> MaskingTime:
+        """What following the form of the answers took here; nothing where a server does it."""
 
     def answer(self, jobs: Iterator[Job]) -> Iterator[list[Row]]:
         """Rows of answers and errors, some at a time."""
@@ -59,6 +64,7 @@ class LocalAnswers:
     output: Output
     directory: Path
     size: int = 16
+    masking: MaskingTime = field(default_factory=MaskingTime)
 
     def answer(self, jobs: Iterator[Job]) -> Iterator[list[Row]]:
         """Rows of one batch at a time."""
@@ -111,11 +117,12 @@ class LocalAnswers:
     def _said(self, session: Session, prompts: list[list[int]], logprobs: int | None) -> list[list[Said]]:
         sampling, generator = session.sampling, session.generator
         if sampling.n > 1 or sampling.beams > 1 or logprobs is not None or self.output.best_of:
-            return [answers(session, prompt, logprobs) for prompt in prompts]
+            return [answers(session, prompt, self.masking, logprobs) for prompt in prompts]
         from llmctl.text.streaming import completion_of
 
         found = []
-        for prompt, ids in zip(prompts, generator.generate(prompts, sampling, *session.constraint), strict=True):
+        form = session.followed(self.masking)
+        for prompt, ids in zip(prompts, generator.generate(prompts, sampling, *form), strict=True):
             ended = len(ids) < min(sampling.max_new_tokens, generator.room(prompt))
             whole = Candidate(ids, [], ended)
             found.append([Said(completion_of(session.tokenizer, whole, session.stop), whole)])
@@ -146,6 +153,7 @@ class RemoteAnswers:
     output: Output
     size: int = 16
     timeout: float = 600.0
+    masking: MaskingTime = field(default_factory=MaskingTime)
 
     def answer(self, jobs: Iterator[Job]) -> Iterator[list[Row]]:
         """Rows as they are ready."""
@@ -287,15 +295,16 @@ class Progress:
             parts.append(f"{human_seconds(passed / done * (self.total - self.skipped - done))} left")
         return ", ".join(parts)
 
-    def end(self) -> None:
-        """The summary."""
+    def end(self, masking: MaskingTime) -> None:
+        """The summary, with the share of masking where answers had a form."""
         passed = time.monotonic() - self.begun
         if sys.stderr.isatty():
             click.echo("\r\x1b[K", err=True, nl=False)
         click.echo(
             f"{self.answered} answered, {self.failed} failed, {self.skipped} there already"
             f"{f' ({self.kept} of them failed)' if self.kept else ''}; "
-            f"{self.tokens} tokens in {human_seconds(passed)}",
+            f"{self.tokens} tokens in {human_seconds(passed)}"
+            f"{f', {masking.line()}, {masking.seconds / passed:.2g} of the time' if masking.steps else ''}",
             err=True,
         )
 
@@ -331,9 +340,9 @@ def answer_file(answerer: Answerer, source: str, target: str, fail_fast: bool, r
                 if fail_fast and progress.failed:
                     break
         except LlmctlError:
-            progress.end()
+            progress.end(answerer.masking)
             raise
-        progress.end()
+        progress.end(answerer.masking)
     if failed := progress.failed + progress.kept:
         hint = "the same command with --retry-errors asks them again" if target != STDIO else None
         lines = "1 line has" if failed == 1 else f"{failed} lines have"

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from llmctl.generator import Candidate
+from llmctl.text.masking import MaskingTime
 from llmctl.text.streaming import Completion, completion_of
 from llmctl_serve.logprobs import TokenScore, score_tokens
 from llmctl_serve.session import Session
@@ -66,20 +67,22 @@ class Output:
 
     def write(self, session: Session, prompt: Sequence[int]) -> None:
         """Generate and print."""
-        found = answers(session, prompt, self.logprobs)
+        masking = MaskingTime()
+        found = answers(session, prompt, masking, self.logprobs)
         if self.best_of:
             found = [max(found, key=lambda said: said.candidate.score)]
-        click.echo(as_json(found) if self.json else as_text(found))
+        click.echo(as_json(found, masking) if self.json else as_text(found))
 
 
-def answers(session: Session, prompt: Sequence[int], scored: int | None = None) -> list[Said]:
+def answers(session: Session, prompt: Sequence[int], masking: MaskingTime, scored: int | None = None) -> list[Said]:
     """All answers to a prompt; `scored` asks for the scores of tokens, with that many alternatives.
 
-    A stop string cuts what is shown; beams are compared as they were found, whole.
+    What following their form takes is noted in `masking`. A stop string cuts what is shown; beams are compared as they
+    were found, whole.
     """
     generator, tokenizer = session.generator, session.tokenizer
     found = []
-    for whole in generator.candidates(prompt, session.sampling, *session.constraint):
+    for whole in generator.candidates(prompt, session.sampling, *session.followed(masking)):
         completion = completion_of(tokenizer, whole, session.stop)
         candidate = whole.cut(len(completion.token_ids))
         scores = None
@@ -89,9 +92,12 @@ def answers(session: Session, prompt: Sequence[int], scored: int | None = None) 
     return found
 
 
-def as_json(found: Sequence[Said]) -> str:
-    """One line."""
-    return json.dumps({"candidates": [said.to_dict() for said in found]}, ensure_ascii=False)
+def as_json(found: Sequence[Said], masking: MaskingTime) -> str:
+    """One line; `masking` is in it where the answers have a form."""
+    line: dict[str, Any] = {"candidates": [said.to_dict() for said in found]}
+    if masking.steps:
+        line["masking"] = masking.to_dict()
+    return json.dumps(line, ensure_ascii=False)
 
 
 def as_text(found: Sequence[Said]) -> str:

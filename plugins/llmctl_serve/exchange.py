@@ -20,6 +20,8 @@ from typing import Any
 
 from starlette.requests import Request
 
+from llmctl.text.masking import MaskingTime
+
 SCOPE = "llmctl.exchange"
 """Where the exchange lies in the ASGI scope."""
 
@@ -65,6 +67,8 @@ class Exchange:
     finish_reasons: dict[int, str] = field(default_factory=dict)
     gaps: list[tuple[float, int]] = field(default_factory=list)
     """Seconds between two deliveries of one answer, and the tokens that came with the second."""
+    masking: MaskingTime | None = None
+    """What following the form of the answers took, where they have one."""
     prompts: list[Any] = field(default_factory=list)
     answers: dict[int, Any] = field(default_factory=dict)
     """Prompts and answers, filled only where `records` says so."""
@@ -139,6 +143,11 @@ class Exchange:
     def queue_seconds(self) -> float | None:
         """From acceptance to admission."""
         return None if self.admitted_at is None or self.asked_at is None else max(0.0, self.admitted_at - self.asked_at)
+
+    @property
+    def masking_seconds(self) -> float | None:
+        """What following the form of the answers took."""
+        return None if self.masking is None else self.masking.seconds
 
     @property
     def first_token_seconds(self) -> float | None:

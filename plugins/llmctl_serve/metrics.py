@@ -23,6 +23,8 @@ FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2,
 """Dense where people begin to notice (0.2 to 1 s)."""
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 """Dense between a fast accelerator and the speed of reading."""
+MASKING_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+"""From a mask that lay ready to a grammar that costs more than the model."""
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NONE = "none"
@@ -140,6 +142,12 @@ class ServerMetrics:
             "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_SECONDS, "model"
         )
         self.inter_token = histogram("inter_token_seconds", "Between two tokens of one answer.", TOKEN_SECONDS, "model")
+        self.masking = histogram(
+            "masking_seconds",
+            "What following the form of an answer (schema, regex, grammar, tools) took, per token.",
+            MASKING_SECONDS,
+            "model",
+        )
         self.queue = histogram(
             "queue_seconds", "From acceptance to the engine's beginning.", FIRST_TOKEN_SECONDS, "model"
         )
@@ -192,6 +200,10 @@ class ServerMetrics:
         for seconds, tokens in exchange.gaps:
             for _ in range(tokens):
                 gap.observe(seconds / tokens)
+        if exchange.masking is not None:
+            masking = self.masking.labels(model)
+            for seconds in exchange.masking.steps:
+                masking.observe(seconds)
         if self.key_tokens is not None and exchange.key_id:
             self.key_tokens.labels(exchange.key_id, "prompt").inc(exchange.prompt_tokens)
             self.key_tokens.labels(exchange.key_id, "completion").inc(exchange.generated)

@@ -120,6 +120,43 @@ class ChatCompletion(Answer):
     refused: bool | None = None
 
 
+class ToolCallChunk(ToolCall):
+    """A call in a stream, whole; `index` says which one it is."""
+
+    index: int
+
+
+class ChatDelta(Answer):
+    """What is new: the role, text, or calls of tools."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[ToolCallChunk] | None = None
+
+
+class ChatChunkChoice(Answer):
+    """What is new of one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
+
+
+class ChatChunk(Answer):
+    """The data of one event of a streamed conversation."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    citations: list[Citation] | None = None
+    refused: bool | None = None
+
+
 class CompletionLogprobs(Answer):
     """Scores of a text."""
 
@@ -148,6 +185,27 @@ class Completion(Answer):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class CompletionChunkChoice(Answer):
+    """What is new of one continuation."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionChunk(Answer):
+    """The data of one event of a streamed continuation."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChunkChoice]
+    usage: Usage | None = None
 
 
 class ModelEntry(Answer):
@@ -284,8 +342,28 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+REFERENCE = "#/components/schemas/{model}"
+CHUNKS: dict[type[BaseModel], type[BaseModel]] = {ChatCompletion: ChatChunk, Completion: CompletionChunk}
+"""What the events of a stream carry, for each whole answer."""
+
+
 def streamed(whole: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The good response of a route that answers whole or, with `stream: true`, as server-sent events."""
+    """The good response of a route that answers whole or, with `stream: true`, as server-sent events.
+
+    OpenAPI 3.1 knows no streams; by the convention of its readers, `schema` is that of one event.
+    """
     text = "The answer; with `stream: true` chunks as `data: {…}` lines, ended by `data: [DONE]`."
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
-    return {200: {"model": whole, "description": text, "content": events}}
+    carried = [{"$ref": REFERENCE.format(model=model.__name__)} for model in (CHUNKS[whole], ErrorBody)]
+    chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": carried}}
+    data = {"anyOf": [{"const": "[DONE]"}, chunk]}
+    events = {"schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
+    return {200: {"model": whole, "description": text, "content": {"text/event-stream": events}}}
+
+
+def chunk_schemas() -> dict[str, Any]:
+    """The schemas that `streamed` refers to, by name, for `components` of the description."""
+    found: dict[str, Any] = {}
+    for model in CHUNKS.values():
+        schema = model.model_json_schema(ref_template=REFERENCE)
+        found |= {**schema.pop("$defs"), model.__name__: schema}
+    return found

@@ -13,6 +13,7 @@ from llmctl.engine import Constraint, Engine, Request
 from llmctl.generator import Generator, Sampling
 from llmctl.ort.encoder import OrtEncoder
 from llmctl.text.grounding import Grounds, find_grounds, grounded_prompt
+from llmctl.text.masking import MaskingTime, TimedConstraint
 from llmctl.text.retrieval import Index, Passage
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.constraining import Forms
@@ -47,6 +48,8 @@ class Asked:
     texts: Sequence[str] = ()
     """Each prompt's own text, where the response is to repeat it."""
     grounding: Grounding | None = None
+    masking: MaskingTime | None = None
+    """What following the form of the answers takes, where they have one."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -111,10 +114,9 @@ class Service:
         wanted = self._retrieval(request.retrieval)
         if wanted is None:
             ids = self.chat_ids(messages, request)
-            return Asked(self._prompts([ids], request, client), request.draws)
+            return self._asked([ids], request, client)
         grounding, ids = self._ground(messages, wanted)
-        prompts = self._prompts([ids], request, client) if ids else []
-        return Asked(prompts, request.draws, grounding=grounding)
+        return replace(self._asked([ids] if ids else [], request, client), grounding=grounding)
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]], request: ChatRequest | None = None) -> list[int]:
         """The ids of a conversation, up to where the assistant speaks."""
@@ -156,7 +158,7 @@ class Service:
             prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt) if request.echo else ""
             for prompt in request.prompts
         ]
-        return Asked(self._prompts(ids, request, client), request.draws, texts)
+        return replace(self._asked(ids, request, client), texts=texts)
 
     def framed(self, text: str) -> list[int]:
         """The ids of a text that begins like a training document; an encoder reads a whole one."""
@@ -173,8 +175,19 @@ class Service:
             raise ApiError(400, f"a token id is outside the vocabulary of {self.vocab_size}", param)
         return list(ids)
 
+    def _asked(self, prompts: Sequence[Sequence[int]], request: ChatRequest | CompletionRequest, client: str) -> Asked:
+        constraint, masking = self._constraint(request) if prompts else None, None
+        if constraint is not None:
+            masking = MaskingTime()
+            constraint = TimedConstraint(constraint, masking)
+        return Asked(self._prompts(prompts, request, client, constraint), request.draws, masking=masking)
+
     def _prompts(
-        self, prompts: Sequence[Sequence[int]], request: ChatRequest | CompletionRequest, client: str
+        self,
+        prompts: Sequence[Sequence[int]],
+        request: ChatRequest | CompletionRequest,
+        client: str,
+        constraint: Constraint | None,
     ) -> list[Prompt]:
         generator, engine = self._generates()
         for prompt in prompts:
@@ -184,7 +197,6 @@ class Service:
         scored = request.scored
         if scored is None and request.draws > request.n:
             scored = 0  # the likeliest of the draws are wanted
-        constraint = self._constraint(request)
         found = []
         for at, prompt in enumerate(prompts):
             targets = range(at * request.draws, (at + 1) * request.draws)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmctl import Artifact, UsageError
+from llmctl.text.masking import MaskingTime, TimedConstraint
 from llmctl_serve.forms import Form
 from llmctl_serve.spent import Spent
 
@@ -31,8 +32,8 @@ class Session:
     turns: list[dict[str, str]] = field(default_factory=list)
     form: Form | None = None
     """What every answer must look like."""
-    constraint: tuple[Constraint, ...] = ()
-    """The form as the last argument of a generator; empty where there is none."""
+    constraint: Constraint | None = None
+    """What follows the form."""
     spent: Spent | None = None
     """On the last answer."""
     device: str = "auto"
@@ -42,6 +43,10 @@ class Session:
     def backend(self) -> str:
         """For a human."""
         return self.generator.backend
+
+    def followed(self, masking: MaskingTime) -> tuple[Constraint, ...]:
+        """The form as the last argument of a generator, its time noted in `masking`; empty where there is none."""
+        return () if self.constraint is None else (TimedConstraint(self.constraint, masking),)
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -111,8 +116,9 @@ class Session:
         from llmctl.text.streaming import stream_text
 
         spent = Spent(prompt=len(ids))
+        form = self.followed(spent.masking)
         try:
-            for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop, *self.constraint):
+            for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop, *form):
                 spent.note(len(delta.token_ids))
                 yield delta.text
         finally:
@@ -153,5 +159,5 @@ def open_session(
     generator = get_registry().open_generator(found, device=device, threads=threads)
     session = Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)
     if form is not None:
-        session.constraint = (form.constraint(generator, tokenizer),)
+        session.constraint = form.constraint(generator, tokenizer)
     return session

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from llmctl.text.masking import MaskingTime
+
 
 @dataclass
 class Spent:
@@ -14,6 +16,8 @@ class Spent:
     new: int = 0
     first: float | None = None
     seconds: float = 0.0
+    masking: MaskingTime = field(default_factory=MaskingTime)
+    """What following the form of the answer took."""
     begun: float = field(default_factory=time.perf_counter)
 
     def note(self, tokens: int = 1) -> None:
@@ -31,4 +35,5 @@ class Spent:
         first = self.seconds if self.first is None else self.first
         rest = self.seconds - first
         speed = f", {(self.new - 1) / rest:.3g} tokens/s" if self.new > 1 and rest > 0 else ""
-        return f"{self.new} token{'' if self.new == 1 else 's'} after {self.prompt}, {first:.2f} s to the first{speed}"
+        line = f"{self.new} token{'' if self.new == 1 else 's'} after {self.prompt}, {first:.2f} s to the first{speed}"
+        return f"{line}, {self.masking.line()}" if self.masking.steps else line

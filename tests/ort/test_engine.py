@@ -15,6 +15,7 @@ from llmctl.generator import Generator, Sampling
 from llmctl.ort import OrtGenerator
 from llmctl.ort import generator as ort_generator
 from llmctl.ort.cache import InPlaceRows
+from llmctl.ort.generator import run_all
 from llmctl.ort.slots import Slots
 
 RANDOM = np.random.default_rng(3)
@@ -130,6 +131,59 @@ def test_the_cache_is_updated_in_place_one_token_at_a_time(generator: OrtGenerat
     for old, value in zip(before, rows.cache, strict=True):
         changed = np.flatnonzero(np.abs(value.numpy() - old).sum(axis=(0, 1, 3)))
         assert changed.tolist() == [3], "exactly one slot is written"
+
+
+class Counting:
+    """A session that notes how many tokens each run was given, by the logits that the graph gave back."""
+
+    def __init__(self, session) -> None:
+        self.session, self.fed = session, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.session, name)
+
+    def run_with_iobinding(self, binding) -> None:
+        self.session.run_with_iobinding(binding)
+        (shape,) = [shape for value in binding.get_outputs() if len(shape := value.shape()) == 3]
+        self.fed.append(shape[0] * shape[1])
+
+
+def cached(generator: OrtGenerator, prompt: list[int], new: int) -> list[int]:
+    return list(generator.stream(prompt, Sampling(max_new_tokens=new)))
+
+
+def batched(generator: OrtGenerator, prompt: list[int], new: int) -> list[int]:
+    return run_all(
+        generator.engine(EngineOptions(slots=1, context=96)),
+        [Request(prompt=prompt, sampling=Sampling(max_new_tokens=new))],
+    )[0]
+
+
+def recomputing(generator: OrtGenerator, prompt: list[int], new: int) -> list[int]:
+    """The twin without a cache: greedy decoding that reads the whole prefix at every step."""
+    rows, prefix = generator.rows(1, 96), list(prompt)
+    for _ in range(new):
+        rows.restart()
+        prefix.append(int(rows.feed(0, prefix)[-1].argmax()))
+    return prefix[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("decode", "fed"),
+    [(cached, [9] + [1] * 19), (batched, [9] + [1] * 19), (recomputing, [*range(9, 29)])],
+)
+def test_a_step_feeds_one_token_and_the_twin_without_a_cache_the_whole_prefix(
+    generator: OrtGenerator, hf, monkeypatch: pytest.MonkeyPatch, decode, fed
+) -> None:
+    """All say what transformers says; only the twin pays for the prefix again."""
+    prompt, expected = [5, 6, 7, 8, 9, 10, 11, 12, 13], []
+    for _ in range(20):
+        expected.append(int(hf_logits(hf, prompt + expected)[-1].argmax()))
+    counting = Counting(generator.session)
+    monkeypatch.setattr(generator, "session", counting)
+    monkeypatch.setattr(generator, "_idle", None)
+    assert decode(generator, prompt, 20) == expected
+    assert counting.fed == fed
 
 
 def test_logprobs_are_those_of_the_softmax(generator: OrtGenerator, hf) -> None:

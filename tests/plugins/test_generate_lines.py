@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,11 +269,12 @@ def test_a_kill_loses_no_line_that_was_answered(tmp_path):
     assert len(stub.bodies) <= 40 + 2 * 4  # those under way were asked again, no others
 
 
-def test_answers_have_the_form_that_is_asked_for(real_models, tmp_path):
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_answers_have_the_form_that_is_asked_for(real_models, tmp_path, engine):
     """A random model writes JSON of the schema all the same; on a server the form becomes a field of the request."""
     jsonschema = pytest.importorskip("jsonschema")
     pytest.importorskip("llguidance")
-    _, onnx = real_models
+    onnx = real_models[engine == "onnx"]
     schema = {
         "type": "object",
         "properties": {"a": {"enum": ["x", "y"]}},
@@ -286,7 +288,9 @@ def test_answers_have_the_form_that_is_asked_for(real_models, tmp_path):
     )
     space = Tokenizer.load(onnx.path).encode(" \n\t\r")  # JSON may go on with it for ever
     flags = ("--input", source, "--max-new-tokens", 40, *(f"--logit-bias={token}=-1000" for token in space))
-    rows = read_lines(invoke(onnx.path, *flags, "--json-schema", tmp_path / "schema.json").stdout)
+    said = invoke(onnx.path, *flags, "--json-schema", tmp_path / "schema.json")
+    rows = read_lines(said.stdout)
+    assert re.search(r"tokens in [^,]+, masking [\de.-]+ ms a token, [\de.-]+ of the time$", said.stderr.strip())
     for text in [rows[0]["text"], rows[1]["text"], *(one["text"] for one in rows[2]["candidates"])]:
         jsonschema.validate(json.loads(text), schema)
     assert invoke(onnx.path, "--prompt", "q", "--regex", "[ab]{3}c").stdout.strip() in {
@@ -295,6 +299,10 @@ def test_answers_have_the_form_that_is_asked_for(real_models, tmp_path):
     assert invoke(onnx.path, "--prompt", "q", "--grammar", tmp_path / "grammar.lark", command=chat).stdout in (
         "yes\n", "no\n",
     )  # fmt: skip
+    line = json.loads(invoke(onnx.path, "--prompt", "q", "--regex", "[ab]{3}c", "--format", "json").stdout)
+    assert line["masking"]["masks"] == line["candidates"][0]["tokens"] + 1  # and one for the end
+    assert 0 < line["masking"]["seconds"] < 10
+    assert "masking" not in json.loads(invoke(onnx.path, "--prompt", "q", "--format", "json").stdout)
     with Stub() as stub:
         invoke(stub.url, *flags, "--regex", "a+")
         assert stub.bodies[0]["guided_regex"] == "a+"

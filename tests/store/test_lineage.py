@@ -58,6 +58,49 @@ def test_json(chain, store, call, tmp_path):
     assert (outside["path"], outside["type"], outside["present"]) == (str(tmp_path / "notes"), "files", False)
 
 
+def write(path, text):
+    path.chmod(0o644)
+    path.write_text(text)
+
+
+def test_parameters_are_those_of_the_stage(store, put, call):
+    made = put({"x": "1"}, stage="make", **{"with": {"seed": 7, "steps": [{"name": "length"}]}})
+    (node,) = call("lineage", made.id, "--store", store.root, "--format", "json").json
+    assert node["parameters"] == {"seed": 7, "steps": [{"name": "length"}]}
+
+
+def test_verify_names_every_file_that_is_no_longer_the_same(chain, store, call, tmp_path):
+    asked = ("lineage", chain["second"].id, "--store", store.root, "--verify")
+    assert call(*asked).code == 0
+    notes, stored = tmp_path / "notes", store.artifact(chain["first"].id) / "x"
+    write(notes / "one.md", "two")  # as long as before
+    (notes / "new.md").write_text("?")
+    write(stored, "9")
+    done = call(*asked)
+    assert done.code == 5
+    assert done.error.startswith(f"{stored} is damaged") and done.error.endswith(", and 2 more")
+    for line in (f"! {stored} is damaged: ", f"! {notes}/one.md has changed since", f"! {notes}/new.md is new since"):
+        assert line in done.out
+    nodes = {node["id"]: node["problems"] for node in call(*asked, "--format", "json").json}
+    assert [len(problems) for problems in nodes.values()] == [0, 1, 2, 0]
+    shutil.rmtree(notes)
+    assert f"! {notes} is missing" in call(*asked).out
+
+
+def test_verify_knows_a_single_file_and_copies(store, put, call, tmp_path):
+    (tmp_path / "notes.md").write_text("one")
+    outside = read_external(store, tmp_path / "notes.md", ("files",), "data").artifact
+    made = put({"x": "1"}, stage="make", inputs={"files": [outside.id]})
+    copy = tmp_path / "copy"
+    assert call("get", made.id, copy, "--store", store.root).code == 0
+    asked = ("lineage", copy, "--store", store.root, "--verify")
+    assert call(*asked).code == 0
+    write(tmp_path / "notes.md", "two")
+    assert f"! {tmp_path}/notes.md has changed since" in call(*asked).out
+    write(copy / "x", "3")
+    assert call(*asked).error.startswith(f"{copy}/x is damaged")
+
+
 def test_dot_is_strict_graphviz(chain, store, call):
     text = call("lineage", chain["second"].id, "--store", store.root, "--format", "dot").out
     lines = text.rstrip("\n").splitlines()

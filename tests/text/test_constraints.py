@@ -104,6 +104,21 @@ def test_every_answer_fits_its_schema(constraints: Constraints, name: str) -> No
         judge.validate(json.loads(text))
 
 
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_something_may_always_come_next(constraints: Constraints, name: str) -> None:
+    """No mask on the way of a random answer is empty, the one after its end included."""
+    random = np.random.default_rng(1)
+    for _ in range(4):
+        constraint = constraints.json_schema(SCHEMAS[name])
+        for _ in range(200):
+            allowed = np.flatnonzero(constraint.mask())
+            assert len(allowed)
+            token = int(random.choice(allowed))
+            constraint.accept(token)
+            if token in EOS:
+                break
+
+
 def test_a_looser_schema_is_noticed(constraints: Constraints) -> None:
     """The control: what another schema forces does not fit this one."""
     judge = jsonschema.Draft202012Validator(SCHEMAS["integer"])

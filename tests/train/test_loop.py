@@ -22,6 +22,12 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
+def lines(ctx, kind: str = "log") -> list[str]:
+    """What was said, without the line of the attention kernel, which every training has."""
+    said = [str(fields["text"]) for event, fields in ctx.events if event == kind]
+    return [text for text in said if not text.startswith("attention kernel: ")]
+
+
 def params(**changes: object) -> TrainParams:
     values = {"batch_size": 4, "max_steps": 12, "warmup_steps": 2, "save_every": 4, "log_every": 5, "lr": 0.01}
     return TrainParams(**{**values, **changes})
@@ -307,8 +313,7 @@ def test_a_finished_run_goes_on_as_if_it_had_never_ended(make_context, make_mode
         values = params(max_steps=steps, save_every=5, **{"schedule": "constant", **changes})
         ctx, model = make_context(name), make_model(5)
         fit(ctx, model, Noisy(), ExampleSource(examples, 32, values), values)
-        said = [[str(f["text"]) for kind, f in ctx.events if kind == wanted] for wanted in ("log", "warning")]
-        return weights(model), *said
+        return weights(model), lines(ctx), lines(ctx, "warning")
 
     straight, said, _ = go("straight", 12)
     assert said == []
@@ -337,7 +342,7 @@ def test_a_shorter_run_leaves_what_a_longer_one_has_left(make_context, make_mode
         values, ctx = params(max_steps=steps, schedule="constant"), make_context("one")
         fit(ctx, make_model(), CausalLM(), ExampleSource(examples, 32, values), values)
         kept = sorted(path.name for path in (tmp_path / "one/resume/ckpt").iterdir())
-        return [str(f["text"]) for kind, f in ctx.events if kind == "log"] + kept
+        return lines(ctx) + kept
 
     assert go(12) == ["step-12"]  # of a run that has ended one checkpoint is enough
     assert go(8) == ["step-12", "step-8"]
@@ -509,7 +514,7 @@ def test_every_knob_does_something(make_context, make_model, make_examples, base
         ctx, model = make_context(str(len(found))), make_model(layers=1, **shape)
         fit(ctx, model, CausalLM(), ExampleSource(make_examples(8), 32, values), values)
         found.append(weights(model))
-        said.append([str(fields["text"]) for kind, fields in ctx.events if kind == "log"])
+        said.append(lines(ctx))
     assert not torch.equal(*found)
     if any(name.startswith("scale") for name in change):
         assert said[1][-1].startswith("peak rates matrix ") and said[0] != said[1]

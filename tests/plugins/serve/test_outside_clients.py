@@ -1,6 +1,6 @@
-"""Programs that others wrote, against the server: lm-evaluation-harness and schemathesis, where they are installed.
+"""lm-evaluation-harness against the server, where it is installed; schemathesis is in `test_fuzzing`.
 
-python -m venv peers && peers/bin/pip install 'lm-eval[api]==0.4.13' transformers schemathesis==4.32.5
+python -m venv peers && peers/bin/pip install 'lm-eval[api]==0.4.13' 'transformers<4.58'
 LLMCTL_PEERS=$PWD/peers pytest -m slow tests/plugins/serve/test_outside_clients.py
 """
 
@@ -107,22 +107,3 @@ def test_lm_evaluation_harness_chats(server, tasks) -> None:
         server, tasks, "local-chat-completions", "/v1/chat/completions", "local_generate", "--apply_chat_template"
     )
     assert found["exact_match,none"] == 1
-
-
-def test_schemathesis_finds_no_failure_of_the_server(server, tmp_path) -> None:
-    command = [peer("schemathesis"), "run", f"{server.base}/openapi.json", "--url", server.base, "--seed", "1"]
-    command += ["--checks", "not_a_server_error,response_schema_conformance,content_type_conformance"]
-    command += [
-        "--max-examples",
-        "25",
-        "--max-time",
-        "90",
-        "--phases",
-        "examples,coverage,fuzzing",
-        "--exclude-path-regex",
-        "^/admin",
-    ]
-    command += ["--request-timeout", "30", "--max-failures", "5", "--suppress-health-check", "all"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
-    assert not server.warnings, server.warnings[:3]

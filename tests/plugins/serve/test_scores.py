@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from llmctl.text.constraints import GrammarConstraint
 from llmctl_serve.conversations import ChatRequest
 
 
@@ -93,6 +95,32 @@ def test_answers_keep_to_a_schema(server):
     assert choice["choices"][0]["message"]["content"] in ("yes", "no")
     status, body, _ = server.post({"messages": [{"role": "user", "content": "?"}], "guided_regex": "("})
     assert (status, body["error"]["param"]) == (400, "guided_regex")
+
+
+def masked(server, what):
+    return server.metrics.registry.get_sample_value(f"llmctl_masking_seconds_{what}", {"model": "byte-model"}) or 0
+
+
+def test_what_masking_takes_is_reported(real_models, serving, monkeypatch, tmp_path):
+    """By token in /metrics, by request in the access log; nothing where an answer has no form."""
+    ask = {"messages": [{"role": "user", "content": "?"}], "temperature": 1, "seed": 3, "n": 2}
+    log = tmp_path / "access.jsonl"
+    with serving(real_models[1], access_log=str(log)) as server:
+        server.post(ask)
+        assert masked(server, "count") == 0
+        body = server.post({**ask, "guided_regex": "[ab]{9}"})[1]
+        assert masked(server, "count") == body["usage"]["completion_tokens"] + 2  # each answer's end
+        quick = masked(server, "sum") / masked(server, "count")
+        assert 0 < quick < 0.02
+
+        plain = GrammarConstraint.mask
+        monkeypatch.setattr(GrammarConstraint, "mask", lambda constraint: time.sleep(0.02) or plain(constraint))
+        server.post({**ask, "n": 1, "guided_regex": "[ab]{4}"})
+        assert masked(server, "sum") - quick * 20 >= 5 * 0.02
+    lines = [json.loads(line)["masking_ms"] for line in log.read_text().splitlines()]
+    assert lines[0] is None
+    assert lines[1] > 0
+    assert lines[2] >= 100
 
 
 CALL = '<tool_call>\n{"name": "look", "arguments": {"ok": true}}\n</tool_call>'
