@@ -33,7 +33,7 @@ COMBINATIONS = 8
 """Sets of adapters that are kept side by side; another one is put together again, a copy of a few megabytes."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
-_FLOATS = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_FLOATS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
 def kind_of(site: str) -> str:
@@ -59,7 +59,9 @@ class Adapters:
         self.names = tuple(files)
         self._device = device
         self._sites = sorted(name.removesuffix(DOWN) for name in inputs if name.endswith(DOWN))
-        self._dtypes = {name: _FLOATS[value.type] for name, value in inputs.items() if value.type in _FLOATS}
+        self._dtypes: dict[str, np.dtype[Any]] = {
+            name: _FLOATS[value.type] for name, value in inputs.items() if value.type in _FLOATS
+        }
         self._sizes = {site: (inputs[site + DOWN].shape[0], inputs[site + UP].shape[1]) for site in self._sites}
         self._factors = [self._read(path) for path in files.values()]
         self._ones = {

@@ -177,7 +177,7 @@ def _add_product(graph: ir.Graph, node: ir.Node, source: ir.Value, factors: tupl
     wide = ir.node("MatMul", [own.outputs[0], up])
     total = ir.node("Add", [old, wide.outputs[0]])
     for one in (narrow, own, wide, total):
-        one.outputs[0].dtype = old.dtype
+        one.outputs[0].type = mask.type
     new = total.outputs[0]
     new.shape = old.shape
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)

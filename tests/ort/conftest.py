@@ -96,7 +96,7 @@ def adapter_dirs(trained_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     root = tmp_path_factory.mktemp("adapters")
     return {
         "polite": lora.write_adapter(root / "polite", trained_dir, rank=4, seed=1),
-        "terse": lora.write_adapter(root / "terse", trained_dir, ("q_proj", "v_proj", "down_proj"), 3, 2, layers=(1,)),
+        "terse": lora.write_adapter(root / "terse", trained_dir, ("q_proj", "v_proj", "down_proj"), 3, 2, 0.9, (1,)),
     }
 
 
