@@ -214,7 +214,8 @@ def adapted_models(
         "polite": lora.write_adapter(root / "polite", hf.path, rank=4, seed=1, size=0.3),
         "terse": lora.write_adapter(root / "terse", hf.path, ("q_proj", "v_proj", "down_proj"), 3, 2, 0.5),
     }
-    adapters = [Artifact(path, "model.adapter") for path in directories.values()]
+    ids = (f"sha256:{digit * 64}" for digit in "ab")
+    adapters = [Artifact(path, "model.adapter", id) for path, id in zip(directories.values(), ids, strict=True)]
     params = {"parity_prompts": 2, "threads": 1}
     done = run_stage(EXPORT_ONNX, tmp_path_factory.mktemp("adapted"), params, model=hf, adapters=adapters)
     return directories, done.outputs["model"]

@@ -32,7 +32,8 @@ def write_adapter(
         module = name.removesuffix(".weight")
         number = next((int(part) for part in module.split(".") if part.isdigit()), None)
         if module.endswith(targets) and (layers is None or number in layers):
-            rows, columns = weight.shape
+            # GPT-2's Conv1D stores (in, out); peft's matrices do not.
+            rows, columns = weight.shape[::-1] if config.get("fan_in_fan_out") else weight.shape
             for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
                 values = random.standard_normal(shape) * (size if side == "B" else columns**-0.5)
                 tensors[f"{PREFIX}{module}.lora_{side}.weight"] = values.astype(np.float32)
@@ -59,5 +60,6 @@ def merged(base: Path, adapter: Path) -> Any:
             if name.endswith(".lora_A.weight"):
                 a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
                 module = model.get_submodule(name.removeprefix(PREFIX).removesuffix(".lora_A.weight"))
-                module.weight += config["lora_alpha"] / len(a) * b @ a
+                added = config["lora_alpha"] / len(a) * b @ a
+                module.weight += added.T if config.get("fan_in_fan_out") else added
     return model

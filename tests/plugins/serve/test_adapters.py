@@ -60,9 +60,10 @@ def bundles(adapted_models, real_models, monkeypatch, tmp_path) -> dict[str, Art
 
 
 @pytest.fixture
-def server(bundles, serving_models):
+def server(bundles, serving_models, tmp_path):
     opener = Opener(ServeParams(port=0, max_new_tokens=24, threads=1, slots=4, device="cpu"))
-    with serving_models(opener.open, {"m": "whole"}, bundles.__getitem__) as found:
+    log = str(tmp_path / "access.jsonl")
+    with serving_models(opener.open, {"m": "whole"}, bundles.__getitem__, access_log=log) as found:
         yield found
 
 
@@ -109,12 +110,14 @@ def test_an_unknown_adapter_is_404_with_the_ids_that_exist(server):
         assert found.body["error"]["message"].endswith("this server has `m`, `m:polite`, `m:terse`")
 
 
-def test_metrics_and_the_exchange_name_the_adapter(server):
+def test_metrics_and_the_access_log_name_the_adapter(server, tmp_path, wait_until):
     said(ask(server, "m:polite"))
+    log = tmp_path / "access.jsonl"
+    wait_until(lambda: log.is_file() and log.read_text())
+    assert json.loads(log.read_text().splitlines()[0])["model"] == "m:polite"
     text = server.get("/metrics")[1]
-    text = text.decode() if isinstance(text, bytes) else text
     assert 'llmctl_answers_total{finish_reason="length",model="m:polite"} 1.0' in text
-    assert "llmctl_steps" not in text or 'model="m:polite"' in text
+    assert 'llmctl_answers_total{finish_reason="length",model="m"}' not in text
     assert 'llmctl_engine_steps_total{model="m"}' in text  # one engine for all
 
 
@@ -125,6 +128,8 @@ def test_version_leads_to_the_adapters(server, adapted_models):
         ("m:polite", "m", "model.adapter"),
         ("m:terse", "m", "model.adapter"),
     ]
+    assert [one["artifact"][:8] for one in models] == ["sha256:0", "sha256:a", "sha256:b"]
+    assert models[0]["system_fingerprint"] == models[1]["system_fingerprint"]
 
 
 def test_adapters_come_and_go_with_their_model(server, answers):
@@ -191,9 +196,9 @@ def test_chat_and_generate_take_an_adapter(adapted_models, answers, tmp_path, se
     assert refused.value.hint == "the model has polite, terse"
     lines = tmp_path / "in.jsonl"
     lines.write_text(json.dumps({"messages": QUESTION}) + "\n")
-    row = json.loads(invoke(generate, bundle, "--input", lines, *common, "--adapter", "terse"))
+    row = json.loads(invoke(generate, bundle, "--input", lines, *common, "--adapter", "terse").splitlines()[0])
     assert row["text"] == answers["m:terse"]
-    url = f"http://127.0.0.1:{server.port}"
+    url = server.base
     assert invoke(chat, url, *asked, "--max-new-tokens", 24, "--adapter", "terse") == answers["m:terse"] + "\n"
     assert invoke(chat, url, *asked, "--max-new-tokens", 24) == answers["m"] + "\n"  # the only model, adapters apart
 
