@@ -289,7 +289,7 @@ class Models:
 
 def memory(models: Sequence[Model]) -> Mapping[str, int]:
     """Bytes of weights of each model, by its name: the files that are read into memory."""
-    patterns = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors")
+    patterns = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors", "adapters/*.onnx_adapter")
     return {
         model.service.model_id: sum(
             file.stat().st_size for pattern in patterns for file in model.service.artifact.path.glob(pattern)
