@@ -53,6 +53,8 @@ class Request:
     """Likewise for the tokens of the prompt."""
     client: str = ""
     """Who asks: waiting requests of different clients are admitted in turn."""
+    adapter: str | None = None
+    """The adapter that answers; None: the model as it is."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class Engine(Protocol):
     def submit(self, request: Request) -> int:
         """Queue a request; its ticket.
 
-        Raises UsageError for a prompt that cannot be answered, QueueFullError if too many wait.
+        Raises UsageError for a prompt that cannot be answered or an adapter that the model does not have,
+        QueueFullError if too many wait.
         """
 
     def cancel(self, ticket: int, choice: int | None = None) -> None:

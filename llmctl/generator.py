@@ -269,6 +269,24 @@ def check_bias(sampling: Sampling, vocab_size: int | None) -> None:
             )
 
 
+def choose_adapter(generator: Generator, name: str | None) -> Generator:
+    """The generator with its adapter `name`, or as it is for None. UsageError for an adapter that it does not have."""
+    if name is None:
+        return generator
+    chosen = getattr(generator, "with_adapter", None)
+    if chosen is None:
+        raise unknown_adapter(name, ())
+    return chosen(name)  # type: ignore[no-any-return]
+
+
+def unknown_adapter(name: str, names: Sequence[str]) -> UsageError:
+    """The error for an adapter that a model does not have; it has `names`."""
+    if not names:
+        hint = "export the model with it: llmctl export-onnx --model MODEL --adapters ADAPTER"
+        return UsageError(f"there is no adapter `{name}`: the model has none", hint=hint)
+    return UsageError(f"there is no adapter `{name}`", hint=f"the model has {', '.join(names)}")
+
+
 def check_single(sampling: Sampling) -> None:
     """Refuse `n > 1` where one answer is given."""
     if sampling.n > 1:

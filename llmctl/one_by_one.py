@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl.engine import EngineOptions, EngineStats, Event, FinishReason, QueueFullError, Request, TokenScores
 from llmctl.errors import UsageError
-from llmctl.generator import Candidate
+from llmctl.generator import Candidate, choose_adapter
 
 if TYPE_CHECKING:
     from llmctl.generator import Generator
@@ -37,6 +37,8 @@ class OneByOne:
                 hint="set speculation to none, or export the model with `llmctl export-onnx`",
             )
         self._generator, self._max_queue = generator, options.max_queue
+        self._answering = generator
+        """With the adapter of the request that runs."""
         whole = generator.context_length
         self.context_length = min(options.context or whole, whole)
         self.vocab_size, self.eos_ids, self.backend = generator.vocab_size, generator.eos_ids, generator.backend
@@ -50,6 +52,7 @@ class OneByOne:
 
     def submit(self, request: Request) -> int:
         """Queue a request; see `Engine.submit`."""
+        choose_adapter(self._generator, request.adapter)
         room = self._room(request)
         if room < 1:
             raise UsageError(
@@ -116,6 +119,7 @@ class OneByOne:
         if queue:
             self._waiting[client] = queue  # at the end: the others come first
         self._prompt_tokens += len(request.prompt)
+        self._answering = choose_adapter(self._generator, request.adapter)
         self._running = self._answers(self._ticket, request)
         return True
 
@@ -138,7 +142,7 @@ class OneByOne:
 
     def _tokens(self, request: Request) -> Iterator[int]:
         guide = {} if request.constraint is None else {"constraint": request.constraint}
-        return self._generator.stream(request.prompt, request.sampling, **guide)
+        return self._answering.stream(request.prompt, request.sampling, **guide)
 
     def _streamed(self, ticket: int, request: Request) -> Iterator[list[Event]]:
         limit, count = request.sampling.max_new_tokens, 0
@@ -168,7 +172,7 @@ class OneByOne:
 
     def _candidates(self, ticket: int, request: Request) -> list[Event]:
         guide = {} if request.constraint is None else {"constraint": request.constraint}
-        found: Sequence[Candidate] = self._generator.candidates(
+        found: Sequence[Candidate] = self._answering.candidates(
             request.prompt,
             request.sampling,
             **guide,
@@ -187,7 +191,7 @@ class OneByOne:
         ids = [*ids, *([min(self.eos_ids)] if ended and self.eos_ids else [])]
         if not ids:
             return ()
-        logits = self._generator.answer_logits(request.prompt, ids)
+        logits = self._answering.answer_logits(request.prompt, ids)
         if ended and self.eos_ids:
             ids[-1] = max(self.eos_ids, key=lambda token: float(logits[-1][token]))
         return tuple(score(row, token, request.logprobs or 0) for row, token in zip(logits, ids, strict=True))
@@ -197,9 +201,9 @@ class OneByOne:
             return None
         prompt = list(request.prompt)
         if not request.prompt_logprobs and len(prompt) > 1:
-            found = self._generator.logprobs(prompt).tolist()
+            found = self._answering.logprobs(prompt).tolist()
             return (None, *(TokenScores(token, value) for token, value in zip(prompt[1:], found, strict=True)))
-        logits = self._generator.logits(prompt)[:-1]
+        logits = self._answering.logits(prompt)[:-1]
         top = request.prompt_logprobs
         return (None, *(score(row, token, top) for row, token in zip(logits, prompt[1:], strict=True)))
 

@@ -131,7 +131,7 @@ def _join(config: ModelConfig, name: str, parts: list[Tensor]) -> Tensor:
     return torch.cat(parts, dim=-1 if NAMINGS[config.arch].transposed else 0)
 
 
-def _split(config: ModelConfig, name: str, whole: Tensor, sizes: list[int]) -> list[Tensor]:
+def split_parts(config: ModelConfig, name: str, whole: Tensor, sizes: list[int]) -> list[Tensor]:
     """The inverse of `_join`; `sizes` are the first sizes of our parts."""
     if len(sizes) == 1:
         parts = [whole]
@@ -168,7 +168,8 @@ def from_hf_tensors(model: Transformer, tensors: dict[str, Tensor], source: Path
         whole = _join(config, names[0], blank).shape if ours else shapes[0]
         if tensors[stored].shape != whole:
             raise InputError(f"{stored} in {source} has shape {list(tensors[stored].shape)}, expected {list(whole)}")
-        found = _split(config, names[0], tensors[stored], [shape[0] for shape in shapes]) if ours else [tensors[stored]]
+        sizes = [shape[0] for shape in shapes]
+        found = split_parts(config, names[0], tensors[stored], sizes) if ours else [tensors[stored]]
         state |= {name: part.contiguous() for name, part in zip(names, found, strict=True)}
     return {name: state[name] for name, _ in model.named_parameters()}
 

@@ -79,7 +79,7 @@ def read_shards(directory: Path, device: torch.device | str = "cpu") -> dict[str
     """
     single, index = directory / NAME, directory / f"{NAME}.index.json"
     if single.exists() or not index.exists():
-        return _read(single, device)
+        return read_tensors(single, device)
     try:
         places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({Path(name).name for name in places.values()})
@@ -87,7 +87,7 @@ def read_shards(directory: Path, device: torch.device | str = "cpu") -> dict[str
         raise InputError(f"{index} has no `weight_map`") from error
     tensors: dict[str, Tensor] = {}
     for file in files:
-        found = _read(directory / file, device, f"{directory / file} is missing, though the index names it")
+        found = read_tensors(directory / file, device, f"{directory / file} is missing, though the index names it")
         stray = next((name for name in found if Path(places.get(name, "")).name != file), None)
         if stray is not None:
             raise InputError(f"{index.name} and its files differ in {stray}: {file} holds it")
@@ -97,7 +97,8 @@ def read_shards(directory: Path, device: torch.device | str = "cpu") -> dict[str
     return tensors
 
 
-def _read(path: Path, device: torch.device | str, missing: str = "") -> dict[str, Tensor]:
+def read_tensors(path: Path, device: torch.device | str, missing: str = "") -> dict[str, Tensor]:
+    """All tensors of one file. InputError for one that is missing, in the words of `missing` if given, or damaged."""
     if not path.exists():
         raise InputError(missing or f"{path.parent} has no {path.name}")
     try:

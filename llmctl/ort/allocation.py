@@ -41,6 +41,7 @@ class Allocation:
 
     def _take(self, lane: Lane, slot: int) -> None:
         self.owners[slot], lane.slot = lane, slot
+        self.slots.adapters[slot] = lane.task.adapter
         self._touch(slot)
 
     def _touch(self, slot: int) -> None:
@@ -52,10 +53,10 @@ class Allocation:
 
         What the slot held otherwise goes to the pool.
         """
-        slots, free = self.slots, self.free()
+        slots, free, adapter = self.slots, self.free(), lane.task.adapter
         siblings = any(other is not lane and other.slot >= 0 for other in lane.task.lanes)
-        shared = slots.match(known) if self.remembers or siblings else np.zeros(slots.count, np.int64)
-        pooled, length = self.pool.match(known) if len(known) else (None, 0)
+        shared = slots.match(known, adapter) if self.remembers or siblings else np.zeros(slots.count, np.int64)
+        pooled, length = self.pool.match(known, adapter) if len(known) else (None, 0)
         source = int(shared.argmax())
         best = max(int(shared[source]), length)
         # A slot of which nothing is lost is taken as it is; then an empty one; then the one that was unused longest.
@@ -81,15 +82,15 @@ class Allocation:
         slots, length = self.slots, int(self.slots.lengths[slot])
         if length == kept:
             return
-        tokens = slots.contents[slot, :length]
-        elsewhere = slots.match(tokens)
+        tokens, adapter = slots.contents[slot, :length], int(slots.adapters[slot])
+        elsewhere = slots.match(tokens, adapter)
         elsewhere[slot] = 0
-        if not self.remembers or elsewhere.max() == length or self.pool.covers(tokens):
+        if not self.remembers or elsewhere.max() == length or self.pool.covers(tokens, adapter):
             return
         if length - kept < WORTH_KEEPING or length > self.pool.capacity:
             self.evictions += 1
             return
-        self.pool.add(Prefix(tokens.copy(), slots.memory.save(slot, length)))
+        self.pool.add(Prefix(tokens.copy(), slots.memory.save(slot, length), adapter))
 
     def release(self, lane: Lane) -> None:
         """The lane needs its slot no more; what the slot holds stays."""

@@ -133,7 +133,7 @@ class InPlaceRows:
     """Rows over one preallocated cache: the same OrtValue is bound as `past_key_values.N` and `present.N`.
 
     A row's tokens fill its slots from 0 on, so rows may differ in length; what stands beyond a row's end is never seen.
-    `constants` are the values of `layout.constants`.
+    `constants` are the values of `layout.constants`, `adapter` those of `Adapters.feeds`, for all rows.
     """
 
     def __init__(
@@ -143,9 +143,11 @@ class InPlaceRows:
         batch: int,
         capacity: int,
         constants: Mapping[str, np.ndarray] | None = None,
+        adapter: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.session, self.layout, self.batch, self.capacity = session, layout, batch, capacity
         self.constants = dict(constants or {})
+        self.adapter = dict(adapter or {})
         self.lengths = np.zeros(batch, np.int64)
         shape = (batch, layout.kv_heads, capacity, layout.head_dim)
         # Zeroed pages are not touched until written, so a large capacity costs a short chat nothing.
@@ -160,7 +162,7 @@ class InPlaceRows:
         if layout.keeps_last:
             self._step_values[KEEP] = _value(np.zeros(1, np.int64))
         self._binding = session.io_binding()
-        for name, array in self.constants.items():
+        for name, array in {**self.constants, **self.adapter}.items():
             self._binding.bind_ortvalue_input(name, _value(array, layout.device))
         for past, present, value in zip(layout.past, layout.present, self.cache, strict=True):
             self._binding.bind_ortvalue_input(past, value)
@@ -217,7 +219,7 @@ class InPlaceRows:
     def keep(self, rows: Sequence[int]) -> InPlaceRows:
         """New rows that go on from these ones, in this order."""
         constants = {name: array[list(rows)] for name, array in self.constants.items()}
-        kept = InPlaceRows(self.session, self.layout, len(rows), self.capacity, constants)
+        kept = InPlaceRows(self.session, self.layout, len(rows), self.capacity, constants, self.adapter)
         used = int(self.lengths[list(rows)].max())
         for i, value in enumerate(self.cache):
             part = np.zeros((len(rows), *value.shape()[1:]), self.layout.cache_dtype)
@@ -259,6 +261,8 @@ class InPlaceRows:
             where = (layout.device, 0, layout.cache_dtype, shape, value.data_ptr() + offset)
             binding.bind_input(past, *where)
             binding.bind_output(present, *where)
+        for name, array in self.adapter.items():
+            binding.bind_ortvalue_input(name, _value(array, layout.device))
         return binding
 
 

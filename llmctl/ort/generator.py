@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from llmctl.engine import Constraint, Engine, EngineOptions, Request
 from llmctl.errors import InputError, MachineError, UsageError
 from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
 from llmctl.one_by_one import OneByOne
+from llmctl.ort.adapters import number_of, open_adapters
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
 from llmctl.ort.sampling import Sampler, check_ids, choose, log_probabilities, log_probability, rank, state
@@ -72,13 +74,38 @@ class OrtGenerator:
         self.vocab_size = self.layout.vocab_size
         self.eos_ids = bundle.eos_ids
         self.backend = f"onnxruntime {provider(session)}"
+        self.adapters = open_adapters(session, bundle.directory, self.layout.device)
+        if self.adapters is not None and not self.in_place:
+            raise InputError(
+                f"{bundle.directory} has adapters, and its graph no in-place cache",
+                hint="export the model and its adapters again, without `exporter: optimum`",
+            )
+        self.adapter: str | None = None
+        """Which of `adapter_names` answers; `with_adapter` gives another generator with another one."""
         self._idle: Rows | None = None
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that the bundle has beside its graph."""
+        return () if self.adapters is None else self.adapters.names
+
+    def with_adapter(self, name: str | None) -> OrtGenerator:
+        """The same model over the same session with another adapter, or none; UsageError if there is no such one."""
+        number_of(self.adapters, name)
+        chosen = copy.copy(self)
+        chosen.adapter, chosen._idle = name, None
+        return chosen
+
+    @property
+    def adapter_feeds(self) -> dict[str, np.ndarray]:
+        """The graph's inputs that make it answer with `adapter`; none without one."""
+        return {} if self.adapters is None else self.adapters.feeds(self.adapters.number(self.adapter))
 
     def rows(self, batch: int, capacity: int) -> Rows:
         """Empty rows for `batch` sequences of up to `capacity` tokens; graphs that concatenate have batch 1."""
         capacity = min(-(-capacity // _ROUND) * _ROUND, self.context_length)
         if self.in_place:
-            return InPlaceRows(self.session, self.layout, batch, capacity)
+            return InPlaceRows(self.session, self.layout, batch, capacity, adapter=self.adapter_feeds)
         if batch != 1:
             raise ValueError(f"this graph has no in-place cache, so no batch of {batch}")
         return GrowingRows(self.session, self.layout, 1, capacity)
@@ -87,6 +114,7 @@ class OrtGenerator:
         """Open an engine that answers many requests side by side, over the same session.
 
         Graphs that concatenate their cache hold rows of one length only, so they answer one request after the other.
+        Which adapter answers each request says: the engine has all of them, whichever this generator has.
         Raises UsageError for options that make no sense.
         """
         if not self.in_place:
@@ -119,7 +147,8 @@ class OrtGenerator:
             ]
         longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
         options = EngineOptions(slots=min(BATCH, len(prompts)), max_queue=len(prompts), context=longest)
-        requests = [Request(prompt=prompt, sampling=sampling, constraint=constraint) for prompt in prompts]
+        common = {"sampling": sampling, "constraint": constraint, "adapter": self.adapter}
+        requests = [Request(prompt=prompt, **common) for prompt in prompts]  # type: ignore[arg-type]
         return run_all(self.engine(options), requests)
 
     def candidates(

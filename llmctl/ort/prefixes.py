@@ -16,6 +16,12 @@ class Prefix:
     """`(T,)` int32."""
     values: np.ndarray
     """Keys and values, `(tensors, KV, T, d)`."""
+    adapter: int = 0
+    """Which adapter computed them; nobody else can go on from them."""
+
+    def common(self, tokens: np.ndarray, adapter: int) -> int:
+        """How many of `tokens (T,)` this is the beginning of, for a sequence of that adapter."""
+        return common(self.tokens, tokens) if adapter == self.adapter else 0
 
 
 class PrefixPool:
@@ -27,11 +33,11 @@ class PrefixPool:
         self.evictions = 0
         self._kept: OrderedDict[int, Prefix] = OrderedDict()
 
-    def match(self, tokens: np.ndarray) -> tuple[Prefix | None, int]:
-        """What begins most like `tokens (T,)`, and for how many tokens."""
+    def match(self, tokens: np.ndarray, adapter: int = 0) -> tuple[Prefix | None, int]:
+        """What of this adapter begins most like `tokens (T,)`, and for how many tokens."""
         best, longest = None, 0
         for key, prefix in self._kept.items():
-            count = common(prefix.tokens, tokens)
+            count = prefix.common(tokens, adapter)
             if count > longest:
                 best, longest = key, count
         if best is None:
@@ -42,7 +48,7 @@ class PrefixPool:
     def add(self, prefix: Prefix) -> None:
         """Keep a sequence, unless one that goes on from it is there; those that it goes on from are dropped."""
         count = len(prefix.tokens)
-        shared = {key: common(other.tokens, prefix.tokens) for key, other in self._kept.items()}
+        shared = {key: other.common(prefix.tokens, prefix.adapter) for key, other in self._kept.items()}
         if count > self.capacity:
             self.evictions += 1
             return
@@ -55,9 +61,9 @@ class PrefixPool:
             self._drop(next(iter(self._kept)))
             self.evictions += 1
 
-    def covers(self, tokens: np.ndarray) -> bool:
-        """Whether all of `tokens (T,)` are at the beginning of one sequence."""
-        return any(common(prefix.tokens, tokens) == len(tokens) for prefix in self._kept.values())
+    def covers(self, tokens: np.ndarray, adapter: int = 0) -> bool:
+        """Whether all of `tokens (T,)` are at the beginning of one sequence of this adapter."""
+        return any(prefix.common(tokens, adapter) == len(tokens) for prefix in self._kept.values())
 
     def clear(self) -> None:
         """Forget all."""

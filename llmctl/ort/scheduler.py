@@ -21,6 +21,7 @@ from llmctl.beams import BeamSearch
 from llmctl.engine import EngineOptions, EngineStats, Event, FinishReason, QueueFullError, Request, TokenScores
 from llmctl.errors import UsageError
 from llmctl.generator import check_prompt
+from llmctl.ort.adapters import number_of
 from llmctl.ort.allocation import Allocation
 from llmctl.ort.beam_rows import advance, found_answers, score_answer
 from llmctl.ort.cache_memory import token_bytes
@@ -43,7 +44,8 @@ class OrtEngine:
         self.context_length = _context(generator.context_length, options)
         self.vocab_size, self.eos_ids = generator.vocab_size, generator.eos_ids
         self.backend = generator.backend
-        self._slots = Slots(generator.session, generator.layout, options.slots, self.context_length)
+        self._adapters = generator.adapters
+        self._slots = Slots(generator.session, generator.layout, options.slots, self.context_length, self._adapters)
         size = options.slots * self.context_length // 2 if options.prefix_cache else 0
         self._pool = PrefixPool(size)
         try:
@@ -76,6 +78,7 @@ class OrtEngine:
             raise UsageError("the engine is closed")
         check_prompt(request.prompt, self.context_length)
         check_ids(request.prompt, self.vocab_size)
+        adapter = number_of(self._adapters, request.adapter)
         if sampling.beams > self.options.slots:
             raise UsageError(
                 f"{sampling.beams} beams need as many slots, the engine has {self.options.slots}",
@@ -85,7 +88,7 @@ class OrtEngine:
             raise QueueFullError(f"{len(self._waiting)} requests wait already", hint="try again later")
         prompt = np.asarray(request.prompt, np.int32)
         limit = min(sampling.max_new_tokens, self.context_length - len(prompt))
-        task = Task(self._next_ticket, request, prompt, limit)
+        task = Task(self._next_ticket, request, prompt, limit, adapter=adapter)
         singles = [sampling] * sampling.beams if sampling.beams > 1 else sampling.draws()
         for choice, single in enumerate(singles):
             made = state(single, request.prompt, self.vocab_size, request.constraint)
@@ -424,7 +427,7 @@ class OrtEngine:
                     continue
                 if not self._allocation.free():
                     return
-                if task.logits is None or self._slots.match(task.prompt).max() < len(task.prompt):
+                if task.logits is None or self._slots.match(task.prompt, task.adapter).max() < len(task.prompt):
                     self._forking.remove(task)
                     self._begin(task, lane)  # nobody read it, or the last one that held the prompt is overwritten
                     break

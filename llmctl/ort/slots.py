@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
+from llmctl.ort.adapters import Adapters, RowAdapters
 from llmctl.ort.cache import KEEP, Layout
 from llmctl.ort.cache_memory import CacheMemory, open_memory
 
@@ -24,13 +25,23 @@ class Slots:
     most it can become. On CUDA all of it is taken at once.
     """
 
-    def __init__(self, session: ort.InferenceSession, layout: Layout, count: int, capacity: int) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        layout: Layout,
+        count: int,
+        capacity: int,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.session, self.layout, self.count, self.capacity = session, layout, count, capacity
         self.memory: CacheMemory = open_memory(layout, count, capacity)
         self.lengths = np.zeros(count, np.int64)
         """Tokens whose keys and values each slot holds, `(count,)`."""
         self.contents = np.zeros((count, capacity), np.int32)
         """These tokens."""
+        self.adapters = np.zeros(count, np.int64)
+        """The number of the adapter that computed what a slot holds, and computes what comes to it."""
+        self._rows = None if adapters is None else RowAdapters(adapters)
         self._ids = np.zeros((count, 1), np.int64)
         self._positions = np.zeros((count, 1), np.int64)
         self._mask = np.zeros(count * capacity, np.int64)
@@ -64,6 +75,8 @@ class Slots:
                 rows = mask[: count * longest].reshape(count, longest)
                 np.less(self._range[:longest], lengths[:, None], out=rows, casting="unsafe")
             binding.bind_input("attention_mask", "cpu", 0, np.int64, (count, longest), mask.ctypes.data)
+        if self._rows is not None:
+            self._rows.bind(binding, self.adapters[:count])
         self.session.run_with_iobinding(binding)
         return np.asarray(self._logits[:count, 0], np.float32)
 
@@ -93,19 +106,21 @@ class Slots:
             binding.bind_input(KEEP, "cpu", 0, np.int64, (1,), self._kept.ctypes.data)
         shape = (1, kept, layout.vocab_size)
         binding.bind_output("logits", "cpu", 0, layout.logits_dtype, shape, self._scratch.ctypes.data)
+        if self._rows is not None:
+            self._rows.bind(binding, self.adapters[slot : slot + 1])
         self.session.run_with_iobinding(binding)
         self.contents[slot, start:end] = tokens
         self.lengths[slot] = end
         return np.asarray(self._scratch[kept - 1 : kept] if last else self._scratch[:kept], np.float32)
 
-    def match(self, tokens: np.ndarray) -> np.ndarray:
-        """For each slot, how many of `tokens (T,)` it holds from its start on, `(count,)` int64."""
+    def match(self, tokens: np.ndarray, adapter: int = 0) -> np.ndarray:
+        """For each slot, how many of `tokens (T,)` it holds from its start on by this adapter, `(count,)` int64."""
         width = min(len(tokens), int(self.lengths.max()))
         if width == 0:
             return np.zeros(self.count, np.int64)
         differ = self.contents[:, :width] != tokens[:width]
         common = np.where(differ.any(axis=1), differ.argmax(axis=1), width)
-        return np.minimum(common, self.lengths)
+        return np.where(self.adapters == adapter, np.minimum(common, self.lengths), 0)
 
     def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
         """Tokens `start` to `stop` of one slot go to another, which already holds those before and now ends there."""
@@ -124,6 +139,7 @@ class Slots:
             self.memory.exchange(one, other, count)
         both = [one, other]
         self.contents[both, :count] = self.contents[both[::-1], :count]
+        self.adapters[both] = self.adapters[both[::-1]]
         self.lengths[both] = self.lengths[both[::-1]]
 
     def load(self, slot: int, tokens: np.ndarray, values: np.ndarray, stop: int) -> None:
@@ -136,6 +152,8 @@ class Slots:
         """Give the memory back."""
         self._steps.clear()
         self._feeds.clear()
+        if self._rows is not None:
+            self._rows.clear()
         self.memory.close()
 
     def _bind_step(self, count: int) -> ort.IOBinding:

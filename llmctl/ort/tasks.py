@@ -57,6 +57,8 @@ class Task:
     told: bool = False
     """There was an event."""
     cancelled: set[int] = field(default_factory=set)
+    adapter: int = 0
+    """The number of the request's adapter; 0: the model as it is."""
 
     @property
     def pending(self) -> list[Lane]:

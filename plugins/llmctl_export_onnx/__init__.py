@@ -15,6 +15,7 @@ EXPORT_ONNX = Stage(
     help="Export a model to an ONNX bundle and prove that it gives the same answers.",
     inputs={
         "model": In("model.hf"),
+        "adapters": In("model.adapter", optional=True, many=True, help="LoRA adapters to serve beside the model"),
         "data": In("dataset.chat", "dataset.tokens", optional=True, help="prompts of the parity check"),
     },
     outputs={"model": Out("model.onnx"), "metrics": Out("metrics")},

@@ -153,8 +153,10 @@ def _joined(graph: ir.Graph, products: Sequence[ir.Node], before: ir.Node) -> ir
 
 def _joined_weight(graph: ir.Graph, weights: Sequence[ir.Value]) -> ir.Value:
     """The weights side by side along their last axis, named after all of them."""
-    arrays = [weight.const_value.numpy() for weight in weights if weight.const_value is not None]
     name = joined_name([str(weight.name) for weight in weights])
+    if name in graph.initializers:  # biases of zeros, which the tracer stores once for all layers
+        return graph.initializers[name]
+    arrays = [weight.const_value.numpy() for weight in weights if weight.const_value is not None]
     tensor = ir.tensor(np.ascontiguousarray(np.concatenate(arrays, axis=-1)), name=name)
     value = ir.Value(
         name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from llmctl import Artifact, Context, MachineError, UsageError
+from llmctl import Artifact, Context, MachineError, StageError, UsageError
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.hf import load_model
 from llmctl.nn.onnx_attention import cache_layers, cache_width
+from llmctl.nn.peft import merged
 from llmctl.nn.transformer import Transformer
-from llmctl.ort import open_bundle, open_encoder, open_generator
+from llmctl.ort import OrtGenerator, open_bundle, open_encoder, open_generator
 from llmctl.ort.bundle import MODEL
 from llmctl.ort.seq2seq import OrtSeq2Seq
 from llmctl.text.pooling import normalises, read_pooling, says_pooling, write_pooling
@@ -29,6 +30,7 @@ from llmctl_export_onnx import (
     encoder_parity,
     fusion,
     graph,
+    lora,
     parity,
     prompts,
     seq2seq,
@@ -69,8 +71,15 @@ class Job:
         self.ctx.progress(done, total)
 
 
-def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, Any], data: Artifact | None) -> Metrics:
-    """Write the bundle and prove it; the metrics to report."""
+def export(
+    ctx: Context,
+    params: ExportParams,
+    artifact: Artifact,
+    config: dict[str, Any],
+    data: Artifact | None,
+    adapters: Sequence[Artifact] = (),
+) -> Metrics:
+    """Write the bundle and prove it, with each of the adapters too; the metrics to report."""
     if params.dtype not in DTYPES:
         raise MachineError(
             "an export is proved on the CPU, and ONNX Runtime multiplies bfloat16 matrices on CUDA only",
@@ -81,11 +90,18 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
             f"task {params.task} is for exports through Optimum; here the model's own head decides",
             hint="leave `task` out, or set `exporter: optimum`",
         )
+    source = artifact.path
     model = load_model(source).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     kind, head = model.config.traits.kind, model.config.head
     generates = kind == "decoder" and head == "lm"
+    if adapters and not generates:
+        raise UsageError(
+            "adapters are served beside a decoder that generates text, and this model is none",
+            hint="merge the adapter with peft (`merge_and_unload`) and export the result",
+        )
+    beside = lora.read_all(adapters, params.adapter_names, model, artifact.id)
     pooling, normalise = choose_pooling(params, source, model.config)
     ctx.progress(0, params.parity_prompts)
     lower = model if params.dtype == "float32" else copy.deepcopy(model).to(DTYPES[params.dtype])
@@ -98,6 +114,11 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
     if generates:
         fusion.fuse(graphs[MODEL])
         decoder.keep_last(graphs[MODEL])
+    if beside:
+        wanted = {name for one in beside for name in one.adapter}
+        places = lora.sites(graphs[MODEL], dict(lower.named_parameters()), wanted)
+        lora.add_inputs(graphs[MODEL], places)
+        lora.write(job.target, places, beside)
     graph.save(graphs, job.target)
     bundle.copy_files(source, job.target)
     if pooling != "none" and (pooling, normalise) != _pooling_of(source):
@@ -105,9 +126,11 @@ def export(ctx: Context, params: ExportParams, source: Path, config: dict[str, A
     prove = _prove_decoder if generates else _prove_seq2seq if kind == "encoder-decoder" else _prove_encoder
     found = prove(job)
     found.check(params.tolerance)
+    proved = _prove_adapters(job, beside)
     operators = sum(graph.count_operators(g, "GroupQueryAttention") for g in graphs.values())
     return {
         **found.metrics(),
+        **proved,
         "gqa_nodes": operators,
         "layers": model.config.layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -172,14 +195,35 @@ def _prove_decoder(job: Job) -> parity.Parity:
         positions=False,
     )
 
+    return _compare(job, open_bundle(job.target, "cpu", job.params.threads))
+
+
+def _compare(job: Job, generator: OrtGenerator) -> parity.Parity:
     def reference(tokens: list[int]) -> np.ndarray:
         with torch.inference_mode():
             return job.model(torch.tensor([tokens]))[0].numpy()  # type: ignore[no-any-return]
 
-    generator = open_bundle(job.target, "cpu", job.params.threads)
-    limit = max(1, shape.context - parity.greedy_tokens(shape.context))
-    drawn = _draw(job, limit)
+    context = job.model.config.context
+    drawn = _draw(job, max(1, context - parity.greedy_tokens(context)))
     return parity.compare(reference, generator, drawn, job.allowance, job.progress)
+
+
+def _prove_adapters(job: Job, adapters: Sequence[lora.Named]) -> Metrics:
+    """Compare the bundle with each adapter against the model with that adapter merged into its weights."""
+    if not adapters:
+        return {}
+    generator, worst = open_bundle(job.target, "cpu", job.params.threads), 0.0
+    for named in adapters:
+        if named.idle:
+            job.ctx.warn(f"the adapter `{named.name}` changes nothing: its matrices B are all zero")
+        with merged(job.model, named.rounded(DTYPES[job.params.dtype])):
+            found = _compare(job, generator.with_adapter(named.name))
+        try:
+            found.check(job.params.tolerance)
+        except StageError as error:
+            raise StageError(f"with the adapter `{named.name}` {error.message}", hint=error.hint) from error
+        worst = max(worst, found.max_abs_diff)
+    return {"adapters": len(adapters), "parity.adapters_max_abs_diff": worst}
 
 
 def _prove_encoder(job: Job) -> parity.Parity:

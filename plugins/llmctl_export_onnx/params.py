@@ -38,6 +38,9 @@ class ExportParams(Params):
     normalise: bool | None = Field(
         None, description="embeddings get length 1. Unset: as the model's `modules.json` says, yes without it"
     )
+    adapter_names: list[str] = Field(
+        [], description="what clients call the `adapters`, in their order; default: the names of their directories"
+    )
     opset: int = Field(23, ge=18, le=23, description="version of the ONNX operator set; Optimum is given at most 18")
     tolerance: float = Field(1e-4, gt=0, description="largest difference of any output from the torch model's")
     parity_prompts: int = Field(20, ge=1, description="prompts on which outputs and 64 greedy tokens are compared")

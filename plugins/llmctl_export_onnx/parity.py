@@ -165,12 +165,13 @@ def _ragged(generator: OrtGenerator, judged: list[tuple[list[int], list[int], np
         mask[row, : len(prompt)] = 1
     layout = generator.layout
     empty = np.zeros((len(judged), layout.kv_heads, 0, layout.head_dim), layout.cache_dtype)
-    feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(layout.past, empty)}
+    feeds = {"input_ids": ids, "attention_mask": mask, **dict.fromkeys(layout.past, empty), **generator.adapter_feeds}
     logits, *cache = generator.session.run(["logits", *layout.present], feeds)
     for row, (prompt, _, expected) in enumerate(judged):
         found.add("ragged", logits[row, : len(prompt)].astype(np.float32), expected[: len(prompt)])
     steps = len(judged[0][1])
-    rows = InPlaceRows(generator.session, layout, len(judged), longest + steps)
+    feeds = generator.adapter_feeds
+    rows = InPlaceRows(generator.session, layout, len(judged), longest + steps, adapter=feeds)
     rows.fill(cache, [len(prompt) for prompt, _, _ in judged])
     for step in range(steps - 1):
         stepped = rows.step([answer[step] for _, answer, _ in judged])

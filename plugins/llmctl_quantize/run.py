@@ -11,6 +11,7 @@ import onnx
 
 from llmctl import Artifact, Context, InputError, StageError
 from llmctl.ort import OrtGenerator, open_bundle, open_encoder
+from llmctl.ort.adapters import DIRECTORY as ADAPTERS
 from llmctl.ort.cache_memory import token_bytes
 from llmctl.text.pooling import POOLING_FILES
 from llmctl_quantize import cache, quality, weights
@@ -107,6 +108,8 @@ def _write(model: onnx.ModelProto, source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith("model.onnx"):
             shutil.copyfile(path, target / path.name)
+    if (source / ADAPTERS).is_dir():
+        shutil.copytree(source / ADAPTERS, target / ADAPTERS)
     for name in POOLING_FILES:
         if (source / name).is_file():
             (target / name).parent.mkdir(exist_ok=True)
@@ -177,11 +180,15 @@ def _load(source: Path) -> onnx.ModelProto:
 
 
 def _parameters(model: onnx.ModelProto) -> int:
-    """Float weights of the graph; rotary tables (`cos_cache`, `sin_cache`) are no parameters."""
+    """Float weights of the graph; rotary tables (`cos_cache`, `sin_cache`) and defaults of inputs are no parameters."""
+    given = {value.name for value in model.graph.input}
     return sum(
         int(np.prod(tensor.dims))
         for tensor in model.graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims and not tensor.name.endswith("_cache")
+        if tensor.data_type == onnx.TensorProto.FLOAT
+        and tensor.dims
+        and tensor.name not in given
+        and not tensor.name.endswith("_cache")
     )
 
 

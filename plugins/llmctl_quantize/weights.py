@@ -46,7 +46,8 @@ def quantize(
     """
     graph = model.graph
     _split_gemm(graph)
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    given = {value.name for value in graph.input}  # defaults of inputs, such as those of adapters, are no weights
+    constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
     _refuse_halves(graph, constants)
     done: dict[str, Stored] = {}
     nodes: list[onnx.NodeProto] = []

@@ -17,7 +17,7 @@ from llmctl_serve.conversations import ChatRequest
 from llmctl_serve.errors import ApiError
 from llmctl_serve.exchange import Exchange, exchange_of
 from llmctl_serve.logprobs import TokenScore, named, offsets
-from llmctl_serve.models import Model, Models
+from llmctl_serve.models import Models, Served
 from llmctl_serve.requests import CompletionRequest
 from llmctl_serve.responses import (
     DONE,
@@ -38,7 +38,7 @@ from llmctl_serve.worker import Job
 class Answer:
     """A request that has been accepted: its prompts are queued, or its text is settled already."""
 
-    model: Model
+    model: Served
     shape: Shape
     asked: Asked
     body: ChatRequest | CompletionRequest

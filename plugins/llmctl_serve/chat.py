@@ -32,16 +32,17 @@ def open_either(
     stop: Sequence[str],
     given: dict[str, Any],
     form: Form | None,
+    adapter: str | None,
     system: str = "",
 ) -> Session | RemoteSession:
     """A model that is opened here, or one of the server at a URL."""
     if artifact is not None and is_url(artifact):
-        session = open_remote(artifact, model, api_key_env, stop, given, system)
+        session = open_remote(artifact, model, api_key_env, stop, given, system, adapter)
         session.form = form.fields() if form else {}
         return session
     if model is not None or api_key_env is not None:
         raise UsageError("--model and --api-key-env are for a server", hint="give its URL: llmctl chat http://…")
-    return open_session(artifact, device, threads, stop, given, system, form)
+    return open_session(artifact, device, threads, stop, given, system, form, adapter)
 
 
 def write_answers(session: Session | RemoteSession, output: Output, prompt: Callable[[Session], list[int]]) -> None:
@@ -67,6 +68,7 @@ def chat(
     system: str,
     output: Output,
     model: str | None,
+    adapter: str | None,
     api_key_env: str | None,
     form: Form | None,
     history: bool,
@@ -84,7 +86,7 @@ def chat(
             f"{output.option} is not for a conversation, which goes on from one answer",
             hint="ask one question with --prompt, or pipe questions into the command",
         )
-    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, system)
+    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, adapter, system)
     if conversation:
         save = use_history(history)
         try:
@@ -116,6 +118,7 @@ def generate(
     threads: int,
     output: Output,
     model: str | None,
+    adapter: str | None,
     api_key_env: str | None,
     form: Form | None,
     source: str | None,
@@ -137,7 +140,7 @@ def generate(
     if source is not None:
         if prompt is not None:
             raise UsageError("both --prompt and --input are given", hint="leave one of them out")
-        session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, system)
+        session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, adapter, system)
         answer_lines(session, artifact, given, output, source, target, batch, fail_fast, retry_errors)
         return
     for name, used in (("--output", target != "-"), ("--fail-fast", fail_fast), ("--retry-errors", retry_errors)):
@@ -150,7 +153,7 @@ def generate(
     text = sys.stdin.read() if prompt is None else prompt
     if not text:
         raise UsageError("the text to continue is empty", hint="give --prompt, or pipe a text into the command")
-    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form)
+    session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, adapter)
     if output.streams:
         show(session.continue_text(text))
     else:

@@ -15,7 +15,7 @@ from llmctl_serve.answers import until_gone
 from llmctl_serve.bodies import Harmless, Id, Strict, Text
 from llmctl_serve.errors import ApiError
 from llmctl_serve.exchange import exchange_of
-from llmctl_serve.models import Model, Models
+from llmctl_serve.models import Models, Served
 from llmctl_serve.schemas import EmbeddingList, errors
 
 MOST = 2048
@@ -79,7 +79,7 @@ def embedding_routes(models: Models) -> APIRouter:
     return router
 
 
-def _ids(model: Model, body: EmbeddingRequest) -> list[list[int]]:
+def _ids(model: Served, body: EmbeddingRequest) -> list[list[int]]:
     service = model.service
     encoder = service.encoder
     if encoder is None:
@@ -98,7 +98,7 @@ def _ids(model: Model, body: EmbeddingRequest) -> list[list[int]]:
     return rows
 
 
-def _check_size(model: Model, body: EmbeddingRequest, size: int | None = None) -> None:
+def _check_size(model: Served, body: EmbeddingRequest, size: int | None = None) -> None:
     """ApiError 400 for a size of vectors that the model does not have; before the work, where the model says it."""
     encoder = model.service.encoder
     if size is None and encoder is not None:
@@ -108,7 +108,7 @@ def _check_size(model: Model, body: EmbeddingRequest, size: int | None = None) -
         raise ApiError(400, message, param="dimensions")
 
 
-async def _embed(model: Model, ids: list[list[int]], request: Request) -> Any:
+async def _embed(model: Served, ids: list[list[int]], request: Request) -> Any:
     """The vectors, `(len(ids), H)`; the client's departure gives up its place in the queue."""
     assert model.encoder is not None
     exchange = exchange_of(request)
@@ -127,7 +127,7 @@ async def _embed(model: Model, ids: list[list[int]], request: Request) -> Any:
             task.cancel()
 
 
-def _response(model: Model, body: EmbeddingRequest, vectors: Any, tokens: int) -> dict[str, Any]:
+def _response(model: Served, body: EmbeddingRequest, vectors: Any, tokens: int) -> dict[str, Any]:
     if body.encoding_format == "base64":  # little-endian float32, as OpenAI's clients ask for by default
         found: list[Any] = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
     else:

@@ -136,8 +136,12 @@ def event_parts(event: dict[str, Any]) -> Iterator[tuple[int, str, str | None, A
 
 
 def pick_model(found: dict[str, Any], url: str) -> str:
-    """The only model of a server's `/models`. UsageError if there are several, InputError if there is none."""
-    names = [str(one.get("id")) for one in found.get("data") or () if isinstance(one, dict)]
+    """The only model of a server's `/models`, adapters apart.
+
+    UsageError if there are several, InputError if there is none.
+    """
+    listed = [one for one in found.get("data") or () if isinstance(one, dict)]
+    names = [str(one.get("id")) for one in listed if one.get("parent") is None]
     if not names:
         raise InputError(f"{url} has no model", hint="name one with --model")
     if len(names) > 1:

@@ -19,7 +19,7 @@ Find = Callable[[str], Artifact]
 
 
 class Model:
-    """One opened model, its thread, and who still uses it."""
+    """One opened model, its thread, and who still uses it. Its adapters are served by the same engine."""
 
     def __init__(
         self,
@@ -36,6 +36,10 @@ class Model:
         self.encoder: EncoderThread | None = None
         if service.encoder is not None:
             self.encoder = EncoderThread(service.encoder, service.params.max_queue, service.model_id)
+        self.served = {
+            one.model_id: Served(self, one) for one in (service, *(service.adapted(name) for name in service.adapters))
+        }
+        """By the ids that clients use: the model as it is, and with each of its adapters."""
         self._users = 0
         self._changed = threading.Condition()
 
@@ -68,14 +72,37 @@ class Model:
         """Requests that wait."""
         return sum(one.depth for one in (self.worker, self.encoder) if one is not None)
 
+
+@dataclass(frozen=True)
+class Served:
+    """A model under one of its ids, as it is or with an adapter. Whoever was given it by `Models.use` releases it."""
+
+    model: Model
+    service: Service
+
+    @property
+    def worker(self) -> Worker | None:
+        """The thread of the model's engine."""
+        return self.model.worker
+
+    @property
+    def encoder(self) -> EncoderThread | None:
+        """The thread of an encoder."""
+        return self.model.encoder
+
+    def release(self) -> None:
+        """The request is over."""
+        self.model.release()
+
     def described(self) -> dict[str, Any]:
-        """As in the list of models."""
+        """As in the list of models; `parent` is the model of an adapter, as with vLLM."""
         return {
             "id": self.service.model_id,
             "object": "model",
             "created": self.service.created,
             "owned_by": "llmctl",
             "max_model_len": self.service.context_length,
+            "parent": self.service.parent,
         }
 
 
@@ -130,26 +157,35 @@ class Models:
         """Models whose engine has failed: they answer nothing until they are loaded again."""
         return [model.service.model_id for model in self.all() if model.worker is not None and not model.worker.alive]
 
-    def find(self, name: str | None) -> Model:
+    def served(self) -> list[Served]:
+        """The models, the default first, each followed by itself with its adapters."""
+        return [one for model in self.all() for one in model.served.values()]
+
+    def find(self, name: str | None) -> Served:
         """The model for a request. ApiError 404 for one that this server does not have."""
         with self._lock:
             return self._get(name)
 
-    def _get(self, name: str | None) -> Model:
-        found = next(iter(self._models.values()), None) if name is None else self._models.get(name)
+    def _get(self, name: str | None) -> Served:
+        """A model by its own id, else one with an adapter, `MODEL:ADAPTER`."""
+        model = next(iter(self._models.values()), None) if name is None else self._models.get(name)
+        if model is None and name is not None:
+            model = self._models.get(name.rpartition(":")[0])
+        found = model.served.get(name or model.service.model_id) if model is not None else None
         if found is None:
-            message = f"the model `{name}` does not exist; this server has {', '.join(f'`{n}`' for n in self._models)}"
+            ids = [known for one in self._models.values() for known in one.served]
+            message = f"the model `{name}` does not exist; this server has {', '.join(f'`{n}`' for n in ids)}"
             raise ApiError(404, message, param="model", code="model_not_found")
         return found
 
-    def use(self, name: str | None) -> Model:
+    def use(self, name: str | None) -> Served:
         """`find` for a request, which must `release` it at its end: a model in use is not closed."""
         with self._lock:
             if self.stopping:
                 raise stopping()
-            model = self._get(name)
-            model.use()
-            return model
+            found = self._get(name)
+            found.model.use()
+            return found
 
     def put(self, model: Model) -> Model | None:
         """Serve it under its name from this moment on; the one it replaces is drained beside it and closed."""
@@ -201,12 +237,15 @@ class Models:
         Waits for a load that is on its way, which might be a reload of this very model.
         """
         with self._loading, self._lock:
-            model = self._get(name)
+            found = self._get(name)
+            if found.service.parent is not None:
+                message = f"`{name}` is an adapter of `{found.service.parent}`; load that model without it instead"
+                raise ApiError(409, message, code="adapter")
             if len(self._models) == 1:
                 raise ApiError(409, f"`{name}` is the last model; load another one first", code="last_model")
             del self._models[name]
         self._metrics.forget(name)
-        self._retire(model)
+        self._retire(found.model)
 
     def reload(self) -> list[Change]:
         """Swap in what the names of the store point to by now. A model that cannot be opened stays as it is."""
@@ -250,7 +289,7 @@ class Models:
 
 def memory(models: Sequence[Model]) -> Mapping[str, int]:
     """Bytes of weights of each model, by its name: the files that are read into memory."""
-    patterns = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors")
+    patterns = ("*.onnx", "*.onnx.data", "*.onnx_data", "*.safetensors", "adapters/*.onnx_adapter")
     return {
         model.service.model_id: sum(
             file.stat().st_size for pattern in patterns for file in model.service.artifact.path.glob(pattern)

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
 from llmctl import InputError, __version__
+from llmctl.ort.adapters import adapter_sources
 from llmctl.store import Store
 from llmctl.store.lineage import lineage
 from llmctl_serve.metrics import ServerMetrics
@@ -23,8 +24,8 @@ def model_routes(models: Models) -> APIRouter:
 
     @router.get("/v1/models", response_model=ModelList, responses=errors())
     async def list_models() -> dict[str, Any]:
-        """The models of this server; the first answers requests that name none."""
-        return {"object": "list", "data": [model.described() for model in models.all()]}
+        """The models of this server, each followed by its adapters; the first answers requests that name none."""
+        return {"object": "list", "data": [one.described() for one in models.served()]}
 
     @router.get("/v1/models/{model:path}", response_model=ModelEntry, responses=errors(404))
     async def one_model(model: str) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def operation_routes(models: Models, metrics: ServerMetrics) -> APIRouter:
     @router.get("/version", response_model=Version, responses=errors())
     async def version() -> dict[str, Any]:
         """The software, and for each model the artifacts that it was made from, back to what came from outside."""
-        services = [model.service for model in models.all()]
+        services = [one.service for one in models.served()]
         found = await asyncio.to_thread(lambda: [provenance(service) for service in services])
         return {"llmctl": __version__, "models": found}
 
@@ -70,15 +71,23 @@ def operation_routes(models: Models, metrics: ServerMetrics) -> APIRouter:
 
 
 def provenance(service: Service) -> dict[str, Any]:
-    """What is served, and from what it was made; without the paths of this machine."""
+    """What is served, and from what it was made; without the paths of this machine.
+
+    An adapter's `artifact` is the adapter that the bundle was exported with, as far as the bundle says so.
+    """
+    artifact, kind = service.artifact.id, service.artifact.type
+    if service.adapter is not None:
+        said = adapter_sources(service.artifact.path).get(service.adapter, {})
+        artifact, kind = str(said.get("artifact") or ""), "model.adapter"
     return {
         "id": service.model_id,
-        "artifact": service.artifact.id,
-        "type": service.artifact.type,
+        "parent": service.parent,
+        "artifact": artifact,
+        "type": kind,
         "backend": service.backend,
         "tokenizer": service.tokenizer.digest,
         "system_fingerprint": service.fingerprint,
-        "lineage": ancestors(service.artifact.id),
+        "lineage": ancestors(artifact),
     }
 
 

@@ -16,6 +16,7 @@ EARLY: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
 OPTIONS = (
     click.argument("artifact", required=False),
     click.option("--model", help="With a server's URL: which of its models."),
+    click.option("--adapter", help="Answer with this adapter of the model; default: the model as it is."),
     click.option("--api-key-env", help="With a URL: environment variable with the key; default OPENAI_API_KEY."),
     click.option("--prompt", help="Answer this and exit."),
     click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),

@@ -130,13 +130,20 @@ class RemoteSession:
 
 
 def open_remote(
-    url: str, model: str | None, key_env: str | None, stop: Sequence[str], given: dict[str, Any], system: str = ""
+    url: str,
+    model: str | None,
+    key_env: str | None,
+    stop: Sequence[str],
+    given: dict[str, Any],
+    system: str = "",
+    adapter: str | None = None,
 ) -> RemoteSession:
-    """The session with a server's model; the only one it has, unless `model` names it."""
+    """The session with a server's model, or an adapter of it; the only one it has, unless `model` names it."""
     endpoint = parse_endpoint(url, key_env)
     settings = {name: value for name, value in given.items() if value is not None}
     request_fields(settings, stop)
-    return RemoteSession(endpoint, model or pick_model(list_models(endpoint), endpoint.url), settings, stop, system)
+    name = model or pick_model(list_models(endpoint), endpoint.url)
+    return RemoteSession(endpoint, name if adapter is None else f"{name}:{adapter}", settings, stop, system)
 
 
 def list_models(endpoint: Endpoint) -> dict[str, Any]:

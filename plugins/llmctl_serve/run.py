@@ -144,7 +144,9 @@ def announce(ctx: Context, models: Models, listener: socket.socket) -> None:
         path, question["prompt"] = "/v1/completions", "Hello"
     ctx.log(f"curl {base}{path} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(question))}")
     for name, size in memory(models.all()).items():
-        ctx.log(f"{name}: {size / 1e6:.1f} MB of weights{_cache(models.find(name))}")
+        adapters = models.find(name).service.adapters
+        beside = f", adapters {', '.join(adapters)}" if adapters else ""
+        ctx.log(f"{name}: {size / 1e6:.1f} MB of weights{beside}{_cache(models.find(name).model)}")
     if (resident := resident_bytes()) is not None:
         ctx.log(f"the process takes {resident / 1e6:.0f} MB now")
 

@@ -216,6 +216,7 @@ class ModelEntry(Answer):
     created: int
     owned_by: str
     max_model_len: int
+    parent: str | None = None
 
 
 class ModelList(Answer):
@@ -294,6 +295,7 @@ class Provenance(Answer):
     """What is served under one name."""
 
     id: str
+    parent: str | None = None
     artifact: str
     type: str
     backend: str

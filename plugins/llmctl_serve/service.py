@@ -77,6 +77,10 @@ class Service:
     index: Index | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     forms: Forms | None = None
+    adapter: str | None = None
+    """Which adapter answers; None: the model as it is."""
+    parent: str | None = None
+    """The model that the adapter is of."""
 
     @property
     def context_length(self) -> int:
@@ -101,6 +105,15 @@ class Service:
     def fingerprint(self) -> str:
         """`system_fingerprint` of responses: changes with the model's bytes."""
         return f"fp_{self.artifact.id.removeprefix('sha256:')[:16] or self.model_id}"
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that the model can answer with."""
+        return tuple(getattr(self.generator, "adapter_names", ()))
+
+    def adapted(self, name: str) -> Service:
+        """The same model with its adapter `name`, under an id of its own, `MODEL:ADAPTER`."""
+        return replace(self, model_id=f"{self.model_id}:{name}", adapter=name, parent=self.model_id)
 
     def _generates(self) -> tuple[Generator, Engine]:
         if self.generator is None or self.engine is None:
@@ -207,6 +220,7 @@ class Service:
                 logprobs=scored,
                 prompt_logprobs=request.scored if getattr(request, "echo", False) else None,
                 client=client,
+                adapter=self.adapter,
             )
             found.append(
                 Prompt(

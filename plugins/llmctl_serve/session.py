@@ -147,8 +147,10 @@ def open_session(
     given: dict[str, Any],
     system: str = "",
     form: Form | None = None,
+    adapter: str | None = None,
 ) -> Session:
-    """Open a model; `given` overrides its `generation_config.json`, None leaves a value as it is."""
+    """Open a model, with an adapter if one is named; `given` overrides its `generation_config.json` where not None."""
+    from llmctl.generator import choose_adapter
     from llmctl.registry import get_registry
     from llmctl.text.tokenizer import Tokenizer
     from llmctl_serve.defaults import default_sampling
@@ -156,7 +158,7 @@ def open_session(
     found = find_model(artifact)
     sampling = default_sampling(found.path, **{key: value for key, value in given.items() if value is not None})
     tokenizer = Tokenizer.load(found.path)
-    generator = get_registry().open_generator(found, device=device, threads=threads)
+    generator = choose_adapter(get_registry().open_generator(found, device=device, threads=threads), adapter)
     session = Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)
     if form is not None:
         session.constraint = form.constraint(generator, tokenizer)

@@ -55,3 +55,12 @@ def test_an_int8_cache_is_timed_beside_float32(tmp_path: Path) -> None:
 def test_our_side_of_the_comparison_trains_in_turns() -> None:
     found = shown(str(BENCHMARKS / "train.py"), "--shapes", "tiny", "--compile", "0", "--rounds", "2", "--threads", "1")
     assert re.search(r"llmctl +\d+ tokens/s   llmctl is 1\.00 times as fast", found)
+
+
+@pytest.mark.slow
+def test_adapters_are_timed_beside_the_plain_bundle() -> None:
+    shape = ["--dim", "64", "--layers", "1", "--rank", "2", "--adapters", "2", "--batch", "2"]
+    found = shown(str(BENCHMARKS / "adapters.py"), *shape, "--new", "4", "--rounds", "1", "--threads", "1")
+    cases = re.findall(r"batch +2 (.+?) +[\d.]+ tokens/s, ([\d.]+) of plain", found)
+    assert [name for name, _ in cases] == ["plain", "without adapter", "one", "model and two", "all 2"]
+    assert cases[0][1] == "1.000"

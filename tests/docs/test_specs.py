@@ -64,4 +64,4 @@ def test_every_artifact_type_is_in_the_table(pages):
     from llmctl.store.types import TYPES
 
     rows = set(re.findall(r"^\| `([a-z.]+)` \|", section(pages["artifacts.md"], "Types"), re.MULTILINE))
-    assert rows == set(TYPES) - {"model.adapter", "report"}  # no stage makes or takes these yet
+    assert rows == set(TYPES) - {"report"}  # no stage makes or takes it yet

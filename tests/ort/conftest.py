@@ -11,7 +11,7 @@ import pytest
 import llmctl_export_onnx
 from llmctl import Artifact
 from llmctl.ort import OrtGenerator, open_bundle
-from llmctl.testing import run_stage
+from llmctl.testing import StageResult, run_stage
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
@@ -86,3 +86,31 @@ def trained_generator(trained_dir: Path, tmp_path_factory: pytest.TempPathFactor
     params = {"parity_prompts": 2, "threads": 1}
     done = run_stage(llmctl_export_onnx.EXPORT_ONNX, directory, params, model=Artifact(trained_dir, "model.hf"))
     return open_bundle(done.outputs["model"].path, "cpu", threads=1)
+
+
+@pytest.fixture(scope="session")
+def adapter_dirs(trained_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters of that model that have neither rank nor matrices in common."""
+    import lora
+
+    root = tmp_path_factory.mktemp("adapters")
+    return {
+        "polite": lora.write_adapter(root / "polite", trained_dir, rank=4, seed=1),
+        "terse": lora.write_adapter(root / "terse", trained_dir, ("q_proj", "v_proj", "down_proj"), 3, 2, 0.9, (1,)),
+    }
+
+
+@pytest.fixture(scope="session")
+def adapted(trained_dir: Path, adapter_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> StageResult:
+    """The export of the model with both."""
+    found = [Artifact(path, "model.adapter", f"sha256:{name}") for name, path in adapter_dirs.items()]
+    model = Artifact(trained_dir, "model.hf")
+    params = {"parity_prompts": 2, "threads": 1}
+    directory = tmp_path_factory.mktemp("export")
+    return run_stage(llmctl_export_onnx.EXPORT_ONNX, directory, params, model=model, adapters=found)
+
+
+@pytest.fixture(scope="session")
+def adapted_generator(adapted: StageResult) -> OrtGenerator:
+    """Its bundle, opened."""
+    return open_bundle(adapted.outputs["model"].path, "cpu", threads=1)

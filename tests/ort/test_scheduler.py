@@ -54,17 +54,15 @@ class _Faults:
     def stale_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
         """A prefix is believed to be one token longer than it is."""
         match = Slots.match
-        monkeypatch.setattr(
-            Slots, "match", lambda s, tokens: np.where(m := match(s, tokens), np.minimum(m + 1, s.lengths), 0)
-        )
+        monkeypatch.setattr(Slots, "match", lambda s, *a: np.where(m := match(s, *a), np.minimum(m + 1, s.lengths), 0))
 
     @staticmethod
     def stale_pool(monkeypatch: pytest.MonkeyPatch) -> None:
         """The pool gives another prefix than the one that matched."""
         match = PrefixPool.match
 
-        def wrong(pool, tokens):
-            prefix, length = match(pool, tokens)
+        def wrong(pool, tokens, *adapter):
+            prefix, length = match(pool, tokens, *adapter)
             return (next((p for p in pool._kept.values() if len(p.tokens) >= length), prefix), length)
 
         monkeypatch.setattr(PrefixPool, "match", wrong)

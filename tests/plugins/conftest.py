@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -195,3 +196,26 @@ def real_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Art
     save_model(model, hf.path, tokenizer)
     exported = run_stage(EXPORT_ONNX, tmp_path_factory.mktemp("onnx"), {"parity_prompts": 2, "threads": 1}, model=hf)
     return hf, exported.outputs["model"]
+
+
+@pytest.fixture(scope="session")
+def adapted_models(
+    real_models: tuple[Artifact, Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Path], Artifact]:
+    """Two adapters of `real_models` in peft's files, and the bundle of the model with both."""
+    from llmctl.testing import run_stage
+    from llmctl_export_onnx import EXPORT_ONNX
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "ort" / "models"))
+    import lora
+
+    hf, root = real_models[0], tmp_path_factory.mktemp("adapters")
+    directories = {
+        "polite": lora.write_adapter(root / "polite", hf.path, rank=4, seed=1, size=0.3),
+        "terse": lora.write_adapter(root / "terse", hf.path, ("q_proj", "v_proj", "down_proj"), 3, 2, 0.5),
+    }
+    ids = (f"sha256:{digit * 64}" for digit in "ab")
+    adapters = [Artifact(path, "model.adapter", id) for path, id in zip(directories.values(), ids, strict=True)]
+    params = {"parity_prompts": 2, "threads": 1}
+    done = run_stage(EXPORT_ONNX, tmp_path_factory.mktemp("adapted"), params, model=hf, adapters=adapters)
+    return directories, done.outputs["model"]

@@ -1,0 +1,215 @@
+"""LoRA adapters beside one graph: in memory at once, and bound to a call for the rows that want them.
+
+The graph is one of ONNX Runtime's multi-LoRA convention: a product `x W` that can be adapted has the further inputs
+`NAME.lora_A.weight (in, rank)` and `NAME.lora_B.weight (rank, out)` with empty defaults, and adds `x A B`. A file
+`adapters/NAME.onnx_adapter` of the bundle holds their values. ONNX Runtime itself applies an adapter to a whole call
+(`RunOptions.add_active_adapter`), and not to one with bound memory, as the engine's are.
+
+Here rows of one batch may have different adapters. Those that a call needs are put side by side, so that their ranks
+add up, and the graph's input `KIND.lora_mask (rows, 1, rank)` says which of the columns of `x A` are a row's own: the
+others are multiplied by 0, which changes no sum. A batch is one call, however many adapters its rows have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from llmctl.errors import InputError
+from llmctl.generator import unknown_adapter
+
+DIRECTORY, ENDING, INDEX = "adapters", ".onnx_adapter", "adapters.json"
+"""Where a bundle has its adapters, and what says where they come from."""
+DOWN, UP, MASK = ".lora_A.weight", ".lora_B.weight", ".lora_mask"
+COMBINATIONS = 8
+"""Sets of adapters that are kept side by side; another one is put together again, a copy of a few megabytes."""
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+_FLOATS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+
+
+def kind_of(site: str) -> str:
+    """What one product in every layer shares, its rank and its mask: that of `blocks.3.ffn.up` is `blocks.ffn.up`."""
+    return _NUMBER.sub("", site)
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """Some adapters side by side."""
+
+    values: Mapping[str, ort.OrtValue]
+    """By the graph's inputs."""
+    owners: Mapping[str, np.ndarray]
+    """By the masks' names: for each column the number of the adapter that it belongs to, `(rank,)`."""
+
+
+class Adapters:
+    """The adapters of one session. They are numbered from 1 on, in the order of `names`; 0 is the model as it is."""
+
+    def __init__(self, session: ort.InferenceSession, files: Mapping[str, Path], device: str = "cpu") -> None:
+        inputs = {value.name: value for value in session.get_overridable_initializers()}
+        self.names = tuple(files)
+        self._device = device
+        self._sites = sorted(name.removesuffix(DOWN) for name in inputs if name.endswith(DOWN))
+        self._dtypes: dict[str, np.dtype[Any]] = {
+            name: _FLOATS[value.type] for name, value in inputs.items() if value.type in _FLOATS
+        }
+        self._sizes = {site: (inputs[site + DOWN].shape[0], inputs[site + UP].shape[1]) for site in self._sites}
+        self._factors = [self._read(path) for path in files.values()]
+        self._ones = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ones((1, 1, 1), self._dtypes[name]))
+            for name in {kind_of(site) + MASK for site in self._sites}
+        }
+        self._combined: OrderedDict[tuple[int, ...], Combination] = OrderedDict()
+
+    def number(self, name: str | None) -> int:
+        """Of the adapter called `name`; UsageError if there is none."""
+        if name is None:
+            return 0
+        if name not in self.names:
+            raise unknown_adapter(name, self.names)
+        return self.names.index(name) + 1
+
+    def feeds(self, number: int) -> dict[str, np.ndarray]:
+        """The inputs of a call whose rows all have one adapter; none for 0."""
+        return dict(self._factors[number - 1]) if number else {}
+
+    def combination(self, numbers: Sequence[int]) -> Combination:
+        """The adapters with these numbers side by side; without any, the inputs are empty."""
+        key = tuple(numbers)
+        found = self._combined.get(key)
+        if found is None:
+            found = self._combined[key] = self._combine(key)
+            while len(self._combined) > COMBINATIONS:
+                self._combined.popitem(last=False)
+        self._combined.move_to_end(key)
+        return found
+
+    def masks(self, combination: Combination, rows: np.ndarray) -> dict[str, ort.OrtValue]:
+        """Which columns are those of the adapters `rows (B,)`, by the masks' names."""
+        if (rows == rows[0]).all():
+            return self._ones
+        found = {}
+        for name, owners in combination.owners.items():
+            own = (owners == rows[:, None, None]).astype(self._dtypes[name])
+            found[name] = ort.OrtValue.ortvalue_from_numpy(own)
+        return found
+
+    def _combine(self, numbers: tuple[int, ...]) -> Combination:
+        chosen = [self._factors[number - 1] for number in numbers]
+        values: dict[str, ort.OrtValue] = {}
+        owners: dict[str, np.ndarray] = {}
+        for site, (rows, columns) in self._sizes.items():
+            dtype = self._dtypes[site + DOWN]
+            downs = [one[site + DOWN] for one in chosen]
+            down = np.concatenate([np.zeros((rows, 0), dtype), *downs], axis=1)
+            up = np.concatenate([np.zeros((0, columns), dtype), *(one[site + UP] for one in chosen)], axis=0)
+            values[site + DOWN] = ort.OrtValue.ortvalue_from_numpy(down, self._device, 0)
+            values[site + UP] = ort.OrtValue.ortvalue_from_numpy(up, self._device, 0)
+            owners[kind_of(site) + MASK] = np.repeat(numbers, [one.shape[1] for one in downs]).astype(np.int64)
+        return Combination(values, owners)
+
+    def _read(self, path: Path) -> dict[str, np.ndarray]:
+        """The matrices of a file, by the graph's inputs; InputError unless they are this graph's."""
+        try:
+            stored = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+            found = {name: value.numpy() for name, value in sorted(stored.items())}
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}", hint="export it again") from error
+        for name, array in found.items():
+            problem = self._misfit(name, array, found)
+            if problem:
+                raise InputError(
+                    f"{path} does not fit the graph: {problem}", hint="export the model and its adapters together"
+                )
+        return self._padded(found)
+
+    def _padded(self, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """With one rank for all products of a kind, as they share a mask: zeros where an adapter has less."""
+        ranks: dict[str, int] = {}
+        for name, array in found.items():
+            if name.endswith(UP):
+                kind = kind_of(name.removesuffix(UP))
+                ranks[kind] = max(ranks.get(kind, 0), len(array))
+        padded = {}
+        for site, (rows, columns) in self._sizes.items():
+            rank, dtype = ranks.get(kind_of(site), 0), self._dtypes[site + DOWN]
+            down, up = np.zeros((rows, rank), dtype), np.zeros((rank, columns), dtype)
+            if site + UP in found:
+                own = len(found[site + UP])
+                down[:, :own], up[:own] = found[site + DOWN], found[site + UP]
+            padded[site + DOWN], padded[site + UP] = down, up
+        return padded
+
+    def _misfit(self, name: str, array: np.ndarray, others: Mapping[str, np.ndarray]) -> str:
+        site = name.removesuffix(DOWN) if name.endswith(DOWN) else name.removesuffix(UP)
+        if site not in self._sizes:
+            return f"it has no input `{name}`"
+        other = others.get(site + (UP if name.endswith(DOWN) else DOWN))
+        down, up = (array, other) if name.endswith(DOWN) else (other, array)
+        if down is None or up is None:
+            return f"only one of the two matrices of `{site}` is there"
+        rows, columns = self._sizes[site]
+        if down.ndim != 2 or up.ndim != 2 or down.shape != (rows, up.shape[0]) or up.shape[1] != columns:
+            return f"`{site}` is {list(down.shape)} x {list(up.shape)}, the graph's is [{rows}, r] x [r, {columns}]"
+        if array.dtype != self._dtypes[name]:
+            return f"`{name}` is {array.dtype}, the graph computes in {self._dtypes[name]}"
+        return ""
+
+
+class RowAdapters:
+    """Binds adapters to the calls of one owner of bindings, and does nothing where a binding has the right ones."""
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+        self._bound: dict[ort.IOBinding, tuple[bytes, Combination]] = {}
+        """What each binding has; the combination is held, as its memory is read when the binding runs."""
+
+    def bind(self, binding: ort.IOBinding, rows: np.ndarray) -> None:
+        """The rows of this binding's calls have the adapters `rows (B,)`, by their numbers."""
+        key, (before, bound) = rows.tobytes(), self._bound.get(binding, (b"", None))
+        if key == before:
+            return
+        numbers = sorted({*rows.tolist()} - {0})
+        combination = self._adapters.combination(numbers)
+        values = {**self._adapters.masks(combination, rows), **({} if combination is bound else combination.values)}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        self._bound[binding] = (key, combination)
+
+    def clear(self) -> None:
+        """Forget all bindings."""
+        self._bound.clear()
+
+
+def number_of(adapters: Adapters | None, name: str | None) -> int:
+    """The number of the adapter called `name`, 0 for None; UsageError if there is none, or no adapter at all."""
+    if adapters is not None:
+        return adapters.number(name)
+    if name is not None:
+        raise unknown_adapter(name, ())
+    return 0
+
+
+def open_adapters(session: ort.InferenceSession, directory: Path, device: str) -> Adapters | None:
+    """The adapters of the bundle in `directory`; None where it has none. InputError for one that does not fit."""
+    files = {path.name.removesuffix(ENDING): path for path in sorted((directory / DIRECTORY).glob(f"*{ENDING}"))}
+    return Adapters(session, files, device) if files else None
+
+
+def adapter_sources(directory: Path) -> dict[str, dict[str, Any]]:
+    """What the bundle says of its adapters, by name: `artifact`, the id that each was made from, and its `rank`."""
+    path = directory / DIRECTORY / INDEX
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) else {}
