@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from llmctl.errors import InputError
 from llmctl.ort.sessions import CUDA, provider
+from llmctl.ort.step_mask import StepMask
 
 Float = type[np.float32] | type[np.float16]
 _FLOATS: dict[str, Float] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -154,7 +155,9 @@ class InPlaceRows:
         self.cache = [_value(np.zeros(shape, layout.cache_dtype), layout.device) for _ in layout.past]
         self._tokens = np.zeros((batch, 1), np.int64)
         self._positions = np.zeros((batch, 1), np.int64)
-        self._mask = np.ones(batch * capacity, np.int64)
+        self._mask = StepMask(batch, capacity)
+        self._mask_shape = (0, 0)
+        """Of the mask that the steps' binding has."""
         self._logits = np.zeros((batch, 1, layout.vocab_size), layout.logits_dtype)
         self._step_values = {"input_ids": _value(self._tokens), "logits": _value(self._logits)}
         if layout.position_ids:
@@ -201,16 +204,17 @@ class InPlaceRows:
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32, valid until the next call."""
         self._tokens[:, 0] = tokens
-        self._positions[:, 0] = self.lengths
+        if self.layout.position_ids:
+            self._positions[:, 0] = self.lengths
         self.lengths += 1
-        longest = int(self.lengths[0]) if self.batch == 1 else self._mask_rows()
         if self.layout.attention_mask:
-            # The mask grows by one each step: the same buffer under a new shape.
-            self._binding.bind_input(
-                "attention_mask", "cpu", 0, np.int64, (self.batch, longest), self._mask.ctypes.data
-            )
+            shape = self._mask.write(self.lengths)
+            if shape != self._mask_shape:
+                self._binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, self._mask.address)
+                self._mask_shape = shape
         self.session.run_with_iobinding(self._binding)
-        return np.asarray(self._logits[:, 0], np.float32)
+        logits = self._logits[:, 0]
+        return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
     def hold(self, rows: Sequence[int]) -> None:
         """These rows do not grow in the next step: it overwrites their last token, as they are done."""
@@ -242,15 +246,9 @@ class InPlaceRows:
         self._binding.bind_ortvalue_input(self.layout.past[index], self.cache[index])
         self._binding.bind_ortvalue_output(self.layout.present[index], self.cache[index])
 
-    def _mask_rows(self) -> int:
-        """Write the mask of rows that differ in length, `(B, longest)`; returns the longest length."""
-        longest = int(self.lengths.max())
-        mask = self._mask[: self.batch * longest].reshape(self.batch, longest)
-        np.less(np.arange(longest), self.lengths[:, None], out=mask, casting="unsafe")
-        return longest
-
     def _bind_step(self) -> None:
         _bind(self._binding, self._step_values)
+        self._mask_shape = (0, 0)
 
     def _row_binding(self, row: int) -> ort.IOBinding:
         """Views of one row's slots in every cache tensor, bound by address."""

@@ -65,6 +65,8 @@ class AnswerState:
         """Tokens of the answer."""
         self.adjusts = bool(sampling.logit_bias or self.seen or self.said or constraint)
         """Whether logits are changed before a token is chosen, and tokens must be told to `accept`."""
+        self.plain = not self.adjusts and sampling.temperature == 0
+        """Whether the next token is the argmax of the logits, and that is all."""
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token."""

@@ -40,12 +40,16 @@ def choose(logits: np.ndarray, states: Sequence[AnswerState]) -> np.ndarray:
 
     The argmax at temperature 0, else a draw. What a row gets does not depend on the other rows. The states move on.
     """
+    tokens: np.ndarray
+    if all([one.plain for one in states]):
+        tokens = logits.argmax(axis=1)
+        return tokens
     drawn = [row for row, one in enumerate(states) if one.sampling.temperature > 0]
     adjusted = [row for row, one in enumerate(states) if one.adjusts]
     if adjusted:
         logits = logits.copy()
         adjust(logits, adjusted, [states[row] for row in adjusted])
-    tokens: np.ndarray = np.empty(len(states), np.int64)
+    tokens = np.empty(len(states), np.int64)
     if len(drawn) < len(states):
         tokens[:] = logits.argmax(axis=1)
     if drawn:
@@ -71,6 +75,8 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token of `logits (V,)`: the argmax at temperature 0, else a draw."""
+        if self.state.plain:
+            return int(logits.argmax())
         return int(choose(logits[None], [self.state])[0])
 
 

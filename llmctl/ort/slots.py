@@ -16,6 +16,7 @@ import onnxruntime as ort
 from llmctl.ort.adapters import Adapters, RowAdapters
 from llmctl.ort.cache import KEEP, Layout
 from llmctl.ort.cache_memory import CacheMemory, open_memory
+from llmctl.ort.step_mask import StepMask
 
 
 class Slots:
@@ -44,7 +45,9 @@ class Slots:
         self._rows = None if adapters is None else RowAdapters(adapters)
         self._ids = np.zeros((count, 1), np.int64)
         self._positions = np.zeros((count, 1), np.int64)
-        self._mask = np.zeros(count * capacity, np.int64)
+        self._mask = StepMask(count, capacity)
+        self._shapes: dict[int, tuple[int, int]] = {}
+        """Of the mask that each step's binding has."""
         self._ones = np.ones(capacity, np.int64)
         self._kept = np.zeros(1, np.int64)
         self._range = np.arange(max(count, capacity))
@@ -64,21 +67,20 @@ class Slots:
         binding = self._steps.get(count) or self._bind_step(count)
         lengths = self.lengths[:count]
         self._ids[:count, 0] = tokens
-        self.contents[self._range[:count], lengths] = self._ids[:count, 0]
-        self._positions[:count, 0] = lengths
+        self.contents[self._range[:count], lengths] = tokens
+        if self.layout.position_ids:
+            self._positions[:count, 0] = lengths
         lengths += 1
         if self.layout.attention_mask:
-            if count == 1:
-                longest, mask = int(lengths[0]), self._ones
-            else:
-                longest, mask = int(lengths.max()), self._mask
-                rows = mask[: count * longest].reshape(count, longest)
-                np.less(self._range[:longest], lengths[:, None], out=rows, casting="unsafe")
-            binding.bind_input("attention_mask", "cpu", 0, np.int64, (count, longest), mask.ctypes.data)
+            shape = self._mask.write(lengths)
+            if self._shapes.get(count) != shape:
+                binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, self._mask.address)
+                self._shapes[count] = shape
         if self._rows is not None:
             self._rows.bind(binding, self.adapters[:count])
         self.session.run_with_iobinding(binding)
-        return np.asarray(self._logits[:count, 0], np.float32)
+        logits = self._logits[:count, 0]
+        return logits if logits.dtype == np.float32 else logits.astype(np.float32)
 
     def feed(self, slot: int, tokens: np.ndarray, last: bool = False) -> np.ndarray:
         """Append `tokens (T,)` to one slot; logits `(T, V)` float32, equal whatever the other slots hold.
@@ -151,6 +153,7 @@ class Slots:
     def close(self) -> None:
         """Give the memory back."""
         self._steps.clear()
+        self._shapes.clear()
         self._feeds.clear()
         if self._rows is not None:
             self._rows.clear()

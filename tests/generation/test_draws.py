@@ -64,7 +64,7 @@ def test_the_prompt_is_run_once(engine: str, sampling: Sampling, model: Flat, mo
         monkeypatch.setattr(TorchRows, "_prefill", lambda self, prompts: (prefills.append(1), run(self, prompts))[1])
     else:
         feed = InPlaceRows.feed
-        monkeypatch.setattr(InPlaceRows, "feed", lambda self, *fed: (prefills.append(1), feed(self, *fed))[1])
+        monkeypatch.setattr(InPlaceRows, "feed", lambda *fed, **how: (prefills.append(1), feed(*fed, **how))[1])
     generator = model.open(engine)
     assert len(generator.candidates([5, 6, 7], sampling)) == 6
     assert len(prefills) == 1
