@@ -47,7 +47,7 @@ class Answers:
                 continue
             try:
                 tokens, scored = self._speculation.judge(lane, draft)
-            except Exception as error:  # of the session as in `OrtEngine.step`, or of a constraint as in `choose`
+            except Exception as error:  # of the session as in `OrtEngine.step`, or of a constraint as in `draw`
                 self._slots.lengths[lane.slot] = 0
                 self.fail(lane.task, error, events)
                 continue
@@ -55,9 +55,7 @@ class Answers:
 
     def choose(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
         """The next tokens of `lanes` from `logits (len(lanes), V)`."""
-        together = [
-            i for i, lane in enumerate(lanes) if lane.task.search is None and lane.task.request.constraint is None
-        ]
+        together = [i for i, lane in enumerate(lanes) if lane.task.search is None]
         if len(together) == len(lanes):
             self.draw(lanes, logits, events)
             return
@@ -65,22 +63,28 @@ class Answers:
             self.draw([lanes[i] for i in together], logits[together], events)
         at = {id(lane): i for i, lane in enumerate(lanes)}
         searched: set[int] = set()  # a search changes which lanes its beams are in
-        for i, lane in enumerate(lanes):
+        for lane in lanes:
             task = lane.task
-            if lane.done or task.ticket in searched:
+            if task.search is None or lane.done or task.ticket in searched:
                 continue
+            searched.add(task.ticket)
             try:
-                if task.search is not None:
-                    searched.add(task.ticket)
-                    self.search(task, logits[[at[id(beam)] for beam in task.beams]], events)
-                elif task.request.constraint is not None:
-                    self.draw([lane], logits[i : i + 1], events)
-            except Exception as error:  # a constraint is foreign code: what it raises is its own request's failure
+                self.search(task, logits[[at[id(beam)] for beam in task.beams]], events)
+            except Exception as error:  # as in `draw`
                 self.fail(task, error, events)
 
     def draw(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
-        """One token for each of `lanes`, which belong to no search, from `logits (len(lanes), V)`."""
-        chosen = choose(logits, [lane.state for lane in lanes]).tolist()
+        """One token for each of `lanes`, which belong to no search, from `logits (len(lanes), V)`.
+
+        A constraint is foreign code, and parameters are the client's: what they lead to is their own request's failure.
+        """
+        failed: dict[int, Exception] = {}
+        chosen = choose(logits, [lane.state for lane in lanes], failed).tolist()
+        if failed:
+            for row, error in failed.items():
+                self.fail(lanes[row].task, error, events)
+            going = [row for row, lane in enumerate(lanes) if not lane.done]
+            lanes, logits, chosen = [lanes[row] for row in going], logits[going], [chosen[row] for row in going]
         scored = score_lanes(lanes, logits, chosen)
         for i, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
             self._advance(lane, (token,), (scored[i],) if i in scored else (), events)

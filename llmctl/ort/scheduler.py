@@ -11,6 +11,7 @@ advances with everybody's step, one token at a time, so it delays the others as 
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -161,7 +162,7 @@ class OrtEngine:
         self._steps += 1
         self._decode(events)
         self._fork(events)
-        self._admit()
+        self._admit(events)
         self._read(events)
         return events
 
@@ -198,7 +199,7 @@ class OrtEngine:
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self, events: list[Event]) -> None:
         """Give free slots to whose turn it is. Who needs more than are free waits for them, and nobody overtakes."""
         while len(self._waiting):
             task = self._waiting.first()
@@ -206,6 +207,7 @@ class OrtEngine:
             if free < (len(task.lanes) if task.search is not None else 1):
                 return
             self._waiting.pop()
+            events.append(Event(task.ticket, admitted=time.perf_counter()))
             first, *others = [lane for lane in task.lanes if not lane.done]
             self._begin(task, first)
             if task.search is not None:
@@ -291,7 +293,7 @@ class OrtEngine:
                 self._allocation.place(lane, task.prompt)
                 try:
                     self._answers.draw([lane], task.logits, events)
-                except Exception as error:  # of a constraint, as in `Answers.choose`
+                except Exception as error:  # as in `_decode`
                     self._answers.fail(task, error, events)
             else:
                 if task in self._forking:

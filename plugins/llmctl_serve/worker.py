@@ -176,9 +176,6 @@ class Worker:
             for event in self._step():
                 self._deliver(event)
         self._stats = self._engine.stats()
-        if not self._stats.waiting:  # then the engine has begun with all of them
-            for running in self._running.values():
-                running.job.exchange.admitted()
         self._flush()
 
     def _wait(self) -> bool:
@@ -256,6 +253,9 @@ class Worker:
             if not isinstance(event.error, LlmctlError):
                 self._warn(f"generation failed: {type(event.error).__name__}: {event.error}")
             self._fail(job, event.error)
+            return
+        if event.admitted is not None:
+            job.exchange.admitted(at=event.admitted)
             return
         job.exchange.admitted(event.cached)
         speech, targets = running.speeches[event.choice], prompt.choices[event.choice]
