@@ -243,11 +243,32 @@ class _Timed:
             _cut(self._scope)
 
 
+class Heads:
+    """Answers HEAD as GET without the body (RFC 9110, 9.3.2): monitors ask like that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102  # ASGI
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}
+
+        async def bare(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        try:
+            await self._app(asked, receive, bare)
+        finally:
+            scope["route"] = asked.get("route")
+
+
 class Body:
     """Reads the whole body before the application sees the request: within `limit` bytes and `seconds`.
 
-    413 for what is larger, declared or streamed; 408 for what does not arrive. Every body here is JSON, which is
-    parsed as a whole anyway.
+    413 for what is larger, declared or streamed; 408 for what does not arrive; 415 for what is compressed. Every body
+    here is JSON, which is parsed as a whole anyway.
     """
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float = 0) -> None:
@@ -281,6 +302,8 @@ class Body:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        if header(scope, b"content-encoding").strip().lower() not in (b"", b"identity"):
+            raise _closing(415, "the body may not be compressed", "unsupported_media_type")
         too_large = _closing(413, f"the request body is larger than {self._limit} bytes", "body_too_large")
         declared = header(scope, b"content-length")
         if declared.isdigit() and int(declared) > self._limit:

@@ -219,11 +219,11 @@ class Worker:
             self._post(job, job.accept)
 
     def _submit(self, job: Job, prompt: Prompt) -> None:
-        ticket = self._engine.submit(prompt.request)
         speeches = [
             Speech(self._tokenizer, prompt.stop, prompt.stop_ids, prompt.request.logprobs is not None)
             for _ in prompt.choices
         ]
+        ticket = self._engine.submit(prompt.request)  # last, as a ticket that nobody knows would keep its slot
         self._running[ticket] = _Running(job, prompt, speeches, len(speeches))
 
     def _submit_later(self, one: bool = False) -> None:
