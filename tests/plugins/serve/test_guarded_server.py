@@ -138,6 +138,7 @@ def test_time_in_the_queue_is_apart_from_reading_the_prompt(scripted, byte_token
             time.sleep(0.05)
         for thread in asked:
             thread.join()
+        wait_until(lambda: len(log.read_text().splitlines()) == 3)  # a line comes after its answer
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         text = server.get("/metrics")[1]
     queued = [line["queue_ms"] for line in lines]
