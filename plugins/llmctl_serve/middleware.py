@@ -267,8 +267,8 @@ class Heads:
 class Body:
     """Reads the whole body before the application sees the request: within `limit` bytes and `seconds`.
 
-    413 for what is larger, declared or streamed; 408 for what does not arrive; 415 for what is compressed. Every body
-    here is JSON, which is parsed as a whole anyway.
+    413 for what is larger, declared or streamed; 408 for what does not arrive. Every body here is JSON, which is
+    parsed as a whole anyway.
     """
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float = 0) -> None:
@@ -302,8 +302,6 @@ class Body:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        if header(scope, b"content-encoding").strip().lower() not in (b"", b"identity"):
-            raise _closing(415, "the body may not be compressed", "unsupported_media_type")
         too_large = _closing(413, f"the request body is larger than {self._limit} bytes", "body_too_large")
         declared = header(scope, b"content-length")
         if declared.isdigit() and int(declared) > self._limit:
