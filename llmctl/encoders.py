@@ -11,8 +11,8 @@ from llmctl.errors import UsageError
 from llmctl.reader import Reader
 from llmctl.stage import Artifact
 from llmctl.text.dense import Encoder, WordEncoder
-from llmctl.text.pooling import normalises, pool, read_pooling
-from llmctl.text.tokenizer import Framed, Tokenizer
+from llmctl.text.pooling import normalises, pool, read_longest, read_pooling
+from llmctl.text.tokenizer import Tokenizer
 from llmctl.text.vectors import load
 
 ENCODERS = ("model.onnx", "model.hf", "embeddings")
@@ -53,12 +53,13 @@ class SentenceEncoder:
         self._tokenizer = Tokenizer.load(artifact.path)
         self._pooling = read_pooling(artifact.path)
         self._normalise = normalises(artifact.path)
+        self._most = min(read_longest(artifact.path) or reader.context_length, reader.context_length)
         self._lock = threading.Lock()  # a Reader is for one thread
         self.cut = 0
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """See `Encoder.embed`. Texts of like length are read together, which changes no vector."""
-        rows = [self._fitting(self._tokenizer.frame(text)) for text in texts]
+        rows = [self._fitting(text) for text in texts]
         vectors: dict[int, np.ndarray] = {}
         order = sorted((number for number, row in enumerate(rows) if row), key=lambda number: len(rows[number]))
         for begin in range(0, len(order), BATCH):
@@ -73,13 +74,8 @@ class SentenceEncoder:
             found[number] = vector
         return found
 
-    def _fitting(self, framed: Framed) -> list[int]:
-        """The ids, those before the closing tokens cut off where there are more than the model reads."""
-        ids, most = framed.ids, self._reader.context_length
-        if len(ids) <= most:
-            return ids
-        self.cut += 1
-        closing = 0
-        while closing < len(ids) and framed.parts[-1 - closing] is None:
-            closing += 1
-        return [*ids[: most - closing], *ids[len(ids) - closing :]]
+    def _fitting(self, text: str) -> list[int]:
+        """The ids, cut to what the model reads."""
+        framed = self._tokenizer.frame(text)
+        self.cut += len(framed.ids) > self._most
+        return framed.within(self._most).ids

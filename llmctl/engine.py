@@ -81,9 +81,12 @@ class Event:
     prompt_scores: tuple[TokenScores | None, ...] | None = None
     """Of the whole prompt, on the first event of choice 0 if asked for; its first token has none."""
     cached: int = 0
-    """On the first event: tokens of the prompt whose keys were there already."""
+    """On the first event of an answer: tokens of the prompt whose keys were there already."""
     finish_reason: FinishReason | None = None
     """On the last event of this choice."""
+    admitted: float | None = None
+    """When the request left the queue, in seconds of `time.perf_counter`; on an event that says nothing else and comes
+    once, before all others of the request."""
     error: BaseException | None = None
     """The request has failed; there are no further events of it."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -94,21 +95,24 @@ class OneByOne:
 
     def step(self) -> list[Event]:
         """One token of the running answer, or the beginning of the next request; see `Engine.step`."""
-        if self._running is None and not self._begin():
-            return []
+        told: list[Event] = []
+        if self._running is None:
+            if not self._begin():
+                return told
+            told.append(Event(self._ticket, admitted=time.perf_counter()))
         assert self._running is not None
         self._steps += 1
         try:
             events = next(self._running)
         except StopIteration:
             self._end()
-            return []
+            return told
         except Exception as error:  # whatever a model raises ends its request and no other
             ticket = self._ticket
             self._end()
-            return [Event(ticket, error=error)]
+            return [*told, Event(ticket, error=error)]
         self._generated += sum(len(event.tokens) for event in events)
-        return [event for event in events if event.choice in self._wanted[self._ticket]]
+        return told + [event for event in events if event.choice in self._wanted[self._ticket]]
 
     def _begin(self) -> bool:
         """Take the next request, of the client whose turn it is; False if none waits."""

@@ -12,7 +12,7 @@ from llmctl.errors import InputError, UsageError
 from llmctl.ort.bundle import Bundle, read_bundle
 from llmctl.ort.sampling import check_ids
 from llmctl.ort.sessions import open_session, provider
-from llmctl.text.pooling import Pooling, normalises, pool, read_pooling
+from llmctl.text.pooling import Pooling, normalises, pool, read_longest, read_pooling
 
 BATCH = 32
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
@@ -45,6 +45,9 @@ class OrtEncoder:
             )
         self.context_length = bundle.context_length
         self.directory = bundle.directory
+        longest = read_longest(bundle.directory)
+        self.longest = None if longest is None else min(longest, self.context_length)
+        """Tokens to which a text is to be cut, where the bundle says so (`max_seq_length`)."""
         self.labels = bundle.labels
         """Names of the classes, where the head has classes."""
         self.backend = f"onnxruntime {provider(session)}"

@@ -35,15 +35,63 @@ def check_ids(tokens: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def choose(logits: np.ndarray, states: Sequence[AnswerState]) -> np.ndarray:
+def choose(logits: np.ndarray, states: Sequence[AnswerState], failed: dict[int, Exception] | None = None) -> np.ndarray:
     """The next token of every answer, `(B,)` int64, from `logits (B, V)` float32, which stay as they are.
 
     The argmax at temperature 0, else a draw. What a row gets does not depend on the other rows. The states move on.
+    With `failed` an error of one row, of its constraint for instance, is noted there and concerns no other row; what
+    stands in the result for such a row means nothing.
     """
     tokens: np.ndarray
     if all([one.plain for one in states]):
         tokens = logits.argmax(axis=1)
         return tokens
+    uniform = np.zeros(len(states))
+    for row, one in enumerate(states):
+        try:
+            if one.sampling.temperature > 0:
+                uniform[row] = one.random.random()
+        except Exception as error:
+            _note(failed, row, error)
+    try:
+        tokens = _choose(logits, states, uniform)
+    except Exception:
+        if failed is None:
+            raise
+        tokens = _choose_one_by_one(logits, states, uniform, failed)
+    for row, one in enumerate(states):
+        if one.adjusts and not (failed and row in failed):
+            try:
+                one.accept(int(tokens[row]))
+            except Exception as error:
+                _note(failed, row, error)
+    return tokens
+
+
+def _note(failed: dict[int, Exception] | None, row: int, error: Exception) -> None:
+    """Raise where nobody wants to know of it otherwise."""
+    if failed is None:
+        raise error
+    failed[row] = error
+
+
+def _choose_one_by_one(
+    logits: np.ndarray, states: Sequence[AnswerState], uniform: np.ndarray, failed: dict[int, Exception]
+) -> np.ndarray:
+    """As `_choose`, after it has failed: which row it is, and the tokens of the others, with their numbers."""
+    tokens = np.full(len(states), -1, np.int64)
+    for row in range(len(states)):
+        if row not in failed:
+            one = slice(row, row + 1)
+            try:
+                tokens[row] = _choose(logits[one], states[one], uniform[one])[0]
+            except Exception as error:
+                failed[row] = error
+    return tokens
+
+
+def _choose(logits: np.ndarray, states: Sequence[AnswerState], uniform: np.ndarray) -> np.ndarray:
+    """The tokens, where `uniform (B,)` holds each row's random number; the states stay as they are."""
     drawn = [row for row, one in enumerate(states) if one.sampling.temperature > 0]
     adjusted = [row for row, one in enumerate(states) if one.adjusts]
     if adjusted:
@@ -53,11 +101,8 @@ def choose(logits: np.ndarray, states: Sequence[AnswerState]) -> np.ndarray:
     if len(drawn) < len(states):
         tokens[:] = logits.argmax(axis=1)
     if drawn:
-        uniform = np.array([states[row].random.random() for row in drawn])
         some = logits if len(drawn) == len(states) else logits[drawn]
-        tokens[drawn] = _draw(some, [states[row].sampling for row in drawn], uniform)
-    for row in adjusted:
-        states[row].accept(int(tokens[row]))
+        tokens[drawn] = _draw(some, [states[row].sampling for row in drawn], uniform[drawn])
     return tokens
 
 

@@ -11,22 +11,24 @@ advances with everybody's step, one token at a time, so it delays the others as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmctl.beams import BeamSearch
-from llmctl.engine import EngineOptions, EngineStats, Event, FinishReason, QueueFullError, Request, TokenScores
+from llmctl.engine import EngineOptions, EngineStats, Event, QueueFullError, Request
 from llmctl.errors import UsageError
 from llmctl.generator import check_prompt
 from llmctl.ort.adapters import number_of
 from llmctl.ort.allocation import Allocation
-from llmctl.ort.beam_rows import advance, found_answers, score_answer
+from llmctl.ort.answers import Answers
 from llmctl.ort.cache_memory import token_bytes
+from llmctl.ort.options import slot_length
 from llmctl.ort.prefixes import PrefixPool
-from llmctl.ort.sampling import check_ids, choose, scores, state
+from llmctl.ort.sampling import check_ids, state
+from llmctl.ort.scoring import score_prompt
 from llmctl.ort.slots import Slots
 from llmctl.ort.speculation import open_speculation
 from llmctl.ort.tasks import Lane, Task
@@ -41,7 +43,7 @@ class OrtEngine:
 
     def __init__(self, generator: OrtGenerator, options: EngineOptions) -> None:
         self.options = options
-        self.context_length = _context(generator.context_length, options)
+        self.context_length = slot_length(generator.context_length, options)
         self.vocab_size, self.eos_ids = generator.vocab_size, generator.eos_ids
         self.backend = generator.backend
         self._adapters = generator.adapters
@@ -58,6 +60,9 @@ class OrtEngine:
         if self._speculation is not None:
             self.memory_bytes += self._speculation.drafter.memory_bytes
         self._allocation = Allocation(self._slots, self._pool, remembers=options.prefix_cache)
+        self._answers = Answers(
+            self._slots, self._allocation, self._speculation, self.eos_ids, options.prefill_tokens, self._forget
+        )
         self._waiting: FairQueue[Task] = FairQueue()
         self._tasks: dict[int, Task] = {}
         self._reading: list[Task] = []
@@ -67,7 +72,7 @@ class OrtEngine:
         self._closed = False
         self._next_ticket = 0
         self._counts = EngineStats(slots=options.slots, cache_capacity=options.slots * self.context_length + size)
-        self._steps = self._prompt_tokens = self._generated = self._cached = 0
+        self._steps = self._prompt_tokens = self._cached = 0
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -110,9 +115,9 @@ class OrtEngine:
         if task.search is None:
             for lane in task.lanes:
                 if lane.choice in task.cancelled and not lane.done:
-                    self._end(lane)
+                    self._answers.end(lane)
         elif len(task.cancelled) >= task.request.sampling.n:
-            self._end_all(task)
+            self._answers.end_all(task)
         if task.ticket in self._tasks and task.reading is not None and task.reading.done:
             self._read_on(task)
 
@@ -129,7 +134,7 @@ class OrtEngine:
             running=self._allocation.running,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
-            generated_tokens=self._generated,
+            generated_tokens=self._answers.generated,
             cached_tokens=self._cached,
             cache_used=int(self._slots.lengths.sum()) + self._pool.used,
             evictions=self._allocation.evictions + self._pool.evictions,
@@ -157,7 +162,7 @@ class OrtEngine:
         self._steps += 1
         self._decode(events)
         self._fork(events)
-        self._admit()
+        self._admit(events)
         self._read(events)
         return events
 
@@ -174,127 +179,12 @@ class OrtEngine:
         except Exception as error:  # onnxruntime's share no base; whoever runs must hear of it, and the engine goes on
             self._slots.lengths[: len(lanes)] = 0  # whether keys and values were written nobody knows
             for task in {id(lane.task): lane.task for lane in lanes}.values():
-                self._fail(task, error, events)
+                self._answers.fail(task, error, events)
             return
         if drafts is None:
-            self._choose(lanes, logits, events)
+            self._answers.choose(lanes, logits, events)
         else:
-            self._judge(lanes, drafts, events)
-
-    def _judge(self, lanes: Sequence[Lane], drafts: Sequence[Sequence[int]], events: list[Event]) -> None:
-        """The next tokens of each lane: as much of its draft as is right, and one more."""
-        assert self._speculation is not None
-        for lane, draft in zip(lanes, drafts, strict=True):
-            if lane.done:  # another answer of the request has failed, and the request with it
-                continue
-            try:
-                tokens, scored = self._speculation.judge(lane, draft)
-            except Exception as error:  # of the session as in `_decode`, or of a constraint as in `_choose`
-                self._slots.lengths[lane.slot] = 0
-                self._fail(lane.task, error, events)
-                continue
-            self._advance(lane, tokens, scored, events)
-
-    def _choose(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
-        """The next tokens of `lanes` from `logits (len(lanes), V)`."""
-        together = [
-            i for i, lane in enumerate(lanes) if lane.task.search is None and lane.task.request.constraint is None
-        ]
-        if len(together) == len(lanes):
-            self._draw(lanes, logits, events)
-            return
-        if together:
-            self._draw([lanes[i] for i in together], logits[together], events)
-        at = {id(lane): i for i, lane in enumerate(lanes)}
-        searched: set[int] = set()  # a search changes which lanes its beams are in
-        for i, lane in enumerate(lanes):
-            task = lane.task
-            if lane.done or task.ticket in searched:
-                continue
-            try:
-                if task.search is not None:
-                    searched.add(task.ticket)
-                    self._search(task, logits[[at[id(beam)] for beam in task.beams]], events)
-                elif task.request.constraint is not None:
-                    self._draw([lane], logits[i : i + 1], events)
-            except Exception as error:  # a constraint is foreign code: what it raises is its own request's failure
-                self._fail(task, error, events)
-
-    def _draw(self, lanes: Sequence[Lane], logits: np.ndarray, events: list[Event]) -> None:
-        chosen = choose(logits, [lane.state for lane in lanes]).tolist()
-        scored = self._scores(lanes, logits, chosen)
-        for i, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
-            self._advance(lane, (token,), (scored[i],) if i in scored else (), events)
-
-    def _scores(self, lanes: Sequence[Lane], logits: np.ndarray, chosen: Sequence[int]) -> dict[int, TokenScores]:
-        """Those of the lanes whose request asks for them, by place."""
-        by_count: dict[int, list[int]] = {}
-        for i, lane in enumerate(lanes):
-            if lane.task.request.logprobs is not None:
-                by_count.setdefault(lane.task.request.logprobs, []).append(i)
-        found: dict[int, TokenScores] = {}
-        for count, places in by_count.items():
-            found.update(zip(places, scores(logits[places], [chosen[i] for i in places], count), strict=True))
-        return found
-
-    def _advance(self, lane: Lane, tokens: Sequence[int], scored: Sequence[TokenScores], events: list[Event]) -> None:
-        """An answer goes on with `tokens`, up to its end; the last of them is fed by the next step."""
-        reason: FinishReason | None = None
-        kept = 0
-        for token in tokens:
-            if token in self.eos_ids:
-                reason = "stop"
-                break
-            kept += 1
-            if lane.said + kept == lane.task.limit:
-                reason = "length"
-                break
-        lane.said += kept
-        if self._speculation is not None:
-            lane.answer += tokens[:kept]
-        self._generated += kept
-        if reason is None:
-            if lane.token is None:
-                self._allocation.changed()
-            lane.token = tokens[-1]
-        shown = tuple(scored[: kept + (reason == "stop")])  # an end has a score too
-        events.append(self._event(lane.task, lane.choice, tuple(tokens[:kept]), shown, reason))
-        if reason is not None:
-            self._end(lane)
-
-    def _event(
-        self,
-        task: Task,
-        choice: int,
-        tokens: tuple[int, ...],
-        scored: tuple[TokenScores, ...],
-        reason: FinishReason | None,
-    ) -> Event:
-        event = Event(task.ticket, choice, tokens, scored, finish_reason=reason)
-        if choice == 0 and task.prompt_scores:
-            event = replace(event, prompt_scores=tuple(task.prompt_scores))
-            task.prompt_scores = []
-        if not task.told:
-            event, task.told = replace(event, cached=task.cached), True
-        return event
-
-    # -- slots ---------------------------------------------------------------------------------------------------------
-
-    def _end(self, lane: Lane) -> None:
-        """A lane has ended; what its slot holds stays, for prompts that begin alike."""
-        lane.done, lane.token = True, None
-        task = lane.task
-        if self._speculation is not None:
-            self._speculation.forget(lane)
-        if lane.slot >= 0:
-            self._allocation.release(lane)
-        if all(other.done for other in task.lanes):
-            self._forget(task)
-
-    def _end_all(self, task: Task) -> None:
-        for lane in task.lanes:
-            if not lane.done:
-                self._end(lane)
+            self._answers.judge(lanes, drafts, events)
 
     def _forget(self, task: Task) -> None:
         """The request has ended."""
@@ -307,32 +197,9 @@ class OrtEngine:
         elif all(lane.slot < 0 for lane in task.lanes):
             self._waiting.remove(task.request.client, task)
 
-    def _search(self, task: Task, logits: np.ndarray, events: list[Event]) -> None:
-        """Advance the beams of a request; when the search ends, all answers come at once."""
-        if advance(task, logits, self._slots):
-            self._allocation.changed()
-            return
-        for choice, answer in enumerate(found_answers(task)):
-            if choice in task.cancelled:
-                continue
-            if answer is None:
-                events.append(self._event(task, choice, (), (), "stop"))  # fewer answers exist
-                continue
-            self._generated += len(answer.ids)
-            ends = self.eos_ids if answer.ended else frozenset[int]()
-            scored = score_answer(task, answer.ids, ends, self._slots, self.options.prefill_tokens)
-            reason: FinishReason = "stop" if answer.ended else "length"
-            events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
-        self._end_all(task)
-
-    def _fail(self, task: Task, error: Exception, events: list[Event]) -> None:
-        if task.ticket in self._tasks:
-            events.append(Event(task.ticket, error=error))
-            self._end_all(task)
-
     # -- prompts -------------------------------------------------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self, events: list[Event]) -> None:
         """Give free slots to whose turn it is. Who needs more than are free waits for them, and nobody overtakes."""
         while len(self._waiting):
             task = self._waiting.first()
@@ -340,6 +207,7 @@ class OrtEngine:
             if free < (len(task.lanes) if task.search is not None else 1):
                 return
             self._waiting.pop()
+            events.append(Event(task.ticket, admitted=time.perf_counter()))
             first, *others = [lane for lane in task.lanes if not lane.done]
             self._begin(task, first)
             if task.search is not None:
@@ -387,35 +255,26 @@ class OrtEngine:
             task.fed += len(chunk)
             self._prompt_tokens += len(chunk)
             if task.scored_prompt:
-                self._score_prompt(task, start, logits)
+                score_prompt(task, start, logits)
             if not task.left:
                 self._reading.remove(task)
                 task.reading = None
                 self._start(task, lane, logits[-1:], events)
         except Exception as error:  # as in `_decode`
-            self._fail(task, error, events)
+            self._answers.fail(task, error, events)
         return len(chunk)
-
-    def _score_prompt(self, task: Task, start: int, logits: np.ndarray) -> None:
-        """Of the tokens that follow those at `start` and behind, which gave `logits (T, V)`."""
-        following = task.prompt[start + 1 : start + 1 + len(logits)].tolist()
-        count = task.request.prompt_logprobs or 0
-        if not start:
-            task.prompt_scores.append(None)
-        if following and len(task.prompt_scores) <= start + 1:
-            task.prompt_scores += scores(logits[: len(following)], following, count)
 
     def _start(self, task: Task, lane: Lane, logits: np.ndarray, events: list[Event]) -> None:
         """The prompt has been read into the lane's slot: choose the first token from `logits (1, V)`."""
         if task.search is not None:
             lane.shares = True
             task.beams = [lane]
-            self._search(task, logits, events)
+            self._answers.search(task, logits, events)
             return
         if len(task.pending):
             task.logits = logits.copy()
             self._forking.append(task)
-        self._draw([lane], logits, events)
+        self._answers.draw([lane], logits, events)
         if task.logits is not None:
             self._fork(events)
 
@@ -433,29 +292,10 @@ class OrtEngine:
                     break
                 self._allocation.place(lane, task.prompt)
                 try:
-                    self._draw([lane], task.logits, events)
-                except Exception as error:  # of a constraint, as in `_choose`
-                    self._fail(task, error, events)
+                    self._answers.draw([lane], task.logits, events)
+                except Exception as error:  # as in `_decode`
+                    self._answers.fail(task, error, events)
             else:
                 if task in self._forking:
                     self._forking.remove(task)
                     task.logits = None
-
-
-def _context(most: int, options: EngineOptions) -> int:
-    """Tokens of one slot; UsageError for options that make no sense."""
-    for ok, text in (
-        (options.slots >= 1, f"slots must be at least 1, got {options.slots}"),
-        (options.max_queue >= 0, f"max_queue must not be negative, got {options.max_queue}"),
-        (options.prefill_tokens >= 1, f"prefill_tokens must be at least 1, got {options.prefill_tokens}"),
-        (options.context >= 0, f"context must not be negative, got {options.context}"),
-        (options.context <= most, f"context is {options.context}, the model's is {most}"),
-        (
-            options.speculation in ("none", "prompt-lookup", "draft"),
-            f"speculation {options.speculation!r} is not known",
-        ),
-        (options.draft_tokens >= 1, f"draft_tokens must be at least 1, got {options.draft_tokens}"),
-    ):
-        if not ok:
-            raise UsageError(text, hint="see the options of `serve`: slots, max_queue, prefill_tokens, context, draft")
-    return options.context or most

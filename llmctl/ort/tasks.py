@@ -61,6 +61,11 @@ class Task:
     """The number of the request's adapter; 0: the model as it is."""
 
     @property
+    def ended(self) -> bool:
+        """Whether every lane has."""
+        return all(lane.done for lane in self.lanes)
+
+    @property
     def pending(self) -> list[Lane]:
         """Draws that have no slot yet."""
         return [lane for lane in self.lanes if not lane.done and lane.slot < 0]

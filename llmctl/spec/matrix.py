@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import inf, isfinite, prod
 from urllib.parse import quote
 
 from llmctl.spec.diagnostics import Mark, Report, suggest
@@ -39,6 +39,21 @@ class Family:
 
     root: str
     rows: tuple[Row, ...]
+
+
+def row_order(id: str) -> tuple[tuple[str, float, str], ...]:
+    """What rows are ordered by: their values in turn, numbers as numbers and before texts; 2 comes before 10."""
+    pairs = (pair.partition("=") for pair in id.split(","))
+    return tuple((key, _number(text), text) for key, _, text in pairs)
+
+
+def _number(text: str) -> float:
+    """Infinity for what is no finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return inf
+    return value if isfinite(value) else inf
 
 
 def families(stages: Mapping[str, Map], report: Report) -> dict[str, Family]:

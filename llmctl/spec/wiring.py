@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llmctl.spec.diagnostics import Mark, Report, did_you_mean, suggest
 from llmctl.spec.draft import Draft
+from llmctl.spec.matrix import row_order
 from llmctl.spec.nodes import Map, Node, Scalar, maps, texts
 from llmctl.spec.references import NotAReference, parse_reference
 from llmctl.spec.resolved import Gate, Ref, Source, SourceRef, StageRef
@@ -69,7 +70,7 @@ class Wiring:
         return order
 
     def instances(self, draft: Draft, name: str, *, every: bool = False) -> list[Draft]:
-        """What `name` means in `draft`: `sft`, `sft[lr=3e-5]` or `sft[*]`, which is ordered by instance id.
+        """What `name` means in `draft`: `sft`, `sft[lr=3e-5]` or `sft[*]`, whose order is `row_order`.
 
         In a stage that follows the same matrix a bare name means the same row; elsewhere it means all rows with
         `every`, and is a mistake without. Raises NotAReference.
@@ -82,7 +83,7 @@ class Wiring:
                 "E122", f"no stage `{base}`", did_you_mean(base, known) or suggest(base, known, "stages")
             )
         if row == "*]":
-            return sorted(rows, key=lambda other: other.id)
+            return sorted(rows, key=lambda other: row_order(other.row.id if other.row else ""))
         if bracket:
             return [self._instance(name, rows)]
         if len(rows) == 1 and rows[0].row is None:

@@ -80,6 +80,35 @@ def normalises(directory: Path) -> bool:
     return not (directory / MODULES).is_file() or "Normalize" in _modules(directory)
 
 
+def read_longest(directory: Path) -> int | None:
+    """Most tokens, special ones included, that are read of a text, as sentence-transformers cuts it.
+
+    `max_seq_length`, or else the `model_max_length` of the tokenizer of a sentence encoder; None where the directory
+    says neither, so that the model's context is all there is. InputError for what is no number of tokens.
+    """
+    path, key = directory / LENGTHS, "max_seq_length"
+    said = _entry(path, key)
+    if said is None and (path.is_file() or says_pooling(directory)):
+        path, key = directory / "tokenizer_config.json", "model_max_length"
+        said = _entry(path, key)
+        if isinstance(said, int | float) and said >= 1e9:  # transformers writes 1e30 for no limit
+            return None
+    if said is None:
+        return None
+    if isinstance(said, bool) or not isinstance(said, int) or said < 1:
+        raise InputError(f"{path} has the {key} {said!r}", hint="it is a number of tokens, or null for the context")
+    return said
+
+
+def _entry(path: Path, key: str) -> Any:
+    if not path.is_file():
+        return None
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object", hint="take the whole directory again")
+    return config.get(key)
+
+
 def pool(states: np.ndarray, lengths: Sequence[int], pooling: Pooling, normalise: bool) -> np.ndarray:
     """`states (B, T, D)` of rows with `lengths` real tokens to `(B, D)`: their mean, or the first token's."""
     if pooling == "cls":

@@ -58,6 +58,16 @@ class Framed:
     spans: list[tuple[int, int]]
     """The characters of its text that a token stands for, white space at both ends left out."""
 
+    def within(self, most: int) -> Framed:
+        """The same with at most so many tokens: what is too much is taken off before the closing special tokens."""
+        if len(self.ids) <= most:
+            return self
+        closing = 0
+        while closing < most and self.parts[-1 - closing] is None:
+            closing += 1
+        kept = [*range(most - closing), *range(len(self.ids) - closing, len(self.ids))]
+        return Framed(*([row[at] for at in kept] for row in (self.ids, self.segments, self.parts, self.spans)))
+
 
 class Tokenizer:
     """A tokenizer directory as transformers writes it (`tokenizer.json` is required). Thread-safe, free of torch."""

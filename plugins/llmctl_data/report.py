@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmctl import Context
+from llmctl.text.cleaning.groups import UNKNOWN
 from llmctl_data import card, shards
 from llmctl_data.params import DataParams
 
@@ -128,7 +130,7 @@ def shown_bytes(size: int) -> str:
 
 
 def tell_groups(ctx: Context, result: shards.Result) -> None:
-    """How uneven sources, languages and classes are, and what steps made of it."""
+    """How uneven sources, languages and classes are, the licenses, and what steps made of it."""
     for group, units in result.kept.audit()["imbalance"].items():
         told = units["bytes"]
         if told["groups"] > 1:
@@ -136,9 +138,24 @@ def tell_groups(ctx: Context, result: shards.Result) -> None:
                 f"{told['groups']} groups by {group}: effectively {told['effective']:.2f}, the largest "
                 f"{told['largest']:.1%} of the bytes, {told['ratio']:,.1f} times the smallest"
             )
+    licenses = {name: documents for name, (documents, _) in result.kept.groups["license"].items()}
+    if licenses.keys() - {UNKNOWN}:
+        ctx.log(f"licenses of what is kept: {counted(licenses)}")
     for step in result.steps:
+        came = {key.removeprefix("license:"): n for key, n in step["found"].items() if key.startswith("license:")}
+        if came:
+            ctx.log(f"{step['name']}: licenses of the files that came: {counted(came)}")
         if (facts := step.get("facts")) and step["name"] in TOLD:
             TOLD[step["name"]](ctx, facts, step["found"])
+
+
+def counted(numbers: Mapping[str, int]) -> str:
+    """How many there are of each, the most frequent ones by name."""
+    ranked = sorted(numbers.items(), key=lambda pair: (-pair[1], pair[0]))
+    parts = [f"{number:,} {name}" for name, number in ranked[:NAMED]]
+    if rest := ranked[NAMED:]:
+        parts.append(f"{sum(number for _, number in rest):,} of {len(rest):,} others")
+    return ", ".join(parts)
 
 
 def tell_balance(ctx: Context, facts: dict[str, Any], found: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ EMBED = Stage(
     params="llmctl_embed.params:EmbedParams",
     run="llmctl_embed.run:run",
     extra="train",
-    rev=2,  # vectors of words say how their text was split; shuffled counts are on other pairs
+    rev=3,  # a sentence encoder reads as much as its max_seq_length says
     headline=("vectors", "loss"),
 )
 PROBE = Stage(

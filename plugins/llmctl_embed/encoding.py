@@ -11,7 +11,7 @@ import numpy as np
 from llmctl import Artifact, Context, InputError
 from llmctl.encoders import open_states
 from llmctl.reader import Reader
-from llmctl.text.pooling import normalises, read_pooling
+from llmctl.text.pooling import normalises, read_longest, read_pooling
 from llmctl.text.tokenizer import Framed, Tokenizer
 from llmctl.text.vectors import WORD, Vectors
 from llmctl_embed.params import EmbedParams
@@ -23,24 +23,31 @@ SHOWN = 200
 
 
 def encode(ctx: Context, params: EmbedParams, texts: Iterable[tuple[str, str]], model: Artifact) -> Vectors:
-    """The vectors of all texts that fit the model, in their order; what was left out is reported."""
+    """The vectors of all texts that fit the model, in their order; what was left out is reported.
+
+    Of a text of a sentence encoder whose directory says how much it reads, the rest is cut off, as
+    sentence-transformers does; a word is looked for in the whole context.
+    """
     tokenizer = Tokenizer.load(model.path)
     reader = open_states(model, params.device, params.threads)
     pooling = read_pooling(model.path) if params.pooling == "auto" else params.pooling
     normalise = normalises(model.path) if params.normalise is None else params.normalise
+    most = None if params.word else read_longest(model.path)
     rows: list[dict[str, Any]] = []
     vectors: list[np.ndarray] = []
-    left_out = {"too_long": 0, "without_word": 0}
+    counts = {"too_long": 0, "cut": 0, "without_word": 0}
     incoming = iter(texts)
     while part := list(islice(incoming, READ)):
         framed = [(name, text, tokenizer.frame(text)) for name, text in part]
         wanted = []
-        for name, text, frame in framed:
+        for name, text, whole in framed:
+            frame = whole if most is None else whole.within(min(most, reader.context_length))
+            counts["cut"] += frame is not whole
             places = _places(frame, text, params.word, params.lowercase)
             if not 1 <= len(frame.ids) <= reader.context_length:
-                left_out["too_long"] += 1
+                counts["too_long"] += 1
             elif params.word and not places:
-                left_out["without_word"] += 1
+                counts["without_word"] += 1
             else:
                 wanted.append((name, text, frame, places))
         for number, vector in _read(reader, [(frame, places) for *_, frame, places in wanted], pooling):
@@ -49,9 +56,9 @@ def encode(ctx: Context, params: EmbedParams, texts: Iterable[tuple[str, str]], 
         ctx.progress(len(rows))
         if ctx.should_stop():
             raise ctx.stopped(len(rows))
-    ctx.report(left_out)
+    ctx.report(counts)
     if not rows:
-        why = f"holds the word {params.word!r}" if params.word and left_out["without_word"] else "fits the model"
+        why = f"holds the word {params.word!r}" if params.word and counts["without_word"] else "fits the model"
         raise InputError(f"no text {why}", hint=f"the model reads up to {reader.context_length} tokens")
     info = {"method": "encode", "pooling": pooling, "normalised": normalise, "word": params.word}
     return Vectors([row["id"] for row in rows], np.stack(vectors).astype(np.float32), info, rows)

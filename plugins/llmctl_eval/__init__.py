@@ -18,7 +18,7 @@ EVAL = Stage(
     params="llmctl_eval.params:EvalParams",
     run="llmctl_eval.run:run",
     extra="eval",
-    rev=2,  # ROUGE-L of seq2seq
+    rev=3,  # a sentence encoder reads as much as its max_seq_length says
     headline=(
         "exact_match.value",
         "ranking.value",

@@ -10,7 +10,7 @@ import numpy as np
 from llmctl import InputError
 from llmctl.generator import Sampling
 from llmctl.text.inputs import Asked, best_answer, frame_question, frame_text, frame_words
-from llmctl.text.pooling import read_pooling
+from llmctl.text.pooling import read_longest, read_pooling
 from llmctl.text.tokenizer import Framed
 from llmctl_eval.matching import NORMALISE, matches
 from llmctl_eval.params import EvalParams, LabelledTask
@@ -159,6 +159,8 @@ def embed(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> Iterator
     pooling = read_pooling(subject.artifact.path)
     texts = [row[name] for row in rows for name in ("text", "positive")]
     framed = [subject.tokenizer.frame(text) for text in texts]
+    if most := read_longest(subject.artifact.path):
+        framed = [one.within(min(most, subject.reader.context_length)) for one in framed]
     said = read(subject, framed)
     for number, row in enumerate(rows):
         sample = _sample("embedding", row, row["text"], row["positive"])

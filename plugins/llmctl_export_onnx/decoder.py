@@ -119,7 +119,7 @@ def keep_last(traced: ir.Model) -> None:
         for name, value in (("end", np.iinfo(np.int64).max), ("axis", 1))
     }
     rest = ir.node("Slice", [hidden, start.outputs[0], ends["end"], ends["axis"]])
-    rest.outputs[0].dtype = hidden.dtype
+    rest.outputs[0].type = hidden.type
     graph.inputs.append(count)
     for value in (count, *ends.values()):
         graph.register_initializer(value)

@@ -119,6 +119,8 @@ def _add_errors(app: FastAPI, warn: Warn) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
+        if _compressed(request):
+            return COMPRESSED.response()
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if request.method in ("POST", "PUT", "PATCH") and kind != "application/json":
             message = "the body must be JSON, sent with `Content-Type: application/json`"
@@ -126,13 +128,24 @@ def _add_errors(app: FastAPI, warn: Warn) -> None:
         return from_validation(error.errors()).response()
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400 and _compressed(request):  # bytes that are no text are no JSON either
+            return COMPRESSED.response()
         return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         warn(f"{request.method} {request.url.path} failed: {type(error).__name__}: {error}")
         return ApiError(500, "the server failed on this request; its log says why").response()
+
+
+COMPRESSED = ApiError(415, "the body may not be compressed", code="unsupported_media_type")
+
+
+def _compressed(request: Request) -> bool:
+    """Whether a body that could not be read is said to be compressed."""
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    return request.method == "POST" and coding not in ("", "identity")
 
 
 def to_api(error: LlmctlError) -> ApiError:

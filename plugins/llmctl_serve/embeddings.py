@@ -58,7 +58,8 @@ def embedding_routes(models: Models) -> APIRouter:
 
     @router.post("/v1/embeddings", response_model=EmbeddingList, responses=errors(400, 404, 413, 415, 429, 503))
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-        """Turn texts into vectors. Texts longer than the model's context are refused."""
+        """Turn texts into vectors. A text is cut where the model's `max_seq_length` says so; else, and of token ids,
+        more than the context is refused."""
         model = models.use(body.model)
         try:
             ids = await asyncio.to_thread(_ids, model, body)
@@ -90,7 +91,11 @@ def _ids(model: Served, body: EmbeddingRequest) -> list[list[int]]:
         raise ApiError(400, message, param="model")
     rows = []
     for at, row in enumerate(body.rows):
-        ids = service.tokenizer.frame(row).ids if isinstance(row, str) else service.checked(row, "input")
+        if isinstance(row, str):
+            framed = service.tokenizer.frame(row)
+            ids = framed.ids if encoder.longest is None else framed.within(encoder.longest).ids
+        else:
+            ids = service.checked(row, "input")
         if len(ids) > encoder.context_length:
             message = f"input {at} has {len(ids)} tokens, the model's context is {encoder.context_length}"
             raise ApiError(400, message, param="input", code="context_length_exceeded")

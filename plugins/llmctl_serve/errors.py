@@ -73,6 +73,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     param = ".".join(place)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    if first["type"] == "missing" and not param:
+        return ApiError(400, "the request has no body; send a JSON object")
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field `{param}`", param=param)

@@ -101,11 +101,14 @@ class Exchange:
             self.on_asked(self)
         self.asked_at = time.perf_counter()
 
-    def admitted(self, cached: int = 0) -> None:
-        """It left the queue; `cached` tokens of the prompt need not be read again. Later calls only add tokens."""
+    def admitted(self, cached: int = 0, at: float | None = None) -> None:
+        """It left the queue, now or `at` that time; `cached` tokens of the prompt need not be read again.
+
+        Later calls only add tokens.
+        """
         self.cached += cached
         if self.admitted_at is None:
-            self.admitted_at = time.perf_counter()
+            self.admitted_at = time.perf_counter() if at is None else at
 
     def emitted(self, tokens: int, choice: int = 0) -> None:
         """New tokens of one answer."""
@@ -148,6 +151,11 @@ class Exchange:
     def masking_seconds(self) -> float | None:
         """What following the form of the answers took."""
         return None if self.masking is None else self.masking.seconds
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From admission to the first token."""
+        return None if self.admitted_at is None or self.first_at is None else self.first_at - self.admitted_at
 
     @property
     def first_token_seconds(self) -> float | None:

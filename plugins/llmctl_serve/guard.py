@@ -15,7 +15,7 @@ from llmctl_serve.admission import Admissions, Origins
 from llmctl_serve.files import LineLog
 from llmctl_serve.keys import Keys
 from llmctl_serve.metrics import ServerMetrics
-from llmctl_serve.middleware import Body, Deadlines, Observed
+from llmctl_serve.middleware import Body, Deadlines, Heads, Observed
 from llmctl_serve.protocol import limited_protocol
 from llmctl_serve.quotas import Quotas
 from llmctl_serve.rate_limits import RateLimiter
@@ -60,6 +60,7 @@ class Guard:
         """Put the middleware around an application. The last one added is the first to see a request."""
         params = self.params
         admin = (*ADMIN, "/metrics") if params.protect_metrics else ADMIN
+        app.add_middleware(Heads)
         app.add_middleware(Body, limit=params.max_request_bytes, seconds=params.body_timeout)
         app.add_middleware(Admissions, keys=self.keys, limiter=self.limiter, admin=admin)
         if params.cors_origins:

@@ -151,6 +151,9 @@ class ServerMetrics:
         self.queue = histogram(
             "queue_seconds", "From acceptance to the engine's beginning.", FIRST_TOKEN_SECONDS, "model"
         )
+        self.prefill = histogram(
+            "prefill_seconds", "From the engine's beginning to the first token.", FIRST_TOKEN_SECONDS, "model"
+        )
         self.duration = histogram("request_seconds", "Whole requests, to their last byte.", SECONDS, "route", "model")
         self.prompt_sizes = histogram("request_prompt_tokens", "Tokens of one prompt.", TOKENS, "model")
         self.answer_sizes = histogram("request_completion_tokens", "Tokens of one request's answers.", TOKENS, "model")
@@ -194,6 +197,8 @@ class ServerMetrics:
             self.finished.labels(model, reason).inc()
         if exchange.queue_seconds is not None:
             self.queue.labels(model).observe(exchange.queue_seconds)
+        if exchange.prefill_seconds is not None:
+            self.prefill.labels(model).observe(exchange.prefill_seconds)
         if exchange.first_token_seconds is not None:
             self.first_token.labels(model).observe(exchange.first_token_seconds)
         gap = self.inter_token.labels(model)

@@ -243,6 +243,27 @@ class _Timed:
             _cut(self._scope)
 
 
+class Heads:
+    """Answers HEAD as GET without the body (RFC 9110, 9.3.2): monitors ask like that."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102  # ASGI
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}
+
+        async def bare(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        try:
+            await self._app(asked, receive, bare)
+        finally:
+            scope["route"] = asked.get("route")
+
+
 class Body:
     """Reads the whole body before the application sees the request: within `limit` bytes and `seconds`.
 

@@ -176,9 +176,6 @@ class Worker:
             for event in self._step():
                 self._deliver(event)
         self._stats = self._engine.stats()
-        if not self._stats.waiting:  # then the engine has begun with all of them
-            for running in self._running.values():
-                running.job.exchange.admitted()
         self._flush()
 
     def _wait(self) -> bool:
@@ -222,11 +219,11 @@ class Worker:
             self._post(job, job.accept)
 
     def _submit(self, job: Job, prompt: Prompt) -> None:
-        ticket = self._engine.submit(prompt.request)
         speeches = [
             Speech(self._tokenizer, prompt.stop, prompt.stop_ids, prompt.request.logprobs is not None)
             for _ in prompt.choices
         ]
+        ticket = self._engine.submit(prompt.request)  # last, as a ticket that nobody knows would keep its slot
         self._running[ticket] = _Running(job, prompt, speeches, len(speeches))
 
     def _submit_later(self, one: bool = False) -> None:
@@ -256,6 +253,9 @@ class Worker:
             if not isinstance(event.error, LlmctlError):
                 self._warn(f"generation failed: {type(event.error).__name__}: {event.error}")
             self._fail(job, event.error)
+            return
+        if event.admitted is not None:
+            job.exchange.admitted(at=event.admitted)
             return
         job.exchange.admitted(event.cached)
         speech, targets = running.speeches[event.choice], prompt.choices[event.choice]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,24 +30,51 @@ PART = 1 << 22
 
 
 def export_shards(shards: TokenShards, directory: Path, format: str) -> list[Path]:
-    """Write every split and return the files. UsageError if the format cannot hold the ids."""
+    """Write every split and return the files.
+
+    UsageError if the format cannot hold the ids or gives two splits one name, InputError if a file is there already;
+    then nothing is written.
+    """
+    places = [place for name in shards.splits for place in _places(name, format)]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        owners = [name for name in shards.splits if twice in _places(name, format)]
+        raise UsageError(f"the splits {' and '.join(owners)} would both be {twice}", hint="export them as megatron")
+    if there := next((directory / place for place in places if (directory / place).exists()), None):
+        raise InputError(f"{there} exists", hint="give a new directory")
+    made = next((path for path in reversed([directory, *directory.parents]) if not path.exists()), None)
     directory.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for name in shards.splits:
-        split = shards.split(name)
-        if format == "nanogpt":
-            written.append(_to_nanogpt(shards, split, directory))
-        elif format == "litdata":
-            written += litdata_chunks.write_chunks(split, directory / name, shards.vocab_size)
-        else:
-            written += _to_megatron(shards, split, directory)
-    return written
+    part = Path(tempfile.mkdtemp(prefix=".export-", dir=directory))
+    try:
+        written = [path for name in shards.splits for path in _export(shards, shards.split(name), part, format)]
+        for place in places:
+            (part / place).rename(directory / place)
+        part.rmdir()
+    except BaseException:
+        shutil.rmtree(made or part, ignore_errors=True)
+        raise
+    return [directory / path.relative_to(part) for path in written]
+
+
+def _places(split: str, format: str) -> list[str]:
+    """What a split becomes in the directory: files, or a folder of litdata's chunks."""
+    if format == "nanogpt":
+        return [SPLIT_FILES.get(split, f"{split}.bin")]
+    return [split] if format == "litdata" else [f"{split}.bin", f"{split}.idx"]
+
+
+def _export(shards: TokenShards, split: SplitTokens, directory: Path, format: str) -> list[Path]:
+    if format == "nanogpt":
+        return [_to_nanogpt(shards, split, directory)]
+    if format == "litdata":
+        return litdata_chunks.write_chunks(split, directory / split.name, shards.vocab_size)
+    return _to_megatron(shards, split, directory)
 
 
 def _to_nanogpt(shards: TokenShards, split: SplitTokens, directory: Path) -> Path:
     if shards.vocab_size > 65536:
         raise UsageError(f"nanoGPT's files have 16 bits per token, the vocabulary has {shards.vocab_size} tokens")
-    path = directory / SPLIT_FILES.get(split.name, f"{split.name}.bin")
+    (name,) = _places(split.name, "nanogpt")
+    path = directory / name
     _copy(split, path, np.dtype("<u2"))
     return path
 
@@ -54,7 +82,7 @@ def _to_nanogpt(shards: TokenShards, split: SplitTokens, directory: Path) -> Pat
 def _to_megatron(shards: TokenShards, split: SplitTokens, directory: Path) -> list[Path]:
     code = 8 if shards.vocab_size < 65500 else 4  # as Megatron chooses
     dtype = np.dtype(CODES[code])
-    data, index = (directory / f"{split.name}{suffix}" for suffix in (".bin", ".idx"))
+    data, index = (directory / place for place in _places(split.name, "megatron"))
     _copy(split, data, dtype)
     count = len(split)
     with index.open("wb") as file:

@@ -113,6 +113,18 @@ def test_clients_take_turns_whatever_one_of_them_has_sent() -> None:
     assert model.begun == [2, 20, 30, 3, 21, 4, 5]
 
 
+def test_admission_is_told_first_and_once() -> None:
+    engine = OneByOne(Counter(), EngineOptions())
+    tickets = [engine.submit(asked(5)), engine.submit(asked(6, n=2)), engine.submit(asked(39))]
+    events = run(engine)
+    for ticket in tickets:
+        first, *others = [event for event in events if event.ticket == ticket]
+        assert first == Event(ticket, admitted=first.admitted) and first.admitted is not None
+        assert all(event.admitted is None for event in others) and others
+    times = [event.admitted for event in events if event.admitted is not None]
+    assert times == sorted(times) and len(times) == 3
+
+
 def test_the_queue_is_bounded_and_a_refusal_takes_nothing() -> None:
     engine = OneByOne(Counter(), EngineOptions(max_queue=2))
     first = engine.submit(asked(5))
@@ -191,7 +203,8 @@ def test_a_failure_ends_its_request_and_no_other() -> None:
     engine = OneByOne(model, EngineOptions())
     bad, fine = engine.submit(asked(5)), engine.submit(asked(20))
     events = run(engine)
-    assert [type(event.error) for event in events if event.ticket == bad] == [type(None), ZeroDivisionError]
+    own = [event for event in events if event.ticket == bad and event.admitted is None]
+    assert [type(event.error) for event in own] == [type(None), ZeroDivisionError]
     assert said(events, fine) == [21, 22, 23]
 
 

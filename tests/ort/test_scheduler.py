@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -198,7 +200,7 @@ def test_a_long_prompt_is_read_under_the_budget(
     first: dict[int, int] = {}
     for step in range(20):
         fed.clear()
-        tickets = [event.ticket for event in engine.step()]
+        tickets = [event.ticket for event in engine.step() if event.admitted is None]
         assert sum(fed) <= 16
         assert tickets.count(talker) == 1, "whoever runs gets a token with every step"
         for ticket in tickets:
@@ -248,7 +250,7 @@ def test_a_conversation_is_read_once(trained_generator: OrtGenerator) -> None:
         engine.submit(Request(prompt=text, sampling=Sampling(max_new_tokens=8)))
         events = []
         while engine.busy:
-            events += engine.step()
+            events += [event for event in engine.step() if event.admitted is None]
         cached.append(events[0].cached)
         said = [token for event in events for token in event.tokens]
         # The last token of an answer that ended at its limit was never fed.
@@ -270,7 +272,7 @@ def test_sequences_that_lost_their_slot_come_back_from_the_pool(trained_generato
         engine.submit(Request(prompt=[*prompt, 20], sampling=Sampling(max_new_tokens=2)))
         events = []
         while engine.busy:
-            events += engine.step()
+            events += [event for event in engine.step() if event.admitted is None]
         cached.append(events[0].cached)
     # The pool holds 64 tokens, which is one of these sequences; the first one was evicted.
     assert cached == [0, 0, 0, 40, 40]
@@ -288,7 +290,7 @@ def test_prompt_scores_are_those_of_the_model_even_if_its_keys_are_known(trained
     engine.submit(Request(prompt=prompt, sampling=Sampling(max_new_tokens=3), prompt_logprobs=2, logprobs=0))
     events = []
     while engine.busy:
-        events += engine.step()
+        events += [event for event in engine.step() if event.admitted is None]
     likely = log_softmax(trained_generator.logits(prompt).astype(np.float64), axis=1)
     scored = events[0].prompt_scores
     assert scored is not None
@@ -341,6 +343,88 @@ def test_a_constraint_that_fails_ends_its_own_request_only(trained_generator: Or
     assert_empty(engine)
 
 
+class _Broken:
+    """Random numbers that give out after the second one."""
+
+    def __init__(self) -> None:
+        self.left = 2
+
+    def random(self) -> float:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("no more random numbers")
+        return 0.5
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+@pytest.mark.parametrize("fault", ["random", "temperature", "penalty"])
+def test_a_sampling_state_that_fails_ends_its_own_request_only(
+    trained_generator: OrtGenerator, fault: str, place: int
+) -> None:
+    """Others keep their random numbers and their counts: each of their answers is that of a run alone."""
+    engine = engine_of(trained_generator, slots=6)
+    samplings = [
+        Sampling(max_new_tokens=12, temperature=1.5, seed=1),
+        Sampling(max_new_tokens=12, temperature=1.5, seed=2, repetition_penalty=1.3, presence_penalty=0.4),
+        Sampling(max_new_tokens=12),
+        Sampling(max_new_tokens=12, temperature=1.0, seed=3, n=2),
+    ]
+    tickets = [engine.submit(Request(prompt=[5, 9], sampling=one)) for one in samplings]
+    bad = engine.submit(Request(prompt=[5, 9], sampling=replace(samplings[3], n=1), logprobs=1))
+    lane = engine._tasks[bad].lanes[0]
+    if place < 3:  # among the other rows, not behind them
+        engine._waiting.remove("", engine._tasks[bad])
+        line = engine._waiting._lines[""]
+        line.insert(place, engine._tasks[bad])
+        engine._waiting._count += 1
+    found, errors = defaultdict(list), {}
+    for step in range(100):
+        if step == 2:
+            if fault == "random":
+                lane.state.random = _Broken()
+            elif fault == "temperature":
+                lane.state.sampling = replace(lane.state.sampling)
+                object.__setattr__(lane.state.sampling, "temperature", "warm")
+            else:
+                lane.state.seen, lane.state.adjusts = "damaged", True
+        for event in engine.step():
+            found[event.ticket, event.choice] += event.tokens
+            if event.error is not None:
+                errors[event.ticket] = type(event.error)
+    assert list(errors) == [bad] and errors[bad] is not UsageError
+    for ticket, sampling in zip(tickets, samplings, strict=True):
+        singles = sampling.draws()
+        for choice, single in enumerate(singles):
+            assert found[ticket, choice] == list(trained_generator.stream([5, 9], single)), (ticket, choice)
+    assert_empty(engine)
+
+
+def test_admission_is_told_once_when_it_happens(trained_generator: OrtGenerator) -> None:
+    """With one slot the second waits for the first, and is admitted while the third still waits."""
+    engine = engine_of(trained_generator, slots=1, prefill_tokens=4)
+    tickets = [
+        engine.submit(Request(prompt=[5] * 10, sampling=Sampling(max_new_tokens=3, temperature=1.0, n=n)))
+        for n in (1, 2, 1)
+    ]
+    told: list[Event] = []
+    steps: dict[int, tuple[float, float]] = {}
+    while engine.busy:
+        before = time.perf_counter()
+        events = engine.step()
+        steps |= {event.ticket: (before, time.perf_counter()) for event in events if event.admitted is not None}
+        told += events
+    admissions = {event.ticket: event for event in told if event.admitted is not None}
+    assert list(admissions) == tickets and sum(event.admitted is not None for event in told) == 3
+    for ticket in tickets:
+        own = [event for event in told if event.ticket == ticket]
+        assert own[0] == Event(ticket, admitted=own[0].admitted), "before all others, and nothing else"
+        begun, ended = steps[ticket]
+        assert begun <= own[0].admitted <= ended
+    second = told.index(admissions[tickets[1]])
+    assert [e.finish_reason for e in told[:second] if e.ticket == tickets[0]][-1] == "length"
+    assert not [e for e in told[:second] if e.ticket == tickets[2]]
+
+
 def test_a_session_that_fails_ends_the_running_requests_and_no_others(
     trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,6 +475,8 @@ def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator:
             gone |= {(ticket, one) for one in range(9) if choice is None or one == choice}
         else:
             for event in engine.step():
+                if event.admitted is not None:  # it is the request's, whichever answers are still wanted
+                    continue
                 assert (event.ticket, event.choice) not in gone | whole
                 found[event.ticket, event.choice] += event.tokens
                 if event.finish_reason is not None:
@@ -400,6 +486,8 @@ def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator:
         assert all(engine._allocation.owners[owner.slot] is owner and not owner.done for owner in owned)
     while engine.busy:
         for event in engine.step():
+            if event.admitted is not None:
+                continue
             assert (event.ticket, event.choice) not in gone
             found[event.ticket, event.choice] += event.tokens
             whole.add((event.ticket, event.choice)) if event.finish_reason is not None else None

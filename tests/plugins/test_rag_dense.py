@@ -463,3 +463,75 @@ def test_chunks_beyond_the_encoders_context_are_cut_and_counted(tmp_path, corpus
     assert np.abs(long - opened.embed([("abcdefgh" * 10)[:22]])[0]).max() < 1e-6
     assert opened.cut == 1
     assert math.isclose(float(np.linalg.norm(long)), 1, abs_tol=1e-6)
+
+
+LONG = "abcdefgh" * 10
+
+
+def say_longest(encoder, **entries):
+    path = encoder.path / "sentence_bert_config.json"
+    path.write_text(json.dumps({"do_lower_case": False, **entries}))
+
+
+def framing_encoder(directory, write_tokenizer):
+    """One whose tokenizer puts its special tokens around a text by itself, as BERT's do."""
+    import tokenizers
+
+    encoder = make_encoder(directory, 0, write_tokenizer)
+    file = str(encoder.path / "tokenizer.json")
+    raw = tokenizers.Tokenizer.from_file(file)
+    first, last = raw.id_to_token(0), raw.id_to_token(1)
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(first, 0), (last, 1)]
+    )
+    raw.save(file)
+    return encoder
+
+
+def test_a_sentence_encoder_reads_as_much_as_its_max_seq_length_says(tmp_path, write_tokenizer):
+    """Cut as transformers' tokenizer cuts at `max_length`, which is what sentence-transformers calls."""
+    transformers = pytest.importorskip("transformers")
+    encoder = framing_encoder(tmp_path / "encoder", write_tokenizer)
+    say_longest(encoder, max_seq_length=12)
+    opened = open_text_encoder(encoder)
+    found = opened.embed([LONG, "abc"])
+    assert opened.cut == 1
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(encoder.path)
+    ids = tokenizer(LONG, truncation=True, max_length=12)["input_ids"]
+    assert len(ids) == 12
+    model = transformers.AutoModel.from_pretrained(encoder.path).eval()
+    with torch.inference_mode():
+        truth = model(torch.tensor([ids])).last_hidden_state[0].mean(0).numpy()
+    assert np.abs(found[0] - truth / np.linalg.norm(truth)).max() < 1e-5
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"id": text, "text": text}) + "\n" for text in (LONG, "abc")))
+    text = Artifact(rows, "dataset.text")
+    made = run_stage(EMBED, tmp_path / "e", {"method": "encode"}, text=text, model=encoder)
+    assert np.abs(load(made.outputs["vectors"].path).matrix - found).max() < 1e-6
+    assert (made.metrics["cut"], made.metrics["too_long"]) == (1, 0)
+    say_longest(encoder, max_seq_length=20)
+    assert np.abs(open_text_encoder(encoder).embed([LONG]) - found[0]).max() > 1e-3
+    say_longest(encoder, max_seq_length=999)  # no more than the context
+    assert open_text_encoder(encoder).embed([LONG]).shape == (1, 32)
+
+
+def test_who_names_no_length_has_that_of_its_tokenizer_or_the_context(tmp_path, write_tokenizer):
+    from llmctl.text.pooling import read_longest
+
+    encoder = make_encoder(tmp_path / "encoder", 0, write_tokenizer)
+    config = encoder.path / "tokenizer_config.json"
+    known = json.loads(config.read_text())
+    for said, longest in ((16, 16), (int(1e30), None), (1e30, None)):
+        say_longest(encoder)
+        config.write_text(json.dumps({**known, "model_max_length": said}))
+        assert read_longest(encoder.path) == longest
+    say_longest(encoder, max_seq_length=None)
+    config.write_text(json.dumps({**known, "model_max_length": None}))
+    assert read_longest(encoder.path) is None
+    for wrong in (0, -1, "128", 1.5, True):
+        say_longest(encoder, max_seq_length=wrong)
+        with pytest.raises(InputError, match="has the max_seq_length"):
+            read_longest(encoder.path)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "tokenizer_config.json").write_text('{"model_max_length": 7}')
+    assert read_longest(tmp_path / "plain") is None  # no sentence encoder

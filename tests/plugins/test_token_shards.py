@@ -325,6 +325,47 @@ def test_nanogpt_has_no_room_for_large_ids(tmp_path):
     assert dtype == np.int32 and lengths.tolist() == [1]
 
 
+@pytest.mark.parametrize("format", ["nanogpt", "megatron", "litdata"])
+def test_an_export_overwrites_nothing(made, tmp_path, format):
+    shards = TokenShards.open(made[1].outputs["tokens"])
+    out = tmp_path / "deep" / "out"
+    first = shard_formats.export_shards(shards, out, format)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert sorted(before) == sorted(first)  # nothing else, no folder of what was being written
+    again = run("export-shards", shards.directory, out, "--format", format)
+    assert isinstance(again.exception, InputError) and "exists" in again.exception.message
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_splits_of_one_name_are_refused(tmp_path):
+    with ShardWriter(tmp_path / "both", vocab_size=9, tokenizer="sha256:1", splits=["val", "validation"]) as writer:
+        writer.add("val", [1, 2], 3)
+        writer.add("validation", [3], 3)
+    shards = TokenShards.open(tmp_path / "both")
+    with pytest.raises(UsageError, match=r"val and validation would both be val\.bin"):
+        shard_formats.export_shards(shards, tmp_path / "out", "nanogpt")
+    assert not (tmp_path / "out").exists()
+    assert len(shard_formats.export_shards(shards, tmp_path / "out", "megatron")) == 4
+
+
+def test_an_export_that_fails_leaves_nothing(made, tmp_path, monkeypatch):
+    shards = TokenShards.open(made[1].outputs["tokens"])
+    whole = shard_formats._copy
+
+    def full(split, path, dtype):
+        whole(split, path, dtype)
+        if path.stem == "validation":
+            raise OSError("no space left")
+
+    monkeypatch.setattr(shard_formats, "_copy", full)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept.txt").write_text("mine")
+    for directory in ("new", "old"):
+        with pytest.raises(OSError, match="no space"):
+            shard_formats.export_shards(shards, tmp_path / directory, "megatron")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["kept.txt", "old"]
+
+
 RUN = """
 import resource, sys
 from pathlib import Path

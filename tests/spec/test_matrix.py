@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from llmctl.spec.matrix import row_order
+
 TEXT = """
 llmctl: 1
 name: t
@@ -62,6 +64,21 @@ def test_fan_in_is_ordered_by_instance_id_whatever_the_order_of_the_text(load):
         "run order is as written"
     )
     assert [str(ref) for ref in pipeline.stages["best"].inputs["model"]] == [f"sft[{row}].model" for row in IDS]
+
+
+def test_fan_in_is_ordered_by_numbers_as_numbers(load):
+    many = TEXT.replace("[1e-5, 3e-5]", "[1e-5, 3e-5, 1e-4]").replace("seeds: [1, 2]", "seeds: [10, 2, -1]")
+    rows = [f"lr={lr},seed={seed}" for lr in ("1e-5", "3e-5", "1e-4") for seed in (-1, 2, 10)]
+    best = load(many).stages["best"]
+    assert [str(ref) for ref in best.inputs["model"]] == [f"sft[{row}].model" for row in rows]
+    assert [str(ref) for ref in best.inputs["metrics"]] == [f"eval[{row}].metrics" for row in rows]
+
+
+def test_the_order_of_rows_is_total() -> None:
+    ids = ["a=b", "a=nan", "a=10", "a=2", "a=1e1", "a=inf", "a=2,b=x", "a=-0.5", "b=1"]
+    expected = ["a=-0.5", "a=2", "a=2,b=x", "a=10", "a=1e1", "a=b", "a=inf", "a=nan", "b=1"]
+    for shuffled in (ids, ids[::-1], sorted(ids)):
+        assert sorted(shuffled, key=row_order) == expected
 
 
 @pytest.mark.parametrize(

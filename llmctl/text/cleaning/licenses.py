@@ -25,6 +25,18 @@ NOTE = re.compile(
 
 A line break alone joins nothing: `see LICENSE`, and `MIT students` on the next line.
 """
+LOOSE = re.compile(
+    rf"(?:the\s)?(?:terms of the )?(?P<id>{ID}"
+    r"|(?:[AL]?GPL|Apache|BSD|MIT|MPL|EPL|EUPL|CDDL|CC0|CC-BY|Artistic|X11|Expat|SSPL)"
+    r"(?:[ -]?v?\d[\w.]*\w|[ -]?v?\d)?(?:-[\w.+-]*\w)?)(?!\w)"
+)
+"""A further licence of a list, which need not be named by its id: `MIT/GPL`, `MIT, Apache 2.0`."""
+JOINT = re.compile(
+    r"[\"']?(?:\slicen[cs]es?)?\s?(?:[<(][^<>()]{0,120}[>)]\s?)?"
+    r"(?P<sign>[/|]|[,;&+])?\s?(?P<word>and/or\b|and\b|or\b)?\s?(?:under\s)?[\"']?",
+    re.IGNORECASE,
+)
+"""What may stand between two licences of a list; one of the groups has matched where it is one."""
 TEXTS = (
     ("AGPL-3.0", r"GNU Affero General Public License"),
     ("LGPL-3.0", r"GNU Lesser General Public License.{0,200}version 3"),
@@ -70,10 +82,49 @@ def license_of(text: str) -> str:
     lines = "\n".join(filter(None, (" ".join(MARKS.sub(" ", line).split()) for line in head.split("\n"))))
     plain = lines.replace("\n", " ")
     # The first place decides: the text of the MPL names the GPL further down, and so do lists of bundled files.
-    named = [(match.start(), n, spdx) for n, (spdx, phrase) in enumerate(PHRASES) if (match := phrase.search(plain))]
+    named = [
+        (match.start(), n, spdx, match.end())
+        for n, (spdx, phrase) in enumerate(PHRASES)
+        if (match := phrase.search(plain))
+    ]
     if note := NOTE.search(lines):
-        named.append((note.start(), len(PHRASES), _expression(note["id"])))
-    return min(named)[2] if named else ""
+        named.append((note.start(), len(PHRASES), _expression(note["id"]), note.end()))
+    if not named:
+        return ""
+    _, _, first, end = min(named)
+    return _listed(first, plain, end)
+
+
+def _listed(first: str, plain: str, end: int) -> str:
+    """The expression of a list that begins with `first`, which ends at `end` of `plain`: all of it, never one alone.
+
+    A slash is a choice, as in Cargo's older manifests. What commas mean the `and` or `or` among them says; without one
+    every licence counts.
+    """
+    groups, joints = [[first]], []
+    while (joint := JOINT.match(plain, end)) and (joint["sign"] or joint["word"]):
+        if not (found := _named_at(plain, joint.end())):
+            break
+        spdx, end = found
+        if joint["sign"] in ("/", "|"):
+            groups[-1].append(spdx)
+            continue
+        groups.append([spdx])
+        joints.append({"or": "OR", "": ""}.get((joint["word"] or "").lower(), "AND"))
+    told = next(filter(None, joints), "AND")
+    joints = [joint or told for joint in joints]
+    parts = [" OR ".join(dict.fromkeys(group)) for group in groups]
+    if "AND" in joints:
+        parts = [f"({part})" if " OR " in part else part for part in parts]
+    return parts[0] + "".join(f" {joint} {part}" for joint, part in zip(joints, parts[1:], strict=True))
+
+
+def _named_at(plain: str, at: int) -> tuple[str, int] | None:
+    """The licence whose name stands at `at`, and where it ends."""
+    if match := LOOSE.match(plain, at):
+        return "-".join(match["id"].split()), match.end()
+    at += len(article[0]) if (article := re.compile("the ", re.IGNORECASE).match(plain, at)) else 0
+    return next(((spdx, match.end()) for spdx, phrase in PHRASES if (match := phrase.match(plain, at))), None)
 
 
 def _expression(found: str) -> str:

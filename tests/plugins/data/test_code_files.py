@@ -118,3 +118,13 @@ def test_the_audit_counts_licences_and_generated_files(files: dict[str, bytes], 
     assert licensed["dropped"] == {"generated": 1, "no license": 3}
     assert texts(result).keys() == {"tabs.py", "tool.js", "page.txt"}
     assert {name: n for name, n in licensed["found"].items() if name.startswith("license:")} == licences
+
+
+def test_the_terminal_tells_the_licences_that_the_audit_has(files: dict[str, bytes], tmp_path: Path) -> None:
+    own = {name: files[name] for name in FILES}
+    result = clean(tmp_path / "all", own, [{"name": "code"}])
+    told = [event["text"] for kind, event in result.events if kind == "log"]
+    assert "licenses of what is kept: 4 unknown, 1 Apache-2.0, 1 MIT" in told
+    assert "code: licenses of the files that came: 4 none, 1 Apache-2.0, 1 MIT" in told
+    prose = clean(tmp_path / "prose", {}, [])
+    assert not [event for _, event in prose.events if "licenses" in str(event)]

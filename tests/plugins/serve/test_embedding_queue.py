@@ -19,7 +19,7 @@ class Encoder:
     """Vectors of three numbers, as soon as `go` is set."""
 
     outputs = ("sentence_embedding",)
-    context_length, backend, embedding_size = 512, "script", 3
+    context_length, longest, backend, embedding_size = 512, None, "script", 3
 
     def __init__(self):
         self.go, self.begun, self.most, self._now = threading.Event(), 0, 0, 0

@@ -122,7 +122,7 @@ def test_one_text_several_and_ids_give_the_same(server) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"input": "a" * 80}, "input"),
+        ({"input": [[5] * 80]}, "input"),
         ({"input": [[5, 400]]}, "input"),
         ({"input": []}, None),
         ({"input": "a", "dimensions": 7}, "dimensions"),
@@ -134,6 +134,14 @@ def test_what_cannot_be_embedded_is_a_400(server, body, param) -> None:
     assert status == 400
     if param:
         assert answer["error"]["param"] == param
+
+
+def test_a_text_is_cut_where_max_seq_length_says_so(server) -> None:
+    """The bundle says 64: the opening token, 62 bytes and the closing one."""
+    create = server.client.embeddings.create
+    long, fitting = create(model="encoder", input=["a" * 80, "a" * 62]).data
+    assert long.embedding == pytest.approx(fitting.embedding, abs=1e-6)
+    assert create(model="encoder", input="a" * 80).usage.prompt_tokens == 64
 
 
 def test_an_encoder_does_not_chat(server) -> None:

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 
@@ -115,6 +116,40 @@ def test_a_client_that_does_not_read_is_cut_and_its_work_ends(
         generator.default = "ok"
         assert server.post({"messages": QUESTION})[1]["choices"][0]["message"]["content"] == "ok"
         client.close()
+
+
+def test_time_in_the_queue_is_apart_from_reading_the_prompt(scripted, byte_tokenizer, running, wait_until, tmp_path):
+    """One answers at a time: the second request is read while the third still waits."""
+    generator = scripted(byte_tokenizer, default="yes")
+    stream = generator.stream
+
+    def slow(*given, **more):
+        time.sleep(0.3)  # the prompt is read
+        yield from stream(*given, **more)
+
+    generator.stream = slow
+    log = tmp_path / "access.jsonl"
+    with running(generator, access_log=str(log)) as server:
+        asked = []
+        for number in range(3):
+            asked.append(threading.Thread(target=server.post, args=({"messages": QUESTION, "max_tokens": 2},)))
+            asked[-1].start()
+            wait_until(lambda seen=number: server.metrics.open._value.get() > seen)
+            time.sleep(0.05)
+        for thread in asked:
+            thread.join()
+        wait_until(lambda: len(log.read_text().splitlines()) == 3)  # a line comes after its answer
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        text = server.get("/metrics")[1]
+    queued = [line["queue_ms"] for line in lines]
+    assert queued[0] < 100 and queued[1] > 200 and queued[2] > queued[1] + 200
+    for line in lines[1:]:  # the first one waits for what a server does once
+        assert 290 < line["first_token_ms"] - line["queue_ms"] < 500, "the prompt was read in 300 ms, and never queued"
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    model = '{model="byte-model"}'
+    assert float(found[f"llmctl_queue_seconds_sum{model}"]) == pytest.approx(sum(queued) / 1000, abs=0.01)
+    assert 0.87 < float(found[f"llmctl_prefill_seconds_sum{model}"]) < 1.3
+    assert float(found[f"llmctl_prefill_seconds_count{model}"]) == 3
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -36,7 +36,7 @@ class Slow:
 
     def step(self):
         self.steps += 1
-        return []
+        return [Event(self.steps, admitted=12.5)] if self.steps <= len(self.taken) - self.waiting else []
 
     def stats(self):
         return EngineStats(waiting=self.waiting, slots=1)
@@ -66,9 +66,10 @@ def turned(worker, *jobs):
 def test_a_prompt_that_is_being_read_has_left_the_queue(byte_tokenizer):
     (job,), accepted = turned(Worker(Slow(), byte_tokenizer, print), [5])
     assert accepted == [None]
-    assert job.exchange.admitted_at is not None
-    (job,), _ = turned(Worker(Slow(waiting=1), byte_tokenizer, print), [5])
-    assert job.exchange.admitted_at is None  # it may be the one that waits
+    assert job.exchange.admitted_at == 12.5  # the engine's own time
+    (first, second), _ = turned(Worker(Slow(waiting=1), byte_tokenizer, print), [5], [6])
+    assert first.exchange.admitted_at == 12.5  # although somebody waits
+    assert second.exchange.admitted_at is None
 
 
 def test_further_prompts_of_an_accepted_job_go_before_new_jobs(byte_tokenizer):

@@ -80,6 +80,10 @@ def test_licences_and_parsing_can_be_asked_for() -> None:
     assert isinstance(step(licenses=["MIT"])(good), Noted)
     assert step(licenses=["MIT"])(none) == Drop("license", "none")
     assert isinstance(step(licenses=["MIT", "none"])(none), Noted)
+    listed = Document("3", "c.py", "# License: MIT, GPL-2.0\nx = 1\n")
+    assert step(licenses=["MIT"])(listed) == Drop("license", "MIT AND GPL-2.0")
+    choice = Document("4", "d.py", "# License: MIT/Apache-2.0\nx = 1\n")
+    assert all(isinstance(step(licenses=[one])(choice), Noted) for one in ("MIT", "Apache-2.0"))
     broken = Document("3", "c.py", "def f(:\n")
     assert step(parses=True)(broken) == Drop("does not parse", "python") and isinstance(step()(broken), Noted)
     assert parses('{"a": 1}', "json") and not parses("{a}", "json")
@@ -111,9 +115,28 @@ def test_licences_and_parsing_can_be_asked_for() -> None:
         ("# License: (MIT OR ISC) AND GPL-2.0", "(MIT OR ISC) AND GPL-2.0"),
         ("# License: (MIT OR ISC)", "MIT OR ISC"),
         ("# License (MIT AND (ISC OR Zlib))", "MIT AND (ISC OR Zlib)"),
+        ("// License: MIT/Apache-2.0", "MIT OR Apache-2.0"),
+        ("// License: MIT / GPL-2.0", "MIT OR GPL-2.0"),
+        ("// License: MIT/BSD/GPL", "MIT OR BSD OR GPL"),
+        ("// License: MIT, GPL-2.0", "MIT AND GPL-2.0"),
+        ("// @license MIT, GPL", "MIT AND GPL"),
+        ("// License: MIT, ISC or GPL-2.0", "MIT OR ISC OR GPL-2.0"),
+        ("// License: MIT, ISC, and Apache 2.0", "MIT AND ISC AND Apache-2.0"),
+        ("// License: MIT/Apache-2.0, GPL-2.0", "(MIT OR Apache-2.0) AND GPL-2.0"),
+        ("// License: MIT OR ISC, GPL-3.0", "(MIT OR ISC) AND GPL-3.0"),
+        ("// License: MIT and/or GPL-3.0", "MIT AND GPL-3.0"),
+        ("// License: MIT & GPLv2", "MIT AND GPLv2"),
+        ("# Licensed under the MIT and GPL licenses", "MIT AND GPL"),
+        ("# under the MIT License and the GNU General Public License version 3", "MIT AND GPL-3.0"),
+        ("# under the MIT License, GPL-2.0", "MIT AND GPL-2.0"),
+        ("# Licensed under the Apache License, Version 2.0 <LICENSE-APACHE> or the MIT license", "Apache-2.0 OR MIT"),
+        ("# License: MIT, see the file beside it", "MIT"),
+        ("# License: MIT or ask us", "MIT"),
+        ("# License: MIT\n# Apache rides again", "MIT"),
         ("# see LICENSE\n# MIT students wrote this", ""),
         ("# License:\n#   MIT", "MIT"),
-        ("Mozilla Public License Version 2.0, or the GNU Affero General Public License", "MPL-2.0"),
+        ("Mozilla Public License Version 2.0, or the GNU Affero General Public License", "MPL-2.0 OR AGPL-3.0"),
+        ("Mozilla Public License Version 2.0. Secondary: the GNU Affero General Public License", "MPL-2.0"),
         ("for any purpose with or without fee is hereby granted.", ""),
         ("DO WHAT THE FUCK YOU WANT TO PUBLIC LICENSE", "WTFPL"),
         ("This software is provided 'as-is', without any express or implied warranty. In no event", "Zlib"),
