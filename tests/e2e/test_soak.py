@@ -20,7 +20,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,7 +159,9 @@ class Server:
         while pids:
             pid = pids.pop()
             tasks = Path(f"/proc/{pid}/task")
-            pids += (int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split())
+            for task in tasks.iterdir():
+                with suppress(OSError):  # a thread may end while they are listed
+                    pids += map(int, (task / "children").read_text().split())
             total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return total
 
