@@ -5,12 +5,16 @@ prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits. Our 
 and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4 bits, what its own builder makes of the
 weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a graph of nothing but our bundle's
 matrix products: no engine that runs these kernels can be faster than they are. Each side is a process that waits while
-another works. In every round each side answers with one token and with
-all: the difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all
-sides must give the same tokens. `--peers` is the interpreter of an environment with what
-`benchmarks/peers/decode.py` names; without it only Optimum is beside us.
+another works. In every round each side answers with one token and with all: the difference is decoding without the
+prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same tokens. `--peers` is
+the interpreter of an environment with what `benchmarks/peers/decode.py` names; without it only Optimum is beside us.
 
     python benchmarks/decode.py --peers peers/bin/python --threads 2 --rounds 5
+
+With a GPU the same is done there, in float16: our engine on ONNX Runtime's CUDA provider and `transformers.generate` in
+torch, of a model with the shape of LLaMA 3.2 1B; the memory is then the device's.
+
+    python benchmarks/decode.py --device cuda --shape 1b
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,10 +51,30 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 
-FORMATS = ("fp32", "int4")
+SHAPES = {
+    "82m": SHAPE,
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+}
+FORMATS = ("fp32", "fp16", "int4")
 
 
-def prepare(home: Path, peers: str | None, block: int, symmetric: bool) -> None:
+def prepare(
+    home: Path,
+    peers: str | None,
+    block: int,
+    symmetric: bool,
+    shape: dict[str, Any] = SHAPE,
+    formats: Sequence[str] = ("fp32", "int4"),
+) -> None:
     """Make the model and every side's files below `home`, once."""
     from llmctl import Artifact
     from llmctl.testing import run_stage
@@ -62,18 +87,21 @@ def prepare(home: Path, peers: str | None, block: int, symmetric: bool) -> None:
         torch.manual_seed(0)
         # An end that no prompt of these reaches: all sides make all tokens.
         ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
-        LlamaForCausalLM(LlamaConfig(**SHAPE, **ids)).save_pretrained(source)
-    if not (home / "fp32" / "model" / "model.onnx").is_file():
-        from llmctl_export_onnx import EXPORT_ONNX
+        LlamaForCausalLM(LlamaConfig(**shape, **ids)).save_pretrained(source)
+    for kind, dtype in (("fp32", "float32"), ("fp16", "float16")):
+        wanted = kind in formats or (kind == "fp32" and "int4" in formats)
+        if wanted and not (home / kind / "model" / "model.onnx").is_file():
+            from llmctl_export_onnx import EXPORT_ONNX
 
-        run_stage(EXPORT_ONNX, home / "fp32", {"parity_prompts": 2}, model=Artifact(source, "model.hf"))
-    if not (home / "int4" / "model" / "model.onnx").is_file():
+            params = {"parity_prompts": 2, "dtype": dtype}
+            run_stage(EXPORT_ONNX, home / kind, params, model=Artifact(source, "model.hf"))
+    if "int4" in formats and not (home / "int4" / "model" / "model.onnx").is_file():
         from llmctl_quantize import QUANTIZE
 
         # How codes are chosen changes nothing about speed; `rtn` is done sooner.
         params = {"bits": 4, "method": "rtn", "block_size": block, "symmetric": symmetric, "speed_rounds": 1}
         run_stage(QUANTIZE, home / "int4", params, model=Artifact(home / "fp32" / "model", "model.onnx"))
-    if not (home / "optimum" / "model.onnx").is_file():
+    if "fp32" in formats and not (home / "optimum" / "model.onnx").is_file():
         from optimum.exporters.onnx import main_export
 
         main_export(str(source), home / "optimum", task="text-generation-with-past", do_validation=False)
@@ -81,94 +109,6 @@ def prepare(home: Path, peers: str | None, block: int, symmetric: bool) -> None:
         subprocess.run([peers, HERE / "peers" / "decode.py", "convert", source, home], check=True)
     if peers and not (home / "genai" / "genai_config.json").is_file():
         subprocess.run([peers, HERE / "peers" / "decode.py", "build", source, home / "genai"], check=True)
-
-
-def llmctl_answers(bundle: Path, threads: int) -> Any:
-    """Our engine."""
-    from llmctl.generator import Sampling
-    from llmctl.ort import open_bundle
-
-    generator = open_bundle(bundle, "cpu", threads)
-    generator.eos_ids = frozenset()
-
-    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        sampling = Sampling(max_new_tokens=new)
-        if len(prompts) == 1:
-            return [list(generator.stream(prompts[0], sampling))]
-        return generator.generate(prompts, sampling)
-
-    return answer
-
-
-def products_answers(bundle: Path, threads: int) -> Any:
-    """The matrix products of a step alone, as often as an answer has steps behind its prompt; the tokens are zeros."""
-    import onnx
-    from onnx import helper
-
-    from llmctl.ort.sessions import open_session
-
-    model = onnx.load(bundle / "model.onnx", load_external_data=False)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes, widths = [], {}
-    for node in model.graph.node:
-        if node.op_type not in ("MatMulNBits", "MatMul", "FusedMatMul") or node.input[1] not in stored:
-            continue
-        sizes = {item.name: item.i for item in node.attribute}
-        shape = stored[node.input[1]].dims[:: -1 if sizes.get("transB") else 1]
-        inner, outer = (sizes["K"], sizes["N"]) if node.op_type == "MatMulNBits" else shape
-        node.input[0], node.output[0] = f"of {inner}", f"product {len(nodes)}"
-        widths[node.input[0]], widths[node.output[0]] = inner, outer
-        nodes.append(node)
-    values = {
-        name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", width])
-        for name, width in widths.items()
-    }
-    del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
-    model.graph.node.extend(nodes)
-    model.graph.input.extend(value for name, value in values.items() if name.startswith("of"))
-    model.graph.output.extend(value for name, value in values.items() if name.startswith("product"))
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    file = bundle / "products.onnx"  # beside the weights that it refers to
-    onnx.save(model, file)
-    session = open_session(file, "cpu", threads)
-    file.unlink()
-    bound: dict[int, Any] = {}
-
-    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        if len(prompts) not in bound:
-            binding = session.io_binding()
-            arrays = {name: np.ones((len(prompts), width), np.float32) for name, width in widths.items()}
-            for name, array in arrays.items():
-                bind = binding.bind_input if name.startswith("of") else binding.bind_output
-                bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
-            bound[len(prompts)] = binding, arrays
-        for _ in range(new - 1):
-            session.run_with_iobinding(bound[len(prompts)][0])
-        return [[0] * new for _ in prompts]
-
-    return answer
-
-
-def optimum_answers(directory: Path, threads: int) -> Any:
-    """`ORTModelForCausalLM.generate` with its KV cache and I/O binding, as it is by default."""
-    import onnxruntime
-    import torch
-    from optimum.onnxruntime import ORTModelForCausalLM
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    torch.set_num_threads(threads)
-    model = ORTModelForCausalLM.from_pretrained(directory, session_options=options, provider="CPUExecutionProvider")
-
-    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        ids = torch.tensor(prompts)
-        made: Any = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        return made[:, len(prompts[0]) :].tolist()  # type: ignore[no-any-return]
-
-    return answer
 
 
 class Side:
@@ -197,13 +137,20 @@ class Side:
         self.process.communicate()
 
 
-def start(home: Path, kind: str, threads: int, peers: str | None) -> dict[str, Side]:
+def start(home: Path, kind: str, threads: int, peers: str | None, device: str) -> dict[str, Side]:
     """The sides that compute in the format `kind`."""
-    ours = [sys.executable, str(HERE / "decode.py"), "--work"]
-    commands = {name: [*ours, name, str(home / kind / "model"), str(threads)] for name in ("llmctl", "products")}
+
+    def ours(name: str, directory: Path) -> list[str]:
+        return [sys.executable, str(HERE / "decode.py"), "--work", name, str(directory), str(threads), device]
+
+    commands = {"llmctl": ours("llmctl", home / kind / "model")}
+    if kind == "fp16":
+        commands["transformers"] = ours("transformers", home / "hf")
+    else:
+        commands["products"] = ours("products", home / kind / "model")
     if kind == "fp32":
-        commands["optimum"] = [*ours, "optimum", str(home / "optimum"), str(threads)]
-    if peers:
+        commands["optimum"] = ours("optimum", home / "optimum")
+    if peers and kind != "fp16":
         theirs = [peers, str(HERE / "peers" / "decode.py")]
         commands["genai"] = [*theirs, "genai", str(home / kind / "model"), str(threads)]
         if kind == "int4":
@@ -230,18 +177,34 @@ def bandwidth(pool: ThreadPoolExecutor, parts: list[np.ndarray]) -> float:
     return sum(part.nbytes for part in parts) / (time.perf_counter() - start)
 
 
-def bytes_per_token(source: Path) -> int:
-    """What one float32 step reads of the weights: all but the embedding, of which it is one row."""
+def device_bandwidth() -> float:
+    """Bytes per second at which the GPU reads its memory: the largest number of a gibibyte."""
+    import torch
+
+    values = torch.ones(2**29, dtype=torch.float16, device="cuda")
+    values.amax()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    values.amax()
+    torch.cuda.synchronize()
+    return values.nbytes / (time.perf_counter() - start)
+
+
+def numbers_per_token(source: Path) -> int:
+    """Weights that a step reads: all but the embedding, of which it is one row, unless that is the head, too."""
     from safetensors import safe_open
 
     with safe_open(source / "model.safetensors", "np") as file:
         sizes = {name: int(np.prod(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-    return 4 * sum(size for name, size in sizes.items() if "embed_tokens" not in name)
+    tied = "lm_head.weight" not in sizes
+    return sum(size for name, size in sizes.items() if tied or "embed_tokens" not in name)
 
 
-def compare(sides: dict[str, Side], batch: int, rounds: int, threads: int, equal: bool) -> dict[str, Any]:
+def compare(
+    sides: dict[str, Side], batch: int, rounds: int, threads: int, equal: bool, vocabulary: int, device: str
+) -> dict[str, Any]:
     """Let the sides take turns, the order turned round every time."""
-    prompts = np.random.default_rng(0).integers(3, SHAPE["vocab_size"], (batch, PROMPT)).tolist()
+    prompts = np.random.default_rng(0).integers(3, vocabulary, (batch, PROMPT)).tolist()
     answers = {name: side.ask(prompts, NEW)[1] for name, side in sides.items()}
     different = [name for name, tokens in answers.items() if name != "products" and tokens != answers["llmctl"]]
     if equal and different:
@@ -249,10 +212,10 @@ def compare(sides: dict[str, Side], batch: int, rounds: int, threads: int, equal
     decode: dict[str, list[float]] = {name: [] for name in sides}
     whole: dict[str, list[float]] = {name: [] for name in sides}
     speeds = []
-    parts = np.array_split(memory(2**28), threads)
+    parts = np.array_split(memory(2**28 if device == "cpu" else 2**20), threads)
     with ThreadPoolExecutor(threads) as pool:
         for number in range(rounds):
-            speeds += [bandwidth(pool, parts) for _ in range(3)]
+            speeds += [bandwidth(pool, parts) if device == "cpu" else device_bandwidth() for _ in range(3)]
             for name in list(sides)[:: -1 if number % 2 else 1]:
                 first, _ = sides[name].ask(prompts, 1)
                 seconds, _ = sides[name].ask(prompts, NEW)
@@ -272,22 +235,26 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def work(side: str, directory: str, threads: str) -> None:
+def work(side: str, directory: str, threads: str, device: str) -> None:
     """Be one of the sides of our own environment."""
     import runpy
 
     serve = runpy.run_path(str(HERE / "peers" / "decode.py"))["serve"]
 
     warnings.simplefilter("ignore")
-    sides = {"llmctl": llmctl_answers, "products": products_answers, "optimum": optimum_answers}
-    serve(sides[side](Path(directory), int(threads)))
+    sides = runpy.run_path(str(HERE / "decode_sides.py"))["SIDES"]
+    serve(sides[side](Path(directory), int(threads), device))
 
 
 def main() -> None:
     """Print a table for each format and batch, then the same as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", help="interpreter of the peers' environment")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="82m")
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, help="by default fp32 and int4, on CUDA fp16, which alone it takes"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
@@ -295,33 +262,38 @@ def main() -> None:
     parser.add_argument("--symmetric", action="store_true", help="int4: no zero points")
     parser.add_argument("--home", type=Path, help="where the exports are kept; a temporary directory by default")
     args = parser.parse_args()
+    formats = args.formats or (["fp32", "int4"] if args.device == "cpu" else ["fp16"])
+    if args.device == "cuda" and formats != ["fp16"]:
+        parser.error("attention with a cache is in half precision on CUDA: --formats fp16")
     with contextlib.ExitStack() as stack:
         home = args.home or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
-            prepare(home, args.peers, args.block, args.symmetric)
-        size = bytes_per_token(home / "hf")
+            peers = args.peers if set(formats) != {"fp16"} else None
+            prepare(home, peers, args.block, args.symmetric, SHAPES[args.shape], formats)
+        numbers = numbers_per_token(home / "hf")
         print(f"prompt {PROMPT}, {NEW} new tokens, {args.threads} threads, {args.rounds} interleaved rounds, medians")
-        for kind in args.formats:
-            sides = start(home, kind, args.threads, args.peers)
+        for kind in formats:
+            sides = start(home, kind, args.threads, args.peers, args.device)
             for batch in args.batches:
-                found = compare(sides, batch, args.rounds, args.threads, kind == "fp32")
-                report(kind, batch, found, size)
+                vocabulary = SHAPES[args.shape]["vocab_size"]
+                found = compare(sides, batch, args.rounds, args.threads, kind == "fp32", vocabulary, args.device)
+                report(kind, batch, found, {"fp32": 4, "fp16": 2}.get(kind, 0) * numbers)
             for side in sides.values():
                 side.end()
 
 
 def report(kind: str, batch: int, found: dict[str, Any], size: int) -> None:
-    """Print what was found."""
+    """Print what was found; `size`: bytes of weights that a step reads, 0 where they are packed."""
     print(f"\n{kind}, batch {batch}: decoding alone; in brackets with the prompt")
     for name in found["decode"]:
         print(
-            f"  {name:11} {found['decode'][name]:8.1f} ({found['whole'][name]:.1f}) tokens/s   "
+            f"  {name:12} {found['decode'][name]:8.1f} ({found['whole'][name]:.1f}) tokens/s   "
             f"llmctl is {found['ratio'][name]:.2f} ({found['whole_ratio'][name]:.2f}) times as fast"
         )
     speed = found["bandwidth"]
     print(f"  memory is read at {speed['median'] / 1e9:.1f} GB/s (best {speed['best'] / 1e9:.1f})", end="")
-    if kind == "fp32" and batch == 1:
+    if size and batch == 1:
         read = size * found["decode"]["llmctl"]
         found["roofline"] = read / speed["median"]
         print(f"; llmctl reads {read / 1e9:.1f} GB/s of weights: {found['roofline']:.0%} of it", end="")

@@ -17,7 +17,8 @@ from llmctl_export_onnx import graph
 Cache = list[tuple[Tensor, Tensor]]
 KEEP = "num_logits_to_keep"
 """Name of the optional input; the one that transformers.js knows it by."""
-_PRODUCTS = ("MatMul", "FusedMatMul", "Gemm")
+_AFTER_HEAD = ("Add", "Cast", "Div", "Mul", "Tanh")
+"""What may stand between the head's product and the logits: a bias, a scale, a cap."""
 
 
 class Traced(nn.Module):
@@ -130,12 +131,12 @@ def keep_last(traced: ir.Model) -> None:
 
 
 def _head(logits: ir.Value) -> ir.Node | None:
-    """The last product before the logits: scaling, capping and a bias may stand between."""
+    """The product of the head; None where something unknown makes the logits."""
     node = logits.producer()
-    while node is not None and node.op_type not in _PRODUCTS:
+    while node is not None and node.op_type in _AFTER_HEAD:
         made = [value.producer() for value in node.inputs if value is not None]
         node = next((one for one in made if one is not None), None)
-    return node
+    return node if node is not None and node.op_type in ("MatMul", "FusedMatMul") else None
 
 
 def finish(traced: ir.Model) -> None:
