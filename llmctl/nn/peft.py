@@ -76,7 +76,13 @@ def read_adapter(directory: Path, model: Transformer, base: str = "") -> Adapter
                 f"the model's matrix is [{rows}, {columns}]",
                 hint="it was trained on another model",
             )
-        up = up * _scale(config, module, down.shape[0])
+        try:
+            up = up * _scale(config, module, down.shape[0])
+        except (AttributeError, TypeError, ValueError, ZeroDivisionError, re.error) as error:
+            raise InputError(
+                f"{directory / CONFIG} gives no scale for `{module}`, of rank {down.shape[0]}: {error}",
+                hint="mend `lora_alpha` or `alpha_pattern`, or have peft write the adapter again",
+            ) from error
         for name, part in zip(names, _parts(model, names, up), strict=True):
             found[name] = Factors(down, part.contiguous())
     if not found:

@@ -59,6 +59,12 @@ class Adapters:
         self.names = tuple(files)
         self._device = device
         self._sites = sorted(name.removesuffix(DOWN) for name in inputs if name.endswith(DOWN))
+        for name in (wanted for site in self._sites for wanted in (site + UP, kind_of(site) + MASK)):
+            if name not in inputs:  # graphs of other programs have no masks
+                raise InputError(
+                    f"{next(iter(files.values()))} cannot be used: its graph has no input `{name}`",
+                    hint="export the model and its adapters together with `llmctl export-onnx`",
+                )
         self._dtypes: dict[str, np.dtype[Any]] = {
             name: _FLOATS[value.type] for name, value in inputs.items() if value.type in _FLOATS
         }
@@ -181,6 +187,7 @@ class RowAdapters:
         numbers = sorted({*rows.tolist()} - {0})
         combination = self._adapters.combination(numbers)
         values = {**self._adapters.masks(combination, rows), **({} if combination is bound else combination.values)}
+        self._bound.pop(binding, None)  # if memory ends half-way, as on a device, the binding has neither
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         self._bound[binding] = (key, combination)

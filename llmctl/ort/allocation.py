@@ -68,6 +68,7 @@ class Allocation:
             slots.lengths[slot] = best
         else:
             self._retire(slot, 0)
+            slots.lengths[slot] = 0  # if what follows fails, the slot holds nothing that is known
             if int(shared[source]) == best:
                 slots.copy(source, slot, best)
             elif pooled is not None:

@@ -207,6 +207,8 @@ class InPlaceRows:
         if self.layout.position_ids:
             self._positions[:, 0] = self.lengths
         self.lengths += 1
+        if self.layout.device != "cpu":
+            self._bind_step()  # there a binding has copies of what it was given
         if self.layout.attention_mask:
             shape = self._mask.write(self.lengths)
             if shape != self._mask_shape:

@@ -209,20 +209,23 @@ class OrtEngine:
             self._waiting.pop()
             events.append(Event(task.ticket, admitted=time.perf_counter()))
             first, *others = [lane for lane in task.lanes if not lane.done]
-            self._begin(task, first)
-            if task.search is not None:
-                for lane in others:
-                    self._allocation.place(lane, np.zeros(0, np.int32))
+            try:
+                self._begin(task, first)
+                if task.search is not None:
+                    for lane in others:
+                        self._allocation.place(lane, np.zeros(0, np.int32))
+            except Exception as error:  # as in `_decode`: memory may end where keys and values move
+                self._answers.fail(task, error, events)
 
     def _begin(self, task: Task, lane: Lane) -> None:
         """Have the prompt read into a slot of this lane."""
         task.reading = lane
+        self._reading.append(task)
         known = task.prompt[:0] if task.scored_prompt else task.prompt[:-1]  # the last one's logits are needed
         task.fed = self._allocation.place(lane, known)
         if not task.told:
             task.cached = task.fed
             self._cached += task.fed
-        self._reading.append(task)
 
     def _read_on(self, task: Task) -> None:
         """The lane that the prompt was read for is gone: another answer of the request takes its place."""
@@ -286,12 +289,12 @@ class OrtEngine:
                     continue
                 if not self._allocation.free():
                     return
-                if task.logits is None or self._slots.match(task.prompt, task.adapter).max() < len(task.prompt):
-                    self._forking.remove(task)
-                    self._begin(task, lane)  # nobody read it, or the last one that held the prompt is overwritten
-                    break
-                self._allocation.place(lane, task.prompt)
                 try:
+                    if task.logits is None or self._slots.match(task.prompt, task.adapter).max() < len(task.prompt):
+                        self._forking.remove(task)
+                        self._begin(task, lane)  # nobody read it, or the last one that held the prompt is overwritten
+                        break
+                    self._allocation.place(lane, task.prompt)
                     self._answers.draw([lane], task.logits, events)
                 except Exception as error:  # as in `_decode`
                     self._answers.fail(task, error, events)

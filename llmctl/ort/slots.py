@@ -48,6 +48,8 @@ class Slots:
         self._mask = StepMask(count, capacity)
         self._shapes: dict[int, tuple[int, int]] = {}
         """Of the mask that each step's binding has."""
+        self._copied = layout.device != "cpu"
+        """Whether what is bound from the host's memory is copied at that moment, and later writes are not seen."""
         self._ones = np.ones(capacity, np.int64)
         self._kept = np.zeros(1, np.int64)
         self._range = np.arange(max(count, capacity))
@@ -73,9 +75,11 @@ class Slots:
         lengths += 1
         if self.layout.attention_mask:
             shape = self._mask.write(lengths)
-            if self._shapes.get(count) != shape:
+            if self._copied or self._shapes.get(count) != shape:
                 binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, self._mask.address)
                 self._shapes[count] = shape
+        if self._copied:
+            self._bind_tokens(binding, count)
         if self._rows is not None:
             self._rows.bind(binding, self.adapters[:count])
         self.session.run_with_iobinding(binding)
@@ -160,17 +164,20 @@ class Slots:
         self.memory.close()
 
     def _bind_step(self, count: int) -> ort.IOBinding:
-        """The binding of a step of `count` rows, kept: each step changes the mask's length and nothing else."""
+        """The binding of a step of `count` rows, kept: on the CPU a step seldom changes more than what is in memory."""
         layout = self.layout
         binding = self.session.io_binding()
-        binding.bind_input("input_ids", "cpu", 0, np.int64, (count, 1), self._ids.ctypes.data)
-        if layout.position_ids:
-            binding.bind_input("position_ids", "cpu", 0, np.int64, (count, 1), self._positions.ctypes.data)
+        self._bind_tokens(binding, count)
         shape = (count, 1, layout.vocab_size)
         binding.bind_output("logits", "cpu", 0, layout.logits_dtype, shape, self._logits.ctypes.data)
         self._bind_cache(binding, 0, count)
         self._steps[count] = binding
         return binding
+
+    def _bind_tokens(self, binding: ort.IOBinding, count: int) -> None:
+        binding.bind_input("input_ids", "cpu", 0, np.int64, (count, 1), self._ids.ctypes.data)
+        if self.layout.position_ids:
+            binding.bind_input("position_ids", "cpu", 0, np.int64, (count, 1), self._positions.ctypes.data)
 
     def _bind_feed(self, slot: int) -> ort.IOBinding:
         binding = self.session.io_binding()

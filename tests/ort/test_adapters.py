@@ -21,7 +21,7 @@ from llmctl.errors import InputError, UsageError
 from llmctl.generator import Sampling, choose_adapter
 from llmctl.one_by_one import OneByOne
 from llmctl.ort import OrtGenerator, open_bundle
-from llmctl.ort.adapters import Adapters
+from llmctl.ort.adapters import MASK, Adapters, RowAdapters
 from llmctl.ort.slots import Slots
 from llmctl.testing import StageResult
 
@@ -279,6 +279,45 @@ def test_a_file_of_another_graph_is_refused(adapted: StageResult, tmp_path: Path
     (whole / "adapters" / "polite.onnx_adapter").write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"polite.onnx_adapter cannot be read"):
         open_bundle(whole, "cpu", threads=1)
+
+
+def test_a_graph_without_masks_is_refused(adapted: StageResult, tmp_path: Path) -> None:
+    """Other programs write graphs of the same convention, with one adapter for all rows of a call."""
+    import onnx
+
+    foreign = Path(shutil.copytree(adapted.outputs["model"].path, tmp_path / "foreign"))
+    model = onnx.load(foreign / "model.onnx", load_external_data=False)
+    mask = next(value for value in model.graph.input if value.name.endswith(MASK))
+    model.graph.input.remove(mask)  # it is still there, as a constant
+    onnx.save(model, foreign / "model.onnx")
+    with pytest.raises(InputError, match=f"polite.onnx_adapter cannot be used: its graph has no input `{mask.name}`"):
+        open_bundle(foreign, "cpu", threads=1)
+
+
+def test_adapters_that_were_bound_half_way_are_bound_again(adapted_generator: OrtGenerator) -> None:
+    """Memory may end while the second value is copied to a device; then the binding has neither adapter."""
+    assert adapted_generator.adapters is not None
+    bound: dict[str, ort.OrtValue] = {}
+    left = [1000]
+
+    class Binding:
+        def bind_ortvalue_input(self, name: str, value: ort.OrtValue) -> None:
+            if not left[0]:
+                raise RuntimeError("out of memory")
+            left[0] -= 1
+            bound[name] = value
+
+    binding, rows = Binding(), RowAdapters(adapted_generator.adapters)
+    polite, terse = np.array([1]), np.array([2])
+    rows.bind(binding, polite)  # type: ignore[arg-type]
+    whole = dict(bound)
+    left[0] = len(whole) // 2
+    with pytest.raises(RuntimeError):
+        rows.bind(binding, terse)  # type: ignore[arg-type]
+    assert bound != whole
+    left[0] = 1000
+    rows.bind(binding, polite)  # type: ignore[arg-type]
+    assert bound == whole
 
 
 def test_the_bundle_says_where_its_adapters_come_from(adapted: StageResult) -> None:

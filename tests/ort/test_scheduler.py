@@ -445,6 +445,53 @@ def test_a_session_that_fails_ends_the_running_requests_and_no_others(
     assert_empty(engine)
 
 
+@pytest.mark.parametrize(
+    ("sampling", "moves"),
+    [
+        ({}, 0),
+        ({"n": 2, "temperature": 1.0, "seed": 1}, 0),
+        ({"n": 2, "temperature": 1.0, "seed": 1}, 1),
+        ({"beams": 2}, 1),
+    ],
+)
+def test_memory_that_ends_when_a_slot_is_taken_ends_that_request_only(
+    trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch, sampling: dict, moves: int
+) -> None:
+    """After so many moves of keys and values into the pool there is no memory for another one."""
+    engine, random = engine_of(trained_generator, slots=3), np.random.default_rng(4)
+    earlier = [Request(prompt=trained.sentence(random, 30), sampling=Sampling(max_new_tokens=20)) for _ in range(3)]
+    tickets = [engine.submit(request) for request in earlier]
+    finished = finish(engine)
+    running = engine.submit(earlier[0])
+    said = [token for event in engine.step() for token in event.tokens]
+    save, left = engine._slots.memory.save, iter(range(moves))
+
+    def ends(slot: int, stop: int) -> np.ndarray:
+        if next(left, None) is None:
+            raise MemoryError("no memory for keys and values")
+        return save(slot, stop)
+
+    monkeypatch.setattr(engine._slots.memory, "save", ends)
+    other = trained.sentence(random, 25)
+    bad = engine.submit(Request(prompt=other, sampling=Sampling(max_new_tokens=8, **sampling)))
+    errors = {}
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                errors[event.ticket] = type(event.error)
+            elif event.ticket == running:
+                said += event.tokens
+    assert errors == {bad: MemoryError}
+    assert said == finished[tickets[0], 0]
+    assert_empty(engine)
+    monkeypatch.undo()
+    again = [engine.submit(request) for request in earlier]
+    found = finish(engine)
+    assert [found[ticket, 0] for ticket in again] == [finished[ticket, 0] for ticket in tickets]
+    assert_empty(engine)
+    engine.close()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator: OrtGenerator, data) -> None:

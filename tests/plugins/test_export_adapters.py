@@ -182,6 +182,16 @@ def test_what_is_no_plain_lora_is_refused(
     assert "merge_and_unload" in str(refused.value.hint)
 
 
+@pytest.mark.parametrize("config", [{"lora_alpha": None}, {"lora_alpha": "much"}, {"alpha_pattern": {"(": 2}}])
+def test_a_scale_that_cannot_be_read_is_refused(
+    tmp_path: Path, llama: Artifact, damaged: Path, config: dict[str, Any]
+) -> None:
+    path = damaged / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(InputError, match=r"adapter_config.json gives no scale for `model\.layers.*`, of rank 4: "):
+        export(tmp_path / "out", llama, damaged)
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path, llama: Artifact, damaged: Path, adapter: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
