@@ -168,12 +168,15 @@ def read_note(layout: Layout, id: str) -> dict[str, Any]:
 def changed_since(layout: Layout, id: str) -> list[str]:
     """Which files of an input from outside are no longer those that were read, a line each; empty if all are.
 
-    They are looked for where the input lay; of a place that is no path, such as `hf://`, nothing can be said.
+    They are looked for where the input lay; of a place that is no path, such as `hf://`, nothing can be said. Of more
+    than `MOST_FILES` files only whether all are the same.
     """
     note = read_note(layout, id)
     origin, listed = str(note.get("path", "")), list(note.get("files") or ())
-    if not origin or "://" in origin or len(listed) != note.get("count"):
+    if not origin or "://" in origin:
         return []
+    if len(listed) != note.get("count"):
+        return _changed_as_a_whole(Path(origin), str(note.get("type")), id)
     then = [FileEntry(row["path"], row["size"], row["sha256"]) for row in listed]
     if content_id(str(note.get("type")), sort_files(then)) != id:
         return [f"{layout.external(id)} is damaged: its files are not those of {id[:15]}"]
@@ -192,6 +195,17 @@ def changed_since(layout: Layout, id: str) -> list[str]:
         elif path.stat().st_size != row.size or hash_files([path]) != [row.sha256]:
             found.append(f"{path} has changed since it was read")
     return found + [f"{path} is new since then" for path in files.values()]
+
+
+def _changed_as_a_whole(place: Path, type: str, id: str) -> list[str]:
+    """`changed_since` for a directory whose files were not all noted."""
+    try:
+        files = list_files(place)
+    except InputError:
+        return [f"{place} is missing"]
+    digests = hash_files(list(files.values()))
+    rows = [FileEntry(file, files[file].stat().st_size, digest) for file, digest in zip(files, digests, strict=True)]
+    return [] if content_id(type, sort_files(rows)) == id else [f"{place} has changed since it was read"]
 
 
 def _manifest(path: Path) -> Manifest | None:

@@ -18,22 +18,34 @@ class MaskingTime:
     """Seconds that the constraints of some answers took, copies of them included; filled by `TimedConstraint`."""
 
     steps: list[float] = field(default_factory=list)
-    """Of every mask, with what it took to follow the token before it."""
+    """Of every mask, with what it took to follow the token before it; of those that were added only their number."""
+    more: int = 0
+    """Masks of other answers, whose seconds are in `rest`: a list of them all would grow with a file of prompts."""
     rest: float = 0.0
-    """After the last mask of each answer: following its last token."""
+    """After the last mask of each answer: following its last token; and all of the answers that were added."""
 
     @property
     def seconds(self) -> float:
         """Of all together."""
         return sum(self.steps) + self.rest
 
+    @property
+    def masks(self) -> int:
+        """Of all together."""
+        return len(self.steps) + self.more
+
+    def add(self, other: MaskingTime) -> None:
+        """Take what other answers took to this account, in constant memory."""
+        self.more += other.masks
+        self.rest += other.seconds
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"masks": len(self.steps), "seconds": round(self.seconds, 6)}
+        return {"masks": self.masks, "seconds": round(self.seconds, 6)}
 
     def line(self) -> str:
         """`masking 0.052 ms a token`; empty where there was none."""
-        return f"masking {1e3 * self.seconds / len(self.steps):.2g} ms a token" if self.steps else ""
+        return f"masking {1e3 * self.seconds / self.masks:.2g} ms a token" if self.masks else ""
 
 
 class TimedConstraint:

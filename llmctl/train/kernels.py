@@ -21,6 +21,8 @@ KERNELS = {
 """What torch's `scaled_dot_product_attention` chooses from, by the names of `torch.nn.attention.SDPBackend`."""
 WHOLE = "math"
 """The one that holds all scores, so that its memory grows with the square of the length."""
+RECORDER = ("_enable_profiler_legacy", "_disable_profiler_legacy", "_profiler_enabled")
+"""What torch keeps in `torch.autograd` without promising it: a torch that has it no longer trains all the same."""
 OTHER = "plain"
 """Attention that calls none of them: soft-capped scores, which are products of whole matrices."""
 
@@ -55,14 +57,18 @@ class KernelWatch:
 
     def __init__(self, params: TrainParams) -> None:
         self.kernels: tuple[str, ...] = ("flex",) if params.attention == "flex" else ()
-        """Those seen; empty before the pass that is looked at. `flex` has one kernel, so nothing is looked at."""
+        """Those seen; empty before the pass that is looked at, and where torch cannot be watched.
+
+        `flex` has one kernel, so nothing is looked at.
+        """
         self._left = 1 if params.compile else 0
         self._told = False
+        self._blind = not all(hasattr(torch.autograd, name) for name in RECORDER)
 
     @contextmanager
     def forward(self) -> Iterator[None]:
         """Around each forward pass. Costs nothing after the one that is looked at."""
-        if self.kernels or self._left > 0 or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        if self._blind or self.kernels or self._left > 0 or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             self._left -= 1
             yield
             return

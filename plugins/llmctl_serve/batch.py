@@ -115,13 +115,22 @@ class LocalAnswers:
         return (sampling, stop, logprobs), ids
 
     def _said(self, session: Session, prompts: list[list[int]], logprobs: int | None) -> list[list[Said]]:
+        spent = MaskingTime()
+        try:
+            return self._answered(session, prompts, logprobs, spent)
+        finally:
+            self.masking.add(spent)
+
+    def _answered(
+        self, session: Session, prompts: list[list[int]], logprobs: int | None, masking: MaskingTime
+    ) -> list[list[Said]]:
         sampling, generator = session.sampling, session.generator
         if sampling.n > 1 or sampling.beams > 1 or logprobs is not None or self.output.best_of:
-            return [answers(session, prompt, self.masking, logprobs) for prompt in prompts]
+            return [answers(session, prompt, masking, logprobs) for prompt in prompts]
         from llmctl.text.streaming import completion_of
 
         found = []
-        form = session.followed(self.masking)
+        form = session.followed(masking)
         for prompt, ids in zip(prompts, generator.generate(prompts, sampling, *form), strict=True):
             ended = len(ids) < min(sampling.max_new_tokens, generator.room(prompt))
             whole = Candidate(ids, [], ended)
@@ -304,7 +313,7 @@ class Progress:
             f"{self.answered} answered, {self.failed} failed, {self.skipped} there already"
             f"{f' ({self.kept} of them failed)' if self.kept else ''}; "
             f"{self.tokens} tokens in {human_seconds(passed)}"
-            f"{f', {masking.line()}, {masking.seconds / passed:.2g} of the time' if masking.steps else ''}",
+            f"{f', {masking.line()}, {masking.seconds / passed:.2g} of the time' if masking.masks else ''}",
             err=True,
         )
 

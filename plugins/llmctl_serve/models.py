@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmctl import Artifact, LlmctlError
+from llmctl import Artifact, LlmctlError, UsageError
 from llmctl_serve.encoding import EncoderThread
 from llmctl_serve.errors import ApiError
 from llmctl_serve.metrics import ServerMetrics
@@ -188,16 +188,23 @@ class Models:
             return found
 
     def put(self, model: Model) -> Model | None:
-        """Serve it under its name from this moment on; the one it replaces is drained beside it and closed."""
+        """Serve it under its name from this moment on; the one it replaces is drained beside it and closed.
+
+        UsageError if one of its ids, adapters included, is one of another model: it is closed then.
+        """
         name = model.service.model_id
         with self._lock:
-            refused = self.stopping
             before = self._models.get(name)
+            taken = [id for other in self._models.values() if other is not before for id in other.served]
+            twice = next((id for id in model.served if id in taken), None)
+            refused = self.stopping or twice is not None
             if not refused:
                 self._models[name] = model
-        if refused:  # it was opened while the server was told to stop; nobody else would close it
+        if refused:  # it was opened, perhaps while the server was told to stop; nobody else would close it
             model.close()
-            raise stopping()
+            if twice is None:
+                raise stopping()
+            raise UsageError(f"`{twice}` would be the id of two models", hint="load it under another name")
         self._watch(model)
         if before is not None:
             self._retire(before)

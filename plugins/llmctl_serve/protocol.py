@@ -74,24 +74,27 @@ class LimitedProtocol(HttpToolsProtocol):
         self._head += len(data)
         self._unset_keepalive_if_required()
         try:
-            try:
-                self.parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._read_as_plain(data[upgrade.args[0] :])
+            while data and not self.transport.is_closing():
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = data[upgrade.args[0] :]
+                    self._read_as_plain()  # then what follows, which may wish again
         except httptools.HttpParserError:
             self.send_400_response("")
         if self._head > self.limits[1] and not self.transport.is_closing():
             self._refuse(431, _too_large(self.limits[1]), "headers_too_large")
 
-    def _read_as_plain(self, rest: bytes) -> None:
+    def _read_as_plain(self) -> None:
         """A request that asks for another protocol is one of HTTP/1.1 all the same (RFC 9110, 7.8).
 
-        llhttp stops behind the head of such a request: the head is read again without the wish, and then its body.
+        llhttp stops behind the head of such a request: the head is read again without the wish; its body comes then.
+        Raises HttpParserError for CONNECT, which wants no HTTP at all.
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.send_400_response("")
-            return
+            raise httptools.HttpParserError("CONNECT")
         version = self.parser.get_http_version().encode()
         wishes = (b"connection", b"upgrade", b"http2-settings")
         lines = [b"%s %s HTTP/%s" % (method, self.url, version)]
@@ -100,8 +103,6 @@ class LimitedProtocol(HttpToolsProtocol):
             lines.append(b"connection: close")
         self.parser = httptools.HttpRequestParser(self)
         self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
-        if rest:
-            self.parser.feed_data(rest)
 
     def on_message_begin(self) -> None:
         """A request begins."""

@@ -72,7 +72,8 @@ def _export(shards: TokenShards, split: SplitTokens, directory: Path, format: st
 
 def _to_nanogpt(shards: TokenShards, split: SplitTokens, directory: Path) -> Path:
     if shards.vocab_size > 65536:
-        raise UsageError(f"nanoGPT's files have 16 bits per token, the vocabulary has {shards.vocab_size} tokens")
+        said = f"nanoGPT's files have 16 bits per token, the vocabulary has {shards.vocab_size} tokens"
+        raise UsageError(said, hint="export them as megatron")
     (name,) = _places(split.name, "nanogpt")
     path = directory / name
     _copy(split, path, np.dtype("<u2"))

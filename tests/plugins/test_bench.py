@@ -63,7 +63,7 @@ def test_the_planted_percentiles_are_found():
         found, _ = measured(stub, Load("closed", 4, requests=20))
     assert found["answered"] == found["requests"] == 20
     assert 0.1 <= found["ttft"]["p50"] < 0.1 + NEAR
-    assert 0.3 - 0.001 <= found["ttft"]["p99"] < 0.3 + NEAR
+    assert 0.3 - 0.001 <= found["ttft"]["p99"] < 0.3 + 5 * NEAR  # the largest of all: one stall is enough
     assert 0.02 <= found["itl"]["p50"] < 0.02 + NEAR / 2
     assert found["tpot"]["p50"] == pytest.approx(0.02, abs=NEAR / 2)
     assert 0.18 <= found["e2e"]["p50"] < 0.18 + 2 * NEAR
@@ -303,7 +303,7 @@ def test_no_load_is_asked_what_an_earlier_one_was():
         )  # fmt: skip
     asked = [body["messages"][-1]["content"] for body in stub.bodies[2:]]  # after those that measure words
     assert len(asked) == len(set(asked)) == 3 + 3 * 6
-    assert "warning" not in result.stderr
+    assert "different prompts" not in result.stderr  # that a busy client was late may be said
 
 
 def test_prompts_of_a_short_file_come_again_and_that_is_said(tmp_path):
@@ -315,7 +315,7 @@ def test_prompts_of_a_short_file_come_again_and_that_is_said(tmp_path):
             result = invoke("--url", stub.url, "--concurrency", loads, *flags, "--json", tmp_path / "x.json")
         asked = [body["prompt"] for body in stub.bodies]
         assert asked == [f"p{n % 8}" for n in range(len(asked))]
-        assert warned in result.stderr and bool(warned) == ("warning" in result.stderr)
+        assert warned in result.stderr and bool(warned) == ("different prompts" in result.stderr)
         written = json.loads((tmp_path / "x.json").read_text())["prompts"]
         assert (written["different"], written["asked"]) == (8, len(asked))
     path.write_text('{"prompt": "same"}\n' * 9)
@@ -413,8 +413,9 @@ def test_options_that_make_no_sense(tmp_path):
         (["--url", "http://x", "--html", str(tmp_path)], "cannot be written"),
         (["--url", "http://x", "--json", str(tmp_path / "x"), "--html", str(tmp_path / "x")], "name the same file"),
     ):
-        with pytest.raises(UsageError, match=text):
+        with pytest.raises(UsageError, match=text) as caught:
             invoke(*arguments)
+        assert caught.value.hint, arguments
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from llmctl_serve.bench import exposition
 from llmctl_serve.bench.command import bench
-from llmctl_serve.bench.exposition import agrees, describe_memory, parse_exposition
+from llmctl_serve.bench.exposition import Watched, agrees, describe, describe_memory, parse_exposition
 from llmctl_serve.bench.load import Record
 from llmctl_serve.bench.summary import add_speed_up
 
@@ -198,3 +198,17 @@ def test_the_memory_of_a_loaded_server_stays_flat(real_models, tmp_path, request
     assert len(memory["samples"]) > 0.8 * seconds
     assert memory["largest"] >= memory["last"] > 20 * MIB
     assert memory["late_growth"] < 0.03, memory
+
+
+def test_an_adapter_is_advanced_by_the_engine_of_its_model():
+    """Its tokens are counted by its own id, the batches by that of the model."""
+    text = (
+        'llmctl_build_info{{version="1"}} 1\n'
+        'llmctl_completion_tokens_total{{model="m"}} 90\nllmctl_completion_tokens_total{{model="m:a"}} {tokens}\n'
+        'llmctl_batch_size_count{{model="m"}} {passes}\nllmctl_batch_size_sum{{model="m"}} {advanced}\n'
+    )
+    before = parse_exposition(text.format(tokens=5, passes=10, advanced=20))
+    after = parse_exposition(text.format(tokens=65, passes=30, advanced=80))
+    for name, tokens in (("m:a", 60), ("m", 0)):
+        seen = describe(Watched(before, after), name, [])
+        assert (seen["completion_tokens"], seen["passes"], seen["mean_batch"]) == (tokens, 20, 3.0)

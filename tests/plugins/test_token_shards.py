@@ -318,8 +318,9 @@ def test_megatron_there_and_back(made, tmp_path):
 def test_nanogpt_has_no_room_for_large_ids(tmp_path):
     with ShardWriter(tmp_path / "large", vocab_size=70_000, tokenizer="sha256:1", splits=["train"]) as writer:
         writer.add("train", [69_999], 3)
-    with pytest.raises(UsageError, match="16 bits"):
+    with pytest.raises(UsageError, match="16 bits") as caught:
         shard_formats.export_shards(TokenShards.open(tmp_path / "large"), tmp_path / "out", "nanogpt")
+    assert caught.value.hint == "export them as megatron"  # which has room, as follows
     shard_formats.export_shards(TokenShards.open(tmp_path / "large"), tmp_path / "out", "megatron")
     dtype, lengths, _ = shard_formats.read_index(tmp_path / "out" / "train.idx")
     assert dtype == np.int32 and lengths.tolist() == [1]

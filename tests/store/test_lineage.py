@@ -7,6 +7,7 @@ import subprocess
 
 import pytest
 
+from llmctl.store import external
 from llmctl.store.external import list_files, read_external
 
 QUOTED = r'"(?:[^"\\\n]|\\["\\n])*"'
@@ -85,6 +86,23 @@ def test_verify_names_every_file_that_is_no_longer_the_same(chain, store, call, 
     assert [len(problems) for problems in nodes.values()] == [0, 1, 2, 0]
     shutil.rmtree(notes)
     assert f"! {notes} is missing" in call(*asked).out
+
+
+def test_verify_looks_at_inputs_of_too_many_files_to_note(store, put, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(external, "MOST_FILES", 1)
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("one.md", "two.md"):
+        (notes / name).write_text("1")
+    outside = read_external(store, notes, ("files",)).artifact
+    made = put({"x": "1"}, stage="make", inputs={"files": [outside.id]})
+    asked = ("lineage", made.id, "--store", store.root, "--verify")
+    assert call(*asked).code == 0
+    write(notes / "two.md", "2")
+    done = call(*asked)
+    assert (done.code, done.error) == (5, f"{notes} has changed since it was read")
+    shutil.rmtree(notes)
+    assert call(*asked).error == f"{notes} is missing"
 
 
 def test_verify_knows_a_single_file_and_copies(store, put, call, tmp_path):

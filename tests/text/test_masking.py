@@ -55,5 +55,20 @@ def test_copies_go_their_own_way_and_share_the_account():
     assert spent.rest == pytest.approx(0)
 
 
+def test_a_file_of_answers_is_one_account_that_does_not_grow():
+    clock, whole = [0.0], MaskingTime()
+    for _ in range(100):
+        spent = MaskingTime()
+        timed = TimedConstraint(Slow(clock, 0.25, 0.5), spent, lambda: clock[0])
+        for token in (1, 2, 3):
+            timed.mask()
+            timed.accept(token)
+        whole.add(spent)
+    assert (whole.steps, whole.masks) == ([], 300)
+    assert whole.seconds == pytest.approx(clock[0])
+    assert whole.to_dict() == {"masks": 300, "seconds": 225.0}
+    assert whole.line() == "masking 7.5e+02 ms a token"
+
+
 def test_nothing_masked_says_nothing():
     assert MaskingTime().line() == ""

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llmctl.train.data import ExampleSource
 from llmctl.train.generate import TorchGenerator
-from llmctl.train.kernels import KernelWatch, kernels_of, operators_listed
+from llmctl.train.kernels import RECORDER, KernelWatch, kernels_of, operators_listed
 from llmctl.train.loop import fit
 from llmctl.train.objectives import CausalLM
 from llmctl.train.params import TrainParams
@@ -102,3 +102,13 @@ def test_on_a_gpu(make_context, make_model, make_examples):
         pytest.skip("no NVIDIA GPU")
     _, recorded, _ = train(make_context(), make_model(dim=128, heads=2), make_examples(24), device="cuda")
     assert recorded in ("flash", "memory-efficient", "cudnn")
+
+
+@pytest.mark.parametrize("name", RECORDER)
+def test_a_torch_that_cannot_be_watched_trains_all_the_same(make_context, make_model, make_examples, monkeypatch, name):
+    monkeypatch.delattr(torch.autograd, name)
+    ctx = make_context()
+    values = TrainParams(batch_size=4, max_steps=2, warmup_steps=1, lr=0.01)
+    final = fit(ctx, make_model(), CausalLM(), ExampleSource(make_examples(24), 32, values), values)
+    assert final["loss.train"] > 0
+    assert not [fields for kind, fields in ctx.events if kind == "log" and "attention kernel" in fields["text"]]

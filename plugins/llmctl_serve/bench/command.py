@@ -70,7 +70,7 @@ def bench(
     if artifact is not None and url is not None:
         raise UsageError("both a model and --url are given", hint="leave one of them out")
     if url is not None and (device is not None or threads is not None):
-        raise UsageError("--device and --threads are of a server here, --url names another one")
+        raise UsageError("--device and --threads are of a server here, --url names another one", hint="leave them out")
     if url is None and (given["model"] is not None or api_key_env is not None):
         raise UsageError("--model and --api-key-env are of a server elsewhere", hint="give its --url")
     check_places(json_, html)

@@ -157,7 +157,7 @@ def describe(watched: Watched, model: str, records: Sequence[Record]) -> dict[st
     if not after.has("llmctl_build_info"):
         return found
 
-    def grown(name: str) -> int:
+    def grown(name: str, model: str = model) -> int:
         return int(after.total(name, model=model) - before.total(name, model=model))
 
     found["requests"] = dict(sorted((after.statuses() - before.statuses()).items()))
@@ -165,7 +165,11 @@ def describe(watched: Watched, model: str, records: Sequence[Record]) -> dict[st
         grown("llmctl_prompt_tokens_total"),
         grown("llmctl_completion_tokens_total"),
     )
-    found["passes"], advanced = grown("llmctl_batch_size_count"), grown("llmctl_batch_size_sum")
+    engine = model  # an adapter, `MODEL:ADAPTER`, is advanced by the engine of its model
+    if not any(name == "llmctl_batch_size_count" and own.get("model") == model for name, own, _ in after.samples):
+        engine = model.rpartition(":")[0]
+    found["passes"] = grown("llmctl_batch_size_count", engine)
+    advanced = grown("llmctl_batch_size_sum", engine)
     found["mean_batch"] = advanced / found["passes"] if found["passes"] else None
     found["agrees"] = agrees(found["requests"], records)
     return found

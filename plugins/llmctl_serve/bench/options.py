@@ -64,7 +64,8 @@ def read_options(
         raise UsageError("--burst is of arrivals, which --concurrency has none of", hint="give --rate")
     for option, value in (("--seconds", seconds), ("--timeout", timeout), ("--prefix-share", prefix_share)):
         if value is not None and not math.isfinite(value):  # click's ranges let NaN pass
-            raise UsageError(f"{option} {value} is no number that a measurement can have")
+            said = f"{option} {value} is no number that a measurement can have"
+            raise UsageError(said, hint=f"give a finite one, or leave {option} out")
     for option, given in (("--prompt-tokens", prompt_tokens), ("--prefix-share", prefix_share)):
         if input_ is not None and given is not None:
             raise UsageError(f"{option} is of made-up prompts, --input gives others", hint="leave one of them out")
@@ -72,7 +73,8 @@ def read_options(
         requests = REQUESTS
     users = _numbers(concurrency, "--concurrency", True) or ([1] if rate is None else [])
     if max(users, default=0) > MOST_USERS:
-        raise UsageError(f"--concurrency {max(users):g} is more than the {MOST_USERS} connections that there can be")
+        said = f"--concurrency {max(users):g} is more than the {MOST_USERS} connections that there can be"
+        raise UsageError(said, hint=f"give {MOST_USERS} at most")
     loads = [Load("closed", value, requests, seconds) for value in users]
     loads += [Load("poisson", value, requests, seconds, burst) for value in _numbers(rate, "--rate", False)]
     return Wanted(
@@ -104,9 +106,9 @@ def _body(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text, parse_constant=_refuse)
     except ValueError as error:
-        raise UsageError(f"--body is no JSON: {error}") from error
+        raise UsageError(f"--body is no JSON: {error}", hint="for example --body '{\"top_p\": 0.9}'") from error
     if not isinstance(found, dict):
-        raise UsageError("--body is no JSON object")
+        raise UsageError("--body is no JSON object", hint="for example --body '{\"top_p\": 0.9}'")
     for name in sorted(found.keys() & OWN.keys()):
         hint = f"use {OWN[name]}" if OWN[name] else "answers are measured as they come"
         raise UsageError(f"--body gives `{name}`, which is not its to change", hint=hint)

@@ -178,6 +178,17 @@ def test_an_adapter_is_not_unloaded_apart_from_its_model(server):
     assert ask(server, "m:polite").status == 404
 
 
+def test_no_id_is_that_of_two_models(server, answers):
+    with pytest.raises(UsageError, match="`m:terse` would be the id of two models"):
+        server.models.load("m:terse", "plain")
+    server.models.load("m", "fewer")
+    server.models.load("m:terse", "plain")  # now it is free
+    with pytest.raises(UsageError, match="`m:terse` would be"):
+        server.models.load("m", "whole")
+    assert [one["id"] for one in json.loads(server.get("/v1/models")[1])["data"]] == ["m", "m:polite", "m:terse"]
+    assert (said(ask(server, "m:polite")), said(ask(server, "m:terse"))) == (answers["m:polite"], answers["m"])
+
+
 def invoke(command, *args):
     result = CliRunner().invoke(command, [str(arg) for arg in args])
     if result.exception and not isinstance(result.exception, SystemExit):

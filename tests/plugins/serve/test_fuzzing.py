@@ -186,8 +186,7 @@ def test_what_no_schema_describes_is_answered_in_form(real, data):
         body = data.draw(damaged(path))
         headers["Content-Type"] = data.draw(st.just("application/json") | KINDS)
     status, text, found = ask(real, method.upper(), filled + query, body, headers)
-    if text == "Invalid HTTP request received.":  # uvicorn's own, of what is no HTTP
-        assert status == 400
+    if status == 400 and json.loads(text)["error"]["code"] == "invalid_http":  # no route has seen it
         return
     conforms(described, described["paths"][path][method], status, found, text)
 

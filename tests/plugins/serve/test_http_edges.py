@@ -93,6 +93,14 @@ def test_a_wish_for_another_protocol_costs_no_body_and_is_no_second_request(serv
     assert statuses(sent(server, socketed)) == [200]
 
 
+def test_each_of_several_requests_may_wish_for_another_protocol(server, caplog):
+    wish = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
+    one = head(*POST, LENGTH, *wish) + BODY
+    assert statuses(sent(server, one * 3 + head(*GET, *wish) + head(*GET, CLOSE))) == [200] * 5
+    assert statuses(sent(server, one + head("CONNECT a:443 HTTP/1.1", "Host: a"))) in ([], [200])  # cut, at the latest
+    assert not caplog.records
+
+
 def test_a_body_is_waited_for_where_the_client_asks(server):
     with socket.create_connection(server.address, 10) as client:
         client.sendall(head(*POST, LENGTH, "Expect: 100-continue", CLOSE))
