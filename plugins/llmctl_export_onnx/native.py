@@ -80,16 +80,7 @@ def export(
     adapters: Sequence[Artifact] = (),
 ) -> Metrics:
     """Write the bundle and prove it, with each of the adapters too; the metrics to report."""
-    if params.dtype not in DTYPES:
-        raise MachineError(
-            "an export is proved on the CPU, and ONNX Runtime multiplies bfloat16 matrices on CUDA only",
-            hint="set `dtype: float16`, as small and proved here, or serve the model.hf directory, on CUDA in bfloat16",
-        )
-    if params.task != "auto":
-        raise UsageError(
-            f"task {params.task} is for exports through Optimum; here the model's own head decides",
-            hint="leave `task` out, or set `exporter: optimum`",
-        )
+    _check(params)
     source = artifact.path
     model = load_model(source).eval()
     for parameter in model.parameters():
@@ -108,21 +99,7 @@ def export(
     for parameter, rounded in zip(model.parameters(), lower.parameters(), strict=True):
         parameter.copy_(rounded)
     job = Job(ctx, params, source, data, config, model, pooling, normalise)
-    with _tracing(lower):
-        graphs = _graphs(lower, job, generates)
-    graph.account_weights(list(graphs.values()), lower)
-    if generates:
-        fusion.fuse(graphs[MODEL])
-        decoder.keep_last(graphs[MODEL])
-    if beside:
-        wanted = {name for one in beside for name in one.adapter}
-        places = lora.sites(graphs[MODEL], dict(lower.named_parameters()), wanted)
-        lora.add_inputs(graphs[MODEL], places)
-        lora.write(job.target, places, beside)
-    graph.save(graphs, job.target)
-    bundle.copy_files(source, job.target)
-    if pooling != "none" and (pooling, normalise) != _pooling_of(source):
-        write_pooling(job.target, pooling, model.config.dim, model.config.context, normalise=normalise)
+    graphs = _write(job, lower, beside, generates)
     prove = _prove_decoder if generates else _prove_seq2seq if kind == "encoder-decoder" else _prove_encoder
     found = prove(job)
     found.check(params.tolerance)
@@ -135,6 +112,41 @@ def export(
         "layers": model.config.layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+
+
+def _check(params: ExportParams) -> None:
+    """MachineError (7) or UsageError for what cannot be exported here."""
+    if params.dtype not in DTYPES:
+        raise MachineError(
+            "an export is proved on the CPU, and ONNX Runtime multiplies bfloat16 matrices on CUDA only",
+            hint="set `dtype: float16`, as small and proved here, or serve the model.hf directory, on CUDA in bfloat16",
+        )
+    if params.task != "auto":
+        raise UsageError(
+            f"task {params.task} is for exports through Optimum; here the model's own head decides",
+            hint="leave `task` out, or set `exporter: optimum`",
+        )
+
+
+def _write(job: Job, lower: Transformer, beside: Sequence[lora.Named], generates: bool) -> dict[str, ir.Model]:
+    """Trace `lower`, the model in the dtype of the export, and write the bundle; its graphs, by their files."""
+    with _tracing(lower):
+        graphs = _graphs(lower, job, generates)
+    graph.account_weights(list(graphs.values()), lower)
+    if generates:
+        fusion.fuse(graphs[MODEL])
+        decoder.keep_last(graphs[MODEL])
+    if beside:
+        wanted = {name for one in beside for name in one.adapter}
+        places = lora.sites(graphs[MODEL], dict(lower.named_parameters()), wanted)
+        lora.add_inputs(graphs[MODEL], places)
+        lora.write(job.target, places, beside)
+    graph.save(graphs, job.target)
+    bundle.copy_files(job.source, job.target)
+    if job.pooling != "none" and (job.pooling, job.normalise) != _pooling_of(job.source):
+        shape = job.model.config
+        write_pooling(job.target, job.pooling, shape.dim, shape.context, normalise=job.normalise)
+    return graphs
 
 
 def choose_pooling(params: ExportParams, source: Path, config: ModelConfig) -> tuple[encoder.Pooling, bool]:
