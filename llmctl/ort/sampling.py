@@ -55,7 +55,7 @@ def choose(logits: np.ndarray, states: Sequence[AnswerState], failed: dict[int, 
             _note(failed, row, error)
     try:
         tokens = _choose(logits, states, uniform)
-    except Exception:
+    except Exception:  # whatever it was, the rows are tried one by one, and whose it is gets it noted
         if failed is None:
             raise
         tokens = _choose_one_by_one(logits, states, uniform, failed)

@@ -49,7 +49,7 @@ def export_shards(shards: TokenShards, directory: Path, format: str) -> list[Pat
         for place in places:
             (part / place).rename(directory / place)
         part.rmdir()
-    except BaseException:
+    except BaseException:  # an interrupt leaves nothing half-written either
         shutil.rmtree(made or part, ignore_errors=True)
         raise
     return [directory / path.relative_to(part) for path in written]
