@@ -126,12 +126,15 @@ def test_what_is_no_model(tmp_path, monkeypatch):
     assert find_model(None).type == "model.onnx"
 
 
-def read_until(master, text, seconds=20):
-    found, deadline = b"", time.monotonic() + seconds
-    while text not in found:
-        ready, _, _ = select.select([master], [], [], max(0, deadline - time.monotonic()))
-        assert ready, found
-        found += os.read(master, 4096)
+def read_until(master, *texts, seconds=20):
+    """What is shown until each of the texts has come, one after the other; the pieces in which they come are no matter."""
+    found, end, deadline = b"", 0, time.monotonic() + seconds
+    for text in texts:
+        while (start := found.find(text, end)) < 0:
+            ready, _, _ = select.select([master], [], [], max(0, deadline - time.monotonic()))
+            assert ready, (text, found)
+            found += os.read(master, 4096)
+        end = start + len(text)
     return found.decode()
 
 
@@ -174,8 +177,7 @@ def terminal(tmp_path, monkeypatch):
 
         def typed(text, answer="", end=b"> "):
             press(text) if isinstance(text, bytes) else os.write(master, text.encode() + b"\n")
-            found = read_until(master, answer.encode())
-            return found if found.endswith(end.decode()) else found + read_until(master, end)
+            return read_until(master, answer.encode(), end)
 
         typed.screen = read_until(master, b"> ")
         typed.master, typed.press = master, press
