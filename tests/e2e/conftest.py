@@ -69,10 +69,10 @@ FILES = {
                 ctx.warn("a warning")
             begun = time.monotonic()
             while (passed := time.monotonic() - begun) < params.sleep:
-                ctx.progress(int(passed * 10), int(params.sleep * 10))
-                if ctx.should_stop():
+                if ctx.should_stop():  # before it reports: one that never asked would be ended there
                     note(params, ctx, "stopped")
                     raise ctx.stopped(int(passed * 10))
+                ctx.progress(int(passed * 10), int(params.sleep * 10))
                 time.sleep(0.02)
             if params.fail:
                 raise {
