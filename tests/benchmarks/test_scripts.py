@@ -20,6 +20,7 @@ def shown(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_training_is_profiled_on_cpu(tmp_path: Path) -> None:
     wanted = ["--device", "cpu", "--shapes", "tiny", "--precision", "float32", "--no-compile"]
     found = shown(str(BENCHMARKS / "gpu_train.py"), *wanted, "--steps", "3", "--threads", "1", "--trace", str(tmp_path))

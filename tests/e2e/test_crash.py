@@ -210,6 +210,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "straight", tmp_path / "killed"
 
 
+@pytest.mark.slow
 def test_three_kills_of_a_training(pair, env):
     straight, killed = pair
     finish(straight, env, "--to", "tokenize")

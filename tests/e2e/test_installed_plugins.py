@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 SPEC = """\
 llmctl: 1
 name: test
@@ -133,6 +135,7 @@ def test_print_spec_gives_the_same_result_as_the_command(fake, llmctl, tmp_path)
     assert over.stdout != direct.stdout
 
 
+@pytest.mark.slow
 def test_output_cache_and_events_options(fake, llmctl, tmp_path):
     done = llmctl("fake-tok", "--output", "out", "--events", "events.jsonl")
     assert done.returncode == 0, done.stderr

@@ -150,6 +150,7 @@ def test_10_the_path_or_the_id_and_nothing_else(pipe):
     assert one.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_11_a_reader_that_leaves_later_does_not_waste_the_work(start, tmp_path):
     log = tmp_path / "log"
     running = start(f"{T} --sleep 2 --log {log}", ["sleep", "30"])
@@ -198,6 +199,7 @@ def test_13_ctrl_c_while_everyone_waits(start):
     assert done.codes == [130, 130, 130]
 
 
+@pytest.mark.slow
 def test_13_sigint_ignored_on_entry_stays_ignored(start, tmp_path):
     log = tmp_path / "log"
     running = start(f"{T} --sleep 1.5 --log {log}", P, S, ignore_sigint=True)
@@ -261,6 +263,7 @@ def test_16_an_unknown_command_at_the_head_is_an_upstream_that_failed(pipe):
     assert "upstream `fake-tokk` failed with exit 2" in done.stderrs[1]
 
 
+@pytest.mark.slow
 def test_references_are_forwarded_past_a_stage_that_does_not_use_them(pipe):
     done = pipe(T, P, S, "llmctl fake-eval")
     assert done.codes == [0] * 4, done.stderr

@@ -126,7 +126,12 @@ class Hasty(BeamSearch):
 
 
 @pytest.mark.parametrize(
-    ("fault", "most"), [(EveryRank, 90), (Gnmt, 110), (Narrow, 114), (EosUncounted, 114), (Hasty, 114)]
+    ("fault", "most"),
+    [
+        (EveryRank, 90),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in ((Gnmt, 110), (Narrow, 114), (EosUncounted, 114))),
+        pytest.param(Hasty, 114, marks=pytest.mark.slow),
+    ],
 )
 def test_a_fault_is_noticed(fault: type[BeamSearch], most: int, model: Flat, cases, monkeypatch) -> None:
     """Only the best answer is compared, as a user sees it; the faults spoil 12 to 50 of 120."""

@@ -120,6 +120,7 @@ def register_stages():
 """
 
 
+@pytest.mark.slow
 def test_the_runner_says_so(install, llmctl, tmp_path):
     install("hanging", {"hanging": "hanging"}, {"hanging.py": HANGS})
     (tmp_path / "work").mkdir(exist_ok=True)

@@ -85,6 +85,7 @@ def test_all_are_started_again_when_one_is_killed(llmctl, one, work):
     assert "warning: w: a rank was lost: all were started again, 1 of at most 1 times" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_reaches_rank_0_as_a_request_and_all_leave(start, one, work):
     process = start("run", one("gang", "how: wait"))
     wait_for(lambda: list((work / ".llmctl/store/work").glob("*/state.json")))

@@ -170,6 +170,7 @@ def test_a_signal_means_checkpoint_and_leave(number, code, start, one, work):
     assert json.loads(state.read_text())[0] == done + 3
 
 
+@pytest.mark.slow
 def test_sigusr2_means_checkpoint_and_go_on(start, one, work):
     process = start("run", one("count", "max_steps: 150, pause: 0.02"))
     wait_for(lambda: list((work / ".llmctl/store/work").glob("*/state.json")))
@@ -302,6 +303,7 @@ def test_kill_at_random_instants_then_go_on(start, one, work, llmctl):
 # -- two at once ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_same_work(start, llmctl, one, work):
     spec = one("count", "max_steps: 250, pause: 0.02")
     first = start("run", spec)

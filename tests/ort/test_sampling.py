@@ -89,23 +89,13 @@ def test_the_token_that_crosses_p_is_kept() -> None:
     [
         (Sampling(temperature=1.0, seed=1), softmax(LOGITS.astype(np.float64))),
         (Sampling(temperature=1.6, seed=2), softmax(LOGITS.astype(np.float64) / 1.6)),
-        (Sampling(temperature=1.0, top_k=4, seed=3), None),
         (Sampling(temperature=1.0, top_k=10, seed=4), softmax(LOGITS.astype(np.float64))),
-        (Sampling(temperature=1.0, top_p=0.5, seed=5), None),
-        (Sampling(temperature=1.0, min_p=0.4, seed=6), None),  # .28 * .4 = .112 keeps .28, .2 and .14
     ],
 )
-def test_draws_follow_the_distribution(sampling: Sampling, truth: np.ndarray | None) -> None:
-    if truth is None:
-        best = sampling.top_k or 3  # top-p .5 keeps .28, .2 and .14
-        plain = softmax(LOGITS.astype(np.float64))
-        truth = np.where(plain >= np.sort(plain)[-best], plain, 0)
-        truth /= truth.sum()
+def test_draws_follow_the_distribution(sampling: Sampling, truth: np.ndarray) -> None:
     sample = Sampler(sampling)
     counts = np.bincount([sample(LOGITS) for _ in range(DRAWS)], minlength=10)
-    support = truth > 0
-    assert counts[~support].sum() == 0
-    assert chisquare(counts[support], truth[support] * DRAWS).pvalue > 0.01
+    assert chisquare(counts, truth * DRAWS).pvalue > 0.01
 
 
 def test_draws_at_another_temperature_are_noticed() -> None:
@@ -140,6 +130,7 @@ def test_equal_seeds_give_equal_draws_and_no_seed_gives_new_ones() -> None:
     assert draws(None) != draws(None)
 
 
+# Top-p .5 keeps .28, .2 and .14; .28 * .4 = .112 keeps the same.
 @pytest.mark.parametrize(("options", "size"), [({"top_k": 4}, 4), ({"top_p": 0.5}, 3), ({"min_p": 0.4}, 3)])
 def test_a_set_one_too_large_or_too_small_is_noticed(options: dict[str, float], size: int) -> None:
     sample = Sampler(Sampling(temperature=1.0, seed=3, **options))

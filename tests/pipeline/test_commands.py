@@ -22,6 +22,7 @@ def _plugin(fake_stages):
     return fake_stages
 
 
+@pytest.mark.slow
 def test_from_and_jobs(llmctl, spec, events, actions):
     spec(TWO)
     done = llmctl("run", "p.yaml", "--from", "b")

@@ -201,11 +201,11 @@ def test_a_missing_metric_fails_the_gate_and_lists_what_there_is(run):
     [
         (0.88, "max_drop: 0.02", 0),
         (0.87, "max_drop: 0.02", 4),
-        (0.82, "min_ratio: 0.9", 0),
-        (0.80, "min_ratio: 0.9", 4),
-        (0.98, "max_ratio: 1.1", 0),
+        pytest.param(0.82, "min_ratio: 0.9", 0, marks=pytest.mark.slow),
+        pytest.param(0.80, "min_ratio: 0.9", 4, marks=pytest.mark.slow),
+        pytest.param(0.98, "max_ratio: 1.1", 0, marks=pytest.mark.slow),
         (0.995, "max_ratio: 1.1", 4),
-        (0.92, "max_rise: 0.02", 0),
+        pytest.param(0.92, "max_rise: 0.02", 0, marks=pytest.mark.slow),
         (0.93, "max_rise: 0.02", 4),
     ],
 )

@@ -185,6 +185,7 @@ def test_a_row_without_the_metric_is_an_error_that_names_it(sweep, actions):
 # -- order ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_order_of_completion_changes_nothing(sweep, monkeypatch, work):
     """Rows that end in another order: the same keys, choice, fan-in and order of the report."""
     found = []

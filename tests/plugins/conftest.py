@@ -155,7 +155,7 @@ def byte_tokenizer(model_dir: Path) -> Tokenizer:
     return Tokenizer.load(model_dir)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def scripted() -> type[Scripted]:
     """The class of the scripted model."""
     return Scripted

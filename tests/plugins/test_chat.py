@@ -127,7 +127,7 @@ def test_what_is_no_model(tmp_path, monkeypatch):
 
 
 def read_until(master, *texts, seconds=20):
-    """What is shown until each of the texts has come, one after the other; the pieces in which they come are no matter."""
+    """What is shown until each of the texts has come, one after the other, in whatever pieces."""
     found, end, deadline = b"", 0, time.monotonic() + seconds
     for text in texts:
         while (start := found.find(text, end)) < 0:

@@ -317,6 +317,7 @@ def book():
     return library_facts.fact_book(modules, shown, modules)
 
 
+@pytest.mark.slow
 def test_every_candidate_fact_is_true(book, imported):
     kinds = Counter(fact.kind for fact in book.candidates)
     assert min(kinds["module"], kinds["doc"], kinds["signature"]) > 250

@@ -49,6 +49,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[str, ...], dict[str, Any]]]
     ),
 }
 
+OFTEN = ("llama", "fused in the files", "head by head")
+"""Each of them takes two seconds; the others are slow tests."""
+
 
 def save(directory: Path, family: str, config: dict[str, Any]) -> Artifact:
     torch.manual_seed(0)
@@ -84,7 +87,9 @@ def damaged(adapter: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(adapter, tmp_path / "damaged"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def test_every_layout_of_weights(tmp_path: Path, name: str) -> None:
     family, config, targets, more = FAMILIES[name]
     model = save(tmp_path / "hf", family, config)
@@ -146,6 +151,7 @@ def test_a_quantized_bundle_keeps_its_adapters(
     assert len(list(generator.with_adapter("polite").stream(PROMPT, sampling))) > 0
 
 
+@pytest.mark.slow
 def test_names_are_given_or_those_of_the_directories(tmp_path: Path, llama: Artifact, adapter: Path) -> None:
     result = export(tmp_path / "out", llama, adapter, adapter, adapter_names=["one", "two"])
     assert open_bundle(result.outputs["model"].path, "cpu", 1).adapter_names == ("one", "two")
@@ -236,6 +242,7 @@ def test_a_wrong_adapter_is_found_and_leaves_no_bundle(
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_that_was_never_trained_is_told(tmp_path: Path, llama: Artifact) -> None:
     fresh = lora.write_adapter(tmp_path / "fresh", llama.path, size=0)
     result = export(tmp_path / "out", llama, fresh)

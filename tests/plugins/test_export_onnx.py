@@ -32,6 +32,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def rarely(*names: str) -> list[Any]:
+    """The families, those of these names marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in names else name for name in FAMILIES]
+
+
 def save(directory: Path, **changes: Any) -> Artifact:
     from llmctl.nn.config import ModelConfig
     from llmctl.nn.hf import save_model
@@ -65,7 +70,7 @@ def exported(llama: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Stage
     return export(tmp_path_factory.mktemp("exported"), llama, parity_prompts=20)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", rarely("rotated outside", "padded heads"))
 def test_every_family_gives_one_fused_attention_per_layer_and_each_weight_once(tmp_path: Path, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -90,7 +95,7 @@ def test_every_family_gives_one_fused_attention_per_layer_and_each_weight_once(t
     assert result.metrics["bytes"] == sum(p.stat().st_size for p in result.outputs["model"].path.glob("model.onnx*"))
 
 
-@pytest.mark.parametrize("family", ["llama tied", "llama untied", "capped"])
+@pytest.mark.parametrize("family", ["llama tied", pytest.param("llama untied", marks=pytest.mark.slow), "capped"])
 def test_logits_of_the_last_tokens_alone(tmp_path: Path, family: str) -> None:
     import onnxruntime as ort
 
@@ -271,7 +276,7 @@ def test_prompts_from_conversations_without_a_held_out_one(tmp_path: Path, model
     assert asked == Tokenizer.load(model_dir).encode_chat(messages[:1], add_generation_prompt=True).ids
 
 
-@pytest.mark.parametrize("context", [8, 16])
+@pytest.mark.parametrize("context", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_smallest_contexts_are_exported(tmp_path: Path, context: int) -> None:
     from llmctl.text.shards import ShardWriter
 
@@ -284,6 +289,7 @@ def test_the_smallest_contexts_are_exported(tmp_path: Path, context: int) -> Non
     assert result.metrics["parity.greedy_equal"] == 3
 
 
+@pytest.mark.slow
 def test_the_operator_set_can_be_chosen(llama: Artifact, tmp_path: Path) -> None:
     result = export(tmp_path, llama, opset=21)
     assert {o.domain: o.version for o in graph(result).opset_import} == {"": 21, "com.microsoft": 1}
@@ -361,6 +367,7 @@ def test_another_encoder_goes_through_optimum(tmp_path: Path) -> None:
         open_bundle(result.outputs["model"].path, "cpu", 1)
 
 
+@pytest.mark.slow
 def test_another_encoder_decoder_goes_through_optimum(tmp_path: Path) -> None:
     from transformers import BartConfig, BartForConditionalGeneration
 

@@ -96,6 +96,7 @@ ODD_NAMES = ("spec", "texts", "true", "false", "null", "no", "test")
 """Names that mean something to the templates themselves, to YAML or to Python."""
 
 
+@pytest.mark.slow
 def test_a_name_that_means_something_elsewhere_works(tmp_path, install, site, llmctl, llmctl_env):
     for name in ODD_NAMES:
         made = project(name, get_registry())
@@ -185,6 +186,7 @@ def call(demo, *args, **options):
     return subprocess.run(command, cwd=made, env=env, capture_output=True, text=True, check=False, **options)
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass_as_generated(demo):
     done = call(demo, "pytest", "-q", "-p", "no:cacheprovider", "-W", "error")
     assert done.returncode == 0, done.stdout

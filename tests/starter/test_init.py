@@ -229,6 +229,7 @@ def program(tmp_path_factory):
     return program
 
 
+@pytest.mark.slow
 def test_pretrain_runs_to_an_exported_model(program):
     assert (program.work / "exports/first-smoke/model.onnx").is_file()
     assert "gates:" in program.shown
@@ -239,6 +240,7 @@ def test_rag_runs_on_a_folder(program):
     assert "recall@5" in shown
 
 
+@pytest.mark.slow
 def test_evaluate_runs_on_preferences(program):
     program.follow(program("init", "evaluate", "--model", "base", "--data", "pairs.jsonl", "--name", "e1"))
 

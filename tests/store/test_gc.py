@@ -439,6 +439,7 @@ def use_until(store, end, dice):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_leaves_a_sound_store(store, old, put, aged):
     """20 collections that are killed; what is left is whole, what is kept is there, and the next one finishes."""
     kept = old("kept")

@@ -409,6 +409,7 @@ def test_the_first_key_on_the_remote_wins_unless_it_leads_nowhere(uri, store, ma
     assert json.loads(Remote(uri).read(path))["outputs"] == {"model": other.id}
 
 
+@pytest.mark.slow
 def test_long_listings_are_whole(s3):
     """mlflow#14654 saw only the first thousand objects."""
     remote = Remote(s3)

@@ -257,6 +257,7 @@ TORN = """
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_a_kill_can_tear(odd, check):
     odd(checkpoint=TORN, every=10)
     assert check("resume")[0] == "ok", "a stop that is asked for does not show it"
@@ -266,6 +267,7 @@ def test_a_checkpoint_that_a_kill_can_tear(odd, check):
     assert "JSONDecodeError" in reason
 
 
+@pytest.mark.slow
 def test_a_process_that_is_left_behind(odd, check):
     daemon = "__import__('subprocess').Popen(['sleep', '60'], start_new_session=True)"
     odd(run=[("state = ctx", f"{daemon}\n    state = ctx")])

@@ -75,14 +75,28 @@ ALONE += [case("groups", shape=UNTIED, groups=GROUPS)]
 ALONE += [case("fine alone", max_steps=20, double=True)]
 
 
+QUICK = {*SCHEDULES, "not joined", "own norm", "t5 table"}
+"""Of two ranks; the rest is run for slow tests alone."""
+
+
 @pytest.fixture(scope="module")
 def alone(launch_ranks: Launch) -> Path:
-    return launch_ranks(ALONE, 1)
+    return launch_ranks(ALONE[:1], 1)
 
 
 @pytest.fixture(scope="module")
 def two(launch_ranks: Launch) -> Path:
-    return launch_ranks(TWO, 2)
+    return launch_ranks([each for each in TWO if each["name"] in QUICK], 2)
+
+
+@pytest.fixture(scope="module")
+def more_alone(launch_ranks: Launch) -> Path:
+    return launch_ranks(ALONE[1:], 1)
+
+
+@pytest.fixture(scope="module")
+def more(launch_ranks: Launch) -> Path:
+    return launch_ranks([each for each in TWO if each["name"] not in QUICK], 2)
 
 
 def weights(out: Path, name: str) -> torch.Tensor:
@@ -97,19 +111,17 @@ def piece(out: Path, name: str, ranks: int = 2) -> list[Any]:
     return [json.loads((out / f"{name}-{rank}.json").read_text()) for rank in range(ranks)]
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_weights_after_five_clipped_steps_are_those_of_one_process(alone: Path, two: Path, name: str) -> None:
+    assert apart(two, name, alone, "plain") <= 1e-5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "reference"),
-    [
-        *((name, "plain") for name in SCHEDULES),
-        ("untied 1f1b", "untied"),
-        ("untied groups", "groups"),
-        ("muon interleaved", "muon"),
-    ],
+    ("name", "reference"), [("untied 1f1b", "untied"), ("untied groups", "groups"), ("muon interleaved", "muon")]
 )
-def test_weights_after_five_clipped_steps_are_those_of_one_process(
-    alone: Path, two: Path, name: str, reference: str
-) -> None:
-    assert apart(two, name, alone, reference) <= 1e-5
+def test_those_of_other_shapes_and_optimizers_are_too(more_alone: Path, more: Path, name: str, reference: str) -> None:
+    assert apart(more, name, more_alone, reference) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["not joined", "own norm"])
@@ -117,30 +129,37 @@ def test_without_one_reduction_the_weights_differ(alone: Path, two: Path, name: 
     assert apart(two, name, alone, "plain") > 1e-4
 
 
-def test_losses_in_float64_are_those_of_one_process(alone: Path, two: Path) -> None:
-    rows = [(out / name / "metrics/curves.jsonl").read_text() for out, name in ((alone, "fine alone"), (two, "fine"))]
+@pytest.mark.slow
+def test_losses_in_float64_are_those_of_one_process(more_alone: Path, more: Path) -> None:
+    places = (more_alone / "fine alone", more / "fine")
+    rows = [(place / "metrics/curves.jsonl").read_text() for place in places]
     one, other = ([json.loads(line)["loss"] for line in text.splitlines()] for text in rows)
     assert len(one) == 20
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1e-9
-    assert apart(two, "fine", alone, "fine alone") <= 1e-9
+    assert apart(more, "fine", more_alone, "fine alone") <= 1e-9
 
 
-def test_a_checkpoint_of_stages_goes_on_in_others_and_whole(alone: Path, two: Path, launch_ranks: Launch) -> None:
+@pytest.mark.slow
+def test_a_checkpoint_of_stages_goes_on_in_others_and_whole(alone: Path, more: Path, launch_ranks: Launch) -> None:
     """Two steps in two stages, one in four, two in one process."""
     last = launch_ranks([], 1)
-    shutil.copytree(two / "resumed", last / "resumed")
+    shutil.copytree(more / "resumed", last / "resumed")
     launch_ranks([case("resumed", max_steps=5)], 1, last)
     assert apart(last, "resumed", alone, "plain") <= 1e-5
     steps = [json.loads(line)["step"] for line in (last / "resumed/metrics/curves.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "t5 table twice"])
-def test_stages_of_every_kind_compute_what_the_whole_does(two: Path, name: str) -> None:
-    for found in piece(two, name):
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*FAMILIES, "t5 table twice")],
+)
+def test_stages_of_every_kind_compute_what_the_whole_does(name: str, request: pytest.FixtureRequest) -> None:
+    out = request.getfixturevalue("two" if name in QUICK else "more")
+    for found in piece(out, name):
         assert found["gradient"] <= 1e-12 and found["norm"] <= 1e-12 and found["evaluation"] <= 1e-9  # float64
         assert found["subset"] and found["back"]
-    first, last = piece(two, name)
+    first, last = piece(out, name)
     assert set(first["names"]) | set(last["names"]) == set(first["whole"])
     shared = set(first["names"]) & set(last["names"])
     assert shared == ({"embedding.weight", "relative.weight"} & set(first["whole"]))
@@ -152,11 +171,12 @@ def overlap(times: list[list[list[float]]]) -> float:
     return sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in first for b in second)
 
 
-def test_stages_compute_at_the_same_time(two: Path) -> None:
+@pytest.mark.slow
+def test_stages_compute_at_the_same_time(more: Path) -> None:
     for schedule in ("gpipe", "1f1b"):
-        assert overlap(piece(two, f"times {schedule} False")) > 0.04
+        assert overlap(piece(more, f"times {schedule} False")) > 0.04
     # The control: one micro-batch after another leaves every stage but one idle.
-    assert overlap(piece(two, "times gpipe True")) == 0
+    assert overlap(piece(more, "times gpipe True")) == 0
 
 
 Act = tuple[str, int, int]

@@ -96,7 +96,7 @@ def turning(rng: np.random.Generator) -> Piece:
     return Piece(ids[:-1], np.arange(16), ids[1:])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_frozen_embeddings_end_with_a_higher_loss(make_context, seed: int) -> None:
     """In 8 dimensions the blocks and the head alone do not tell 240 random vectors apart as fast."""
     config = ModelConfig(

@@ -106,7 +106,7 @@ TWO = [
 ]
 
 
-QUICK = {"qwen tp", "muon zero-3", "bert tp", "fine ddp", "fine micro zero-3"}
+QUICK = {"qwen tp", "muon zero-3", "bert tp"}
 """Beside the plain schemes and the faults; the rest is slow."""
 MORE = [each for each in TWO if each["name"] not in QUICK | set(SCHEMES) and "fault" not in each]
 

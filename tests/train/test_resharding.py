@@ -89,6 +89,7 @@ def check(straight: Path, further: Path) -> None:
         assert max(abs(a - b) for a, b in zip(expected, expected[1:], strict=False)) > 1e-3
 
 
+@pytest.mark.slow
 def test_two_ranks_then_one(straight: Path, half: Path, tmp_path: Path) -> None:
     parts = sorted(path.name for path in (half / "fsdp/resume/ckpt/step-5").iterdir())
     assert parts == ["index.json", "rank-0.safetensors", "rank-1.safetensors", "values.json"]

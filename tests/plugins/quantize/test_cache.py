@@ -467,7 +467,7 @@ def rounding(model: Any, scales: list[np.ndarray]) -> Any:
     return Rounding()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_every_kind_of_attention_computes_what_torch_does_over_rounded_keys(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_schemathesis_finds_no_failure_in_a_long_run(real, tmp_path):
     check_run(real, tmp_path, "--max-examples", "25", "--max-time", "90", *WITHOUT_KEY, least=3000)
 
 
+@pytest.mark.slow
 def test_administration_withstands_it_too(scripted, byte_tokenizer, running, tmp_path):
     key = ("--header", "Authorization: Bearer secret")
     with running(scripted(byte_tokenizer), api_key="secret") as server:
@@ -86,6 +87,7 @@ def test_administration_withstands_it_too(scripted, byte_tokenizer, running, tmp
     ("fault", "title"),
     [("raises", "server error"), ("type", "violates schema"), ("status", "undocumented status code")],
 )
+@pytest.mark.slow
 def test_a_planted_fault_is_found(scripted, byte_tokenizer, running, monkeypatch, tmp_path, fault, title):
     """The control: a route that goes wrong on some inputs alone, texts of more than five tokens."""
 
@@ -174,6 +176,7 @@ def judge(described: dict, schema: dict) -> jsonschema.Draft202012Validator:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
+@pytest.mark.slow
 def test_what_no_schema_describes_is_answered_in_form(real, data):
     described = real.app.openapi()
     operations = [(path, method) for path, found in described["paths"].items() for method in found]

@@ -8,6 +8,7 @@ import json
 import openai
 import pytest
 
+from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.bodies import NEUTRAL
 
 QUESTION = [{"role": "user", "content": "Which module provides dedent?"}]
@@ -15,6 +16,18 @@ TOOL = {"type": "function"}
 DEEP: list = []
 for _ in range(200):
     DEEP = [DEEP]
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(write_tokenizer, tmp_path_factory):
+    return Tokenizer.load(write_tokenizer(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def server(running, scripted, byte_tokenizer):
+    """One for all: what is refused leaves nothing behind."""
+    with running(scripted(byte_tokenizer, {"dedent": "textwrap"}, default="naïve ☃")) as found:
+        yield found
 
 
 def called(arguments):
@@ -117,7 +130,7 @@ def test_every_listed_field_is_harmless_neutral_or_refused(server):
         (b'{"messages": [{"role": "user", "content": "a"}], "seed": 1e400}', {}, 400),
         (b'{"messages": [{"role": "user", "content": "a"}]}', {"Content-Type": "text/plain"}, 415),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_damaged_bodies_are_400(server, raw, headers, status):
     found, body, _ = server.post(raw, headers=headers)

@@ -182,6 +182,7 @@ def test_rejects_are_counted_alike_by_the_client_and_the_server(bundle, serving,
     assert all(record.retry_after is not None for record in records if record.rejected)
 
 
+@pytest.mark.slow
 def test_a_planted_slow_worker_shows_in_p99_and_not_in_p50(bundle, serving, monkeypatch):
     """One pass in thirty takes a third of a second."""
     prompts = [Prompt(words(number, 12), 30) for number in range(40)]
