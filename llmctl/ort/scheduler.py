@@ -168,7 +168,11 @@ class OrtEngine:
 
     def _decode(self, events: list[Event]) -> None:
         """One token for every running lane, or more where tokens were proposed and confirmed."""
-        lanes = self._allocation.compact()
+        try:
+            lanes = self._allocation.compact()
+        except Exception as error:  # as below; what had been moved when memory ended nobody knows
+            self._lose(events, error)
+            return
         if not lanes:
             return
         try:
@@ -185,6 +189,12 @@ class OrtEngine:
             self._answers.choose(lanes, logits, events)
         else:
             self._answers.judge(lanes, drafts, events)
+
+    def _lose(self, events: list[Event], error: Exception) -> None:
+        """No slot holds anything that is known: who has one has failed."""
+        self._slots.lengths[:] = 0
+        for lane in [owner for owner in self._allocation.owners if owner is not None]:
+            self._answers.fail(lane.task, error, events)
 
     def _forget(self, task: Task) -> None:
         """The request has ended."""

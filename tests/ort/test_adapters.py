@@ -151,11 +151,15 @@ def test_onnxruntime_itself_applies_the_files(adapted: StageResult, adapted_gene
     np.testing.assert_allclose(logits[0], generator.logits(PROMPT), atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"speculation": "prompt-lookup"}])
+@pytest.mark.parametrize("options", [{}, {"prefix_cache": False}, {"speculation": "prompt-lookup"}, "draft"])
 def test_50_requests_over_the_model_and_two_adapters_get_the_answers_of_single_runs(
-    adapted_generator: OrtGenerator, options: dict
+    adapted_generator: OrtGenerator, trained_generator: OrtGenerator, options: dict | str
 ) -> None:
-    wrong, close, found = run_mixed(adapted_generator, mixed_adapters(51), **options)
+    """The draft model knows no adapter: it proposes what the model alone would say, and less of it is accepted."""
+    drafting = {"speculation": "draft", "draft": trained_generator}
+    wrong, close, found = run_mixed(
+        adapted_generator, mixed_adapters(51), **(drafting if options == "draft" else options)
+    )
     assert (wrong, sorted(map(len, found.values()))) == (0, [17, 17, 17])
     assert close < 10
 

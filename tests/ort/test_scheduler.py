@@ -492,6 +492,38 @@ def test_memory_that_ends_when_a_slot_is_taken_ends_that_request_only(
     engine.close()
 
 
+@pytest.mark.parametrize("how", ["copy", "exchange"])
+def test_memory_that_ends_when_slots_are_moved_ends_all_that_hold_one_and_the_engine_goes_on(
+    trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The first of three ends, so the last is to take its place."""
+    engine = engine_of(trained_generator, slots=3, prefix_cache=how == "exchange")
+    prompts = [trained.sentence(np.random.default_rng(seed), 12) for seed in range(3)]
+    alone = Sampling(max_new_tokens=8)
+    tickets = [
+        engine.submit(Request(prompt=prompt, sampling=replace(alone, max_new_tokens=limit)))
+        for prompt, limit in zip(prompts, (2, 8, 8), strict=True)
+    ]
+    ended: set[int] = set()
+    while not ended:
+        ended = {event.ticket for event in engine.step() if event.finish_reason is not None}
+    assert ended == {tickets[0]}
+
+    def ends(*_: object) -> None:
+        raise MemoryError("no memory for keys and values")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HostMemory, how, ends)
+        events = engine.step()
+    assert {event.ticket: type(event.error) for event in events} == dict.fromkeys(tickets[1:], MemoryError)
+    again = {engine.submit(Request(prompt=prompt, sampling=alone)): prompt for prompt in prompts}
+    found = finish(engine)
+    for ticket, prompt in again.items():
+        assert found[ticket, 0] == list(trained_generator.stream(prompt, alone))
+    assert_empty(engine)
+    engine.close()
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator: OrtGenerator, data) -> None:
