@@ -246,15 +246,15 @@ TRAIN = "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer"
 MODELS = [
     Mistake("artifact of the wrong kind", "train-pretrain --tokens LAB/text --tokenizer LAB/tokenizer", 5, ("LAB/text", "dataset.tokens")),
     Mistake("unknown preset", f"{TRAIN} --preset lama", 2, ("--preset", "'lama'", "`llama`")),
-    Mistake("heads that do not divide dim", f"{TRAIN} --dim 100 --heads 3", 2, ("dim 100 is not divisible by heads 3", "heads that fit")),
+    Mistake("heads that do not divide dim", f"{TRAIN} --dim 100 --heads 3", 2, ("dim 100 is not divisible by heads 3", "heads that fit"), slow=True),
     Mistake("kv_heads that do not divide heads", f"{TRAIN} --dim 96 --heads 6 --kv-heads 4", 2, ("kv_heads 4", "kv_heads that fit"), slow=True),
     Mistake("learning rate of zero", f"{TRAIN} --lr 0", 2, ("--lr", "x>0")),
     Mistake("tokens of another tokenizer", "train-pretrain --tokens LAB/tokens --tokenizer LAB/tokenizer-other", 5, ("was made with the tokenizer", "same `tokenize` stage"), slow=True),
     Mistake("token shard that is cut short", "train-pretrain --tokens LAB/tokens-short --tokenizer LAB/tokenizer", 5, ("train-00000.bin has", "meta.json says")),
-    Mistake("model without a tensor", "sft --model LAB/model-torn --data LAB/chat.jsonl", 5, ("model.norm.weight",)),
+    Mistake("model without a tensor", "sft --model LAB/model-torn --data LAB/chat.jsonl", 5, ("model.norm.weight",), slow=True),
     Mistake("model of a foreign architecture", "sft --model LAB/model-foreign --data LAB/chat.jsonl", 5, ("FalconForCausalLM",), slow=True),
     Mistake("chat with an unknown role", "sft --model LAB/model --data LAB/chat-role.jsonl", 5, ("robot",), slow=True),
-    Mistake("prompt longer than the context", f"generate LAB/model --prompt {'word' * 400}", 2, ("tokens, the model's context is 16", "shorten the prompt")),
+    Mistake("prompt longer than the context", f"generate LAB/model --prompt {'word' * 400}", 2, ("tokens, the model's context is 16", "shorten the prompt"), slow=True),
     Mistake("negative temperature", "generate LAB/model --prompt hello --temperature -1", 2, ("temperature", "-1")),
     Mistake("empty prompt", "generate LAB/model --prompt=", 2, ("the text to continue is empty", "--prompt")),
     Mistake("chat with a model that is not there", "chat LAB/nothing --prompt hello", 5, ("LAB/nothing",)),
@@ -389,7 +389,9 @@ def test_there_are_many_and_no_two_are_the_same():
     assert len({(row.args, str(row.files), row.stdin) for row in ALL}) == len(ALL)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "manifest"])
+@pytest.mark.parametrize(
+    "damage", [pytest.param("cut", marks=pytest.mark.slow), pytest.param("gone", marks=pytest.mark.slow), "manifest"]
+)
 def test_corrupt_artifact(damage, fake, llmctl):
     records = [json.loads(line) for line in llmctl("fake-tok").stdout.splitlines()]
     refs = {record["port"]: record for record in records if record["llmctl"] == "ref"}
@@ -426,6 +428,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.slow
 def test_no_space_left_for_the_store(fake, llmctl, small_disk):
     done = llmctl("fake-tok", "--store", small_disk / "store", "--text", "x" * 30_000, "--size", "1000")
     assert done.returncode == 3, done.stderr

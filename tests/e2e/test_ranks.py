@@ -79,6 +79,7 @@ def curve(work: Path, store: str) -> list[float]:
     return [row["loss"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_model_of_one(tmp_path: Path) -> None:
     for store, words in (("one", []), ("two", ["parallel.dp_shard=2"])):
         train(tmp_path, store, *words)

@@ -33,6 +33,7 @@ def lines(work):
     return [json.loads(line) for line in (work / "sources.lock.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_lock_names_every_source_and_plugin_and_notices_what_changes(project, llmctl, work):
     assert llmctl("lock", "p.yaml").stdout == "sources.lock.jsonl: 4 lines\n"
     assert [(line["kind"], line["name"]) for line in lines(work)] == [

@@ -103,7 +103,10 @@ def test_env_is_part_of_the_key_unless_declared_otherwise(run, actions):
     assert action("MODE: x, TRACE: {value: '1', affects_output: false}") == "cached"
 
 
-@pytest.mark.parametrize("damage", ["delete", "truncate", "manifest", "remove file"])
+@pytest.mark.parametrize(
+    "damage",
+    ["delete", "truncate", *(pytest.param(how, marks=pytest.mark.slow) for how in ("manifest", "remove file"))],
+)
 def test_a_damaged_artifact_is_a_miss(damage, run, work, actions, events):
     assert run("a: {uses: make}\nb: {uses: upper, inputs: {text: a}}").code == 0
     before = artifacts(work)

@@ -115,6 +115,7 @@ def test_strategies_are_ordered_by_diversity_and_by_likelihood(evaluate, chain):
     assert {len(row["answers"]) for row in rows} == {4}
 
 
+@pytest.mark.slow
 def test_seeds_of_one_strategy_agree_where_strategies_do_not(evaluate):
     first = evaluate("first", strategies=["nucleus", "plain"]).metrics
     others = [evaluate(f"seed{seed}", strategies=["nucleus"], seed=seed * 1000).metrics for seed in range(1, 11)]

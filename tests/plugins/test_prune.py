@@ -156,7 +156,7 @@ def test_pruned_logits_equal_masked_logits(arch, trained):
     assert pruned.config.parameters() < 0.65 * dense.config.parameters()
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["tokens", "chat"])
 def test_the_stage_writes_a_smaller_model_that_transformers_loads(arch, kind, trained, request, tmp_path):
     data = request.getfixturevalue(kind)

@@ -66,7 +66,7 @@ def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+@pytest.mark.parametrize("name", [pytest.param("r50k_base", marks=pytest.mark.slow), "cl100k_base", "o200k_base"])
 def test_tiktoken_gives_the_same_ids(tmp_path, ranks, lines, name):
     special = {"<|endoftext|>": 600, "<|later|>": 605}
     path = write_ranks(tmp_path / "own.tiktoken", ranks)

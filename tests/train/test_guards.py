@@ -71,7 +71,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(make_context, make_model, make
     assert other[1]["skipped"] == 0 and not torch.equal(other[0], found)
 
 
-@pytest.mark.parametrize("late", [0.0, 0.3])
+@pytest.mark.parametrize("late", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stops", [[], [3, 2], [6], [5, 0, 4]])
 def test_weights_can_go_back_to_the_last_checkpoint(
     make_context, make_model, make_examples, monkeypatch, stops, late

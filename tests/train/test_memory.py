@@ -59,7 +59,7 @@ def measured(model, mode: str, dropout: float) -> tuple[float, Tensor, int]:
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.2])
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_recomputed_gradients_are_bitwise_equal_and_take_less_memory(make_model, arch: str, dropout: float) -> None:
     heads = {"kv_heads": 4} if arch == "gpt2" else {}
     model = make_model(arch=arch, layers=6, dim=64, ff_dim=176, context=128, **heads)

@@ -115,6 +115,7 @@ def test_preferences_are_learned_and_swapped_labels_do_the_opposite(train, world
     assert right["pairs"] == 24
 
 
+@pytest.mark.slow
 def test_beta_smoothing_and_sft_weight_have_an_effect(train) -> None:
     base = train("rlhf", "base", LEARN)
     held = train("rlhf", "beta", {**LEARN, "beta": 2.0})
