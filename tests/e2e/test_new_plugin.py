@@ -106,6 +106,7 @@ def takes_part(place: Place) -> None:
     assert "Traceback" not in wrong.stderr
 
 
+@pytest.mark.slow
 def test_installed_beside_llmctl(tmp_path):
     made, site = new_demo(tmp_path), tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]

@@ -235,6 +235,7 @@ def test_pretrain_runs_to_an_exported_model(program):
     assert "gates:" in program.shown
 
 
+@pytest.mark.slow
 def test_rag_runs_on_a_folder(program):
     shown = program.follow(program("init", "rag", "--data", "texts", "--name", "r1"))
     assert "recall@5" in shown

@@ -87,6 +87,7 @@ ALONE = [case("speedrun", shape=SPEEDRUN, **FURTHER)]
 ALONE += [case("gpt2", shape=GPT2, double=True, optimizer="schedule-free"), case("bert", shape=BERT, double=True)]
 ALONE += [case("plain"), case("qwen", shape=QWEN), case("muon", **MUON), case("fine", **FINE)]
 ALONE += [case(name, optimizer=name) for name in ("adafactor", "lion")]
+ALONE += [case("fine micro", micro_batch=3, **FINE)]
 TWO = [
     *(case(name, parallel) for name, parallel in SCHEMES.items()),
     *(case(f"qwen {name}", SCHEMES[name], QWEN) for name in ("zero-3", "tp")),
@@ -108,6 +109,7 @@ TWO = [
 
 QUICK = {"qwen tp", "muon zero-3", "bert tp"}
 """Beside the plain schemes and the faults; the rest is slow."""
+QUICK_ALONE = {"plain", "qwen", "muon", "bert"}
 MORE = [each for each in TWO if each["name"] not in QUICK | set(SCHEMES) and "fault" not in each]
 
 
@@ -120,7 +122,14 @@ def named(*starts: str) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch([*ALONE, case("fine micro", micro_batch=3, **FINE)], tmp_path_factory.mktemp("alone"), 1)
+    """Where the results of one process lie; those that slow tests alone ask for come there with `out`."""
+    quick = [each for each in ALONE if each["name"] in QUICK_ALONE]
+    return launch(quick, tmp_path_factory.mktemp("alone"), 1)
+
+
+@pytest.fixture(scope="module")
+def more_alone(alone: Path) -> Path:
+    return launch([each for each in ALONE if each["name"] not in QUICK_ALONE], alone, 1)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +146,8 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(name: str, request: pytest.FixtureRequest) -> Path:
     """Where the results of the case `name` lie; the slow ones are run for a slow test alone."""
     slow = name in {each["name"] for each in MORE}
+    if slow:
+        request.getfixturevalue("more_alone")
     return request.getfixturevalue("more" if slow else "two")
 
 
