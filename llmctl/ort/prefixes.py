@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -25,37 +26,46 @@ class Prefix:
 
 
 class PrefixPool:
-    """At most `capacity` tokens of past sequences; what was not asked for longest goes first."""
+    """At most `capacity` tokens of past sequences; what was not asked for longest goes first.
+
+    None of them begins another one. In the order of their tokens the one that shares most with any sequence stands
+    right before or behind the place where that would stand, so finding it compares few of them.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.used = 0
         self.evictions = 0
-        self._kept: OrderedDict[int, Prefix] = OrderedDict()
+        self._kept: OrderedDict[bytes, Prefix] = OrderedDict()
+        self._order: list[bytes] = []
+        """The keys, sorted."""
 
     def match(self, tokens: np.ndarray, adapter: int = 0) -> tuple[Prefix | None, int]:
         """What of this adapter begins most like `tokens (T,)`, and for how many tokens."""
-        best, longest = None, 0
-        for key, prefix in self._kept.items():
-            count = prefix.common(tokens, adapter)
-            if count > longest:
+        at = bisect_left(self._order, _key(tokens, adapter))
+        best, longest = b"", 0
+        for key in self._order[max(0, at - 1) : at + 1]:
+            if (count := self._kept[key].common(tokens, adapter)) > longest:
                 best, longest = key, count
-        if best is None:
+        if not longest:
             return None, 0
         self._kept.move_to_end(best)
         return self._kept[best], longest
 
     def add(self, prefix: Prefix) -> None:
-        """Keep a sequence, unless one that goes on from it is there; those that it goes on from are dropped."""
+        """Keep a sequence, unless one that goes on from it is there; the one that it goes on from is dropped."""
         count = len(prefix.tokens)
-        shared = {key: other.common(prefix.tokens, prefix.adapter) for key, other in self._kept.items()}
         if count > self.capacity:
             self.evictions += 1
             return
-        for key, length in shared.items():
-            if length == len(self._kept[key].tokens):
-                self._drop(key)
-        self._kept[id(prefix)] = prefix
+        if self.covers(prefix.tokens, prefix.adapter):
+            return
+        key = _key(prefix.tokens, prefix.adapter)
+        at = bisect_left(self._order, key)
+        if at and key.startswith(self._order[at - 1]):
+            self._drop(self._order[at - 1])
+        insort(self._order, key)
+        self._kept[key] = prefix
         self.used += count
         while self.used > self.capacity:
             self._drop(next(iter(self._kept)))
@@ -63,15 +73,24 @@ class PrefixPool:
 
     def covers(self, tokens: np.ndarray, adapter: int = 0) -> bool:
         """Whether all of `tokens (T,)` are at the beginning of one sequence of this adapter."""
-        return any(prefix.common(tokens, adapter) == len(tokens) for prefix in self._kept.values())
+        key = _key(tokens, adapter)
+        at = bisect_left(self._order, key)
+        return at < len(self._order) and self._order[at].startswith(key)
 
     def clear(self) -> None:
         """Forget all."""
         self._kept.clear()
+        self._order.clear()
         self.used = 0
 
-    def _drop(self, key: int) -> None:
+    def _drop(self, key: bytes) -> None:
         self.used -= len(self._kept.pop(key).tokens)
+        del self._order[bisect_left(self._order, key)]
+
+
+def _key(tokens: np.ndarray, adapter: int) -> bytes:
+    """Sorts like the adapter and then the tokens, number by number."""
+    return adapter.to_bytes(4, "big") + tokens.astype(">u4").tobytes()
 
 
 def common(one: np.ndarray, other: np.ndarray) -> int:
