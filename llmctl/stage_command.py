@@ -16,6 +16,7 @@ import click
 from llmctl import shell
 from llmctl.errors import InputError, UsageError
 from llmctl.registry import get_registry
+from llmctl.spec.files import home_path, is_there
 from llmctl.spec.options import settings
 from llmctl.stage import In, Stage, missing_module
 from llmctl.stage_flags import PARAM, PORT, by_set, common_options, flag_name, param_options, port_options
@@ -137,11 +138,11 @@ def _located(pair: str, store: Store) -> str:
     port, sign, ref = pair.partition("=")
     if not sign:
         raise UsageError(f"--input wants PORT=REF, got `{pair}`", hint="e.g. --input model=./base")
-    path = Path(ref).expanduser()
-    if not path.exists() and names.candidates(store, ref):
+    path = home_path(ref)
+    if not is_there(path) and names.candidates(store, ref):
         return f"{port}={names.read(store, ref)}"
     looks = ref.startswith(("./", "../", "/", "~")) or ref in (".", "..") or any(sign in ref for sign in "*?[/")
-    if "://" in ref or not ref or ref == "-" or not (looks or path.exists()):
+    if "://" in ref or not ref or ref == "-" or not (looks or is_there(path)):
         if ref and ref != "-" and not any(sign in ref for sign in (":", "@")):
             raise InputError(
                 f"no such file or directory: {ref} (for input `{port}`)",
@@ -164,7 +165,7 @@ def spec_builder(stage: Stage, values: Mapping[str, Any], inputs: Sequence[str])
             inputs=inputs,
             sets=settings(values["sets"], values["set_jsons"], values["set_files"]),
             flags={name: value for name, value in flags.items() if value is not None},
-            output=values["output"] and str(Path.cwd() / Path(values["output"]).expanduser()),
+            output=values["output"] and str(Path.cwd() / home_path(values["output"])),
             stdin=stdin,
             registry=get_registry(),
         )

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 import onnxruntime as ort
 
+from llmctl.errors import MachineError
 from llmctl.ort.cache import Layout
 from llmctl.ort.cuda_driver import CudaDriver
 
@@ -158,7 +159,14 @@ def token_bytes(layout: Layout) -> int:
 
 
 def open_memory(layout: Layout, slots: int, capacity: int) -> CacheMemory:
-    """Memory for the cache where the session of `layout` computes."""
-    if layout.device == "cuda":
-        return DeviceMemory(layout, slots, capacity, CudaDriver())
-    return HostMemory(layout, slots, capacity)
+    """Memory for the cache where the session of `layout` computes. MachineError where there is not as much."""
+    try:
+        if layout.device == "cuda":
+            return DeviceMemory(layout, slots, capacity, CudaDriver())
+        return HostMemory(layout, slots, capacity)
+    except (MemoryError, RuntimeError) as error:  # of numpy, and of ONNX Runtime on CUDA
+        size = slots * capacity * token_bytes(layout) / 1e9
+        raise MachineError(
+            f"no memory for the keys and values of {slots} sequences of {capacity} tokens, {size:.1f} GB",
+            hint="lower `slots` or `context`",
+        ) from error

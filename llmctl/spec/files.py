@@ -39,7 +39,7 @@ def find(path_or_name: str | Path) -> Found:
     Raises SpecError (E011) for what is neither.
     """
     text = str(path_or_name)
-    if _is_there(Path(text), Path.is_file) or not _SHIPPED_NAME.match(text):
+    if is_there(Path(text), Path.is_file) or not _SHIPPED_NAME.match(text):
         return find_file(Path(text))
     known = shipped()
     if text not in known:
@@ -50,14 +50,14 @@ def find(path_or_name: str | Path) -> Found:
 
 def find_file(path: Path) -> Found:
     """A spec by its path. Raises SpecError (E011)."""
-    if not _is_there(path, Path.exists) or path.is_dir():
-        problem = "is a directory" if _is_there(path, Path.is_dir) else "no such file"
-        near = [entry.name for entry in path.parent.glob("*.y*ml")] if _is_there(path.parent, Path.is_dir) else []
+    if not is_there(path) or path.is_dir():
+        problem = "is a directory" if is_there(path, Path.is_dir) else "no such file"
+        near = [entry.name for entry in path.parent.glob("*.y*ml")] if is_there(path.parent, Path.is_dir) else []
         fail("E011", f"cannot read {path}: {problem}", None, suggest(path.name, sorted(near), "specs there"))
     return Found(path, path.absolute().parent, str(path))
 
 
-def _is_there(path: Path, test: Callable[[Path], bool]) -> bool:
+def is_there(path: Path, test: Callable[[Path], bool] = Path.exists) -> bool:
     """`test(path)`, and False for what cannot be looked at: a name that is too long, a directory of somebody else."""
     try:
         return test(path)

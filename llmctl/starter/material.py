@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.spec.files import home_path
 from llmctl.store import types
 
 READABLE = (".txt", ".txt.gz", ".md", ".markdown", ".md.gz", ".jsonl", ".jsonl.gz", ".parquet")
@@ -56,7 +57,7 @@ def look(text: str) -> Found:
     """The kind of data at a path or a glob. InputError if there is nothing, or it cannot be read."""
     if not text.strip():
         raise InputError("the path of the data is empty", hint="give a file, a folder or a glob")
-    path = Path(text).expanduser()
+    path = home_path(text)
     try:
         if not path.exists() and any(sign in text for sign in "*?["):
             return _look_at_glob(path)
@@ -73,7 +74,7 @@ def look_at_model(text: str, kinds: Sequence[str], *, trains: bool) -> Found:
     """The model in a directory. InputError says what is there instead, or which architecture cannot be trained."""
     if not text.strip():
         raise InputError("the path of the model is empty", hint="give the directory with its config.json")
-    path = Path(text).expanduser()
+    path = home_path(text)
     try:
         _must_exist(path)
         kind = types.guess(path)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from llmctl.errors import InputError, UsageError
+from llmctl.spec.files import home_path, is_there
 from llmctl.store import names
 from llmctl.store.commands import SHORT, format_option, print_as, store_option
 from llmctl.store.manifest import NAME, BadManifest, Manifest
@@ -94,9 +95,9 @@ def verify(
 
 def locate(store: Store, text: str) -> Checked:
     """What `text` names, be it damaged or not there; that is then its first problem."""
-    path = Path(text).expanduser()
+    path = home_path(text)
     try:
-        if path.exists():
+        if is_there(path):
             directory = path.absolute()
         elif ID.match(text):
             directory = store.artifact(store.find(text))
@@ -185,5 +186,5 @@ def sign(artifacts: tuple[str, ...], key: Path | None, store_path: Path | None) 
                 f"{text} is not signed: {problems[0]}", hint="`llmctl verify --deep` lists all that is wrong"
             )
         folder = signature_folders(found.directory, found.id)[0]
-        path = sign_id(found.id, folder, key.expanduser() if key else None)
+        path = sign_id(found.id, folder, home_path(str(key)) if key else None)
         click.echo(f"{found.id[:SHORT]}  signed with {fingerprint(path)}  {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmctl.errors import InputError
+from llmctl.spec.files import home_path, is_there
 from llmctl.stage import Artifact
 from llmctl.store.store import Store
 
@@ -14,10 +15,10 @@ GRAPHS = ("model.onnx", "encoder_model.onnx")
 
 def find_model(text: str) -> Artifact:
     """The model that `text` names: an existing path, else a reference or id in the store. InputError if it is none."""
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = home_path(text)
+    if is_there(path, Path.is_dir):
         return Artifact(path, model_type(path))
-    if path.exists():
+    if is_there(path):
         raise InputError(f"{path} is a file; a model is a directory", hint=f"try {path.parent}")
     return Store.open().resolve(text, ("model.onnx", "model.hf"))
 

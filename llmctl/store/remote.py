@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llmctl.errors import InputError, LlmctlError, MachineError, UsageError
+from llmctl.spec.files import home_path
 from llmctl.store.layout import FORMAT, OWN_NAME, Layout, own_name
 
 T = TypeVar("T")
@@ -248,7 +249,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
     scheme = uri.partition("://")[0] if "://" in uri else "file"
     try:
-        target = uri if "://" in uri else str(Path(uri).expanduser().absolute())
+        target = uri if "://" in uri else str(home_path(uri).absolute())
         options = {"use_listings_cache": False} if scheme in EXTRAS else {}
         filesystem, root = fsspec.core.url_to_fs(target, **options)
     except ImportError as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.errors import InputError, MachineError
+from llmctl.spec.files import home_path, is_there
 from llmctl.store.layout import Layout, is_store, own_name
 
 NAMESPACE = "llmctl.artifact"
@@ -101,8 +102,8 @@ def allowed_signers(path: Path | None) -> Path:
 
         named = os.environ.get(ALLOWED)
         path = Path(named) if named else config_path().with_name("allowed_signers")
-    path = path.expanduser()
-    if not path.is_file():
+    path = home_path(str(path))
+    if not is_there(path, Path.is_file):
         raise InputError(
             f"there is no list of allowed signers at {path}",
             hint=f"one line per key, as in ssh-keygen(1): `IDENTITY ssh-ed25519 AAAA…`; or set ${ALLOWED}",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.spec.files import home_path, is_there
 from llmctl.spec.hub_address import FORM, BadAddress, is_hub, parse_hub
 from llmctl.stage import Artifact
 from llmctl.store import commit as protocol
@@ -204,8 +205,8 @@ class Store(Layout):
 
         `types` are those that are welcome; they decide what a directory without a manifest is. Raises InputError.
         """
-        path = Path(text).expanduser()
-        if path.exists():
+        path = home_path(text)
+        if is_there(path):
             artifact = self.at(path.absolute(), types)
         elif text.startswith("sha256:") or (ID.match(text) and len(text) >= 8):
             artifact = self.use(text)

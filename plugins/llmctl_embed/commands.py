@@ -9,6 +9,7 @@ import click
 
 from llmctl.console import table
 from llmctl.errors import InputError, UsageError
+from llmctl.spec.files import home_path, is_there
 from llmctl.store.commands import format_option, print_as, store_option
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def open_vectors(text: str, store: Path | None) -> Vectors:
     """What `text` names: a directory, a text file of vectors, or something in the store. InputError if it is none."""
     from llmctl.text.vectors import load
 
-    path = Path(text).expanduser()
-    if path.exists():
+    path = home_path(text)
+    if is_there(path):
         return load(path)
     from llmctl.store.store import Store
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl import MachineError
+from llmctl.spec.files import home_path
 
 MODE = 0o600
 WARN_EVERY = 60.0
@@ -44,7 +45,7 @@ class LineLog:
     def __init__(
         self, target: str, max_bytes: int = 0, keep: int = 5, warn: Callable[[str], None] = lambda _: None
     ) -> None:
-        self._path = None if target == "-" else Path(target).expanduser()
+        self._path = None if target == "-" else home_path(target)
         self._max_bytes, self._keep, self._warn = max_bytes, keep, warn
         self._warned = -WARN_EVERY
         self._descriptor = -1

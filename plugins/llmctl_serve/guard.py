@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from llmctl.spec.files import home_path
 from llmctl_serve.access_log import AccessLog, RequestLog
 from llmctl_serve.admission import Admissions, Origins
 from llmctl_serve.files import LineLog
@@ -43,11 +43,11 @@ class Guard:
         tracing: Tracing | None = None,
     ) -> None:
         self.params, self.metrics, self.warn = params, metrics, warn
-        path = Path(params.keys).expanduser() if params.keys else None
+        path = home_path(params.keys) if params.keys else None
         self.keys = Keys(path, api_key, warn) if path or api_key else None
         if self.keys is not None and not len(self.keys):
             warn(f"{path} holds no API key yet: nobody may ask")
-        quota_file = Path(params.quota_file).expanduser() if params.quota_file else None
+        quota_file = home_path(params.quota_file) if params.quota_file else None
         self.limiter = RateLimiter(params.limits, Quotas(quota_file, warn=warn))
         self.access = AccessLog(self._log(params.access_log)) if params.access_log else None
         self.requests = RequestLog(self._log(params.log_requests)) if params.log_requests else None

@@ -12,6 +12,7 @@ from llmctl.generator import Generator
 from llmctl.one_by_one import OneByOne
 from llmctl.ort.encoder import OrtEncoder, open_encoder
 from llmctl.registry import get_registry
+from llmctl.spec.files import home_path, is_there
 from llmctl.store import Store
 from llmctl.store.models import model_type
 from llmctl.store.signing import require_signed
@@ -109,7 +110,7 @@ class Opener:
         if self.params.require_signed_by is None:
             return
         given = self.params.allowed_signers
-        allowed = Path(given).expanduser() if given else None
+        allowed = home_path(given) if given else None
         require_signed(artifact.path, self.params.require_signed_by, allowed, Store.open())
 
 
@@ -137,7 +138,7 @@ class Finder:
         if any(mark in text for mark in ("\\", "://", "..", "~", "\0")) or text.startswith(("/", ".", "hf:")):
             raise InputError(f"`{text}` is no artifact of the store", hint="give sha256:<id> or PIPELINE/STAGE")
         store = Store.open()
-        if Path(text).exists():  # `resolve` would take a path of this machine
+        if is_there(Path(text)):  # `resolve` would take a path of this machine
             raise InputError(f"`{text}` is no artifact of the store", hint="give sha256:<id> or PIPELINE/STAGE")
         return store.resolve(text, TYPES)
 
@@ -148,7 +149,7 @@ class Finder:
             return None
         root = self.root.expanduser().resolve()
         found = (root / text).resolve()
-        return found if found != root and found.is_relative_to(root) and found.is_dir() else None
+        return found if found != root and found.is_relative_to(root) and is_there(found) and found.is_dir() else None
 
 
 def model_id(model: Artifact) -> str:

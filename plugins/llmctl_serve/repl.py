@@ -14,6 +14,7 @@ import click
 
 from llmctl import InputError, LlmctlError, UsageError
 from llmctl.console import wants_colour
+from llmctl.spec.files import home_path
 from llmctl_serve.remote import RemoteSession
 from llmctl_serve.session import Session
 
@@ -205,7 +206,7 @@ class Repl:
 def _path(name: str) -> Path:
     if not name:
         raise UsageError("no file is named", hint="/save FILE, /load FILE")
-    return Path(name).expanduser()
+    return home_path(name)
 
 
 def read_conversation(path: Path) -> tuple[str, list[dict[str, str]]]:

@@ -17,6 +17,7 @@ from typing import Any
 from llmctl import Artifact, Context, InputError, StageError, UsageError, __version__
 from llmctl.encoders import open_text_encoder
 from llmctl.registry import get_registry
+from llmctl.spec.files import home_path, is_there
 from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.app import create_app
@@ -96,8 +97,8 @@ def open_models(
     def open_(called: str, artifact: Artifact) -> Service:
         return (first if called == name else further).open(called, artifact)
 
-    root = Path(params.model_root).expanduser() if params.model_root else None
-    if root is not None and not root.is_dir():
+    root = home_path(params.model_root) if params.model_root else None
+    if root is not None and not is_there(root, Path.is_dir):
         raise InputError(f"model_root: {root} is no directory")
     models = Models(open_, Finder(root, frozenset(params.models.values())).find, metrics, ctx.warn)
     try:

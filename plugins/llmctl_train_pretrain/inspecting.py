@@ -13,6 +13,7 @@ import click
 from llmctl.console import table
 from llmctl.errors import InputError, UsageError
 from llmctl.generator import Sampling
+from llmctl.spec.files import home_path, is_there
 from llmctl.stage import Artifact
 
 if TYPE_CHECKING:
@@ -268,14 +269,14 @@ def documents(text: str, split: str, tokenizer: Tokenizer) -> Iterator[np.ndarra
     from llmctl.text.datasets import SUFFIXES, read_rows
     from llmctl.text.shards import TokenShards
 
-    path = Path(text).expanduser()
-    if path.is_file() and not path.name.endswith(SUFFIXES):
+    path = home_path(text)
+    if is_there(path, Path.is_file) and not path.name.endswith(SUFFIXES):
         try:
             yield np.array(tokenizer.encode_document(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path} cannot be read as text: {error}", hint="give UTF-8") from error
         return
-    if not path.exists():
+    if not is_there(path):
         from llmctl.store import Store
 
         path = Store.open().resolve(text, ("dataset.tokens", "dataset.text")).path

@@ -18,6 +18,7 @@ from llmctl.nn.config import ModelConfig
 from llmctl.nn.families import FAMILIES, from_hf, in_transformers
 from llmctl.nn.presets import PRESETS, near_presets, preset, preset_names
 from llmctl.nn.published import PUBLISHED
+from llmctl.spec.files import home_path, is_there
 
 TRAINING, SERVING = ("float32", "bf16"), ("float32", "bf16", "int8", "int4")
 CACHES = ("float32", "bf16", "int8")
@@ -93,15 +94,15 @@ def find(name: str, vocab_size: int | None = None) -> Entry:
     """
     if name in preset_names():
         return named(name, vocab_size)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = home_path(name)
+    if is_there(path, Path.is_dir):
         return in_directory(path)
     from llmctl.store.models import find_model
 
     try:
         return in_directory(find_model(name).path)
     except InputError as error:
-        if path.exists() or "/" in name or ":" in name or "@" in name:
+        if is_there(path) or "/" in name or ":" in name or "@" in name:
             raise
         raise InputError(f"there is no model {name!r}", hint=near_presets(name)) from error
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from llmctl.errors import MachineError
+from llmctl.ort import cache_memory
 from llmctl.ort.cache import Layout
-from llmctl.ort.cache_memory import CacheMemory, DeviceMemory, HostMemory
+from llmctl.ort.cache_memory import CacheMemory, DeviceMemory, HostMemory, open_memory
 from llmctl.ort.cuda_driver import Copy2D, CudaDriver
 
 LAYOUT = Layout(
@@ -101,3 +103,15 @@ def test_an_error_of_the_driver_is_told() -> None:
     driver._cuda.cuMemcpy2DUnaligned_v2 = lambda *_: 700
     with pytest.raises(MachineError, match="error 700"):
         driver.copy(0, 0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_there_is_no_memory_for_is_said_in_figures(monkeypatch, device):
+    def none(*_):
+        raise MemoryError if device == "cpu" else RuntimeError("Failed to allocate memory")  # noqa: TRY301
+
+    monkeypatch.setattr(cache_memory, "HostMemory" if device == "cpu" else "DeviceMemory", none)
+    monkeypatch.setattr(cache_memory, "CudaDriver", lambda: None)
+    with pytest.raises(MachineError, match=r"16 sequences of 1000000 tokens, 3\.1 GB") as caught:
+        open_memory(replace(LAYOUT, device=device), 16, 1_000_000)
+    assert caught.value.hint == "lower `slots` or `context`"
