@@ -270,6 +270,8 @@ class Models:
                     break
                 except LlmctlError as error:
                     self._warn(f"{name} stays as it is: {error.message}")
+                except Exception as error:  # whatever a new model raises, the one that is served goes on
+                    self._warn(f"{name} stays as it is: {type(error).__name__}: {error}")
         return changes
 
     def _retire(self, model: Model) -> None:

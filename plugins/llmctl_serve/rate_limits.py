@@ -147,6 +147,9 @@ class Admission:
         self._tokens: _Part | None = None
         self.reserved = 0
         self._day = ""
+        """When the request was counted, where there are quotas."""
+        self._tokens_day = ""
+        """When its tokens were: midnight may lie between the two."""
         self._settled = False
 
     def reserve(self, tokens: int) -> None:
@@ -229,7 +232,7 @@ class RateLimiter:
             if client.tokens is not None:
                 admission._tokens = client.tokens.take(tokens, now)
             if admission._day:
-                self.quotas.add(admission._who, 0, tokens)
+                admission._tokens_day = self.quotas.add(admission._who, 0, tokens)
             admission.reserved = tokens
 
     def _settle(self, admission: Admission, used: int, failed: bool) -> None:
@@ -245,7 +248,9 @@ class RateLimiter:
             if failed and client.requests is not None and admission._request is not None:
                 client.requests.give_back(admission._request, 1, now)
             if admission._day:
-                self.quotas.add(admission._who, -1 if failed else 0, -back, admission._day)
+                self.quotas.add(admission._who, -1 if failed else 0, 0, admission._day)
+            if admission._tokens_day:
+                self.quotas.add(admission._who, 0, -back, admission._tokens_day)
 
     def headers(self, admission: Admission) -> dict[str, str]:
         """OpenAI's `x-ratelimit-*`, for the limits per minute that there are."""

@@ -127,6 +127,23 @@ def test_a_reload_reverts_nothing_that_was_loaded_or_removed_meanwhile(fleet):
     assert order == ["sha256:new"]
 
 
+def test_a_reload_that_fails_in_whatever_way_leaves_everything_as_it_is(fleet):
+    """The signal that asks for it must not end a server that has just no memory for a second model."""
+    open_, find = fleet.models._open, fleet.models._find
+
+    def opened(name, artifact):
+        if artifact.id == "sha256:new":
+            raise MemoryError("no room")
+        return open_(name, artifact)
+
+    fleet.models._open = opened
+    fleet.models._find = lambda source: find({"old": "new", "other": "old"}[source])
+    assert [change.name for change in fleet.models.reload()] == ["b"]
+    assert say(fleet, model="a") == ("old" * 8, "sha256:old")
+    assert say(fleet, model="b") == ("old" * 8, "sha256:old")
+    assert fleet.warnings == ["a stays as it is: MemoryError: no room"]
+
+
 def test_a_model_that_is_opened_while_the_server_stops_is_closed(fleet):
     opened, open_ = [], fleet.models._open
 
@@ -158,7 +175,7 @@ def test_the_administration_needs_a_key_of_its_own_where_there_are_keys(scripted
         assert server.post({"name": "a", "ref": "own"}, "/admin/models", key)[0] == 200
 
 
-@pytest.mark.parametrize("ref", ["/etc", "../x", "~", "./x", "file:///etc", "hf://a/b", "a\0b", "tests"])
+@pytest.mark.parametrize("ref", ["/etc", "../x", "~", "./x", "file:///etc", "hf://a/b", "a\0b", "tests", "a" * 300])
 def test_a_request_names_no_path(tmp_path, monkeypatch, ref):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()

@@ -288,3 +288,16 @@ def test_addresses_with_quotas_take_bounded_memory():
 def test_limits_are_whole_numbers(value):
     with pytest.raises(ValueError, match="requests_per_minute"):
         Limits(requests_per_minute=value)
+
+
+def test_tokens_of_the_day_are_given_back_on_the_day_they_were_counted():
+    """A request that came before midnight and was read after it: its refund belongs to the new day."""
+    clock = Clock(now=86_400 * SECOND * 20_000 + 86_399 * SECOND)
+    limits = limiter(clock, Quotas(None, clock.seconds), tokens_per_day=100, requests_per_day=5)
+    admission = limits.admit("key:a")
+    clock.now += 2 * SECOND
+    admission.reserve(90)
+    assert limits.quotas.used("key:a").tokens == 90
+    admission.settle(10, failed=False)
+    assert limits.quotas.used("key:a").tokens == 10
+    assert limits.quotas.used("key:a").requests == 0
