@@ -150,6 +150,9 @@ class Engine(Protocol):
         QueueFullError if too many wait.
         """
 
+    def at_once(self, request: Request) -> bool:
+        """Whether the tokens of its answer come all together, at the end."""
+
     def cancel(self, ticket: int, choice: int | None = None) -> None:
         """Nobody wants this answer, or any of the request's answers, any more; no further event comes of it."""
 

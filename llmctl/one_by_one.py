@@ -78,6 +78,10 @@ class OneByOne:
             room = min(room, self.context_length)
         return min(room, request.sampling.max_new_tokens)
 
+    def at_once(self, request: Request) -> bool:
+        """See `Engine.at_once`: those of one unscored draw alone come as they are drawn."""
+        return request.sampling.n > 1 or request.sampling.beams > 1 or request.logprobs is not None
+
     def cancel(self, ticket: int, choice: int | None = None) -> None:
         """Give up an answer, or the request; see `Engine.cancel`."""
         wanted = self._wanted.get(ticket, set())
@@ -95,24 +99,20 @@ class OneByOne:
 
     def step(self) -> list[Event]:
         """One token of the running answer, or the beginning of the next request; see `Engine.step`."""
-        told: list[Event] = []
-        if self._running is None:
-            if not self._begin():
-                return told
-            told.append(Event(self._ticket, admitted=time.perf_counter()))
-        assert self._running is not None
+        if self._running is None:  # said before the work begins, which may take as long as the whole answer
+            return [Event(self._ticket, admitted=time.perf_counter())] if self._begin() else []
         self._steps += 1
         try:
             events = next(self._running)
         except StopIteration:
             self._end()
-            return told
+            return []
         except Exception as error:  # whatever a model raises ends its request and no other
             ticket = self._ticket
             self._end()
-            return [*told, Event(ticket, error=error)]
+            return [Event(ticket, error=error)]
         self._generated += sum(len(event.tokens) for event in events)
-        return told + [event for event in events if event.choice in self._wanted[self._ticket]]
+        return [event for event in events if event.choice in self._wanted[self._ticket]]
 
     def _begin(self) -> bool:
         """Take the next request, of the client whose turn it is; False if none waits."""

@@ -105,6 +105,10 @@ class OrtEngine:
         self._waiting.add(request.client, task)
         return task.ticket
 
+    def at_once(self, request: Request) -> bool:
+        """See `Engine.at_once`."""
+        return request.sampling.beams > 1
+
     def cancel(self, ticket: int, choice: int | None = None) -> None:
         """See `Engine.cancel`. A ticket that has ended, or never was, is no mistake: the answer may just have ended."""
         task = self._tasks.get(ticket)

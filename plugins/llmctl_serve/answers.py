@@ -86,13 +86,16 @@ class Answer:
     async def parts(self) -> AsyncIterator[Part]:
         """What is new, as it comes; ends when all choices have."""
         if self.job is None:
+            text = await asyncio.to_thread(self._settled)  # an encoder may read every sentence of a passage
             for index in range(len(self.done)):
-                yield self._note(Part(index, self._settled(), finish_reason="stop"))
+                yield self._note(Part(index, text, finish_reason="stop"))
             return
         while (item := await self.job.pieces.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            for part in self._take(item):
+            # At the end of an answer from documents an encoder may read it, and the passages.
+            reads = self.asked.grounding is not None and item.finish_reason is not None
+            for part in await asyncio.to_thread(self._take, item) if reads else self._take(item):
                 yield part
 
     def _settled(self) -> str:
@@ -163,9 +166,9 @@ class Answer:
         found = [Scored(named(tokenizer, score), before + at) for score, at in piece.scores]
         if self._echoes and piece.end is not None:
             # Evaluation harnesses ask for one token and drop the last score: an end is one, or a prompt's would go.
-            found.append(
-                Scored(named(tokenizer, piece.end), before + len(self.done[piece.index].text) + len(piece.text))
-            )
+            # The text so far begins with the prompt as soon as something has been sent.
+            so_far = max(before, len(self.done[piece.index].text))
+            found.append(Scored(named(tokenizer, piece.end), so_far + len(piece.text)))
         return found
 
     def _cited(self, index: int, text: str, last: bool) -> str:
@@ -240,6 +243,7 @@ async def _accept(
             artifact=service.artifact.id,
             prompt_tokens=asked.prompt_tokens,
             max_tokens=asked.max_tokens,
+            at_once=asked.at_once,
             operation="chat" if kind == "chat" else "text_completion",
             stream=body.stream,
             settings={**settings(body), "seed": asked.prompts[0].request.sampling.seed if asked.prompts else None},

@@ -53,6 +53,8 @@ class Exchange:
     prompt_tokens: int = 0
     max_tokens: int = 0
     """Most tokens that all answers together may have."""
+    at_once: bool = False
+    """Whether nothing of some answer is known before its end."""
     generated: int = 0
     cached: int = 0
     status: int = 0
@@ -83,6 +85,7 @@ class Exchange:
         artifact: str = "",
         prompt_tokens: int = 0,
         max_tokens: int = 0,
+        at_once: bool = False,
         operation: str = "",
         stream: bool = False,
         settings: Mapping[str, Any] | None = None,
@@ -93,7 +96,7 @@ class Exchange:
         `prompts` are token ids and text, kept only for the request log.
         """
         self.model, self.artifact, self.operation, self.stream = model, artifact, operation, stream
-        self.prompt_tokens, self.max_tokens = prompt_tokens, max_tokens
+        self.prompt_tokens, self.max_tokens, self.at_once = prompt_tokens, max_tokens, at_once
         self.settings = dict(settings or {})
         if self.records:
             self.prompts = list(prompts)

@@ -198,6 +198,8 @@ class _Timed:
             return self._first_token
         if not exchange.max_tokens:  # vectors, scores of a prompt
             return None
+        if exchange.at_once and exchange.admitted_at is not None:  # its tokens come together, as those of beams do
+            return None
         return exchange.asked_at + self._first_token - time.perf_counter()
 
     async def _send(self, message: Message) -> None:

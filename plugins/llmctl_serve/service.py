@@ -51,6 +51,9 @@ class Asked:
     masking: MaskingTime | None = None
     """What following the form of the answers takes, where they have one."""
 
+    at_once: bool = False
+    """Whether nothing of some answer is known before its end."""
+
     @property
     def prompt_tokens(self) -> int:
         """Of all prompts."""
@@ -124,7 +127,7 @@ class Service:
         """The prompt of a conversation, and what its answer rests on if the server has documents."""
         self._generates()
         messages = [message.plain() for message in request.messages]
-        wanted = self._retrieval(request.retrieval)
+        wanted = self._retrieval(request)
         if wanted is None:
             ids = self.chat_ids(messages, request)
             return self._asked([ids], request, client)
@@ -137,14 +140,19 @@ class Service:
         more = {"tools": tools} if tools else {}
         return self.tokenizer.encode_chat(messages, add_generation_prompt=True, **more).ids
 
-    def _retrieval(self, asked: Retrieval | bool | None) -> Retrieval | None:
-        if self.index is None:
-            if asked:
-                raise ApiError(400, "this server has no documents to retrieve from", param="retrieval")
+    def _retrieval(self, request: ChatRequest) -> Retrieval | None:
+        """How the answer uses the documents; None if it does not. ApiError 400 if it is told to and cannot."""
+        asked = request.retrieval
+        if asked is False or (self.index is None and not asked):
             return None
-        if asked is False:
-            return None
-        return asked if isinstance(asked, Retrieval) else Retrieval()
+        why = "this server has no documents to retrieve from"
+        if self.index is not None:
+            why = ungrounded(request)
+        if not why:
+            return asked if isinstance(asked, Retrieval) else Retrieval()
+        if asked:
+            raise ApiError(400, why, param="retrieval")
+        return None
 
     def _ground(self, messages: Sequence[dict[str, Any]], wanted: Retrieval) -> tuple[Grounding, list[int]]:
         """What was found for the last message, and the prompt that holds it; no prompt if nothing is to be written."""
@@ -193,7 +201,10 @@ class Service:
         if constraint is not None:
             masking = MaskingTime()
             constraint = TimedConstraint(constraint, masking)
-        return Asked(self._prompts(prompts, request, client, constraint), request.draws, masking=masking)
+        made = self._prompts(prompts, request, client, constraint)
+        _, engine = self._generates()
+        at_once = any(engine.at_once(prompt.request) for prompt in made)
+        return Asked(made, request.draws, masking=masking, at_once=at_once)
 
     def _prompts(
         self,
@@ -203,8 +214,7 @@ class Service:
         constraint: Constraint | None,
     ) -> list[Prompt]:
         generator, engine = self._generates()
-        for prompt in prompts:
-            self._check_room(prompt, generator, engine)
+        rooms = [self._room(prompt, generator, engine) for prompt in prompts]
         sampling = self.sampling(request, request.limit, request.draws)
         shared = sampling.n == 1 and request.draws > 1
         scored = request.scored
@@ -215,7 +225,8 @@ class Service:
             targets = range(at * request.draws, (at + 1) * request.draws)
             asked = Request(
                 prompt=prompt,
-                sampling=sampling,
+                # No more is generated, so no more is taken from the client's allowance.
+                sampling=replace(sampling, max_new_tokens=min(sampling.max_new_tokens, rooms[at])),
                 constraint=constraint,
                 logprobs=scored,
                 prompt_logprobs=request.scored if getattr(request, "echo", False) else None,
@@ -233,14 +244,17 @@ class Service:
             )
         return found
 
-    def _check_room(self, prompt: Sequence[int], generator: Generator, engine: Engine) -> None:
-        """UsageError for a prompt that cannot be answered, before anything else is done."""
-        generator.room(prompt)
-        if not generator.encoder_decoder and len(prompt) >= engine.context_length:
+    def _room(self, prompt: Sequence[int], generator: Generator, engine: Engine) -> int:
+        """Most tokens of an answer. UsageError for a prompt that cannot be answered, before anything else is done."""
+        room = generator.room(prompt)
+        if generator.encoder_decoder:
+            return room
+        if len(prompt) >= engine.context_length:
             raise UsageError(
                 f"the prompt has {len(prompt)} tokens, the context of this server is {engine.context_length}",
                 hint="shorten the prompt",
             )
+        return min(room, engine.context_length - len(prompt))
 
     def _constraint(self, request: ChatRequest | CompletionRequest) -> Constraint | None:
         """What the answer must look like. ApiError 400 names the field that cannot be followed."""
@@ -292,3 +306,15 @@ class Service:
         if request.ignore_eos and self.engine is not None:
             bias |= dict.fromkeys(self.engine.eos_ids, NEVER)
         return tuple(sorted(bias.items()))
+
+
+def ungrounded(request: ChatRequest) -> str:
+    """Why a chat cannot be answered from documents; empty if it can.
+
+    Such an answer is prose whose citations are made right, or a refusal, and what is searched for is a question.
+    """
+    if request.callable_tools or guide_of(request, request.response_format) is not None:
+        return "an answer from documents is text with citations: it cannot keep to a form or call tools"
+    if request.messages[-1].role != "user":
+        return "an answer from documents needs a question of the user as the last message"
+    return ""

@@ -213,6 +213,7 @@ def test_closing_cancels_everything_and_speculation_is_refused() -> None:
     engine = OneByOne(model, EngineOptions())
     engine.submit(asked(5))
     engine.submit(asked(6))
+    engine.step()  # takes it
     engine.step()
     engine.close()
     assert not engine.busy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from llmctl.text.dense import Dense, DenseSettings, unit
 from llmctl.text.retrieval import Chunk, Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.text.vectors import Vectors
-from llmctl_serve import SERVE
+from llmctl_serve import SERVE, answers
 
 DEDENT = [{"role": "user", "content": "What does `dedent` do?"}]
 
@@ -136,3 +138,67 @@ def test_the_stage_takes_the_encoder_of_its_index(tmp_path, model_dir, opens, sc
         serve("alone", encoder=vectors)
     with pytest.raises(UsageError, match="finds by words alone, an encoder has no effect"):
         serve("plain", index=plain, encoder=vectors)
+
+
+FORMS = [
+    {"guided_choice": ["yes [9]", "no [9]"]},
+    {"tools": [{"type": "function", "function": {"name": "look"}}], "tool_choice": "auto"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["form", "tools"])
+def test_what_must_keep_to_a_form_is_not_answered_from_the_documents(scripted, byte_tokenizer, index, running, form):
+    """Citations would be taken out of it, or put behind it, and a refusal is none of its forms."""
+
+    class Told(scripted):
+        def stream(self, prompt, sampling, constraint=None):  # scripted answers keep to any form
+            return super().stream(prompt, sampling)
+
+    generator = Told(byte_tokenizer, default="yes [9]")
+    with running(generator, index) as server:
+        for messages in (DEDENT, [{"role": "user", "content": "What is `frobnicate`?"}]):
+            status, body, _ = server.post({"messages": messages, **form})
+            assert status == 200, server.warnings
+            assert body["choices"][0]["message"]["content"] == "yes [9]"
+            assert "citations" not in body
+        for asked in (True, {"top_k": 1}):
+            status, body, _ = server.post({"messages": DEDENT, "retrieval": asked, **form})
+            assert (status, body["error"]["param"]) == (400, "retrieval")
+            assert "cannot keep to a form or call tools" in body["error"]["message"]
+
+
+def test_only_a_question_of_the_user_is_searched_for(scripted, byte_tokenizer, index, running):
+    generator = scripted(byte_tokenizer, {"[1] The function dedent": "whitespace [1]"}, default="hm")
+    called = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    behind = [
+        [{"role": "assistant", "content": "dedent"}],
+        [{"role": "assistant", "tool_calls": [called]}, {"role": "tool", "tool_call_id": "c", "content": "dedent"}],
+    ]
+    with running(generator, index) as server:
+        for more in behind:
+            body = server.post({"messages": [*DEDENT, *more]})[1]
+            assert body["choices"][0]["message"]["content"] == "hm"
+            assert "citations" not in body
+            status, body, _ = server.post({"messages": [*DEDENT, *more], "retrieval": True})
+            assert (status, body["error"]["param"]) == (400, "retrieval")
+        asked = server.post({"messages": [*DEDENT, *behind[0], *DEDENT], "retrieval": True})[1]
+        assert asked["choices"][0]["message"]["content"] == "whitespace [1]"
+
+
+def test_an_encoder_that_reads_at_the_end_of_an_answer_holds_nobody_else_up(
+    scripted, byte_tokenizer, index, by_meaning, running, monkeypatch
+):
+    threads = []
+    for name in ("quote", "missing_citation"):
+        plain = getattr(answers, name)
+        monkeypatch.setattr(
+            answers, name, lambda *given, plain=plain: threads.append(threading.current_thread().name) or plain(*given)
+        )
+    generator = scripted(byte_tokenizer, default="It removes whitespace.")
+    with running(generator, index) as server:
+        whole = server.post({"messages": DEDENT, "n": 2})[1]
+        assert {choice["message"]["content"] for choice in whole["choices"]} == {"It removes whitespace. [1]"}
+    with running(generator, index, answers="extractive") as server:
+        server.post({"messages": DEDENT, "n": 3})
+    assert len(threads) == 3  # two answers, and one quotation for three
+    assert {name.rpartition("_")[0] for name in threads} <= {"asyncio", "uvloop"}

@@ -178,3 +178,14 @@ def test_models_health_and_docs(server):
     status, text = server.get("/nowhere")
     assert status == 404
     assert json.loads(text)["error"]["message"] == "Not Found"
+
+
+@pytest.mark.parametrize("asked", [{}, {"n": 2, "temperature": 0.5}, {"logprobs": True, "temperature": 0.5}])
+def test_an_answer_that_comes_at_once_is_not_late(scripted, byte_tokenizer, running, asked):
+    """Nothing of beams is known before they have ended, nor of several or scored draws where answers come in turn."""
+    beams = Sampling(beams=3)
+    with running(
+        scripted(byte_tokenizer, default="yes " * 8, delay=0.02), default=beams, first_token_timeout=0.3
+    ) as server:
+        status, body, _ = server.post({"messages": [{"role": "user", "content": "?"}], "max_tokens": 30, **asked})
+        assert (status, body.get("error")) == (200, None)

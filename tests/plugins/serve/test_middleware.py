@@ -431,3 +431,15 @@ def test_what_has_no_first_token_is_not_timed_by_it():
         await JSONResponse({})(scope, receive, send)
 
     assert ask(observed(Deadlines(scores, 0, 0.05, 0)))[0] == 200
+
+
+@pytest.mark.parametrize(("admitted", "status"), [(True, 200), (False, 503)])
+def test_what_comes_at_once_is_timed_until_it_leaves_the_queue(admitted, status):
+    async def beams(scope, receive, send):
+        scope[SCOPE].asked(**TOOLS, max_tokens=9, at_once=True)
+        if admitted:
+            scope[SCOPE].admitted()
+        await asyncio.sleep(0.4)
+        await JSONResponse({})(scope, receive, send)
+
+    assert ask(observed(Deadlines(beams, 0, 0.1, 0)))[0] == status

@@ -53,6 +53,16 @@ def test_an_end_counts_as_the_token_that_harnesses_drop(server):
     np.testing.assert_allclose(scores[1:], truth(server, [*ids, eos]), atol=1e-4)
 
 
+def test_an_end_stands_behind_the_whole_text(server):
+    """Whose beginning, the repeated prompt, is counted once."""
+    answer = server.client.completions.create(
+        model="byte-model", prompt="The", max_tokens=9, echo=True, logprobs=1, extra_body={"guided_regex": "[ab]{4}"}
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs.text_offset[-5:] == [3, 4, 5, 6, len(choice.text)]
+
+
 def test_streams_carry_the_scores_of_whole_answers(server):
     ask = {"model": "byte-model", "prompt": "The work", "max_tokens": 6, "logprobs": 2, "temperature": 0}
     whole = server.client.completions.create(**ask).choices[0]
