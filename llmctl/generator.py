@@ -88,6 +88,7 @@ class Sampling:
                 len({token for token, _ in self.logit_bias}) == len(self.logit_bias),
                 "logit_bias names a token twice",
             ),
+            (self.seed is None or self.seed >= 0, f"seed must not be negative, got {self.seed}"),
             (self.beams >= 1, f"beams must be at least 1, got {self.beams}"),
             (self.n >= 1, f"n must be at least 1, got {self.n}"),
             # Beyond it, length ** penalty leaves the range of a float for long answers.

@@ -93,10 +93,13 @@ class Answer:
         while (item := await self.job.pieces.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            # At the end of an answer from documents an encoder may read it, and the passages.
-            reads = self.asked.grounding is not None and item.finish_reason is not None
-            for part in await asyncio.to_thread(self._take, item) if reads else self._take(item):
+            for part in await asyncio.to_thread(self._take, item) if self._is_long(item) else self._take(item):
                 yield part
+
+    def _is_long(self, piece: Piece) -> bool:
+        """Whether taking it holds up everybody's stream: thousands of scores, or an encoder that reads the answer."""
+        reads = self.asked.grounding is not None and piece.finish_reason is not None
+        return reads or piece.prompt_scores is not None
 
     def _settled(self) -> str:
         grounding, index = self.asked.grounding, self.service.index

@@ -88,8 +88,12 @@ class LocalAnswers:
                 rows[at] = error_row(job, problem.kind, problem.message)
         for (sampling, stop, logprobs), asked in groups.items():
             session = replace(self.session, sampling=sampling, stop=stop)
-            for (at, ids), found in zip(asked, self._said(session, [ids for _, ids in asked], logprobs), strict=True):
-                rows[at] = row_of(jobs[at], {**self._described(found, sampling), "prompt_tokens": len(ids)})
+            told = self._tried(session, [ids for _, ids in asked], logprobs)
+            for (at, ids), found in zip(asked, told, strict=True):
+                if isinstance(found, LineError):
+                    rows[at] = error_row(jobs[at], found.kind, f"{jobs[at].where}: {found.message}")
+                else:
+                    rows[at] = row_of(jobs[at], {**self._described(found, sampling), "prompt_tokens": len(ids)})
         return [rows[at] for at in range(len(jobs))]
 
     def _prepare(self, job: Job) -> tuple[tuple[Sampling, tuple[str, ...], int | None], list[int]]:
@@ -113,6 +117,18 @@ class LocalAnswers:
         except (UsageError, InputError) as error:
             raise LineError("invalid_request", f"{job.where}: {error.message}") from error
         return (sampling, stop, logprobs), ids
+
+    def _tried(self, session: Session, prompts: list[list[int]], logprobs: int | None) -> list[list[Said] | LineError]:
+        """What each prompt was answered. Those of a batch that fails are asked one by one: one may be to blame."""
+        try:
+            return [*self._said(session, prompts, logprobs)]
+        except LlmctlError as error:
+            problem = LineError("invalid_request", error.message)
+        except Exception as error:  # whatever a model raises: its line says so, and the other lines are answered
+            problem = LineError("generation_failed", f"{type(error).__name__}: {error}")
+        if len(prompts) == 1:
+            return [problem]
+        return [found for prompt in prompts for found in self._tried(session, [prompt], logprobs)]
 
     def _said(self, session: Session, prompts: list[list[int]], logprobs: int | None) -> list[list[Said]]:
         spent = MaskingTime()

@@ -92,8 +92,11 @@ def id_key(id: Any) -> str:
 
 def _read_job(line: bytes, number: int, where: str) -> Job:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+        row = json.loads(line.decode("utf-8"), parse_constant=_no_number)
+        _line(row)  # as its answer repeats what it holds
+    except UnicodeEncodeError:
+        return Job(number, where, problem=LineError("bad_line", f"{where} holds half of a surrogate pair, no text"))
+    except (ValueError, RecursionError) as error:
         return Job(number, where, problem=LineError("bad_line", f"{where} is no JSON: {error}"))
     if not isinstance(row, dict):
         return Job(number, where, problem=LineError("bad_line", f"{where} is no JSON object"))
@@ -109,6 +112,14 @@ def _read_job(line: bytes, number: int, where: str) -> Job:
         message = f"{where}: {problem.message}"
         return Job(id, where, carried=carried, problem=LineError(problem.kind, message))
     return job
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is none of its numbers")
+
+
+def _line(row: Any) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
 def _check(job: Job) -> None:
@@ -185,7 +196,7 @@ class Results:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append answers."""
-        self._file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        self._file.write(b"".join(map(_line, rows)))
         self._file.flush()
 
     def _resume(self, path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from llmctl import InputError, StageError, UsageError
+from llmctl.generator import check_bias
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.chat import chat, generate
 
@@ -104,6 +105,42 @@ def test_bad_lines_have_errors_that_name_them_and_the_others_answers(bundle, tmp
     ):  # fmt: skip
         assert words in problems[number - 1]
         assert not words or f"in.jsonl:{number}" in problems[number - 1]
+
+
+def test_a_line_that_no_model_can_answer_takes_no_other_with_it(bundle, model, tmp_path, monkeypatch):
+    plain = model.generate
+
+    def generate(prompts, sampling):
+        for prompt in prompts:
+            check_bias(sampling, model.vocab_size)
+            if model.tokenizer.decode(prompt).endswith("?!"):
+                raise RuntimeError("no such kernel")
+        return plain(prompts, sampling)
+
+    monkeypatch.setattr(model, "generate", generate)
+    rows = [
+        {"prompt": "a", "max_tokens": 3}, {"prompt": "what?!", "max_tokens": 3}, {"prompt": "b", "max_tokens": 3},
+        ask("q", logit_bias={"999999": 1}), ask("q", temperature=1, seed=-1), ask("loads?"),
+        '{"prompt": "\\ud800"}', '{"prompt": "a", "id": "\\udfff"}', '{"prompt": "a", "mine": ["\\ud800"]}',
+        '{"prompt": "a", "mine": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"prompt": "a", "mine": NaN}',
+        ask("dedent?"),
+    ]  # fmt: skip
+    source, target = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    with pytest.raises(StageError, match="8 lines have no answer"):
+        invoke(bundle, "--input", source, "--output", target)
+    found = read_lines(target.read_text())
+    assert [row["id"] for row in found] == [*range(1, 13)]
+    problems = [row.get("error", {}).get("message", "") for row in found]
+    half = "half of a surrogate pair"
+    for number, words in enumerate(
+        ("", "RuntimeError: no such kernel", "", "names token 999999", "seed must not be negative", "",
+         half, half, half, "is no JSON: maximum recursion", "NaN", ""), start=1
+    ):  # fmt: skip
+        assert words in problems[number - 1]
+        assert (f"in.jsonl:{number}" in problems[number - 1]) == bool(words)
+    kinds = [row.get("error", {}).get("type") for row in found]
+    assert kinds[1:5] == ["generation_failed", None, "invalid_request", "invalid_request"]
+    assert [found[i]["text"] for i in (5, 11)] == ["json", "textwrap"]
 
 
 def test_a_second_run_goes_on_where_the_first_one_was_killed(bundle, model, tmp_path):

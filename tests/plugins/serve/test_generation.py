@@ -189,3 +189,15 @@ def test_an_answer_that_comes_at_once_is_not_late(scripted, byte_tokenizer, runn
     ) as server:
         status, body, _ = server.post({"messages": [{"role": "user", "content": "?"}], "max_tokens": 30, **asked})
         assert (status, body.get("error")) == (200, None)
+
+
+def test_no_more_tokens_are_set_aside_than_the_context_holds(scripted, byte_tokenizer, running):
+    """A client that leaves `max_tokens` out would else be refused by a limit that its answer cannot reach."""
+    with running(scripted(byte_tokenizer, context_length=60), tokens_per_minute=100) as server:
+        ask = {"prompt": "a" * 9, "max_tokens": 1000}
+        status, body, headers = server.post(ask, "/v1/completions")
+        assert (status, body["choices"][0]["finish_reason"]) == (200, "length")
+        assert body["usage"]["total_tokens"] == 60
+        assert headers["x-ratelimit-remaining-tokens"] == "40"
+        assert server.post({**ask, "max_tokens": 5}, "/v1/completions")[0] == 200
+        assert server.post(ask, "/v1/completions")[0] == 429

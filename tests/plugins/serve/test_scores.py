@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from llmctl.text.constraints import GrammarConstraint
+from llmctl_serve import answers
 from llmctl_serve.conversations import ChatRequest
 
 
@@ -40,6 +42,15 @@ def test_prompts_are_scored_as_harnesses_ask_for_it(server, limit):
             assert "\ufffd" in token or choice.text[at:].startswith(token)
         assert all(len(top) == 1 for top in scores.top_logprobs[1:])
     assert answer.usage.completion_tokens == 2 * limit
+
+
+def test_naming_the_tokens_of_a_prompt_holds_nobody_up(server, monkeypatch):
+    threads, plain = [], answers.offsets
+    monkeypatch.setattr(
+        answers, "offsets", lambda *given: threads.append(threading.current_thread().name) or plain(*given)
+    )
+    server.client.completions.create(model="byte-model", prompt=[0, 70, 71], max_tokens=0, echo=True, logprobs=1)
+    assert [name.rpartition("_")[0] in ("asyncio", "uvloop") for name in threads] == [True]
 
 
 def test_an_end_counts_as_the_token_that_harnesses_drop(server):
