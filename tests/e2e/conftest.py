@@ -15,7 +15,14 @@ import pytest
 
 FILES = {
     "fake/__init__.py": """
+        import os
+
         from llmctl import In, Out, Stage, hookimpl
+
+        if wait := os.environ.get("FAKE_READER_WAIT"):
+            from llmctl import shell
+
+            shell.READER_WAIT = float(wait)
 
         def stage(name, inputs, outputs, **more):
             return Stage(name=name, help=f"Sleep as {name}.", inputs=inputs, outputs=outputs,
@@ -157,16 +164,19 @@ class Pipe:
 
 @pytest.fixture
 def start(fake, llmctl_env, tmp_path) -> Callable[..., Pipe]:
-    """Start `llmctl … | llmctl …`: each argument is one command line, a str of words or a list."""
+    """Start `llmctl … | llmctl …`: each argument is one command line, a str of words or a list.
+
+    `patient`: a stage gives its reader longer than any machine needs to start it, instead of half a second.
+    """
     work = tmp_path / "pipe"
     work.mkdir()
 
-    def begin(*commands, **options) -> Pipe:
+    def begin(*commands, patient=False, **options) -> Pipe:
         argvs = []
         for command in commands:
             words = command.split() if isinstance(command, str) else list(command)
             argvs.append([sys.executable, "-m", *words] if words[0] == "llmctl" else words)
-        return Pipe(argvs, llmctl_env, work, **options)
+        return Pipe(argvs, {**llmctl_env, "FAKE_READER_WAIT": "15"} if patient else llmctl_env, work, **options)
 
     return begin
 

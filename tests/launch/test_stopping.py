@@ -110,5 +110,5 @@ def test_a_stage_that_never_asks_is_ended_by_the_file_too(llmctl, start, work):
     (request,) = wait_for(lambda: requests.exists() and running())
     wait_for(lambda: any(event["type"] == "stage.progress" for event in events(work)))
     assert llmctl("stage", "stop", "--key", request["key"], "--store", ".llmctl/store").returncode == 0
-    process.communicate(timeout=10)
+    process.communicate(timeout=20)
     assert process.returncode == 75

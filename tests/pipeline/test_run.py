@@ -46,7 +46,7 @@ def test_a_second_run_does_nothing(llmctl, spec, work, actions, events):
     assert {event["type"] for event in events()} >= {"run.start", "plan", "stage.cached", "gate", "run.end"}
 
 
-def test_a_cached_run_needs_little_cpu(llmctl, spec):
+def test_a_cached_run_needs_little_cpu(llmctl, spec, budget):
     assert llmctl("run", spec(CHAIN)).returncode == 0
 
     def cpu():
@@ -55,7 +55,7 @@ def test_a_cached_run_needs_little_cpu(llmctl, spec):
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(cpu() for _ in range(3)) < 1.0
+    assert min(cpu() for _ in range(3)) < budget(1)
 
 
 def test_a_run_imports_nothing_heavy(llmctl_env, llmctl, spec, work):

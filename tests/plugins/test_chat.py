@@ -12,6 +12,7 @@ import signal
 import stat
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -173,6 +174,8 @@ def terminal(tmp_path, monkeypatch):
         def press(key):
             # Faster than any hand, a signal comes between the prompt and the read, which then waits for a line.
             time.sleep(0.3)
+            while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+                time.sleep(0.01)
             os.write(master, key)
 
         def typed(text, answer="", end=b"> "):
@@ -241,7 +244,7 @@ def test_commands_of_a_conversation(bundle, terminal, tmp_path):
 
 def test_an_interrupt_stops_the_answer_and_a_second_one_the_program(model_dir, opens, scripted, terminal):
     (model_dir / "model.onnx").touch()
-    slow = scripted(Tokenizer.load(model_dir), {"long": "abcdefghij" * 20}, context_length=400, delay=0.02)
+    slow = scripted(Tokenizer.load(model_dir), {"long": "abcdefghij" * 20}, context_length=400, delay=0.05)
     opens({model_dir: slow})
     with terminal(model_dir, "--no-history") as typed:
         os.write(typed.master, b"long\n")

@@ -287,7 +287,7 @@ def test_a_kill_loses_no_line_that_was_answered(tmp_path):
     """A real process, killed twice in the middle: in the end every line is answered once, in order."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"p{i}"} for i in range(40)])
     target = tmp_path / "out.jsonl"
-    with Stub(lambda number, body: Plan([body["prompt"]], ttft=0.05)) as stub:
+    with Stub(lambda number, body: Plan([body["prompt"]], ttft=0.1)) as stub:
         command = [sys.executable, "-m", "llmctl", "generate", stub.url, "--batch", "2"]
         command += ["--input", str(source), "--output", str(target)]
         for _ in range(2):

@@ -107,7 +107,7 @@ def opened(browser, server):
     def run(expected="", **options):
         context = browser.new_context(viewport={"width": 1000, "height": 720}, **options)
         page = context.new_page()
-        page.set_default_timeout(5000)
+        page.set_default_timeout(20_000)
         logged, loaded = [], []
         page.on("console", lambda message: logged.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: logged.append(str(error)))

@@ -277,7 +277,13 @@ def test_kill_9_during_push_and_pull(tmp_path, store, put, there):
         work()
         return time.monotonic() - begun
 
-    whole = took(lambda: send(store, str(tmp_path / "scale"), artifact.id))
+    def fetched():
+        seconds = took(lambda: fetch(there, uri, artifact.id))
+        shutil.rmtree(there.artifact(artifact.id))
+        return seconds
+
+    # The shortest of three: were a busy moment the measure, the kills would come when all is done.
+    whole = min(took(lambda n=n: send(store, str(tmp_path / f"scale{n}"), artifact.id)) for n in range(3))
     interrupted = 0
     for turn in range(10):
         interrupted += killed(lambda: send(store, uri, artifact.id), whole * (turn + 0.5) / 11)
@@ -289,8 +295,7 @@ def test_kill_9_during_push_and_pull(tmp_path, store, put, there):
             shutil.rmtree(tmp_path / "remote")
     assert interrupted > 3
     send(store, uri, artifact.id)
-    whole = took(lambda: fetch(there, uri, artifact.id))
-    shutil.rmtree(there.artifact(artifact.id))
+    whole = min(fetched() for _ in range(3))
     interrupted = 0
     for turn in range(10):
         interrupted += killed(lambda: fetch(there, uri, artifact.id), whole * (turn + 0.5) / 11)

@@ -86,15 +86,14 @@ def test_what_is_no_http_is_told_so_in_json(scripted, byte_tokenizer, running, c
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
 
 
-def test_more_connections_than_allowed_are_503(scripted, byte_tokenizer, running, connect):
+def test_more_connections_than_allowed_are_503(scripted, byte_tokenizer, running, connect, wait_until):
     with running(scripted(byte_tokenizer), max_connections=2) as server:
         held = [connect(server) for _ in range(2)]
         time.sleep(0.1)
         assert until_closed(connect(server)).startswith(b"HTTP/1.1 503 ")
         for client in held:
             client.close()
-        time.sleep(0.1)
-        assert server.get("/healthz")[0] == 200
+        wait_until(lambda: server.get("/healthz")[0] == 200)
 
 
 def test_a_client_that_does_not_read_is_cut_and_its_work_ends(
