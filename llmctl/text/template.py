@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from llmctl.errors import InputError
@@ -29,6 +31,7 @@ _NAMING = ("properties", "patternProperties", "$defs", "definitions", "arguments
 """Objects whose keys are a user's own names."""
 PRIVATE = range(0xF0000, 0x10FFFE)
 """Supplementary private-use planes: characters that mean nothing, so marks can be drawn from those a chat lacks."""
+_PRIVATE = re.compile(f"[{chr(PRIVATE[0])}-{chr(PRIVATE[-1])}]")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Piece:
 
     def assistant_at(self, start: int, end: int) -> bool:
         """Whether the assistant says any of `text[start:end]`."""
-        return any(start < b and end > a for a, b in self.spoken)
+        return _overlaps((start, end), self.spoken)
 
 
 class ChatTemplate:
@@ -197,7 +200,7 @@ class ChatTemplate:
         for start, end in _between(foreign, len(text)):
             for match in self._pattern.finditer(text, start, end):
                 yield from _text_piece(text, cut, match.start(), spoken)
-                inside = any(match.start() < b and match.end() > a for a, b in spoken)
+                inside = _overlaps(match.span(), spoken)
                 yield Piece(match.group(), self._special[match.group()], True, ((0, 1),) if inside else ())
                 cut = match.end()
         yield from _text_piece(text, cut, len(text), spoken)
@@ -279,11 +282,12 @@ def _unmark(rendered: str, opening: Mapping[str, tuple[bool, str]], closing: set
 
     `opening` tells of each opening mark whether the assistant speaks, and the white space the message begins with.
     """
-    marks = re.compile("[" + "".join(map(re.escape, [*opening, *closing])) + "]") if opening else re.compile(r"(?!)")
     parts: list[str] = []
     spans: list[Span] = []
     size, cursor, begin, spoken = 0, 0, -1, False
-    for match in marks.finditer(rendered):
+    for match in _PRIVATE.finditer(rendered):
+        if match.group() not in opening and match.group() not in closing:
+            continue  # a message holds it
         parts.append(rendered[cursor : match.start()])
         size += match.start() - cursor
         cursor = match.end()
@@ -309,13 +313,21 @@ def _between(foreign: list[tuple[int, int]], length: int) -> Iterator[tuple[int,
     yield cursor, length
 
 
-def _overlaps(span: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
-    return any(span[0] < end and span[1] > start for start, end in others)
+def _touched(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Those of `others`, which stand in order and apart, that share something with `span`."""
+    for at in range(bisect_right(others, span[0], key=itemgetter(1)), len(others)):
+        if others[at][0] >= span[1]:
+            return
+        yield others[at]
+
+
+def _overlaps(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
+    return next(_touched(span, others), None) is not None
 
 
 def _text_piece(text: str, start: int, end: int, spoken: list[tuple[int, int]]) -> Iterator[Piece]:
     if start < end:
-        inside = tuple((max(a, start) - start, min(b, end) - start) for a, b in spoken if a < end and b > start)
+        inside = tuple((max(a, start) - start, min(b, end) - start) for a, b in _touched((start, end), spoken))
         yield Piece(text[start:end], None, False, inside)
 
 

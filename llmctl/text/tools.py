@@ -291,7 +291,7 @@ class ToolCallParser:
     def _bare(self, text: str) -> list[ToolCall]:
         """Calls written as JSON: one object, a list of them, or several one after the other."""
         values, at = [], 0
-        if named := re.fullmatch(r"([A-Za-z0-9_-]{1,64})\s*(?:\[ARGS\])?\s*(\{.*\})", text, re.DOTALL):
+        if named := re.fullmatch(r"([A-Za-z0-9_-]{1,64})\s*(?:\[ARGS\]\s*)?(\{.*\})", text, re.DOTALL):
             text = f'{{"name": "{named.group(1)}", "arguments": {named.group(2)}}}'  # Mistral's second way
         try:
             while at < len(text):

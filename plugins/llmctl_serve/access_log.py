@@ -77,8 +77,12 @@ class RequestLog:
                 "settings": dict(exchange.settings),
                 "prompts": exchange.prompts,
                 "answers": [
-                    {"index": index, "answer": exchange.answers.get(index), "finish_reason": reason}
-                    for index, reason in sorted(exchange.finish_reasons.items())
+                    {
+                        "index": index,
+                        **exchange.answers.get(index, {"answer": None}),
+                        "finish_reason": exchange.finish_reasons.get(index),
+                    }
+                    for index in sorted({*exchange.finish_reasons, *exchange.answers})
                 ],
                 "prompt_tokens": exchange.prompt_tokens,
                 "generated_tokens": exchange.generated,

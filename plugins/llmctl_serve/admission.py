@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
 from collections.abc import Sequence
@@ -126,6 +127,9 @@ class Admissions:
         try:
             await self._app(scope, receive, watched)
             broken = exchange.status >= 500
+        except asyncio.CancelledError:  # a deadline: an answer that took longer than it may has cost what it has cost
+            broken = not exchange.generated
+            raise
         except BaseException:
             broken = exchange.status == 0 or exchange.status >= 500
             raise

@@ -14,11 +14,11 @@ from llmctl.engine import TokenScores
 from llmctl.text.grounding import REFUSAL, CitationFilter, citations, missing_citation, quote
 from llmctl_serve.constraining import CallReader
 from llmctl_serve.conversations import ChatRequest
-from llmctl_serve.errors import ApiError
+from llmctl_serve.errors import ApiError, to_api
 from llmctl_serve.exchange import Exchange, exchange_of
 from llmctl_serve.logprobs import TokenScore, named, offsets
 from llmctl_serve.models import Models, Served
-from llmctl_serve.requests import CompletionRequest
+from llmctl_serve.requests import HARMLESS, CompletionRequest
 from llmctl_serve.responses import (
     DONE,
     Answered,
@@ -46,6 +46,8 @@ class Answer:
     job: Job | None = None
     done: list[Answered] = field(default_factory=list)
     cached: int = 0
+    failure: BaseException | None = None
+    """What the engine said instead of an answer; it has been warned of."""
     _closed: bool = False
     _begun: set[int] = field(default_factory=set)
     _prompt_scores: dict[int, list[Scored]] = field(default_factory=dict)
@@ -79,6 +81,9 @@ class Answer:
         if self._closed:
             return
         self._closed = True
+        for index, answer in enumerate(self.done):
+            if answer.tokens or answer.finish_reason is not None:
+                self.exchange.said(index, answer.text, answer.calls)
         if self.job is not None and self.model.worker is not None:
             self.model.worker.cancel(self.job)
         self.model.release()
@@ -88,10 +93,12 @@ class Answer:
         if self.job is None:
             text = await asyncio.to_thread(self._settled)  # an encoder may read every sentence of a passage
             for index in range(len(self.done)):
+                self.exchange.finished("stop", index)
                 yield self._note(Part(index, text, finish_reason="stop"))
             return
         while (item := await self.job.pieces.get()) is not None:
             if isinstance(item, BaseException):
+                self.failure = item
                 raise item
             for part in await asyncio.to_thread(self._take, item) if self._is_long(item) else self._take(item):
                 yield part
@@ -142,7 +149,7 @@ class Answer:
             self._begun.add(piece.index)
             self._open(part)
         if reason is not None:
-            self.exchange.finished(reason, piece.index, answer.text + part.text)
+            self.exchange.finished(reason, piece.index)
         return self._note(part)
 
     def _open(self, part: Part) -> None:
@@ -250,7 +257,7 @@ async def _accept(
             operation="chat" if kind == "chat" else "text_completion",
             stream=body.stream,
             settings={**settings(body), "seed": asked.prompts[0].request.sampling.seed if asked.prompts else None},
-            prompts=[list(prompt.request.prompt) for prompt in asked.prompts],
+            prompts=[list(prompt.request.prompt) for prompt in asked.prompts] or asked.questions,
         )
         exchange.masking = asked.masking
         if asked.prompts:
@@ -265,10 +272,13 @@ async def _accept(
         raise
 
 
+SAID = {"model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens", *HARMLESS}
+"""Fields that do not decide what is answered, or that the log has elsewhere."""
+
+
 def settings(body: ChatRequest | CompletionRequest) -> dict[str, Any]:
-    """How the request wants to be sampled, as it says so."""
-    names = ("temperature", "top_p", "top_k", "min_p", "seed", "n", "stop", "frequency_penalty", "presence_penalty")
-    found = {name: getattr(body, name) for name in names if name in body.model_fields_set}
+    """How the request wants to be answered, as it says so."""
+    found = body.model_dump(include=body.model_fields_set - SAID, exclude_none=True, by_alias=True)
     return {**found, **({} if body.limit is None else {"max_tokens": body.limit})}
 
 
@@ -300,7 +310,7 @@ async def until_gone(request: Request) -> None:
         pass
 
 
-async def answer_stream(answer: Answer) -> AsyncIterator[bytes]:
+async def answer_stream(answer: Answer, warn: Callable[[str], None]) -> AsyncIterator[bytes]:
     """Server-sent events, ended by `[DONE]`; an error on the way is an event of its own."""
     extra = {"usage": None} if answer.body.include_usage else {}
     scored = answer.body.scored is not None
@@ -323,8 +333,10 @@ async def answer_stream(answer: Answer) -> AsyncIterator[bytes]:
         yield event(error.body())
     except LlmctlError as error:
         answer.exchange.failed("server_error")
-        yield event(ApiError(500, error.message).body())
+        yield event(to_api(error).body())
     except Exception as error:  # whatever a model raises: ONNX Runtime's errors have no narrower base
+        if error is not answer.failure:
+            warn(f"a stream failed: {type(error).__name__}: {error}")
         answer.exchange.failed("server_error")
         yield event(ApiError(500, f"generation failed: {type(error).__name__}").body())
     finally:

@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from llmctl import InputError, LlmctlError, UsageError, __version__
+from llmctl import LlmctlError, __version__
 from llmctl_serve.admin import admin_routes
 from llmctl_serve.answers import Answer, answer_stream, answer_whole, chat_answer, completion_answer
 from llmctl_serve.conversations import ChatRequest
 from llmctl_serve.embeddings import embedding_routes
-from llmctl_serve.errors import ApiError, from_validation
+from llmctl_serve.errors import ApiError, from_validation, to_api
 from llmctl_serve.guard import Guard
 from llmctl_serve.models import Models
 from llmctl_serve.operations import model_routes, operation_routes
@@ -38,7 +38,7 @@ def create_app(models: Models, guard: Guard, warn: Warn, page: bool = False) -> 
         docs_url=None,
         redoc_url=None,
     )
-    _add_generation(app, models)
+    _add_generation(app, models, warn)
     app.include_router(embedding_routes(models))
     app.include_router(token_routes(models))
     app.include_router(model_routes(models))
@@ -71,34 +71,34 @@ def _describe_truly(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _add_generation(app: FastAPI, models: Models) -> None:
+def _add_generation(app: FastAPI, models: Models, warn: Warn) -> None:
     refusals = errors(400, 404, 413, 415)
 
     @app.post("/v1/chat/completions", response_model=None, responses={**streamed(ChatCompletion), **refusals})
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        return await _respond(await chat_answer(models, body, request), request)
+        return await _respond(await chat_answer(models, body, request), request, warn)
 
     @app.post("/v1/completions", response_model=None, responses={**streamed(Completion), **refusals})
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
-        return await _respond(await completion_answer(models, body, request), request)
+        return await _respond(await completion_answer(models, body, request), request, warn)
 
 
-async def _respond(answer: Answer, request: Request) -> Response:
+async def _respond(answer: Answer, request: Request, warn: Warn) -> Response:
     artifact = answer.service.artifact.id
     headers = {"x-llmctl-model": artifact} if artifact else {}
     if answer.body.stream:
-        return Events(answer, headers)
+        return Events(answer, headers, warn)
     return JSONResponse(await answer_whole(answer, request), headers=headers)
 
 
 class Events(StreamingResponse):
     """An answer as server-sent events. It is given up however the response ends, even before its first byte."""
 
-    def __init__(self, answer: Answer, headers: Mapping[str, str]) -> None:
+    def __init__(self, answer: Answer, headers: Mapping[str, str], warn: Warn) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-        super().__init__(answer_stream(answer), media_type="text/event-stream", headers=headers)
+        super().__init__(answer_stream(answer, warn), media_type="text/event-stream", headers=headers)
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102  # ASGI
@@ -146,12 +146,3 @@ def _compressed(request: Request) -> bool:
     """Whether a body that could not be read is said to be compressed."""
     coding = request.headers.get("content-encoding", "").strip().lower()
     return request.method == "POST" and coding not in ("", "identity")
-
-
-def to_api(error: LlmctlError) -> ApiError:
-    """The HTTP error for one that generation raised: what the client can change is a 400."""
-    if isinstance(error, UsageError | InputError):
-        hint = f" ({error.hint})" if error.hint else ""
-        code = "context_length_exceeded" if "context" in error.message else None
-        return ApiError(400, error.message + hint, code=code)
-    return ApiError(500, "the server failed on this request; its log says why")

@@ -47,7 +47,9 @@ def lacking(name: str) -> Any:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-Stop = Annotated[Text, Field(min_length=1)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+FIRST: Any = Field(fail_fast=True)
+"""Of a list only the first mistake is looked for: a megabyte of wrong values has a million, and one is told."""
 Id = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_TOKENS = 2**31 - 1
 Harmless = Annotated[Any, Field(description="Accepted, and without effect on the answer.")]

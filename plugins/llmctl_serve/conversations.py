@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from llmctl_serve.bodies import MAX_TOKENS, Object, Strict, Text, lacking
+from llmctl_serve.bodies import FIRST, MAX_TOKENS, Object, Strict, Text, lacking
 from llmctl_serve.guides import ResponseFormat, guide_of
 from llmctl_serve.requests import CommonRequest
 
@@ -44,9 +44,9 @@ class ChatMessage(Strict):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[Part] | None = None
+    content: Text | Annotated[list[Part], FIRST] | None = None
     name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST] | None = None
     tool_call_id: Text | None = None
 
     @model_validator(mode="before")
@@ -119,13 +119,13 @@ class Retrieval(Strict):
 class ChatRequest(CommonRequest):
     """Body of `/v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     retrieval: Retrieval | bool | None = Field(default=None, description="How to use the server's documents.")

@@ -28,9 +28,12 @@ class EmbeddingRequest(Strict):
     model: Text | None = None
     input: (
         Annotated[Text, Field(min_length=1)]
-        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=MOST)]
-        | Annotated[list[Id], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=MOST)]
+        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=MOST, fail_fast=True)]
+        | Annotated[list[Id], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[Id], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, max_length=MOST, fail_fast=True),
+        ]
     )
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1, description="Only the model's own size is possible.")

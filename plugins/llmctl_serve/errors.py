@@ -9,6 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from llmctl import InputError, LlmctlError, UsageError
 from llmctl_serve.exchange import SCOPE
 
 TYPES = {
@@ -82,3 +83,12 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         named = message.split("`")
         return ApiError(400, message, param=param or (named[1] if len(named) > 2 else None))
     return ApiError(400, f"`{param}`: {message}" if param else message, param=param or None)
+
+
+def to_api(error: LlmctlError) -> ApiError:
+    """The HTTP error for one that generation raised: what the client can change is a 400."""
+    if isinstance(error, UsageError | InputError):
+        hint = f" ({error.hint})" if error.hint else ""
+        code = "context_length_exceeded" if "context" in error.message else None
+        return ApiError(400, error.message + hint, code=code)
+    return ApiError(500, "the server failed on this request; its log says why")

@@ -72,7 +72,7 @@ class Exchange:
     masking: MaskingTime | None = None
     """What following the form of the answers took, where they have one."""
     prompts: list[Any] = field(default_factory=list)
-    answers: dict[int, Any] = field(default_factory=dict)
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Prompts and answers, filled only where `records` says so."""
     records: bool = False
     on_asked: Callable[[Exchange], None] | None = None
@@ -130,11 +130,14 @@ class Exchange:
         self._last[choice] = self.last_at = now
         self.generated += tokens
 
-    def finished(self, reason: str, choice: int = 0, answer: Any = None) -> None:
-        """One answer has ended; `answer` (text, token ids) is kept only for the request log."""
+    def finished(self, reason: str, choice: int = 0) -> None:
+        """One answer has ended."""
         self.finish_reasons[choice] = reason
-        if self.records and answer is not None:
-            self.answers[choice] = answer
+
+    def said(self, choice: int, text: str, calls: Sequence[Any] = ()) -> None:
+        """What one answer says, be it whole or not; kept only for the request log."""
+        if self.records:
+            self.answers[choice] = {"answer": text, **({"tool_calls": list(calls)} if calls else {})}
 
     def failed(self, code: str) -> None:
         """It went wrong after the status line had been sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -49,6 +50,8 @@ class LineLog:
         self._max_bytes, self._keep, self._warn = max_bytes, keep, warn
         self._warned = -WARN_EVERY
         self._descriptor = -1
+        self._torn = False
+        """Whether the file ends within a line."""
         self._lock = threading.Lock()
         if self._path is not None:
             try:
@@ -62,6 +65,7 @@ class LineLog:
     def _open(self, path: Path) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, MODE)
+        self._torn = False
 
     def write(self, fields: Mapping[str, Any]) -> None:
         """Add a line. Control characters, line breaks of every kind and what is not ASCII are escaped: no forging."""
@@ -73,7 +77,12 @@ class LineLog:
                 return
             try:
                 self._turn(self._path, len(line))
-                os.write(self._descriptor, line)
+                # A disk that becomes full takes a part of a line; the next one must not go on in it.
+                whole = b"\n" + line if self._torn else line
+                written = os.write(self._descriptor, whole)
+                self._torn = not whole[:written].endswith(b"\n")
+                if written < len(whole):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 if time.monotonic() - self._warned >= WARN_EVERY:
                     self._warned = time.monotonic()

@@ -27,6 +27,9 @@ ADMIN = ("/admin", "/v1/admin")
 EXPOSED = [
     "x-request-id",
     "retry-after",
+    "retry-after-ms",
+    "x-should-retry",
+    "x-llmctl-model",
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),
 ]
 
@@ -63,18 +66,18 @@ class Guard:
         app.add_middleware(Heads)
         app.add_middleware(Body, limit=params.max_request_bytes, seconds=params.body_timeout)
         app.add_middleware(Admissions, keys=self.keys, limiter=self.limiter, admin=admin)
-        if params.cors_origins:
-            app.add_middleware(
-                CORSMiddleware,
-                allow_origins=params.cors_origins,
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "Content-Type", "X-Request-Id", "traceparent"],
-                expose_headers=EXPOSED,
-            )
         app.add_middleware(Origins, hosts=params.hosts, origins=params.cors_origins)
         app.add_middleware(
             Deadlines, total=params.request_timeout, first_token=params.first_token_timeout, write=params.write_timeout
         )
+        if params.cors_origins:  # outside the deadlines, so that a page may read what they answer
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=params.cors_origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],  # OpenAI's client in a browser sends a dozen of its own; what protects is the key
+                expose_headers=EXPOSED,
+            )
         app.add_middleware(
             Observed,
             metrics=self.metrics,
@@ -89,7 +92,9 @@ class Guard:
         """Settings for `uvicorn.Config`: limits that only the server itself can hold."""
         params = self.params
         return {
-            "http": limited_protocol(params.header_timeout, params.max_header_bytes, params.max_connections),
+            "http": limited_protocol(
+                params.header_timeout, params.max_header_bytes, params.max_connections, params.write_timeout
+            ),
             "timeout_keep_alive": params.keep_alive,
             "proxy_headers": bool(params.trusted_proxies),
             "forwarded_allow_ips": params.trusted_proxies or None,

@@ -49,7 +49,7 @@ class StructuredOutputs(Strict):
 
     json_: Object | Text | None = Field(default=None, alias="json")
     regex: Text | None = None
-    choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
+    choice: Annotated[list[Text], Field(min_length=1, max_length=1000, fail_fast=True)] | None = None
     grammar: Text | None = None
     json_object: bool | None = None
 
@@ -59,7 +59,7 @@ class Guided(Strict):
 
     guided_json: Object | Text | None = Field(default=None, description="A JSON schema.")
     guided_regex: Text | None = Field(default=None, description="A regular expression of the whole answer.")
-    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = Field(
+    guided_choice: Annotated[list[Text], Field(min_length=1, max_length=1000, fail_fast=True)] | None = Field(
         default=None, description="The answer is one of these."
     )
     guided_grammar: Text | None = Field(default=None, description="A context-free grammar in Lark's notation.")

@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocol with the limits that it lacks: time and size of a request's head, number of connections.
 
-uvicorn closes idle connections (`timeout_keep_alive`), but waits for ever for the rest of a head, and of any length. It
-keeps trailers of any number, any number of requests that are sent ahead, and loses the body of a request that asks for
-another protocol, as Java's client does (`Upgrade: h2c`).
+uvicorn closes idle connections (`timeout_keep_alive`), but waits for ever for the rest of a head, and of any length, or
+for a client to take the rest of an answer. It keeps trailers of any number, any number of requests that are sent ahead,
+and loses the body of a request that asks for another protocol, as Java's client does (`Upgrade: h2c`).
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ AHEAD = 100
 STATUS = {400: "400 Bad Request", 408: "408 Request Timeout", 503: "503 Service Unavailable"}
 
 
-def limited_protocol(head_seconds: float, head_bytes: int, connections: int) -> type[asyncio.Protocol]:
-    """A protocol class for `uvicorn.Config(http=…)` with these limits."""
+def limited_protocol(
+    head_seconds: float, head_bytes: int, connections: int, write_seconds: float
+) -> type[asyncio.Protocol]:
+    """A protocol class for `uvicorn.Config(http=…)` with these limits; 0 seconds for a write: no limit."""
 
     class Limited(LimitedProtocol):
         limits = (head_seconds, head_bytes, connections)
+        untaken = write_seconds
 
     return Limited
 
@@ -39,7 +42,10 @@ class LimitedProtocol(HttpToolsProtocol):
 
     limits: tuple[float, int, int]
     """Seconds and bytes of a request's head, and how many connections there may be."""
+    untaken: float
+    """Seconds after which a client is dropped that takes nothing more of a complete answer."""
     _timer: asyncio.TimerHandle | None = None
+    _flushing: asyncio.TimerHandle | None = None
     _in_head = True
     _head = 0
 
@@ -154,9 +160,31 @@ class LimitedProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():  # else only its head was read, and is read again
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        """The application has said everything; what lies here of it must be taken too."""
+        super().on_response_complete()
+        self._watch_flush()
+
+    def _watch_flush(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        if left and self.untaken and self._flushing is None:
+            self._flushing = self.loop.call_later(self.untaken, self._look, left)
+
+    def _look(self, before: int) -> None:
+        """Whether the client has taken anything. Who sends an answer that is on its way watches it."""
+        self._flushing = None
+        if self._answering:
+            return
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._watch_flush()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._stop_waiting()
+        if self._flushing is not None:
+            self._flushing.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -186,6 +214,7 @@ class LimitedProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self.transport.close()
+        self._watch_flush()
 
 
 def _too_large(limit: int) -> str:

@@ -10,8 +10,13 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from llmctl.generator import LEAST_PENALTY
-from llmctl_serve.bodies import MAX_TOKENS, Harmless, Id, Stop, Strict, Text, lacking
+from llmctl_serve.bodies import FIRST, MAX_TOKENS, Harmless, Id, Stop, Strict, Text, lacking
 from llmctl_serve.guides import Guided, guide_of
+
+HARMLESS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+)  # fmt: skip
+"""Fields of OpenAI's that are accepted and without effect on the answer."""
 
 
 class StreamOptions(Strict):
@@ -37,8 +42,8 @@ class CommonRequest(Guided):
     ) = Field(default=None, max_length=1024, description="Token id: what is added to its logit.")
     n: int = Field(default=1, ge=1, le=16)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Id], Field(max_length=64)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Id], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool = Field(default=False, description="Go on where the answer would end, to `max_tokens`.")
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -71,7 +76,12 @@ class CommonRequest(Guided):
 class CompletionRequest(CommonRequest):
     """Body of `/v1/completions`: text or token ids to continue, one or several."""
 
-    prompt: Text | list[Text] | list[Id] | list[list[Id]]
+    prompt: (
+        Text
+        | Annotated[list[Text], FIRST]
+        | Annotated[list[Id], FIRST]
+        | Annotated[list[Annotated[list[Id], FIRST]], FIRST]
+    )
     max_tokens: int | None = Field(default=None, ge=0, le=MAX_TOKENS, description="0 only with `echo`.")
     logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: bool = Field(default=False, description="Begin with the prompt; with `logprobs` its tokens are scored too.")

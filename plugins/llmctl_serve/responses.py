@@ -150,12 +150,15 @@ def completion_scores(scores: Sequence[Scored]) -> dict[str, Any]:
     return {
         "tokens": [one.score.text for one in scores],
         "token_logprobs": [one.score.logprob if one.known else None for one in scores],
-        # Of two tokens with one text (halves of characters) the likelier one stays.
-        "top_logprobs": [
-            {other.text: other.logprob for other in reversed(one.score.top)} if one.known else None for one in scores
-        ],
+        "top_logprobs": [_alternatives(one.score) if one.known else None for one in scores],
         "text_offset": [one.offset for one in scores],
     }
+
+
+def _alternatives(score: TokenScore) -> dict[str, float]:
+    """The likeliest tokens, and the chosen one too, by their texts; of two with one text the likelier one stays."""
+    found = {other.text: other.logprob for other in reversed(score.top)}
+    return {**found, score.text: max(score.logprob, found.get(score.text, score.logprob))}
 
 
 def usage_counts(prompt: int, new: int, cached: int) -> dict[str, Any]:

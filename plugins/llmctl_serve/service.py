@@ -55,6 +55,11 @@ class Asked:
     """Whether nothing of some answer is known before its end."""
 
     @property
+    def questions(self) -> list[str]:
+        """What was asked of the documents."""
+        return [] if self.grounding is None else [self.grounding.grounds.question]
+
+    @property
     def prompt_tokens(self) -> int:
         """Of all prompts."""
         return sum(len(prompt.request.prompt) for prompt in self.prompts)

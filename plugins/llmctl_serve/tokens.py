@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, model_validator
 
-from llmctl_serve.bodies import Id, Strict, Text
+from llmctl_serve.bodies import FIRST, Id, Strict, Text
 from llmctl_serve.conversations import ChatMessage
 from llmctl_serve.models import Models
 from llmctl_serve.schemas import Detokenized, Tokenized, errors
@@ -20,7 +20,7 @@ class TokenizeRequest(Strict):
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool = Field(default=True, description="Of a text: frame it as `/v1/completions` does.")
     add_generation_prompt: bool = Field(default=True, description="Of a conversation: end where the answer begins.")
     return_token_strs: bool = False
@@ -36,7 +36,7 @@ class DetokenizeRequest(Strict):
     """Body of `/v1/detokenize`."""
 
     model: Text | None = None
-    tokens: list[Id]
+    tokens: Annotated[list[Id], FIRST]
     skip_special_tokens: bool = False
 
 

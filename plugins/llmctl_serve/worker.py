@@ -6,18 +6,22 @@ The event loop never waits for the model, and the engine is never shared.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from llmctl import LlmctlError
+from llmctl import InputError, UsageError
 from llmctl.engine import Engine, EngineStats, Event, QueueFullError, Request
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.errors import ApiError
 from llmctl_serve.exchange import Exchange
 from llmctl_serve.speech import Piece, Speech
+
+PATIENCE = 1.0
+"""Seconds that the end of a server waits for a step."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Job:
         self.accepted: asyncio.Future[None] = self.loop.create_future()
         self.left = len(self.prompts)
 
+    def end(self, error: BaseException) -> None:
+        """In the event loop: whoever waits for anything of it is told this."""
+        self.accept(error)
+        self.pieces.put_nowait(error)
+
     def accept(self, error: BaseException | None = None) -> None:
         """In the event loop: say whether the engine has taken it."""
         if self.accepted.done():
@@ -90,6 +99,8 @@ class Worker:
         self._later: deque[tuple[Job, Prompt]] = deque()
         """Further prompts of accepted jobs, until the engine's queue has room."""
         self._outbox: list[tuple[Job, Callable[[], None]]] = []
+        self._open: set[Job] = set()
+        """Jobs that somebody waits for; each leaves with `cancel`, which ends it whether or not it is over."""
         self._stats = engine.stats()
         self._stopping = self._closed = self._dead = False
         self._seconds = 1.0
@@ -118,6 +129,7 @@ class Worker:
 
         ApiError 429 if too many wait, 503 if the worker stops, UsageError for a prompt that cannot be answered.
         """
+        self._open.add(job)
         if not self._send(lambda: self._begin(job)):
             raise died() if self._dead else stopping()
         try:
@@ -128,17 +140,28 @@ class Worker:
 
     def cancel(self, job: Job) -> None:
         """Nobody wants the answers any more. Harmless for a job that is over."""
+        self._open.discard(job)
         if not job.cancelled:
             job.cancelled = True
             self._send(lambda: self._drop(job))
 
     def stop(self) -> None:
-        """Answer everything that is left with 503, close the engine and end the thread. May be called twice."""
+        """Answer everything that is left with 503, close the engine and end the thread. May be called twice.
+
+        Where a step takes long, as one of an engine that answers in turn may, the clients are told before it ends, and
+        the thread is left to end by itself.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self._thread.ident is None:
+            return
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            for job in list(self._open):
+                job.exchange.cut = job.exchange.cut or "shutdown"
+                with contextlib.suppress(RuntimeError):  # the event loop has ended, and nobody waits
+                    job.loop.call_soon_threadsafe(job.end, stopping())
 
     def _send(self, command: Callable[[], None]) -> bool:
         """Have the thread do something; False if it has ended."""
@@ -250,7 +273,7 @@ class Worker:
             return
         job, prompt = running.job, running.prompt
         if event.error is not None:
-            if not isinstance(event.error, LlmctlError):
+            if not isinstance(event.error, UsageError | InputError):  # which are the client's own
                 self._warn(f"generation failed: {type(event.error).__name__}: {event.error}")
             self._fail(job, event.error)
             return

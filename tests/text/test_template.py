@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llmctl.errors import InputError
+from llmctl.text.template import _overlaps, _touched
 from llmctl.text.tokenizer import Tokenizer, copy_tokenizer
 
 FAMILIES = ["ours", "chatml", "llama2", "llama3", "thinking"]
@@ -225,3 +227,30 @@ def test_template_from_the_config(families, tmp_path):
     for form in (template, named):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": form}))
         assert Tokenizer.load(tmp_path).encode_chat(TALKS[0]) == Tokenizer.load(families["ours"]).encode_chat(TALKS[0])
+
+
+def test_spans_are_sought_as_by_looking_at_all():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        edges = np.sort(random.integers(0, 40, 2 * random.integers(0, 6))).tolist()
+        others = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+        start = int(random.integers(0, 40))
+        span = (start, start + int(random.integers(1, 6)))
+        wanted = [other for other in others if span[0] < other[1] and span[1] > other[0]]
+        assert list(_touched(span, others)) == wanted
+
+
+def test_few_spans_are_looked_at():
+    """A body of a megabyte may hold tens of thousands of messages, and as many special tokens between them."""
+
+    class Seen(list):
+        looks = 0
+
+        def __getitem__(self, at):
+            self.looks += 1
+            return super().__getitem__(at)
+
+    spans = Seen((10 * n, 10 * n + 5) for n in range(10_000))
+    assert _overlaps((50_004, 50_006), spans)
+    assert not _overlaps((50_005, 50_010), spans)
+    assert spans.looks < 40

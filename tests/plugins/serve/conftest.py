@@ -16,6 +16,7 @@ from llmctl import Artifact, InputError
 from llmctl.engine import EngineOptions
 from llmctl.generator import Sampling
 from llmctl.one_by_one import OneByOne
+from llmctl.text.retrieval import Chunk, Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.app import create_app
 from llmctl_serve.constraining import Forms
@@ -187,3 +188,17 @@ def one_by_one():
 def wait_until():
     """Wait for a condition, at most ten seconds."""
     return wait_for
+
+
+@pytest.fixture
+def index():
+    """Three passages of Python's documentation."""
+    return Index.build(
+        [
+            Chunk(
+                "textwrap#0", "textwrap", 0, 58, "The function dedent removes common leading whitespace. It", "textwrap"
+            ),
+            Chunk("json#0", "json", 0, 40, "The function loads parses a JSON text.", "json"),
+            Chunk("gzip#0", "gzip", 0, 40, "Reads and writes compressed files.", "gzip"),
+        ]
+    )

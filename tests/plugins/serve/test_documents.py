@@ -11,25 +11,12 @@ from llmctl import Artifact, InputError, UsageError
 from llmctl.encoders import open_text_encoder
 from llmctl.testing import run_stage
 from llmctl.text.dense import Dense, DenseSettings, unit
-from llmctl.text.retrieval import Chunk, Index
+from llmctl.text.retrieval import Index
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.text.vectors import Vectors
 from llmctl_serve import SERVE, answers
 
 DEDENT = [{"role": "user", "content": "What does `dedent` do?"}]
-
-
-@pytest.fixture
-def index():
-    return Index.build(
-        [
-            Chunk(
-                "textwrap#0", "textwrap", 0, 58, "The function dedent removes common leading whitespace. It", "textwrap"
-            ),
-            Chunk("json#0", "json", 0, 40, "The function loads parses a JSON text.", "json"),
-            Chunk("gzip#0", "gzip", 0, 40, "Reads and writes compressed files.", "gzip"),
-        ]
-    )
 
 
 def test_grounded_answers_cite_and_refuse(scripted, byte_tokenizer, index, running):

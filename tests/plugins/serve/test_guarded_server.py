@@ -117,6 +117,26 @@ def test_a_client_that_does_not_read_is_cut_and_its_work_ends(
         client.close()
 
 
+@pytest.mark.parametrize("ending", ["", "Connection: close\r\n"])
+def test_a_client_that_does_not_take_the_end_of_an_answer_is_cut(
+    scripted, byte_tokenizer, running, connect, wait_until, monkeypatch, ending
+):
+    """It needs no key, and as many as there may be connections would keep everybody else out."""
+    monkeypatch.setattr("llmctl_serve.server.SEND_BUFFER", 1 << 13)
+    with running(scripted(byte_tokenizer), api_key="k", write_timeout=0.3, keep_alive=1, max_connections=2) as server:
+        held = [connect(server, receive_buffer=4096) for _ in range(2)]
+        for client in held:
+            client.sendall(f"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n{ending}\r\n".encode())
+        wait_until(lambda: server.get("/healthz")[0] == 200, 20)
+        reading = connect(server, receive_buffer=4096)  # one that is slow, but reads, gets everything
+        reading.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while data := reading.recv(8192):
+            answer += data
+            time.sleep(0.02)
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["openapi"]
+
+
 def test_time_in_the_queue_is_apart_from_reading_the_prompt(scripted, byte_tokenizer, running, wait_until, tmp_path):
     """One answers at a time: the second request is read while the third still waits.
 
@@ -200,6 +220,19 @@ def test_other_methods_are_refused_in_json(scripted, byte_tokenizer, running, me
         assert "X-Echo" not in text
         assert "error" in json.loads(text)
         assert "access-control-allow-origin" not in headers
+
+
+def test_a_browser_with_the_official_client_may_ask_and_read_every_refusal(scripted, byte_tokenizer, running):
+    origin, sent = "https://app.example", "authorization,content-type,x-stainless-arch,x-stainless-retry-count"
+    asking = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": sent}
+    generator = scripted(byte_tokenizer, default="x" * 400, delay=0.01)
+    with running(generator, cors_origins=[origin], request_timeout=0.3) as server:
+        status, _, headers = server.request("OPTIONS", "/v1/chat/completions", headers=asking)
+        assert (status, headers["access-control-allow-headers"]) == (200, sent)
+        status, _, headers = server.post({"messages": QUESTION, "max_tokens": 300}, headers={"Origin": origin})
+        assert (status, headers["access-control-allow-origin"]) == (504, origin)
+        shown = headers["access-control-expose-headers"].lower()
+        assert all(name in shown for name in ("retry-after-ms", "x-should-retry", "x-llmctl-model"))
 
 
 def test_cors_only_for_those_who_are_named(scripted, byte_tokenizer, running):
@@ -300,3 +333,42 @@ def test_without_tracing_the_sdk_is_not_imported():
         "print([name for name in sys.modules if name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_an_answer_that_took_too_long_is_paid_for(scripted, byte_tokenizer, running):
+    """Else whoever asks for long answers is never stopped by a limit."""
+    generator = scripted(byte_tokenizer, default="x" * 400, delay=0.01)
+    with running(generator, requests_per_minute=2, request_timeout=0.3) as server:
+        asked = [server.post({"messages": QUESTION, "max_tokens": 300})[0] for _ in range(3)]
+    assert asked == [504, 504, 429]
+
+
+def test_the_request_log_has_every_answer_word_for_word(scripted, byte_tokenizer, index, running, tmp_path, wait_until):
+    call = '<tool_call>{"name": "look", "arguments": {"x": 1}}</tool_call>'
+    log = tmp_path / "requests.jsonl"
+    generator = scripted(byte_tokenizer, {"call": call, "long": "y" * 300}, default="hm", delay=0.003)
+    with running(generator, index, log_requests=str(log)) as server:
+        tools = [{"type": "function", "function": {"name": "look"}}]
+        plain = {"retrieval": False, "logit_bias": {"9": -1.0}, "repetition_penalty": 1.1, "user": "me"}
+        server.post({"messages": [{"role": "user", "content": "call"}], "tools": tools})
+        server.post({"messages": [{"role": "user", "content": "What is `frobnicate`?"}]})
+        with server.client.chat.completions.create(
+            model="byte-model", messages=[{"role": "user", "content": "long"}], stream=True, extra_body=plain
+        ) as stream:
+            for _, _ in zip(stream, range(20), strict=False):
+                pass
+        wait_until(lambda: len(log.read_text().splitlines()) == 3)
+    called, refused, left = map(json.loads, log.read_text().splitlines())
+    (answer,) = called["answers"]
+    assert answer["tool_calls"][0]["function"] == {"name": "look", "arguments": '{"x": 1}'}
+    assert called["settings"]["tools"] == tools
+    assert refused["prompts"] == ["What is `frobnicate`?"]
+    assert refused["answers"] == [
+        {"index": 0, "answer": "I cannot answer that from these documents.", "finish_reason": "stop"}
+    ]
+    (answer,) = left["answers"]
+    assert (answer["finish_reason"], left["cut"]) == (None, "client_left")
+    assert set(answer["answer"]) == {"y"}
+    assert len(answer["answer"]) > 10
+    given = {key: value for key, value in plain.items() if key != "user"}
+    assert {key: left["settings"].get(key) for key in (*given, "user")} == {**given, "user": None}

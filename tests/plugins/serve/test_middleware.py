@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.responses import JSONResponse, StreamingResponse
 
 from llmctl.engine import EngineStats
+from llmctl_serve import files
 from llmctl_serve.access_log import AccessLog, RequestLog
 from llmctl_serve.admission import Admissions, Origins
 from llmctl_serve.errors import ApiError
@@ -61,8 +63,9 @@ async def generates(scope, receive, send):
     for tokens, choice in ((1, 0), (2, 1), (2, 0)):
         await asyncio.sleep(0.001)
         exchange.emitted(tokens, choice)
-    exchange.finished("stop", 0, "secret a")
-    exchange.finished("length", 1, "secret b")
+    for choice, (reason, text) in enumerate((("stop", "secret a"), ("length", "secret b"))):
+        exchange.finished(reason, choice)
+        exchange.said(choice, text)
     await JSONResponse({"ok": True})(scope, receive, send)
 
 
@@ -443,3 +446,17 @@ def test_what_comes_at_once_is_timed_until_it_leaves_the_queue(admitted, status)
         await JSONResponse({})(scope, receive, send)
 
     assert ask(observed(Deadlines(beams, 0, 0.1, 0)))[0] == status
+
+
+def test_a_line_that_a_full_disk_has_cut_takes_no_other_with_it(tmp_path, monkeypatch):
+    warnings, write = [], os.write
+    log = LineLog(str(tmp_path / "log"), warn=warnings.append)
+    log.write({"n": 1})
+    monkeypatch.setattr(files.os, "write", lambda descriptor, data: write(descriptor, data[:5]))
+    log.write({"n": 2})
+    monkeypatch.setattr(files.os, "write", write)
+    log.write({"n": 3})
+    log.write({"n": 4})
+    log.close()
+    assert (tmp_path / "log").read_text().splitlines() == ['{"n": 1}', '{"n":', '{"n": 3}', '{"n": 4}']
+    assert "No space left" in warnings[0]

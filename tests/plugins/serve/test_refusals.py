@@ -7,9 +7,14 @@ import json
 
 import openai
 import pytest
+from pydantic import ValidationError
 
 from llmctl.text.tokenizer import Tokenizer
 from llmctl_serve.bodies import NEUTRAL
+from llmctl_serve.conversations import ChatRequest
+from llmctl_serve.embeddings import EmbeddingRequest
+from llmctl_serve.requests import CompletionRequest
+from llmctl_serve.tokens import DetokenizeRequest
 
 QUESTION = [{"role": "user", "content": "Which module provides dedent?"}]
 TOOL = {"type": "function"}
@@ -61,6 +66,7 @@ REFUSED = [
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
     ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    ({"stop": "a" * 257}, "stop"),
     ({"repetition_penalty": 5e-324}, "repetition_penalty"),  # logits over it are no numbers
     ({"presence_penalty": False}, "presence_penalty"),
     ({"logit_bias": {"99999": 5}}, "logit_bias"),
@@ -181,3 +187,26 @@ def test_api_key(scripted, byte_tokenizer, running):
         right = {"Authorization": "Bearer sécret".encode()}
         assert server.post({"messages": QUESTION}, headers=right)[0] == 200
         assert server.get("/healthz")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [1] * 500}),
+        (ChatRequest, {"messages": [{}] * 500}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 500}]}),
+        (ChatRequest, {"messages": QUESTION, "tools": [{}] * 100}),
+        (ChatRequest, {"messages": QUESTION, "stop": [1] * 500}),
+        (CompletionRequest, {"prompt": [1.5] * 500}),
+        (CompletionRequest, {"prompt": [[1.5] * 500] * 2}),
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": [1.5] * 500}),
+        (EmbeddingRequest, {"input": [1.5] * 500}),
+        (EmbeddingRequest, {"input": [[1.5] * 500] * 2}),
+        (DetokenizeRequest, {"tokens": [1.5] * 500}),
+    ],
+)
+def test_of_many_mistakes_the_first_is_enough(kind, body):
+    """A megabyte of wrong values would take seconds to describe, and nobody else be answered meanwhile."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() <= 5

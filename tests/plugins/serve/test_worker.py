@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 
 import pytest
 
+from llmctl import StageError
 from llmctl.engine import EngineStats, Event, QueueFullError, Request
 from llmctl.generator import GREEDY
 from llmctl_serve.answers import completion_answer
@@ -163,3 +165,42 @@ def test_a_request_that_fails_after_it_was_submitted_leaves_no_job(scripted, byt
         asyncio.run(ask())
         assert not server.worker._running
         assert server.service.generator.generated < 300
+
+
+def test_the_end_tells_clients_before_a_step_that_takes_long_is_over(
+    scripted, byte_tokenizer, running, monkeypatch, wait_until
+):
+    """Draws of an engine that answers in turn are one step: whoever waits is told, and the exit does not wait."""
+    monkeypatch.setattr("llmctl_serve.worker.PATIENCE", 0.1)
+    generator = scripted(byte_tokenizer, default="x" * 400, delay=0.02)
+    answers = []
+    with running(generator, drain_seconds=0) as server:
+        draws = {"messages": QUESTION, "max_tokens": 300, "n": 2, "temperature": 1}
+        bodies = [draws, {"messages": QUESTION}, {"messages": QUESTION, "stream": True}]
+        ask = lambda body: answers.append(server.request("POST", "/v1/chat/completions", body)[:2])  # noqa: E731
+        threads = []
+        for number, body in enumerate(bodies):
+            threads.append(threading.Thread(target=ask, args=(body,)))
+            threads[-1].start()
+            wait_until(lambda: generator.generated > 0)
+            wait_until(lambda n=number: len(server.worker._open) == n + 1)
+        begun = time.monotonic()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - begun < 5  # of twelve
+    assert sorted(status for status, _ in answers) in ([200, 503, 503], [503, 503, 503])
+    assert all("shutting_down" in text for _, text in answers)
+
+
+def test_what_fails_on_the_server_is_in_its_log_and_not_in_the_answer(scripted, byte_tokenizer, running):
+    class Failing(scripted):
+        def stream(self, prompt, sampling):
+            raise StageError("the disk /srv/secret is gone")
+            yield
+
+    with running(Failing(byte_tokenizer)) as server:
+        for stream in (False, True):
+            text = server.request("POST", "/v1/chat/completions", {"messages": QUESTION, "stream": stream})[1]
+            assert "its log says why" in text
+            assert "secret" not in text
+        assert server.warnings == ["generation failed: StageError: the disk /srv/secret is gone"] * 2
