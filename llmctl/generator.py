@@ -89,6 +89,7 @@ class Sampling:
                 "logit_bias names a token twice",
             ),
             (self.seed is None or self.seed >= 0, f"seed must not be negative, got {self.seed}"),
+            (self.seed is None or self.seed < 2**63, f"seed must be below 2**63, got {self.seed}"),
             (self.beams >= 1, f"beams must be at least 1, got {self.beams}"),
             (self.n >= 1, f"n must be at least 1, got {self.n}"),
             # Beyond it, length ** penalty leaves the range of a float for long answers.

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from llmctl.generator import Candidate, Sampling
 from llmctl.text.masking import MaskingTime
 from llmctl_serve.candidates import Output, Said, answers
 from llmctl_serve.defaults import default_sampling
-from llmctl_serve.endpoint import HttpFailure
+from llmctl_serve.endpoint import HttpFailure, read_usage, whole_characters
 from llmctl_serve.jobs import STDIO, Job, LineError, Results, id_key, read_jobs
 from llmctl_serve.remote import RemoteSession, request_fields, score_fields
 from llmctl_serve.session import Session
@@ -27,7 +27,9 @@ from llmctl_serve.session import Session
 Row = dict[str, Any]
 HEARTBEAT = 10.0
 TRIES = 4
-"""Of a request that a server is too busy for; waits double from half a second."""
+"""Of a request that a server is too busy for; waits double from half a second, and are as long as the server says."""
+MOST_WAIT = 60.0
+"""Seconds."""
 BUSY = ("status 429", "status 503", "no connection")
 
 
@@ -190,17 +192,19 @@ class RemoteAnswers:
             loop = runner.get_loop()
             left = True
             while left or waiting:
-                while left and len(waiting) < self.size:
+                while left and len(waiting) < FURTHER * self.size and under_way(waiting) < self.size:
                     job = next(jobs, None)
                     if job is None:
                         left = False
                     else:
                         waiting.append(loop.create_task(self._one(client, job)))
                 if waiting:
-                    rows = [runner.run(_result(waiting.popleft()))]
+                    runner.run(_one_done([task for task in waiting if not task.done()]))
+                    rows = []
                     while waiting and waiting[0].done():
                         rows.append(waiting.popleft().result())
-                    yield rows
+                    if rows:
+                        yield rows
             runner.run(client.close())
 
     async def _one(self, client: Any, job: Job) -> Row:
@@ -221,7 +225,7 @@ class RemoteAnswers:
             except HttpFailure as failure:
                 if failure.kind not in BUSY or number == TRIES - 1:
                     raise
-                await asyncio.sleep(0.5 * 2**number)
+                await asyncio.sleep(min(MOST_WAIT, max(0.5 * 2**number, failure.retry_after or 0.0)))
         raise AssertionError("the last try returns or raises")
 
     def _body(self, job: Job) -> tuple[str, dict[str, Any]]:
@@ -244,24 +248,39 @@ class RemoteAnswers:
 
     def _described(self, found: dict[str, Any]) -> dict[str, Any]:
         choices = found.get("choices")
-        if not isinstance(choices, list) or not choices:
+        if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
             raise HttpFailure("bad JSON", "the answer has no choices")
         rows = []
         for choice in choices:
             message = choice.get("message") or {}
-            row = {"text": choice.get("text", message.get("content")), "finish_reason": choice.get("finish_reason")}
+            if not isinstance(message, dict):
+                raise HttpFailure("bad JSON", "the message of the answer is no object")
+            text = choice.get("text", message.get("content"))
+            text = whole_characters(text) if isinstance(text, str) else None
+            row: Row = {"text": text, "finish_reason": choice.get("finish_reason")}
             if message.get("tool_calls"):
                 row["tool_calls"] = message["tool_calls"]
             if choice.get("logprobs"):
-                row["logprobs"] = choice["logprobs"].get("content", choice["logprobs"])
+                scores = choice["logprobs"]
+                row["logprobs"] = scores.get("content", scores) if isinstance(scores, dict) else scores
             rows.append(row)
-        usage = found.get("usage") or {}
-        counts = {"tokens": usage.get("completion_tokens"), "prompt_tokens": usage.get("prompt_tokens")}
+        prompt, new = read_usage(found)
+        counts = {"tokens": new, "prompt_tokens": prompt}
         return {**(rows[0] if len(rows) == 1 else {"candidates": rows}), **counts}
 
 
-async def _result(task: asyncio.Task[Row]) -> Row:
-    return await task
+FURTHER = 16
+"""Answers are given in order: those behind a slow one wait, this many times as many as run side by side at most."""
+
+
+def under_way(tasks: Iterable[asyncio.Task[Row]]) -> int:
+    """How many of them have not ended."""
+    return sum(not task.done() for task in tasks)
+
+
+async def _one_done(tasks: Sequence[asyncio.Task[Row]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
 # -- the whole file ---------------------------------------------------------------------------------------------------
@@ -342,7 +361,8 @@ def answer_file(answerer: Answerer, source: str, target: str, fail_fast: bool, r
     """
     if source != STDIO and target != STDIO and Path(source).resolve() == Path(target).resolve():
         raise UsageError("--input and --output are one file", hint="name another --output")
-    total = None if source == STDIO else sum(1 for job in read_jobs(source))
+    # What can be read but once, a pipe or <(…), is not counted first.
+    total = sum(1 for job in read_jobs(source)) if source != STDIO and Path(source).is_file() else None
     with Results(target, retry_errors) as results:
         progress = Progress(total)
         if results.repaired:

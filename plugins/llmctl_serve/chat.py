@@ -8,19 +8,33 @@ from typing import Any
 
 import click
 
-from llmctl import UsageError
+from llmctl import InputError, UsageError
 from llmctl_serve.candidates import Output
 from llmctl_serve.endpoint import is_url
 from llmctl_serve.forms import Form
 from llmctl_serve.options import options
 from llmctl_serve.remote import RemoteSession, open_remote
-from llmctl_serve.repl import Repl, show, use_history
+from llmctl_serve.repl import NO_TEXT, Repl, check_text, show, use_history
 from llmctl_serve.session import Session, find_model, open_session
 
 
 def lines() -> Iterator[str]:
-    """The lines of stdin that are not empty."""
-    return (line.strip() for line in sys.stdin if line.strip())
+    """The lines of stdin that are not empty. InputError for bytes that are no text."""
+    number = 0
+    try:
+        for number, line in enumerate(sys.stdin, start=1):  # noqa: B007  # the error names it
+            if line.strip():
+                yield check_text(line.strip(), f"line {number} of stdin")
+    except UnicodeDecodeError as error:
+        raise InputError(f"line {number + 1} of stdin is no text in UTF-8", hint=NO_TEXT) from error
+
+
+def read_all() -> str:
+    """All of stdin. InputError for bytes that are no text."""
+    try:
+        return check_text(sys.stdin.read(), "stdin")
+    except UnicodeDecodeError as error:
+        raise InputError("stdin is no text in UTF-8", hint=NO_TEXT) from error
 
 
 def open_either(
@@ -37,6 +51,8 @@ def open_either(
 ) -> Session | RemoteSession:
     """A model that is opened here, or one of the server at a URL."""
     if artifact is not None and is_url(artifact):
+        if device != "auto" or threads:
+            raise UsageError("--device and --threads are of a model that is opened here", hint="leave them out")
         session = open_remote(artifact, model, api_key_env, stop, given, system, adapter)
         session.form = form.fields() if form else {}
         return session
@@ -80,6 +96,7 @@ def chat(
     """
     if prompt is not None and not prompt.strip():
         raise UsageError("--prompt is empty", hint="give a question")
+    check_text(prompt or "", "--prompt")
     conversation = prompt is None and sys.stdin.isatty()
     if conversation and output.option:
         raise UsageError(
@@ -105,7 +122,7 @@ def chat(
 @options
 @click.option("--input", "source", help="JSON Lines of prompts or messages; - is stdin.")
 @click.option("--output", "target", default="-", show_default=True, help="Append answers here; what is there is kept.")
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Lines answered side by side.")
+@click.option("--batch", type=click.IntRange(1), show_default="16", help="Lines answered side by side.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first line without an answer.")
 @click.option("--retry-errors", is_flag=True, help="Ask again what failed in an earlier run.")
 @click.option("--system", default="", help="System message of messages that have none.")
@@ -123,7 +140,7 @@ def generate(
     form: Form | None,
     source: str | None,
     target: str,
-    batch: int,
+    batch: int | None,
     fail_fast: bool,
     retry_errors: bool,
     system: str,
@@ -141,16 +158,21 @@ def generate(
         if prompt is not None:
             raise UsageError("both --prompt and --input are given", hint="leave one of them out")
         session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, adapter, system)
-        answer_lines(session, artifact, given, output, source, target, batch, fail_fast, retry_errors)
+        answer_lines(session, artifact, given, output, source, target, batch or 16, fail_fast, retry_errors)
         return
-    for name, used in (("--output", target != "-"), ("--fail-fast", fail_fast), ("--retry-errors", retry_errors)):
+    for name, used in (
+        ("--output", target != "-"),
+        ("--batch", batch is not None),
+        ("--fail-fast", fail_fast),
+        ("--retry-errors", retry_errors),
+    ):
         if used:
             raise UsageError(f"{name} is of the lines of a file", hint="give --input FILE")
     if system:
         raise UsageError("--system is of messages, and a text is continued as it is", hint="give --input FILE")
     if prompt is None and sys.stdin.isatty():
         raise UsageError("there is no text to continue", hint="give --prompt, or pipe a text into the command")
-    text = sys.stdin.read() if prompt is None else prompt
+    text = read_all() if prompt is None else check_text(prompt, "--prompt")
     if not text:
         raise UsageError("the text to continue is empty", hint="give --prompt, or pipe a text into the command")
     session = open_either(artifact, model, api_key_env, device, threads, stop, given, form, adapter)

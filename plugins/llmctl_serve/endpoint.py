@@ -129,10 +129,30 @@ def read_event(line: bytes) -> dict[str, Any] | None:
 
 def event_parts(event: dict[str, Any]) -> Iterator[tuple[int, str, str | None, Any]]:
     """(index, text, finish reason, logprobs) of every choice of a chunk, of a chat or of a completion."""
-    for choice in event.get("choices") or ():
-        said = choice.get("delta", choice)
+    choices = event.get("choices") or []
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise HttpFailure("bad event", "the choices of an event are no list of objects")
+    for choice in choices:
+        said = choice.get("delta") or choice
+        if not isinstance(said, dict):
+            raise HttpFailure("bad event", "the delta of an event is no object")
         text = said.get("content") or said.get("reasoning_content") or said.get("text") or ""
-        yield choice.get("index", 0), text, choice.get("finish_reason"), choice.get("logprobs")
+        if not isinstance(text, str):
+            raise HttpFailure("bad event", "the text of an event is no text")
+        yield choice.get("index", 0), whole_characters(text), choice.get("finish_reason"), choice.get("logprobs")
+
+
+def read_usage(body: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """(tokens of the prompt, of the answer) as a response or an event says them; None for what it does not say."""
+    usage = body.get("usage")
+    found = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    prompt, new = (value if isinstance(value, int) and value >= 0 else None for value in found)
+    return prompt, new
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs, which JSON can say and nothing can print."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def pick_model(found: dict[str, Any], url: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -180,11 +181,11 @@ class Results:
         if self.path == STDIO:
             self._file: IO[bytes] = sys.stdout.buffer
             return self
-        path = Path(self.path)
+        path = Path(self.path).resolve()  # what a link names is written, and the link stays
         try:
-            if path.exists():
+            if path.is_file():
                 self._resume(path)
-            self._file = path.open("ab")
+            self._file = path.open("ab" if path.is_file() or not path.exists() else "wb")
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}") from error
         return self
@@ -196,7 +197,8 @@ class Results:
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Append answers."""
-        self._file.write(b"".join(map(_line, rows)))
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._file.write("".join(lines).encode(errors="replace"))  # a server may say halves of characters
         self._file.flush()
 
     def _resume(self, path: Path) -> None:
@@ -226,7 +228,9 @@ class Results:
                 self.finished.add(key)
         if self.retry_errors:
             fresh = path.with_name(f".{path.name}.new")
+            fresh.touch(0o600)
             fresh.write_bytes(b"".join(kept))
+            shutil.copymode(path, fresh)
             fresh.replace(path)
         elif self.repaired:
             os.truncate(path, size)

@@ -74,6 +74,8 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
                     "--best-of chooses among draws", hint="leave -n and --beams out; beams come best first anyway"
                 )
             given["n"] = best_of
+        if not all(given.get("stop") or ("x",)):
+            raise UsageError("--stop is empty, and every answer would end before it begins", hint="leave it out")
         output = Output(json=format_ == "json", logprobs=logprobs, best_of=best_of is not None, n=given["n"] or 1)
         early = None if early_stopping is None else EARLY[early_stopping]
         given["form"] = read_form(schema, regex, grammar)

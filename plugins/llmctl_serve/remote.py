@@ -11,7 +11,16 @@ from typing import Any
 
 from llmctl import InputError, StageError, UsageError
 from llmctl.generator import Sampling
-from llmctl_serve.endpoint import Endpoint, HttpFailure, error_text, event_parts, parse_endpoint, pick_model, read_event
+from llmctl_serve.endpoint import (
+    Endpoint,
+    HttpFailure,
+    error_text,
+    event_parts,
+    parse_endpoint,
+    pick_model,
+    read_event,
+    read_usage,
+)
 from llmctl_serve.spent import Spent
 
 TIMEOUT = 600.0
@@ -120,8 +129,9 @@ class RemoteSession:
                     if text and index == 0:
                         spent.note()
                         yield text
-                if usage := event.get("usage"):
-                    spent.prompt, spent.new = usage["prompt_tokens"], usage["completion_tokens"]
+                prompt, new = read_usage(event)
+                spent.prompt = spent.prompt if prompt is None else prompt
+                spent.new = spent.new if new is None else new
         except HttpFailure as failure:
             raise StageError(f"{self.endpoint.url}: {failure.message} ({failure.kind})") from failure
         finally:

@@ -46,7 +46,17 @@ COMMANDS = {
     "/tokens": "count the conversation",
     "/quit": "end, as Ctrl-D does",
 }
+NO_TEXT = "write it in UTF-8, as `iconv -f LATIN1 -t UTF-8` does with western Europe's old files"
 HELP = "/help lists the commands, /reset forgets the conversation, /quit ends (as does Ctrl-D)"
+
+
+def check_text(text: str, what: str) -> str:
+    """The text. InputError if it holds what no encoding was found for: bytes that are no UTF-8, half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} is no text in UTF-8", hint=NO_TEXT) from error
+    return text
 
 
 def show(parts: Iterator[str]) -> None:
@@ -67,9 +77,11 @@ class Repl:
 
     def __init__(self, session: Session | RemoteSession) -> None:
         self.session = session
+        self.asked: str | None = None
+        """The last question, answered or not; None: that of the conversation."""
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
-            "/reset": lambda _: self.session.reset(),
+            "/reset": self._reset,
             "/system": self._system,
             "/set": self._set,
             "/show": self._show,
@@ -109,6 +121,10 @@ class Repl:
                 interrupted = True
             except LlmctlError as error:
                 self._say(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
+                interrupted = False
+            except Exception as error:  # whatever a model raises: it is told, and the conversation is not lost
+                self._say(f"error: {type(error).__name__}: {error}")
+                interrupted = False
 
     def _answer(self, text: str) -> None:
         word, _, rest = text.partition(" ")
@@ -120,6 +136,7 @@ class Repl:
             self._ask(text)
 
     def _ask(self, question: str) -> None:
+        self.asked = question
         show(self.session.ask(question))
         if self.session.spent is not None:
             self._say(self.session.spent.line(), dim=True)
@@ -136,6 +153,10 @@ class Repl:
         self._say(
             f"Several lines: end a line with \\, or write them between two lines of {FENCE}. Ctrl-C stops an answer."
         )
+
+    def _reset(self, _: str) -> None:
+        self.session.reset()
+        self.asked = None
 
     def _system(self, text: str) -> None:
         self.session.system = text
@@ -167,19 +188,21 @@ class Repl:
             raise UsageError("there is nothing to take back")
         while turns and turns.pop()["role"] != "user":
             pass
+        self.asked = None
         self._say(f"{len(turns)} messages are left")
 
     def _retry(self, _: str) -> None:
-        turns = self.session.turns
-        at = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-        if at is None:
+        kept = list(self.session.turns)
+        at = max((i for i, turn in enumerate(kept) if turn["role"] == "user"), default=len(kept))
+        answered = kept[at]["content"] if at < len(kept) else None
+        question = answered if self.asked is None else self.asked
+        if question is None:
             raise UsageError("there is no question to ask again")
-        kept = list(turns)
-        self.session.turns = kept[:at]
+        before = self.session.turns = kept[:at] if question == answered else list(kept)
         try:
-            self._ask(kept[at]["content"])
+            self._ask(question)
         finally:
-            if len(self.session.turns) <= at:  # no new answer: the old one stays
+            if self.session.turns is before:  # no new answer: the old one stays
                 self.session.turns = kept
 
     def _save(self, name: str) -> None:
@@ -194,7 +217,7 @@ class Repl:
     def _load(self, name: str) -> None:
         path = _path(name)
         system, turns = read_conversation(path)
-        self.session.system, self.session.turns = system, turns
+        self.session.system, self.session.turns, self.asked = system, turns, None
         self._say(f"{len(turns)} messages from {path}")
 
     def _model(self, name: str) -> None:
@@ -221,6 +244,8 @@ def read_conversation(path: Path) -> tuple[str, list[dict[str, str]]]:
         system = messages.pop(0)["content"]
     if not all(isinstance(turn["content"], str) for turn in messages) or not isinstance(system, str):
         raise InputError(f"{path} holds messages that are no text")
+    for text in (system, *(turn["content"] for turn in messages)):
+        check_text(text, f"a message of {path}")
     if [turn["role"] for turn in messages] != ["user", "assistant"] * (len(messages) // 2):
         raise InputError(f"{path}: questions and answers do not alternate", hint="end it with an answer")
     return system, messages

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -375,6 +378,79 @@ def test_the_client_is_cheap():
     assert min(record.tpot for record in records) < 0.0002
 
 
+def test_as_many_users_ask_at_a_time_as_the_table_says():
+    running = most = 0
+
+    def plan(number, body):
+        return Plan(["a"], ttft=0.2)
+
+    with Stub(plan) as stub:
+        whole = stub._answer
+
+        async def answer(path, *given):
+            nonlocal running, most
+            running += path.endswith("completions")
+            most = max(most, running)
+            try:
+                return await whole(path, *given)
+            finally:
+                running -= path.endswith("completions")
+
+        stub._answer = answer
+        result = invoke("--url", stub.url, "--concurrency", 100, "--warmup", 0)
+    assert most == 100
+    assert "100 at a time  400" in result.stdout.splitlines()[2]
+
+
+def test_a_narrow_terminal_loses_no_digit(tmp_path):
+    with Stub(lambda number, body: Plan(["a"] * 4)) as stub:
+        code = (
+            "import sys; sys.stdout.isatty = lambda: True\nfrom llmctl_serve.bench.command import bench; bench.main()"
+        )
+        arguments = ["--url", stub.url, "--concurrency", "1,4", "--requests", "8", "--slo", "ttft=1s"]
+        env = {**os.environ, "COLUMNS": "60", "TERM": "xterm"}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=60
+        )
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    assert done.stdout.count("100.0 %") == 2
+
+
+def test_what_was_measured_is_written_before_it_is_shown(tmp_path, monkeypatch):
+    """`llmctl bench … | head -1` ends the command in the middle of its table."""
+
+    def gone(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("llmctl_serve.bench.command.show", gone)
+    with Stub() as stub, pytest.raises(BrokenPipeError):
+        invoke("--url", stub.url, "--requests", 2, "--json", tmp_path / "x.json", "--html", tmp_path / "x.html")
+    assert json.loads((tmp_path / "x.json").read_text())["loads"][0]["answered"] == 2
+    assert "<svg" in (tmp_path / "x.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("event", "error"),
+    [
+        ({"choices": [None]}, "bad event"),
+        ({"choices": [{"delta": "x"}]}, "bad event"),
+        ({"choices": [{"delta": {"content": 5}}]}, "bad event"),
+        ({"choices": [{"delta": None, "text": "a"}], "usage": [1]}, None),
+        ({"choices": [{"delta": {"content": "a"}}], "usage": {"completion_tokens": "3"}}, None),
+    ],
+)
+def test_strange_events_are_failures_of_their_request(event, error):
+    class Strange(Stub):
+        def _choice(self, *given, **more):
+            return event
+
+    with Strange(lambda number, body: Plan(["a"], usage=False)) as stub:
+        found, records = measured(stub, Load("closed", 1, requests=2))
+    assert [record.error for record in records] == [error] * 2
+    assert found["output_tokens"] == (0 if error else sum(len(record.tokens) for record in records))
+
+
 def test_options_that_make_no_sense(tmp_path):
     for arguments, text in (
         (["--url", "ftp://x"], "no address of a server"),
@@ -405,6 +481,8 @@ def test_options_that_make_no_sense(tmp_path):
         (["model", "--model", "other"], "of a server elsewhere"),
         (["model", "--api-key-env", "HOME"], "of a server elsewhere"),
         (["--url", "http://x", "--burst", "2"], "--burst is of arrivals"),
+        (["--url", "http://x", "--concurrency", "1,16", "--requests", "4"], "4 requests do not keep 16 users busy"),
+        (["--url", "http://x", "--rate", "9,0.001", "--seconds", "1"], "no request falls into the 1 s of 0.001/s"),
         (["--url", "http://x", "--body", "[1]"], "no JSON object"),
         (["--url", "http://x", "--body", '{"temperature": NaN}'], "NaN is no number of JSON"),
         (["--url", "http://x", "--body", '{"stream": false}'], "--body gives `stream`"),

@@ -10,6 +10,7 @@ import pty
 import select
 import signal
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -253,6 +254,58 @@ def test_an_interrupt_stops_the_answer_and_a_second_one_the_program(model_dir, o
         assert "[assistant] abcdefghij" in typed("/show", "[assistant] abcdefghij")  # what came is remembered
         typed(b"\x03", "Ctrl-C again ends")
         typed.press(b"\x03")
+
+
+def test_what_has_no_answer_is_what_is_asked_again(terminal):
+    answers = iter(["first", "", "second", "third"])
+
+    def plan(number, body):
+        text = next(answers)
+        return Plan([text]) if text else Plan(fault="status")
+
+    with Stub(plan) as stub, terminal(stub.url, "--no-history") as typed:
+        typed("one?", "first")
+        typed("two?", "planted")
+        typed("/retry", "second")
+        assert "[user] one?" in typed("/show", "[assistant] second")
+        typed("/retry", "third")  # the answer is there: it is the one that goes
+        shown = typed("/show", "[assistant] third")
+        assert "second" not in shown
+        os.write(typed.master, b"/exit\n")
+        assert [body["messages"][-1]["content"] for body in stub.bodies] == ["one?", "two?", "two?", "two?"]
+        assert [len(body["messages"]) for body in stub.bodies] == [1, 3, 3, 3]
+
+
+def test_whatever_a_model_raises_does_not_end_the_conversation(model_dir, opens, scripted, terminal):
+    class Odd(scripted):
+        def script(self, question):
+            if "odd" in question:
+                raise RuntimeError("no such kernel")
+            return super().script(question)
+
+    (model_dir / "model.onnx").touch()
+    opens({model_dir: Odd(Tokenizer.load(model_dir), default="yes")})
+    with terminal(model_dir, "--no-history") as typed:
+        typed("odd", "error: RuntimeError: no such kernel")
+        typed("even", "yes")
+        typed("/set seed=99999999999999999999", "seed must be below")
+        os.write(typed.master, b"/exit\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii:surrogateescape"])
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_bytes_that_are_no_text_are_refused_by_their_line(tmp_path, command, encoding):
+    with Stub(lambda number, body: Plan(["fine"])) as stub:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmctl", command, stub.url],
+            input=b"good\nca\xe9\nmore\n",
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            capture_output=True,
+            timeout=60,
+        )
+    assert done.returncode == 5
+    assert b"stdin is no text in UTF-8" in done.stderr
+    assert b"unexpected" not in done.stderr
 
 
 def test_a_conversation_with_a_server(terminal):

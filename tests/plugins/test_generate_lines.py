@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -361,3 +362,111 @@ def test_penalties_and_bias_reach_the_model(real_models):
     assert text("--logit-bias", "70=1000", "--frequency-penalty", 2000) != biased
     with pytest.raises(UsageError, match="no ID=VALUE"):
         text("--logit-bias", "x=1")
+
+
+def test_pipes_are_read_and_written_as_files_are(tmp_path):
+    """`--input <(…)` and `--output >(…)`: what can be read but once is not counted before."""
+    lines = b'{"prompt": "a"}\n{"prompt": "b"}\n'
+    source, target = tmp_path / "source", tmp_path / "target"
+    os.mkfifo(source)
+    os.mkfifo(target)
+    with Stub(lambda number, body: Plan([body["prompt"].upper()])) as stub:
+        command = [sys.executable, "-m", "llmctl", "generate", stub.url, "--input", source, "--output", target]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        try:
+            writing = threading.Thread(target=source.write_bytes, args=(lines,), daemon=True)
+            writing.start()
+            found = read_lines(target.read_text())
+            writing.join(20)
+            _, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
+        again = subprocess.run([*command[:-3], "/dev/stdin"], input=lines, capture_output=True, timeout=60)
+    assert process.returncode == 0, stderr
+    assert [row["text"] for row in found] == ["A", "B"]
+    assert [row["text"] for row in read_lines(again.stdout.decode())] == ["A", "B"]
+
+
+def test_asking_errors_again_keeps_links_and_modes(bundle, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", [ask("a"), {"prompt": "x" * 90, "id": "long"}])
+    (tmp_path / "real").mkdir()
+    real, link = tmp_path / "real" / "out.jsonl", tmp_path / "link.jsonl"
+    real.touch(0o600)
+    real.chmod(0o640)
+    link.symlink_to(real)
+    with pytest.raises(StageError):
+        invoke(bundle, "--input", source, "--output", link)
+    write_lines(source, [ask("a"), {"prompt": "x", "id": "long", "max_tokens": 2}])
+    invoke(bundle, "--input", source, "--output", link, "--retry-errors")
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert not any("error" in row for row in read_lines(real.read_text()))
+    assert sorted(path.name for path in real.parent.iterdir()) == ["out.jsonl"]
+
+
+def test_a_slow_line_keeps_no_place_but_its_own(tmp_path):
+    """With four side by side, one slow line in four: the others go on meanwhile, and answers stay in order."""
+
+    def plan(number, body):
+        return Plan([body["prompt"]], ttft=1.0 if body["prompt"] == "p0" else 0.02)
+
+    source = write_lines(tmp_path / "in.jsonl", [{"prompt": f"p{i}"} for i in range(30)])
+    with Stub(plan) as stub:
+        seen = []
+        first = stub.plan
+        stub.plan = lambda number, body: seen.append((body["prompt"], time.monotonic())) or first(number, body)
+        found = read_lines(invoke(stub.url, "--input", source, "--batch", 4).stdout)
+    assert [row["text"] for row in found] == [f"p{i}" for i in range(30)]
+    begun = dict(seen)
+    assert begun["p29"] < begun["p0"] + 1.0  # before the slow one was answered
+
+
+def test_a_busy_server_is_asked_again_when_it_says(tmp_path):
+    def plan(number, body):
+        return Plan(["yes"]) if number else Plan(fault="status", status=429, headers={"Retry-After": "1.5"})
+
+    source, times = write_lines(tmp_path / "in.jsonl", [{"prompt": "a"}]), []
+    with Stub(lambda number, body: times.append(time.monotonic()) or plan(number, body)) as stub:
+        assert read_lines(invoke(stub.url, "--input", source).stdout)[0]["text"] == "yes"
+    assert times[1] - times[0] >= 1.5
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "text"),
+    [
+        ({"choices": [None]}, "bad JSON", None),
+        ({"choices": [{"message": "x"}]}, "bad JSON", None),
+        ({"choices": [{"text": "\ud83d!"}], "usage": [1]}, None, "\ufffd!"),
+        (
+            {"choices": [{"text": "a", "logprobs": {"tokens": ["\ud83d"]}}], "usage": {"completion_tokens": "3"}},
+            None,
+            "a",
+        ),
+    ],
+)
+def test_strange_answers_are_failures_of_their_line(tmp_path, body, kind, text):
+    class Strange(Stub):
+        def _whole(self, path, asked, plan):
+            return body if asked["prompt"] == "odd" else super()._whole(path, asked, plan)
+
+    source, target = write_lines(tmp_path / "in.jsonl", [{"prompt": "odd"}, {"prompt": "b"}]), tmp_path / "out.jsonl"
+    with Strange(lambda number, asked: Plan(["fine"])) as stub:
+        if kind:
+            with pytest.raises(StageError, match="1 line has no answer"):
+                invoke(stub.url, "--input", source, "--output", target)
+        else:
+            invoke(stub.url, "--input", source, "--output", target)
+    odd, fine = read_lines(target.read_text())
+    assert (odd.get("error", {}).get("type"), odd.get("text")) == (kind, text)
+    assert fine["text"] == "fine"
+
+
+def test_options_without_effect_are_refused(bundle):
+    for arguments, words in (
+        (["http://x", "--device", "cuda", "--prompt", "a"], "opened here"),
+        (["http://x", "--threads", 2, "--prompt", "a"], "opened here"),
+        ([bundle, "--batch", 4, "--prompt", "a"], "--batch is of the lines"),
+        ([bundle, "--stop", "", "--prompt", "a"], "--stop is empty"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            invoke(*arguments)

@@ -190,6 +190,46 @@ def test_the_conversation_is_kept_until_it_is_cleared(opened, server):
         playwright.expect(page.locator("#empty")).to_be_visible()
 
 
+def test_the_chosen_model_is_remembered_while_the_server_does_not_list_it(opened, server):
+    with opened() as page:
+        page.locator("#settings-button").click()
+        page.locator("#model").select_option("large")
+    with opened("401") as page:
+        page.evaluate("localStorage.setItem('llmctl.chat', JSON.stringify({model: 'large'}))")
+        server.key = KEY
+        page.reload()
+        playwright.expect(page.locator("#problem")).to_contain_text("cannot be listed")
+        page.locator("#settings-button").click()
+        page.locator("#key").fill(KEY)
+        page.locator("#key").blur()
+        playwright.expect(page.locator("#model")).to_have_value("large")
+        ask(page, "hello?")
+        answered(page, "Hello there")
+        assert server.asked[-1]["model"] == "large"
+
+
+def test_a_full_store_keeps_the_conversation_without_old_alternatives(opened, server):
+    with opened() as page:
+        for question in ("one", "two"):
+            ask(page, question)
+            answered(page, "Hello there", at=-1)
+        page.evaluate(
+            """() => {
+                const plain = Storage.prototype.setItem;
+                const most = localStorage.getItem("llmctl.chat").length - 40;
+                Storage.prototype.setItem = function (name, value) {
+                    if (value.length > most) throw new Error("quota");
+                    plain.call(this, name, value);
+                };
+            }"""
+        )
+        page.locator("#theme").click()
+        kept = page.evaluate("JSON.parse(localStorage.getItem('llmctl.chat'))")
+        assert [turn["content"] for turn in kept["turns"]] == ["one", "Hello there", "two", "Hello there"]
+        assert kept["theme"] == "dark"
+        assert "tokens" not in kept["turns"][1] and kept["turns"][3]["tokens"]
+
+
 def test_escape_and_the_button_stop_an_answer(opened, server):
     server.parts, server.delay = ["a "] * 200, 0.05
     with opened() as page:

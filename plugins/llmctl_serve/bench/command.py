@@ -75,12 +75,13 @@ def bench(
         raise UsageError("--model and --api-key-env are of a server elsewhere", hint="give its --url")
     check_places(json_, html)
     wanted = read_options(**given)
+    check_arrivals(wanted)
     if url is not None:
         endpoint = parse_endpoint(url, api_key_env)
         result, records = asyncio.run(measure(endpoint, wanted))
     else:
         result, records = measure_artifact(artifact, wanted, device or "auto", threads or 0)
-    show(result)
+    # First what stays: whoever reads the table may leave before its end.
     if json_ is not None:
         rows = [
             {**load, "records": [record.to_dict() for record in some]}
@@ -91,9 +92,17 @@ def bench(
         from llmctl_serve.bench.page import render
 
         html.write_text(render(result, records), encoding="utf-8")
+    show(result)
     if not any(load["answered"] for load in result["loads"]):
         record = records[0][-1]
         raise StageError(f"no request was answered ({record.error}: {record.message})", hint="try one with curl first")
+
+
+def check_arrivals(wanted: Wanted) -> None:
+    """UsageError for a load by time that would end before its first request, before anything is measured."""
+    for number, load in enumerate(wanted.loads):
+        if load.kind == "poisson" and next(load.arrivals(wanted.seed + number), None) is None:
+            raise UsageError(f"no request falls into the {load.seconds:g} s of {load.label}", hint="raise --seconds")
 
 
 def measure_artifact(
@@ -161,10 +170,7 @@ async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], l
 async def run_loads(
     runner: Runner, watch: Watch, wanted: Wanted, prompts: Sequence[Prompt]
 ) -> tuple[list[list[Record]], list[dict[str, Any] | None]]:
-    """One load after the other: the records of each, and what the server's metrics say of it.
-
-    UsageError if a load by time ended before its first request.
-    """
+    """One load after the other: the records of each, and what the server's metrics say of it."""
     records: list[list[Record]] = []
     seen = []
     asked = wanted.warmup
@@ -174,8 +180,6 @@ async def run_loads(
         own = [*prompts[first:], *prompts[:first]]
         async with watch.beside() as watched:
             records.append(await runner.run(load, own, wanted.seed + number, _ticker(load)))
-        if not records[-1]:
-            raise UsageError(f"no request fell into the {load.seconds:g} s of {load.label}", hint="raise --seconds")
         seen.append(describe(watched, runner.model, records[-1]))
         asked += len(records[-1])
     return records, seen

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmctl_serve.bench.prompts import Prompt
-from llmctl_serve.endpoint import HttpFailure, event_parts, read_event
+from llmctl_serve.endpoint import HttpFailure, event_parts, read_event, read_usage
 from llmctl_serve.http_client import HttpClient
 
 Tick = Callable[[int, int], None]
@@ -147,9 +147,8 @@ class Runner:
                     record.tokens.append(now)
                     record.characters += len(text)
                 record.finish_reason = reason or record.finish_reason
-            if usage := event.get("usage"):
-                record.prompt_tokens = usage.get("prompt_tokens")
-                record.completion_tokens = usage.get("completion_tokens")
+            if event.get("usage"):
+                record.prompt_tokens, record.completion_tokens = read_usage(event)
 
         record.sent = clock() - started
         try:

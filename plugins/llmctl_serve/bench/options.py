@@ -15,7 +15,7 @@ from llmctl_serve.bench.prompts import Lengths, parse_lengths
 from llmctl_serve.bench.summary import parse_limits, split_list
 
 REQUESTS = 64
-"""Of each load, unless --requests or --seconds say otherwise."""
+"""Of each load, unless --requests or --seconds say otherwise; of many users at a time four each, if that is more."""
 PROMPT_TOKENS = "128"
 MOST_USERS = 65_535
 """Connections that one address can have to another one's port."""
@@ -69,13 +69,21 @@ def read_options(
     for option, given in (("--prompt-tokens", prompt_tokens), ("--prefix-share", prefix_share)):
         if input_ is not None and given is not None:
             raise UsageError(f"{option} is of made-up prompts, --input gives others", hint="leave one of them out")
+    given_requests = requests
     if requests is None and seconds is None:
         requests = REQUESTS
     users = _numbers(concurrency, "--concurrency", True) or ([1] if rate is None else [])
     if max(users, default=0) > MOST_USERS:
         said = f"--concurrency {max(users):g} is more than the {MOST_USERS} connections that there can be"
         raise UsageError(said, hint=f"give {MOST_USERS} at most")
-    loads = [Load("closed", value, requests, seconds) for value in users]
+    if given_requests is not None and max(users, default=0) > given_requests:
+        said = f"{given_requests} requests do not keep {max(users):g} users busy at a time"
+        raise UsageError(said, hint=f"give --requests {4 * int(max(users))}, or leave it out")
+
+    def enough(value: int) -> int | None:
+        return requests if requests is None or given_requests is not None else max(requests, 4 * value)
+
+    loads = [Load("closed", value, enough(int(value)), seconds) for value in users]
     loads += [Load("poisson", value, requests, seconds, burst) for value in _numbers(rate, "--rate", False)]
     return Wanted(
         loads=tuple(loads),

@@ -13,6 +13,8 @@ from llmctl_serve.bench.exposition import MEMORY
 from llmctl_serve.bench.summary import LATE, hint_text
 
 Load = Mapping[str, Any]
+WIDEST = 1000
+"""Columns of a table, at most."""
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -133,4 +135,6 @@ def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         shown.add_column(name, justify="left" if number == 0 else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
-    Console(highlight=False).print(shown)
+    # On a narrow terminal lines go on below: digits that are cut off say something else.
+    whole = Console(width=WIDEST).measure(shown).maximum
+    Console(highlight=False, width=max(Console().width, whole)).print(shown)

@@ -9,18 +9,29 @@ const ALTERNATIVES = 5;
 
 let turns = []; // {role, content, tokens: [{text, logprob, top}] or absent, note}
 let running = null; // the AbortController of the answer that comes
+let chosen = ""; // the model, also while the server's list is not there
 let scored = true; // this server gives log-probabilities while it streams
 
 // -- what the browser keeps -------------------------------------------------------------------------------------------
 
 function save() {
   const settings = Object.fromEntries(KEPT.map((id) => [id, $(id).value]));
-  const kept = { turns, settings, probabilities: $("probabilities").checked, model: $("model").value, theme: theme() };
+  const kept = { turns, settings, probabilities: $("probabilities").checked, model: chosen, theme: theme() };
   try {
-    localStorage.setItem(STORE, JSON.stringify(kept));
     sessionStorage.setItem(STORE + ".key", $("key").value);
+    keep(kept);
   } catch (error) {
     explain("The conversation cannot be kept by this browser: " + error.message);
+  }
+}
+
+// Alternatives of every token fill what a browser gives after some ten thousand: then the last answer's alone are kept.
+function keep(kept) {
+  try {
+    localStorage.setItem(STORE, JSON.stringify(kept));
+  } catch {
+    const bare = turns.map((turn, at) => (at < turns.length - 1 ? { ...turn, tokens: undefined } : turn));
+    localStorage.setItem(STORE, JSON.stringify({ ...kept, turns: bare }));
   }
 }
 
@@ -59,21 +70,21 @@ async function failure(response) {
   return Object.assign(new Error(`${message} (status ${response.status})${hint}`), { status: response.status });
 }
 
-async function loadModels(wanted) {
+async function loadModels() {
   try {
     const response = await fetch("v1/models", { headers: headers() });
     if (!response.ok) throw await failure(response);
     const names = (await response.json()).data.map((model) => model.id);
     $("model").replaceChildren(...names.map((name) => new Option(name, name)));
-    if (names.includes(wanted)) $("model").value = wanted;
-    explain("");
+    if (names.includes(chosen)) $("model").value = chosen;
+    explain(chosen && !names.includes(chosen) ? `The server has no model ${chosen} now; ${names[0]} answers.` : "");
   } catch (error) {
     explain("The models cannot be listed: " + error.message);
   }
 }
 
 function body(messages, withScores) {
-  const asked = { model: $("model").value || undefined, messages, stream: true, stream_options: { include_usage: true } };
+  const asked = { model: $("model").value || chosen || undefined, messages, stream: true, stream_options: { include_usage: true } };
   for (const id of NUMBERS) if ($(id).value !== "") asked[id] = Number($(id).value);
   const stop = $("stop").value.split("\n").filter((line) => line);
   if (stop.length) asked.stop = stop;
@@ -82,6 +93,7 @@ function body(messages, withScores) {
 }
 
 async function request(messages, signal) {
+  if (!$("model").value) await loadModels(); // the server was away, or had not been given the key
   const ask = (withScores) =>
     fetch("v1/chat/completions", { method: "POST", headers: headers(), body: body(messages, withScores), signal });
   const wanted = $("probabilities").checked && scored;
@@ -390,12 +402,16 @@ $("theme").addEventListener("click", () => {
   save();
 });
 $("settings-button").addEventListener("click", () => openSettings($("settings").hidden));
-for (const id of [...KEPT, "probabilities", "model"]) $(id).addEventListener("change", save);
+$("model").addEventListener("change", () => {
+  chosen = $("model").value;
+  save();
+});
+for (const id of [...KEPT, "probabilities"]) $(id).addEventListener("change", save);
 $("key").addEventListener("change", () => {
   save();
-  loadModels($("model").value);
+  loadModels();
 });
 
-const wanted = restore();
+chosen = restore() || "";
 draw();
-loadModels(wanted);
+loadModels();
