@@ -99,7 +99,7 @@ class Repl:
         interrupted = False
         while True:
             try:
-                text = read_text()
+                text, fenced = read_text()
             except EOFError:
                 click.echo()
                 return
@@ -111,9 +111,9 @@ class Repl:
                 interrupted = True
                 continue
             try:
-                if text in ("/quit", "/exit"):
+                if text in ("/quit", "/exit") and not fenced:
                     return
-                self._answer(text)
+                self._answer(text, fenced)
                 interrupted = False
             except KeyboardInterrupt:
                 click.echo()
@@ -126,9 +126,9 @@ class Repl:
                 self._say(f"error: {type(error).__name__}: {error}")
                 interrupted = False
 
-    def _answer(self, text: str) -> None:
+    def _answer(self, text: str, fenced: bool) -> None:
         word, _, rest = text.partition(" ")
-        if text.startswith("/"):
+        if text.startswith("/") and not fenced:  # what stands between fences may be a comment of C, or a path
             if word not in self.commands:
                 raise UsageError(f"unknown command {word}", hint=HELP)
             self.commands[word](rest.strip())
@@ -251,17 +251,17 @@ def read_conversation(path: Path) -> tuple[str, list[dict[str, str]]]:
     return system, messages
 
 
-def read_text() -> str:
-    """What is typed: a line, lines that end in a backslash and the one after them, or lines between two fences."""
+def read_text() -> tuple[str, bool]:
+    """What is typed, and whether between two fences: else a line, or lines that end in a backslash and one more."""
     text = input("> ").strip()
     if text == FENCE:
         lines = []
         while (line := input(". ")).strip() != FENCE:
             lines.append(line)
-        return "\n".join(lines)
+        return "\n".join(lines), True
     while text.endswith("\\"):
         text = text[:-1] + "\n" + input(". ").rstrip()
-    return text
+    return text, False
 
 
 def use_history(wanted: bool) -> Callable[[], None]:

@@ -451,6 +451,26 @@ def test_strange_events_are_failures_of_their_request(event, error):
     assert found["output_tokens"] == (0 if error else sum(len(record.tokens) for record in records))
 
 
+def test_an_answer_ends_where_it_says_so_and_one_piece_has_no_pace():
+    class Late:
+        async def stream(self, path, payload, take):
+            event = {"choices": [{"delta": {"content": "a b c"}}], "usage": {"completion_tokens": 64}}
+            take(b"data: " + json.dumps(event).encode())
+            take(b"data: [DONE]")
+            await asyncio.sleep(0.5)
+
+    record = asyncio.run(Runner(Late(), "m", True).ask(Prompt("hello", 8), time.perf_counter(), 0.0))
+    assert record.e2e < 0.5
+    assert (record.count, record.tpot) == (64, None)
+
+
+def test_tokens_that_a_server_does_not_count_are_said_to_be_pieces():
+    for usage in (True, False):
+        with Stub(lambda number, body, usage=usage: Plan(usage=usage)) as stub:
+            said = invoke("--url", stub.url, "--requests", 3).stderr
+        assert ("warning: the server does not say how many tokens 3 answers have" in said) != usage
+
+
 def test_options_that_make_no_sense(tmp_path):
     for arguments, text in (
         (["--url", "ftp://x"], "no address of a server"),

@@ -238,6 +238,9 @@ def test_commands_of_a_conversation(bundle, terminal, tmp_path):
         typed("lines", "", b". ")
         typed('"""', "ye")
         typed("/show", "[user] two\r\nlines")
+        typed('"""', "", b". ")
+        typed("/* what is this */", "", b". ")
+        typed('"""', "ye")
         os.write(typed.master, b"\x04")  # Ctrl-D
     assert json.loads(saved.read_text())["messages"][1] == {"role": "assistant", "content": "json"}
     assert not (tmp_path / "state").exists()

@@ -102,13 +102,13 @@ class Record:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first one; None for an answer of one token.
+        """Time per output token after the first one; None for an answer of one token, or that came in one piece.
 
         The server counts the tokens of several answers together: the first one has its share of their pieces.
         """
         pieces = len(self.tokens)
         count = self.count * pieces / (pieces + self.further) if pieces else 0
-        return (self.tokens[-1] - self.tokens[0]) / (count - 1) if count > 1 else None
+        return (self.tokens[-1] - self.tokens[0]) / (count - 1) if count > 1 and pieces > 1 else None
 
     @property
     def e2e(self) -> float:
@@ -137,7 +137,8 @@ class Runner:
         def take(line: bytes) -> None:
             now = clock() - started
             event = read_event(line)
-            if event is None:
+            if event is None:  # the answer is over, whenever the server ends its body
+                record.end = now
                 return
             for index, text, reason, _ in event_parts(event):
                 if index != 0:
@@ -157,7 +158,8 @@ class Runner:
                 raise HttpFailure("empty answer", "the answer has no text")
         except HttpFailure as failure:
             record.error, record.message, record.retry_after = failure.kind, failure.message, failure.retry_after
-        record.end = clock() - started
+            record.end = 0.0
+        record.end = record.end or clock() - started
         return record
 
     async def run(self, load: Load, prompts: Sequence[Prompt], seed: int, tick: Tick) -> list[Record]:

@@ -148,6 +148,7 @@ def summarise(load: Load, records: Sequence[Record], limits: Mapping[str, float]
         "prompt_tokens_per_s": read / took,
         "output_tokens": new,
         "prompt_tokens": read,
+        "uncounted": sum(record.completion_tokens is None for record in good),
     }
     values = {
         "ttft": [record.ttft for record in good],

@@ -31,6 +31,9 @@ def show(result: Mapping[str, Any]) -> None:
     if asked > different:
         said = f"warning: {asked} requests had {different} different prompts, so a prefix cache may have held some"
         click.echo(said, err=True)
+    if uncounted := sum(load["uncounted"] for load in loads):
+        said = f"warning: the server does not say how many tokens {uncounted} answers have: their pieces are counted"
+        click.echo(said, err=True)
     for load in loads:
         _remark(load)
 
