@@ -181,10 +181,10 @@ class Results:
         if self.path == STDIO:
             self._file: IO[bytes] = sys.stdout.buffer
             return self
-        path = Path(self.path).resolve()  # what a link names is written, and the link stays
+        path = Path(self.path)
         try:
             if path.is_file():
-                self._resume(path)
+                self._resume(path.resolve())  # what a link names is written, and the link stays
             self._file = path.open("ab" if path.is_file() or not path.exists() else "wb")
         except OSError as error:
             raise UsageError(f"{path} cannot be written: {error.strerror}") from error

@@ -464,10 +464,11 @@ def test_an_answer_ends_where_it_says_so_and_one_piece_has_no_pace():
     assert (record.count, record.tpot) == (64, None)
 
 
-def test_tokens_that_a_server_does_not_count_are_said_to_be_pieces():
+def test_tokens_that_a_server_does_not_count_are_said_to_be_pieces(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
     for usage in (True, False):
         with Stub(lambda number, body, usage=usage: Plan(usage=usage)) as stub:
-            said = invoke("--url", stub.url, "--requests", 3).stderr
+            said = invoke("--url", stub.url, "--requests", 3, "--input", tmp_path / "in.jsonl").stderr
         assert ("warning: the server does not say how many tokens 3 answers have" in said) != usage
 
 

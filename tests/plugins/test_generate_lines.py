@@ -381,10 +381,13 @@ def test_pipes_are_read_and_written_as_files_are(tmp_path):
             _, stderr = process.communicate(timeout=20)
         finally:
             process.kill()
+        outside = [*command[:-3], "-", "--output", "/dev/stdout"]
+        shown = subprocess.run(outside, input=lines, capture_output=True, timeout=60)
         again = subprocess.run([*command[:-3], "/dev/stdin"], input=lines, capture_output=True, timeout=60)
     assert process.returncode == 0, stderr
     assert [row["text"] for row in found] == ["A", "B"]
-    assert [row["text"] for row in read_lines(again.stdout.decode())] == ["A", "B"]
+    for done in (again, shown):
+        assert [row["text"] for row in read_lines(done.stdout.decode())] == ["A", "B"], done.stderr
 
 
 def test_asking_errors_again_keeps_links_and_modes(bundle, tmp_path):
