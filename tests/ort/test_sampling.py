@@ -223,7 +223,7 @@ SAMPLINGS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(SAMPLINGS, st.booleans()), min_size=1, max_size=6),
     size=st.sampled_from([8, 97, 400]),
@@ -245,7 +245,7 @@ def test_a_row_does_not_depend_on_the_others(rows, size: int, spread: float, see
         assert found.tolist() == [int(batch.choose(step[row : row + 1], [one])[0]) for row, one in enumerate(alone)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sampling=SAMPLINGS, spread=st.sampled_from([0.2, 1.0, 5.0]), seed=st.integers(0, 99))
 def test_a_draw_is_that_of_the_whole_sorted_distribution(sampling: Sampling, spread: float, seed: int) -> None:
     """Only the likeliest tokens are sorted at first; the token is the one that sorting all of them gives."""

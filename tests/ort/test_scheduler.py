@@ -524,7 +524,7 @@ def test_memory_that_ends_when_slots_are_moved_ends_all_that_hold_one_and_the_en
     engine.close()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_no_sequence_of_calls_loses_a_slot_or_crosses_answers(trained_generator: OrtGenerator, data) -> None:
     slots = data.draw(st.integers(1, 4))

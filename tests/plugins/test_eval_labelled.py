@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu.metrics.bleu import BLEU
 
@@ -28,7 +28,6 @@ def test_bleu_is_sacrebleus_with_its_signature() -> None:
     assert str(other.get_signature()) != found["seq2seq.bleu_signature"]
 
 
-@settings(deadline=None)
 @given(answer=WORDS, expected=WORDS)
 def test_answers_have_squads_f1(answer: str, expected: str) -> None:
     metrics = pytest.importorskip("transformers.data.metrics.squad_metrics")
@@ -49,7 +48,6 @@ def test_rouge_l_is_lins(answer: str, expected: float) -> None:
     assert rouge_l(answer, "police killed the gunman") == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(answer=st.lists(st.sampled_from("abc"), max_size=6), expected=st.lists(st.sampled_from("abc"), max_size=6))
 def test_rouge_l_counts_the_longest_common_subsequence(answer: list[str], expected: list[str]) -> None:
     def parts(words: list[str]) -> set[tuple[str, ...]]:

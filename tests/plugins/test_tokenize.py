@@ -172,7 +172,7 @@ def test_size_special_tokens_and_alphabet(made):
     assert sum(tokenizer.token_bytes()) > 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(some=st.text(st.characters(codec="utf-8"), max_size=60))
 def test_any_text_comes_back(made, some):
     tokenizer = Tokenizer.load(made.outputs["tokenizer"].path)

@@ -121,7 +121,7 @@ def infill(rate: float = 1.0, spm: float = 0.5, seed: int = 0) -> Infill:
     return Infill(rate, spm, seed, 1, 2, 3)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(), st.integers(0, 10**6), st.floats(0, 1), st.integers(0, 9))
 def test_any_text_comes_back_from_its_parts(text, number, spm, seed):
     made = infill(1.0, spm, seed)
@@ -134,7 +134,7 @@ def test_any_text_comes_back_from_its_parts(text, number, spm, seed):
         assert parts == [1, prefix, 2, suffix, 3, middle]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 1000))
 def test_any_text_comes_back_from_its_ids(made, text, number):
     tokenizer = Tokenizer.load(made.outputs["tokenizer"].path)

@@ -148,7 +148,7 @@ def test_bytes_of_bert_words_are_all_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", LOSSLESS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=60), text=st.text(st.characters(codec="utf-8"), max_size=40))
 def test_any_bytes_and_any_text_come_back(made, name, data, text):
     ours = made(name)

@@ -250,7 +250,7 @@ def test_a_printed_stage_command_is_a_short_file(load, registry, tmp_path, monke
     assert same(first, load(text))
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12) | st.sampled_from(
     ["0o17", "1e-4", "on", "~", "null", "0x1F", "1_000", "=", "<<", "- a", "#", "1:30", ".inf", "2024-01-01", "'", "\n"]
 ), rate=st.floats(1e-9, 1e9))  # fmt: skip

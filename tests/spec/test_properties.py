@@ -18,9 +18,7 @@ from llmctl.spec.validate import plain
 from llmctl.store.keys import make_keys
 
 MARK = Text("t", "", Path("/")).whole
-QUICK = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, deadline=None, derandomize=True
-)
+QUICK = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, derandomize=True)
 KEY = st.text("abcdef_", min_size=1, max_size=3)
 LEAF = (
     st.none()

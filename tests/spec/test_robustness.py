@@ -69,9 +69,7 @@ OPTIONS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, deadline=None, derandomize=True
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300, derandomize=True)
 @given(data=st.data())
 def test_damaged_specs_give_diagnostics(load, data):
     words = TEXT.replace("${{ ", "${{_").replace(" }}", "_}}").split(" ")
@@ -93,9 +91,7 @@ def test_the_undamaged_spec_is_good(load):
     assert len(load(TEXT).stages) == 6 + 4 + 4 + 2
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None, derandomize=True
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, derandomize=True)
 @given(data=st.data())
 def test_bytes_changed_at_random_give_diagnostics(load, registry, data):
     """Single characters of a whole spec: deleted, doubled, exchanged for others that mean something in YAML."""

@@ -169,7 +169,7 @@ def test_choices_are_taken_letter_by_letter(constraints: Constraints) -> None:
     assert len(made) >= 5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=st.text(min_size=1, max_size=8).filter(lambda text: not re.search(r"[\ud800-\udfff\x00]", text)))
 def test_a_literal_matches_itself_alone(plain_bytes: Path, text: str) -> None:
     tokenizer = Tokenizer.load(plain_bytes)

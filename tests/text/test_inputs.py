@@ -53,7 +53,7 @@ def test_a_tokenizer_without_a_frame_of_its_own_gets_one(tokenizers) -> None:
 
 
 @pytest.mark.parametrize("special", ["bert", "roberta"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_run_of_words_maps_back_to_its_exact_characters(tokenizers, special: str, data: st.DataObject) -> None:
     words = TEXT.split()

@@ -20,7 +20,7 @@ def write(directory, documents, vocab_size=1000):
     return directory
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(documents=st.lists(st.lists(st.integers(0, 69999), max_size=8), max_size=8), wide=st.booleans())
 def test_documents_come_back(tmp_path_factory, documents, wide):
     vocab = 70000 if wide else 65535

@@ -53,7 +53,7 @@ def tokenizer(request, families, plain_bytes):
     return Tokenizer.load(plain_bytes if request.param == "bytes" else families[request.param])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_ids_join_to_what_decode_gives(tokenizer, data):
     pool = range(tokenizer.vocab_size)
@@ -67,7 +67,7 @@ def test_any_ids_join_to_what_decode_gives(tokenizer, data):
     assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=24))
 def test_no_part_holds_half_a_character(tokenizer, text):
     parts = deltas(tokenizer, tokenizer.encode(text))
@@ -93,7 +93,7 @@ def test_what_never_becomes_a_character_is_shown_at_the_end(plain_bytes):
     assert "".join(part.text for part in deltas(tokenizer, ids)) == tokenizer.decode(ids) == "ok\ufffd"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     text=st.text(st.sampled_from("ab\n🙂"), max_size=20),
     stop=st.lists(st.text(st.sampled_from("ab\n🙂"), min_size=1, max_size=4), max_size=3),
@@ -171,7 +171,7 @@ def joined(tokenizer, ids):
     return "".join(parts) + words.flush(), counted.most
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_runs_without_a_clean_cut_join_to_what_decode_gives_and_stay_cheap(plain_bytes, data):
     tokenizer = Tokenizer.load(plain_bytes)
@@ -187,7 +187,7 @@ def test_runs_without_a_clean_cut_join_to_what_decode_gives_and_stay_cheap(plain
     assert most <= 40
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(st.sampled_from("a ☃🙂é\ufffd\U0010fffd"), max_size=60))
 def test_any_text_with_its_own_replacement_characters_comes_whole(tokenizer, text):
     ids = tokenizer.encode(text)

@@ -40,7 +40,7 @@ def test_ids_equal_transformers(pairs, family, talk):
     assert ours.chat_template.render(talk) == peer.apply_chat_template(talk, tokenize=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(contents=st.lists(st.text(st.characters(codec="utf-8"), max_size=20), min_size=1, max_size=4))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_equal_transformers_on_any_text(pairs, family, contents):

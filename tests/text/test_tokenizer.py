@@ -21,7 +21,7 @@ def ours(families):
     return Tokenizer.load(families["ours"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_round_trip_of_any_unicode(ours, text):
     ids = ours.encode(text)

@@ -230,7 +230,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("text", "shown", "calls"), CASES, ids=[f"case {number}" for number in range(len(CASES))])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_calls_are_found_however_the_answer_is_cut(text: str, shown: str, calls: list[ToolCall], data) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))

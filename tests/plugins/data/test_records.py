@@ -85,7 +85,7 @@ LEAF = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | 
 VALUE = st.recursive(LEAF, lambda one: st.lists(one, max_size=3) | st.dictionaries(TEXT, one, max_size=3), max_leaves=6)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(TEXT, VALUE, max_size=5))
 def test_any_record_comes_back(record: dict[str, Any]) -> None:
     back = text_to_record(record_to_text(record))

@@ -174,7 +174,7 @@ def judge(described: dict, schema: dict) -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator({**schema, "components": described["components"]})
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=400, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 @pytest.mark.slow
 def test_what_no_schema_describes_is_answered_in_form(real, data):
@@ -237,7 +237,7 @@ TEXTS = FORMS | st.sampled_from(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=80, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(data=st.data())
 def test_right_requests_are_answered_as_described(real, data):
     fields = {"max_tokens": 4, **data.draw(st.fixed_dictionaries({}, optional=COMMON))}

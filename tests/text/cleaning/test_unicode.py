@@ -49,7 +49,7 @@ LETTERS = st.sampled_from("abc XYZ äöüß éèç ñ 0123 абв γδε 漢字 
 
 
 @given(st.lists(st.text(LETTERS, min_size=1, max_size=40).map(str.strip), min_size=1, max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_correct_text_is_left_byte_identical(lines: list[str]) -> None:
     text = unicodedata.normalize("NFC", "\n".join(lines)).strip()
     assume("\n" * 4 not in text)  # `white_space: trim` leaves two empty lines of three
@@ -57,7 +57,7 @@ def test_any_correct_text_is_left_byte_identical(lines: list[str]) -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from(["keep", "trim", "collapse"]))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_repair_is_idempotent(text: str, white_space: str) -> None:
     repair = step(white_space=white_space, form="NFKC")
     once = repair.repair(text)[0]
