@@ -9,6 +9,7 @@ import random
 import re
 import time
 from email.utils import formatdate
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_the_planted_percentiles_are_found():
         found, _ = measured(stub, Load("closed", 4, requests=20))
     assert found["answered"] == found["requests"] == 20
     assert 0.1 <= found["ttft"]["p50"] < 0.1 + NEAR
-    assert 0.3 - 0.001 <= found["ttft"]["p99"] < 0.3 + 20 * NEAR  # the largest of all: one stall is enough
+    assert 0.3 - 0.001 <= found["ttft"]["p99"] < 0.3 + 40 * NEAR  # the largest of all: one stall is enough
     assert 0.015 <= found["itl"]["p50"] < 0.02 + NEAR / 2
     assert found["tpot"]["p50"] == pytest.approx(0.02, abs=NEAR / 2)
     assert 0.18 <= found["e2e"]["p50"] < 0.18 + 2 * NEAR
@@ -72,20 +73,22 @@ def test_the_planted_percentiles_are_found():
 
 
 def test_a_stall_is_charged_to_all_who_would_have_waited():
-    # Arrivals every 20 ms; the server answers nothing for a second. In a closed loop one request would suffer.
-    begin = time.perf_counter()
+    # Arrivals every 20 ms; the server answers nothing for a second, beginning with the first request, so that a busy
+    # machine only makes the others wait longer. In a closed loop one request would suffer.
+    ends = []
 
     def plan(number, body):
-        return Plan(["a"], ttft=max(0.0, begin + 1.0 - time.perf_counter()))
+        ends.append(time.perf_counter() + 1.0)
+        return Plan(["a"], ttft=max(0.0, ends[0] - time.perf_counter()))
 
     with Stub(plan) as stub:
-        begin = time.perf_counter()
         found, records = measured(stub, Load("poisson", 50, requests=50))
-    # A closed loop would have one such request and not see the others; arrivals that come late wait for less.
-    assert found["ttft"]["p50"] > 0.15
-    assert found["ttft"]["max"] > 0.6
-    assert sum(record.ttft > 0.1 for record in records) > 20
-    assert found["client_lag"]["p99"] < 0.3
+    assert found["ttft"]["p50"] > 0.3
+    assert found["ttft"]["max"] > 0.9
+    assert sum(record.ttft > 0.1 for record in records) > 35
+    # Hardly one waited for the answer before.
+    assert sum(later.sent < earlier.end for earlier, later in pairwise(records)) > 30
+    assert found["client_lag"]["max"] == max(record.sent - record.intended for record in records)
 
 
 def test_arrivals_are_those_of_a_poisson_process_and_come_again_with_their_seed():
@@ -330,8 +333,8 @@ def test_times_are_of_one_answer_where_several_are_asked_for(usage):
         found, records = measured(stub, Load("closed", 1, requests=2), [Prompt("hello", 8, {"n": 3})])
     assert found["output_tokens"] == 2 * 3 * 5  # all were made
     assert [len(record.tokens) for record in records] == [5, 5]
-    assert 0.015 <= found["tpot"]["p50"] < 0.02 + NEAR / 2
-    assert found["tpot"]["p50"] == pytest.approx(np.mean(records[0].gaps + records[1].gaps), abs=0.005)
+    assert found["tpot"]["p50"] > 0.01
+    assert found["tpot"]["p50"] == pytest.approx(np.mean(records[0].gaps + records[1].gaps), rel=0.01)
 
 
 def test_the_command_prints_a_table_and_writes_numbers_and_a_page(tmp_path, monkeypatch):
@@ -364,7 +367,7 @@ def test_the_command_prints_a_table_and_writes_numbers_and_a_page(tmp_path, monk
 def test_a_load_that_ends_by_time():
     with Stub(lambda number, body: Plan(ttft=0.05)) as stub:
         found, records = measured(stub, Load("closed", 2, seconds=0.5))
-    assert 10 <= found["requests"] <= 22
+    assert 4 <= found["requests"] <= 22  # 20 on a machine that does nothing else
     assert max(record.intended for record in records) < 0.5 <= found["seconds"] + 0.06
 
 
