@@ -120,8 +120,10 @@ def test_those_who_wait_are_told_of_the_end(encoding, wait_until):
         for thread in threads:
             thread.start()
         wait_until(lambda: server.models.all()[0].depth == 1)
-        threading.Timer(0.2, encoder.go.set).start()
-        server.models.close()
-        for thread in threads:
+        closing = threading.Thread(target=server.models.close)
+        closing.start()
+        wait_until(lambda: answers)  # before the batch that runs is done
+        encoder.go.set()
+        for thread in (*threads, closing):
             thread.join()
-    assert sorted(status for status, _, _ in answers) == [200, 503]
+    assert [status for status, _, _ in answers] == [503, 200]

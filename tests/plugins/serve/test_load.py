@@ -29,7 +29,7 @@ def test_full_queue_is_429_and_the_event_loop_stays_free(scripted, byte_tokenize
         assert int(headers["retry-after"]) >= 1
         started = time.monotonic()
         assert json.loads(server.get("/healthz")[1])["queue_depth"] == 1
-        assert time.monotonic() - started < 1  # nine seconds of tokens are still to come
+        assert time.monotonic() - started < 5  # nine seconds of tokens are still to come
     # Nothing is drained here: both are told that the server stops.
     for thread in threads:
         thread.join()
@@ -58,7 +58,8 @@ def test_a_client_that_leaves_ends_the_generation(scripted, byte_tokenizer, stre
 
 
 def test_a_waiting_request_whose_client_leaves_is_dropped(scripted, byte_tokenizer, running, wait_until):
-    generator = scripted(byte_tokenizer, default="x" * 200, delay=0.01)
+    # Fifteen seconds, longer than anything is waited for: its turn does not come.
+    generator = scripted(byte_tokenizer, default="x" * 200, delay=0.1)
     with running(generator, drain_seconds=0) as server:
         body = json.dumps({"messages": QUESTION, "max_tokens": 150}).encode()
         clients = [socket.create_connection(server.address) for _ in range(2)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 
 import pytest
 
@@ -110,12 +109,16 @@ def test_a_job_whose_prompts_all_wait_outside_is_told_of_the_end(byte_tokenizer)
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_thread_that_dies_tells_everybody_and_the_probes(scripted, byte_tokenizer, running, stream):
-    with running(scripted(byte_tokenizer, default="x" * 300, delay=0.01)) as server:
+    generator = scripted(byte_tokenizer, default="x" * 300)
+    with running(generator) as server:
+        deliver = server.worker._deliver
 
-        def broken(*_):
-            raise KeyError("broken")
+        def breaks(event):
+            if generator.generated > 3:  # what came before has begun the stream
+                raise KeyError("broken")
+            deliver(event)
 
-        threading.Timer(0.3, lambda: setattr(server.worker, "_deliver", broken)).start()
+        server.worker._deliver = breaks
         body = {"messages": QUESTION, "max_tokens": 200, "stream": stream}
         status, text, _ = server.request("POST", "/v1/chat/completions", body)
         error = json.loads(text.rpartition("data: ")[2] if not stream else [
