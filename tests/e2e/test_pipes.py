@@ -174,7 +174,7 @@ def test_11_stop_on_reader_exit(start, tmp_path):
 
 def test_12_head_takes_the_hello_and_cancels(pipe, tmp_path):
     log = tmp_path / "log"
-    done = pipe(f"{T} --sleep 20 --log {log}", ["head", "-1"])
+    done = pipe(f"{T} --sleep 20 --log {log}", ["head", "-1"], patient=True)
     assert done.codes == [141, 0]
     assert records(done.stdout)[0]["llmctl"] == "hello"
     assert started(log) == []
@@ -208,6 +208,16 @@ def test_13_sigint_ignored_on_entry_stays_ignored(start, tmp_path):
     assert running.wait().codes == [0, 0, 0]
 
 
+def shown(terminal):
+    """All that a terminal is given until its last writer ends."""
+    chunks = []
+    with contextlib.suppress(OSError):  # Linux ends a terminal without writers with EIO
+        while chunk := os.read(terminal, 65536):
+            chunks.append(chunk)
+    os.close(terminal)
+    return b"".join(chunks).decode()
+
+
 def test_14_a_terminal_gets_one_line_for_a_person(fake, llmctl_env, tmp_path):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "llmctl", "fake-tok"]
@@ -215,9 +225,8 @@ def test_14_a_terminal_gets_one_line_for_a_person(fake, llmctl_env, tmp_path):
         command, env=llmctl_env, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=theirs, stderr=subprocess.PIPE
     )
     os.close(theirs)
+    text = shown(ours)
     _, stderr = process.communicate(timeout=60)
-    text = os.read(ours, 65536).decode()
-    os.close(ours)
     assert process.returncode == 0, stderr
     lines = text.splitlines()
     assert [line.split()[0] for line in lines] == ["fake-tok.tokenizer", "fake-tok.tokens", "fake-tok.metrics"]
@@ -234,12 +243,7 @@ def test_14_a_terminal_gets_a_bar_that_goes_away(fake, llmctl_env, tmp_path):
         command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs
     )
     os.close(theirs)
-    chunks = []
-    with contextlib.suppress(OSError):  # Linux ends a terminal without writers with EIO
-        while chunk := os.read(ours, 65536):
-            chunks.append(chunk)
-    os.close(ours)
-    text = b"".join(chunks).decode()
+    text = shown(ours)
     assert process.wait(60) == 0, text
     assert "━" in text
     assert "of 10" in text
@@ -319,6 +323,8 @@ def test_listings_survive_a_reader_that_leaves(pipe):
 
 
 def test_waiting_is_announced(start):
-    running = start(["sleep", "2.5"], P)
+    running = start(P, stdin=subprocess.PIPE)
+    wait_for(running.logs[0].read_text)
+    running.processes[0].stdin.close()
     done = running.wait()
-    assert done.stderrs[1].startswith("waiting for an upstream artifact on stdin (pass --input, or </dev/null)\n")
+    assert done.stderr.startswith("waiting for an upstream artifact on stdin (pass --input, or </dev/null)\n")

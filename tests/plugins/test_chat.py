@@ -174,7 +174,7 @@ def terminal(tmp_path, monkeypatch):
         def press(key):
             # Faster than any hand, a signal comes between the prompt and the read, which then waits for a line.
             time.sleep(0.3)
-            while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] not in "SZ":
                 time.sleep(0.01)
             os.write(master, key)
 

@@ -232,7 +232,8 @@ def test_sampled_batches_equal_streams_and_seeds_matter(pair, prompts):
     sampling = Sampling(max_new_tokens=12, temperature=1.0, seed=4)
     assert ours.generate(prompts, sampling) == [list(ours.stream(prompt, sampling)) for prompt in prompts]
     draw = Sampling(max_new_tokens=12, temperature=1.0)
-    assert list(ours.stream(prompts[0], draw)) != list(ours.stream(prompts[0], draw))
+    drawn = {tuple(ours.stream(prompts[0], draw)) for _ in range(5)}
+    assert len(drawn) > 1  # two alone may both end at once
 
 
 def test_logits_and_logprobs_equal_transformers(pair, prompts):
