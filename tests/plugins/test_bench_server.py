@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -63,6 +64,8 @@ def test_memory_is_followed_through_a_load(tmp_path, monkeypatch, leak):
     monkeypatch.setattr(exposition, "EVERY", 0.01)
     with Stub(lambda number, body: Plan(ttft=0.02)) as stub:
         stub.metrics = lambda: f"process_resident_memory_bytes {100 * MIB + leak * len(stub.bodies)}\n"
+        # By a clock that counts requests it does not matter when the machine is busy.
+        monkeypatch.setattr(exposition, "time", SimpleNamespace(perf_counter=lambda: float(len(stub.bodies))))
         result = invoke(*flags(stub, tmp_path, "--requests", 40, "--warmup", 0))
     memory = loads(tmp_path)[0]["server"]["memory"]
     before, sent = 100 * MIB + 2 * leak, 40 * leak  # two requests measured the length of words
@@ -71,7 +74,7 @@ def test_memory_is_followed_through_a_load(tmp_path, monkeypatch, leak):
     assert memory["samples"][0][1] == before
     # From a quarter of the second half to the last one: the middle of 20 to 25 requests, and that of 35 to 40.
     expected = (before + 37.5 * leak) / (before + 22.5 * leak) - 1
-    assert memory["late_growth"] == pytest.approx(expected, abs=0.15)
+    assert memory["late_growth"] == pytest.approx(expected, abs=0.06)
     assert (memory["late_growth"] > 0.1) == bool(leak)
     row = result.stdout.splitlines()[-1]
     assert ("226 MiB" in row and "+0.0 %" not in row) if leak else ("100 MiB" in row and "+0.0 %" in row)
@@ -138,16 +141,16 @@ def test_a_server_that_only_rejects_is_an_error(tmp_path):
 
 
 def test_speed_up_is_over_the_first_load_and_drawn_against_concurrency(tmp_path):
-    """Answers of 40 ms each: four users get four times as many."""
+    """Answers of 40 ms each: twelve users get twelve times as many, on a machine that does nothing else."""
     with Stub(lambda number, body: Plan(["a"] * 4, ttft=0.04)) as stub:
-        result = invoke(*flags(stub, tmp_path, "--concurrency", "1,4", "--rate", 100, "--requests", 24))
-    one, four, rate = loads(tmp_path)
+        result = invoke(*flags(stub, tmp_path, "--concurrency", "1,12", "--rate", 100, "--requests", 24))
+    one, twelve, rate = loads(tmp_path)
     assert (one["speed_up"], rate["speed_up"]) == (1, None)
-    assert four["speed_up"] == pytest.approx(four["output_tokens_per_s"] / one["output_tokens_per_s"])
-    assert four["speed_up"] > 1.5
+    assert twelve["speed_up"] == pytest.approx(twelve["output_tokens_per_s"] / one["output_tokens_per_s"])
+    assert twelve["speed_up"] > 1.5
     header, *rows = result.stdout.splitlines()[1:5]
     assert "speed-up" in header
-    assert "  1.00x  " in rows[0] and f"  {four['speed_up']:.2f}x  " in rows[1] and "  -  " in rows[2]
+    assert "  1.00x  " in rows[0] and f"  {twelve['speed_up']:.2f}x  " in rows[1] and "  -  " in rows[2]
     assert "<h3>Throughput against concurrency" in (tmp_path / "x.html").read_text()
     with Stub() as stub:
         result = invoke(*flags(stub, tmp_path, "--rate", "50,100", "--requests", 4))
