@@ -208,7 +208,8 @@ class Service:
             constraint = TimedConstraint(constraint, masking)
         made = self._prompts(prompts, request, client, constraint)
         _, engine = self._generates()
-        at_once = any(engine.at_once(prompt.request) for prompt in made)
+        tells = getattr(engine, "at_once", None)  # a plugin's engine may be older than the question
+        at_once = tells is not None and any(tells(prompt.request) for prompt in made)
         return Asked(made, request.draws, masking=masking, at_once=at_once)
 
     def _prompts(

@@ -201,3 +201,12 @@ def test_no_more_tokens_are_set_aside_than_the_context_holds(scripted, byte_toke
         assert headers["x-ratelimit-remaining-tokens"] == "40"
         assert server.post({**ask, "max_tokens": 5}, "/v1/completions")[0] == 200
         assert server.post(ask, "/v1/completions")[0] == 429
+
+
+def test_an_engine_of_a_plugin_need_not_tell_whether_its_tokens_come_together(
+    scripted, byte_tokenizer, running, monkeypatch
+):
+    monkeypatch.delattr("llmctl.one_by_one.OneByOne.at_once")
+    with running(scripted(byte_tokenizer, default="yes")) as server:
+        status, body, _ = server.post({"messages": [{"role": "user", "content": "?"}]})
+        assert (status, body["choices"][0]["message"]["content"]) == (200, "yes")
