@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ MODEL = "model.onnx"
 """The graph of a decoder or of an encoder."""
 ENCODER, DECODER, DECODER_WITH_PAST = "encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx"
 """The graphs of an encoder-decoder, under Optimum's names."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class Bundle:
         """The first id that the decoder of an encoder-decoder is given."""
         found = (self.config.get(key) for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
         return next((int(token) for token in found if token is not None), 0)
+
+    def ends(self, vocab_size: int) -> frozenset[int]:
+        """The ids that end an answer, of a model that can give `vocab_size` ids: it never gives the others."""
+        beyond = sorted(token for token in self.eos_ids if not 0 <= token < vocab_size)
+        if beyond:
+            _log.warning("%s: eos_token_id %s is none of the model's %d ids", self.directory, beyond, vocab_size)
+        return self.eos_ids - set(beyond)
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ class OrtGenerator:
         self.in_place = bundle.in_place
         self.context_length = bundle.context_length
         self.vocab_size = self.layout.vocab_size
-        self.eos_ids = bundle.eos_ids
+        self.eos_ids = bundle.ends(self.vocab_size)
         self.backend = f"onnxruntime {provider(session)}"
         self.adapters = open_adapters(session, bundle.directory, self.layout.device)
         if self.adapters is not None and not self.in_place:

@@ -67,8 +67,8 @@ class OrtEngine:
         self._tasks: dict[int, Task] = {}
         self._reading: list[Task] = []
         """Whose prompt is being read, in the order of admission."""
-        self._forking: list[Task] = []
-        """Whose prompt has been read and whose further draws wait for slots."""
+        self._forking: set[Task] = set()
+        """Those of the waiting ones whose prompt has been read: further draws wait for slots."""
         self._closed = False
         self._next_ticket = 0
         self._counts = EngineStats(slots=options.slots, cache_capacity=options.slots * self.context_length + size)
@@ -89,8 +89,8 @@ class OrtEngine:
                 f"{sampling.beams} beams need as many slots, the engine has {self.options.slots}",
                 hint=f"set beams to {self.options.slots} or less, or open the engine with more slots",
             )
-        if len(self._waiting) >= self.options.max_queue + len(self._allocation.free()):
-            raise QueueFullError(f"{len(self._waiting)} requests wait already", hint="try again later")
+        if self._queued >= self.options.max_queue + len(self._allocation.free()):
+            raise QueueFullError(f"{self._queued} requests wait already", hint="try again later")
         prompt = np.asarray(request.prompt, np.int32)
         limit = min(sampling.max_new_tokens, self.context_length - len(prompt))
         task = Task(self._next_ticket, request, prompt, limit, adapter=adapter)
@@ -103,6 +103,7 @@ class OrtEngine:
         self._next_ticket += 1
         self._tasks[task.ticket] = task
         self._waiting.add(request.client, task)
+        task.waits = True
         return task.ticket
 
     def at_once(self, request: Request) -> bool:
@@ -126,6 +127,11 @@ class OrtEngine:
             self._read_on(task)
 
     @property
+    def _queued(self) -> int:
+        """Requests of which nothing has been begun."""
+        return len(self._waiting) - len(self._forking)
+
+    @property
     def busy(self) -> bool:
         """See `Engine.busy`."""
         return bool(self._tasks)
@@ -134,7 +140,7 @@ class OrtEngine:
         """See `Engine.stats`."""
         return replace(
             self._counts,
-            waiting=len(self._waiting),
+            waiting=self._queued,
             running=self._allocation.running,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
@@ -165,7 +171,6 @@ class OrtEngine:
             return events
         self._steps += 1
         self._decode(events)
-        self._fork(events)
         self._admit(events)
         self._read(events)
         return events
@@ -206,47 +211,64 @@ class OrtEngine:
             return
         if task in self._reading:
             self._reading.remove(task)
-        elif task in self._forking:
-            self._forking.remove(task)
-        elif all(lane.slot < 0 for lane in task.lanes):
+        self._forking.discard(task)
+        if task.waits:
             self._waiting.remove(task.request.client, task)
 
     # -- prompts -------------------------------------------------------------------------------------------------------
 
     def _admit(self, events: list[Event]) -> None:
-        """Give free slots to whose turn it is. Who needs more than are free waits for them, and nobody overtakes."""
+        """Give free slots to whose turn it is, be it a request or one more draw of a request whose prompt is read.
+
+        Who needs more than are free waits for them, and nobody overtakes.
+        """
         while len(self._waiting):
             task = self._waiting.first()
             free = len(self._allocation.free())
             if free < (len(task.lanes) if task.search is not None else 1):
                 return
             self._waiting.pop()
-            events.append(Event(task.ticket, admitted=time.perf_counter()))
-            first, *others = [lane for lane in task.lanes if not lane.done]
+            task.waits = False
             try:
-                self._begin(task, first)
-                if task.search is not None:
-                    for lane in others:
-                        self._allocation.place(lane, np.zeros(0, np.int32))
+                if task in self._forking:
+                    self._fork(task, events)
+                else:
+                    events.append(Event(task.ticket, admitted=time.perf_counter()))
+                    self._enter(task)
             except Exception as error:  # as in `_decode`: memory may end where keys and values move
                 self._answers.fail(task, error, events)
+
+    def _enter(self, task: Task) -> None:
+        """The first slot for a request, whose prompt is read into it; for a beam search all slots at once."""
+        first, *others = [lane for lane in task.lanes if not lane.done]
+        self._begin(task, first)
+        task.cached = task.fed
+        self._cached += task.fed
+        if task.search is not None:
+            for lane in others:
+                self._allocation.place(lane, np.zeros(0, np.int32))
 
     def _begin(self, task: Task, lane: Lane) -> None:
         """Have the prompt read into a slot of this lane."""
         task.reading = lane
         self._reading.append(task)
-        known = task.prompt[:0] if task.scored_prompt else task.prompt[:-1]  # the last one's logits are needed
+        task.prompt_scores = []
+        known = task.prompt[:0] if task.scores_prompt else task.prompt[:-1]  # the last one's logits are needed
         task.fed = self._allocation.place(lane, known)
-        if not task.told:
-            task.cached = task.fed
-            self._cached += task.fed
 
     def _read_on(self, task: Task) -> None:
         """The lane that the prompt was read for is gone: another answer of the request takes its place."""
         if task in self._reading:
             self._reading.remove(task)
         task.reading = None
-        self._forking.append(task)
+        self._draw_more(task)
+
+    def _draw_more(self, task: Task) -> None:
+        """Further answers to a prompt wait for slots: before the other requests of the client, in its turn."""
+        if task.pending and not task.waits:
+            self._forking.add(task)
+            self._waiting.put_back(task.request.client, task)
+            task.waits = True
 
     def _read(self, events: list[Event]) -> None:
         """Read prompts, at most `prefill_tokens` tokens of them.
@@ -268,10 +290,10 @@ class OrtEngine:
         assert lane is not None
         chunk = task.prompt[start : start + budget]
         try:
-            logits = self._slots.feed(lane.slot, chunk, last=not task.scored_prompt)
+            logits = self._slots.feed(lane.slot, chunk, last=not task.scores_prompt)
             task.fed += len(chunk)
             self._prompt_tokens += len(chunk)
-            if task.scored_prompt:
+            if task.scores_prompt:
                 score_prompt(task, start, logits)
             if not task.left:
                 self._reading.remove(task)
@@ -288,31 +310,24 @@ class OrtEngine:
             task.beams = [lane]
             self._answers.search(task, logits, events)
             return
-        if len(task.pending):
+        if task.pending:
             task.logits = logits.copy()
-            self._forking.append(task)
         self._answers.draw([lane], logits, events)
-        if task.logits is not None:
-            self._fork(events)
+        self._draw_more(task)
+        self._admit(events)
 
-    def _fork(self, events: list[Event]) -> None:
-        """Further draws of prompts that have been read: they go on from a copy of the prompt's keys and values."""
-        for task in list(self._forking):
-            for lane in task.pending:
-                if lane.done:  # an earlier one has failed, and the request with it
-                    continue
-                if not self._allocation.free():
-                    return
-                try:
-                    if task.logits is None or self._slots.match(task.prompt, task.adapter).max() < len(task.prompt):
-                        self._forking.remove(task)
-                        self._begin(task, lane)  # nobody read it, or the last one that held the prompt is overwritten
-                        break
-                    self._allocation.place(lane, task.prompt)
-                    self._answers.draw([lane], task.logits, events)
-                except Exception as error:  # as in `_decode`
-                    self._answers.fail(task, error, events)
-            else:
-                if task in self._forking:
-                    self._forking.remove(task)
-                    task.logits = None
+    def _fork(self, task: Task, events: list[Event]) -> None:
+        """One more draw of a prompt that has been read goes on from a copy of its keys and values."""
+        if task.pending:
+            lane = task.pending[0]
+            if task.logits is None or self._slots.match(task.prompt, task.adapter).max() < len(task.prompt):
+                self._forking.discard(task)
+                self._begin(task, lane)  # nobody read it, or the last one that held the prompt is overwritten
+                return
+            self._allocation.place(lane, task.prompt)
+            self._answers.draw([lane], task.logits, events)
+        self._forking.discard(task)
+        if task.pending:
+            self._draw_more(task)
+        else:
+            task.logits = None

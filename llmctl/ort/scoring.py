@@ -29,5 +29,5 @@ def score_prompt(task: Task, start: int, logits: np.ndarray) -> None:
     count = task.request.prompt_logprobs or 0
     if not start:
         task.prompt_scores.append(None)
-    if following and len(task.prompt_scores) <= start + 1:
+    if following:
         task.prompt_scores += scores(logits[: len(following)], following, count)

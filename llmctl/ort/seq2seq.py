@@ -39,7 +39,8 @@ class OrtSeq2Seq:
         self.in_place = step.get_modelmeta().custom_metadata_map.get(SHARED) == "1"
         self.context_length = bundle.context_length
         self.vocab_size = self.layout.vocab_size
-        self.eos_ids, self.start_id, self._pad_id = bundle.eos_ids, bundle.start_id, bundle.pad_id
+        self.eos_ids = bundle.ends(self.vocab_size)
+        self.start_id, self._pad_id = bundle.start_id, bundle.pad_id
         self.backend = f"onnxruntime {provider(step)}"
         self._reads = {value.name for value in first.get_inputs()}
 

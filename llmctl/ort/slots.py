@@ -130,6 +130,7 @@ class Slots:
 
     def copy(self, source: int, target: int, stop: int, start: int = 0) -> None:
         """Tokens `start` to `stop` of one slot go to another, which already holds those before and now ends there."""
+        self.lengths[target] = min(int(self.lengths[target]), start)  # what is behind is lost, also if this fails
         self.memory.copy(source, target, start, stop)
         self.contents[target, start:stop] = self.contents[source, start:stop]
         self.lengths[target] = stop

@@ -54,6 +54,8 @@ class Task:
     cached: int = 0
     """Those that were there already."""
     prompt_scores: list[TokenScores | None] = field(default_factory=list)
+    waits: bool = False
+    """For slots."""
     told: bool = False
     """There was an event."""
     cancelled: set[int] = field(default_factory=set)
@@ -76,6 +78,6 @@ class Task:
         return len(self.prompt) - self.fed
 
     @property
-    def scored_prompt(self) -> bool:
-        """Whether the tokens of the prompt are scored, so that all of it must be computed."""
-        return self.request.prompt_logprobs is not None
+    def scores_prompt(self) -> bool:
+        """Whether the tokens of the prompt are still to be scored, so that all of it must be computed."""
+        return self.request.prompt_logprobs is not None and not self.told

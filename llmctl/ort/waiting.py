@@ -23,6 +23,11 @@ class FairQueue(Generic[T]):
         self._lines.setdefault(client, deque()).append(item)
         self._count += 1
 
+    def put_back(self, client: str, item: T) -> None:
+        """To the head of the client's line; the client's turn is when it would have been."""
+        self._lines.setdefault(client, deque()).appendleft(item)
+        self._count += 1
+
     def first(self) -> T:
         """Whose turn it is; IndexError if nobody waits."""
         for line in self._lines.values():

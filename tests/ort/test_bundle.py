@@ -56,6 +56,12 @@ def test_several_eos_ids_come_from_the_generation_config(broken: Path) -> None:
     assert open_bundle(broken, "cpu", threads=1).eos_ids == {1, 7}
 
 
+def test_ids_that_the_model_cannot_give_end_nothing(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (broken / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 50_000]}))
+    assert open_bundle(broken, "cpu", threads=1).eos_ids == {1}
+    assert "eos_token_id [50000]" in caplog.text
+
+
 def test_options_out_of_range(bundle: Path) -> None:
     with pytest.raises(UsageError, match="unknown device 'tpu'"):
         open_bundle(bundle, "tpu")
