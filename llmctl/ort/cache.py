@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from llmctl.errors import InputError
+from llmctl.ort.lazy_zeros import zeros
 from llmctl.ort.sessions import CUDA, provider
 from llmctl.ort.step_mask import StepMask
 
@@ -151,8 +152,7 @@ class InPlaceRows:
         self.adapter = dict(adapter or {})
         self.lengths = np.zeros(batch, np.int64)
         shape = (batch, layout.kv_heads, capacity, layout.head_dim)
-        # Zeroed pages are not touched until written, so a large capacity costs a short chat nothing.
-        self.cache = [_value(np.zeros(shape, layout.cache_dtype), layout.device) for _ in layout.past]
+        self.cache = [_value(zeros(shape, layout.cache_dtype), layout.device) for _ in layout.past]
         self._tokens = np.zeros((batch, 1), np.int64)
         self._positions = np.zeros((batch, 1), np.int64)
         self._mask = StepMask(batch, capacity)

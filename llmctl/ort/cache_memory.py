@@ -11,6 +11,7 @@ import onnxruntime as ort
 from llmctl.errors import MachineError
 from llmctl.ort.cache import Layout
 from llmctl.ort.cuda_driver import CudaDriver
+from llmctl.ort.lazy_zeros import zeros
 
 
 class CacheMemory(Protocol):
@@ -42,8 +43,7 @@ class HostMemory:
 
     def __init__(self, layout: Layout, slots: int, capacity: int) -> None:
         shape = (slots, layout.kv_heads, capacity, layout.head_dim)
-        # calloc: the kernel gives pages when they are first written, so slots that are never used cost nothing.
-        self._arrays = [np.zeros(shape, layout.cache_dtype) for _ in layout.past]
+        self._arrays = [zeros(shape, layout.cache_dtype) for _ in layout.past]
         self.bytes = sum(array.nbytes for array in self._arrays)
 
     def addresses(self, slot: int) -> list[int]:
@@ -164,7 +164,7 @@ def open_memory(layout: Layout, slots: int, capacity: int) -> CacheMemory:
         if layout.device == "cuda":
             return DeviceMemory(layout, slots, capacity, CudaDriver())
         return HostMemory(layout, slots, capacity)
-    except (MemoryError, RuntimeError) as error:  # of numpy, and of ONNX Runtime on CUDA
+    except (MemoryError, RuntimeError) as error:  # of the host, and of ONNX Runtime on CUDA
         size = slots * capacity * token_bytes(layout) / 1e9
         raise MachineError(
             f"no memory for the keys and values of {slots} sequences of {capacity} tokens, {size:.1f} GB",

@@ -2,7 +2,8 @@
 
 ONNX Runtime packs weights into memory of its own, which Linux gives in pages of 4 KiB unless it is asked for more. Each
 page ends what the processor reads ahead, and its address has to be looked up. In pages of 2 MiB a float32 model of 82M
-parameters decodes 1.2 times as fast on a Zen 5 server (`benchmarks/RESULTS.md`).
+parameters decodes 1.2 times as fast on a Zen 5 server (`benchmarks/RESULTS.md`). In 4 bits many of its matrices are
+smaller than a huge page, and glibc would give each a mapping of its own; so such are put one behind another meanwhile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llmctl.heap import side_by_side
+
 Range = tuple[int, int]
 """First address, and that behind the last."""
 
@@ -29,7 +32,7 @@ PRESENT = 1 << 63
 """Of an entry of /proc/self/pagemap: the page is in memory."""
 FULL = 0.9
 """Share of a huge page that must be in memory already, so that memory hardly grows."""
-WORTH_IT = 32 << 20
+WORTH_IT = 8 << 20
 """Bytes; fewer stay in the processor's caches from step to step."""
 THREAD = "huge pages"
 MADV_COLLAPSE = 25
@@ -48,9 +51,11 @@ def in_huge_pages() -> Iterator[None]:
     same. Small amounts stay where they are. Where it cannot be done nothing happens.
     """
     before = _anonymous() if _offered() else None
-    yield
     if before is None:
+        yield
         return
+    with side_by_side():
+        yield
     new = [part for range in _anonymous() for part in _without(range, before)]
     runs = [run for range in new for run in _resident(range)]
     if sum(end - start for start, end in runs) >= WORTH_IT:
@@ -72,7 +77,7 @@ def _offered() -> bool:
 
 
 def _anonymous() -> list[Range]:
-    """Private memory of the process that belongs to no file, ascending."""
+    """Private memory of the process that belongs to no file, the heap included, ascending."""
     found = []
     try:
         lines = MAPS.read_bytes().split(b"\n")
@@ -80,7 +85,7 @@ def _anonymous() -> list[Range]:
         return []
     for line in filter(None, lines):
         place, rights, _, _, inode, *name = line.split(maxsplit=5)
-        if rights == b"rw-p" and inode == b"0" and not name:
+        if rights == b"rw-p" and inode == b"0" and name in ([], [b"[heap]"]):
             start, end = (int(address, 16) for address in place.split(b"-"))
             found.append((start, end))
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl import Artifact, LlmctlError, UsageError
+from llmctl.heap import give_back
 from llmctl_serve.encoding import EncoderThread
 from llmctl_serve.errors import ApiError
 from llmctl_serve.metrics import ServerMetrics
@@ -279,13 +280,18 @@ class Models:
         with self._lock:
             self._retired.append(model)
 
-        def end() -> None:
-            model.drain()
-            with self._lock:
-                if model in self._retired:
-                    self._retired.remove(model)
+        name = f"drain {model.service.model_id}"
+        threading.Thread(target=self._end, args=([model],), name=name, daemon=True).start()
 
-        threading.Thread(target=end, name=f"drain {model.service.model_id}", daemon=True).start()
+    def _end(self, held: list[Model]) -> None:
+        """Drain and close the one model in `held`; its memory goes back to the system if nobody else holds it."""
+        model = held.pop()
+        model.drain()
+        with self._lock:
+            if model in self._retired:
+                self._retired.remove(model)
+        del model
+        give_back()
 
     def close(self) -> None:
         """Take nothing more, end what runs with 503, close everything. May be called twice."""

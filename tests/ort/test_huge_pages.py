@@ -92,9 +92,10 @@ def test_names_of_files_may_be_anything(monkeypatch: pytest.MonkeyPatch, tmp_pat
     maps.write_bytes(
         b"7f00000000-7f00200000 r--p 00000000 fe:00 77 /lib/a\xff\xe2\x80\xa8b\x0cc.so\n"
         b"7f00400000-7f00800000 rw-p 00000000 00:00 0 \n7f00800000-7f00a00000 rw-p 00000000 00:00 0 [stack]\n"
+        b"7f00c00000-7f00e00000 rw-p 00000000 00:00 0                  [heap]\n"
     )
     monkeypatch.setattr(huge_pages, "MAPS", maps)
-    assert huge_pages._anonymous() == [(0x7F00400000, 0x7F00800000)]
+    assert huge_pages._anonymous() == [(0x7F00400000, 0x7F00800000), (0x7F00C00000, 0x7F00E00000)]
 
 
 @pytest.mark.parametrize("case", ["never", "no such file", "small", "no pagemap"])
