@@ -159,6 +159,9 @@ class InPlaceRows:
         self._mask_shape = (0, 0)
         """Of the mask that the steps' binding has."""
         self._logits = np.zeros((batch, 1, layout.vocab_size), layout.logits_dtype)
+        self._chosen, self._ends = self._tokens.reshape(-1).data, self.lengths.data
+        self._places = self._positions.reshape(-1).data
+        """Numbers that a step writes one by one: numpy's loops are not in the processor's caches behind a step."""
         self._step_values = {"input_ids": _value(self._tokens), "logits": _value(self._logits)}
         if layout.position_ids:
             self._step_values["position_ids"] = _value(self._positions)
@@ -203,10 +206,10 @@ class InPlaceRows:
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to every row; logits `(B, V)` float32, valid until the next call."""
-        self._tokens[:, 0] = tokens
-        if self.layout.position_ids:
-            self._positions[:, 0] = self.lengths
-        self.lengths += 1
+        ends = self._ends
+        for row, token in enumerate(tokens):
+            self._chosen[row], self._places[row] = token, ends[row]
+            ends[row] += 1
         if self.layout.device != "cpu":
             self._bind_step()  # there a binding has copies of what it was given
         if self.layout.attention_mask:

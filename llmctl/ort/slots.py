@@ -45,6 +45,9 @@ class Slots:
         self._rows = None if adapters is None else RowAdapters(adapters)
         self._ids = np.zeros((count, 1), np.int64)
         self._positions = np.zeros((count, 1), np.int64)
+        self._chosen, self._ends = self._ids.reshape(-1).data, self.lengths.data
+        self._places, self._texts = self._positions.reshape(-1).data, self.contents.data
+        """Numbers that a step writes one by one: numpy's loops are not in the processor's caches behind a step."""
         self._mask = StepMask(count, capacity)
         self._shapes: dict[int, tuple[int, int]] = {}
         """Of the mask that each step's binding has."""
@@ -52,7 +55,7 @@ class Slots:
         """Whether what is bound from the host's memory is copied at that moment, and later writes are not seen."""
         self._ones = np.ones(capacity, np.int64)
         self._kept = np.zeros(1, np.int64)
-        self._range = np.arange(max(count, capacity))
+        self._range = np.arange(capacity)
         self._logits = np.zeros((count, 1, layout.vocab_size), layout.logits_dtype)
         self._scratch = np.zeros((0, layout.vocab_size), layout.logits_dtype)
         self._steps: dict[int, ort.IOBinding] = {}
@@ -67,14 +70,13 @@ class Slots:
         """Append one token to each of the first `len(tokens)` slots; logits `(len(tokens), V)` float32."""
         count = len(tokens)
         binding = self._steps.get(count) or self._bind_step(count)
-        lengths = self.lengths[:count]
-        self._ids[:count, 0] = tokens
-        self.contents[self._range[:count], lengths] = tokens
-        if self.layout.position_ids:
-            self._positions[:count, 0] = lengths
-        lengths += 1
+        ends = self._ends
+        for row, token in enumerate(tokens):
+            self._chosen[row], self._places[row] = token, ends[row]
+            self._texts[row, ends[row]] = token
+            ends[row] += 1
         if self.layout.attention_mask:
-            shape = self._mask.write(lengths)
+            shape = self._mask.write(self.lengths[:count])
             if self._copied or self._shapes.get(count) != shape:
                 binding.bind_input("attention_mask", "cpu", 0, np.int64, shape, self._mask.address)
                 self._shapes[count] = shape

@@ -20,36 +20,32 @@ class StepMask:
         self._values = np.zeros(rows * capacity, np.int64)
         self.address = self._values.ctypes.data
         """Where the mask of the latest `write` lies."""
-        self._rows = self._values[:0].reshape(0, 0)
-        self._before = np.zeros(0, np.int64)
-        self._range = np.arange(max(rows, capacity))
+        self._numbers = self._values.data
+        self._before: list[int] = []
+        self._width = 0
+        self._range = np.arange(capacity)
 
     def write(self, lengths: np.ndarray) -> tuple[int, int]:
         """Ones for the first `lengths[i]` tokens of row i, `lengths (B,)` from 1 on; the shape of the mask."""
-        count = len(lengths)
-        grown = count == len(self._before) and self._grown(lengths)
-        if not grown:
-            self._fill(lengths)
-        return count, self._rows.shape[1]
+        now = lengths.tolist()
+        if not self._grown(now):
+            self._fill(lengths, max(now))
+        self._before = now
+        return len(now), self._width
 
-    def _grown(self, lengths: np.ndarray) -> bool:
-        """Add a one to each row, if that is all that has changed."""
-        if len(lengths) == 1:
-            length = int(lengths[0])
-            if length != int(self._before[0]) + 1 or length > self._rows.shape[1]:
-                return False
-            self._rows[0, length - 1] = 1
-            self._before[0] = length
-            return True
-        self._before += 1
-        if not np.array_equal(self._before, lengths) or int(self._before.max()) > self._rows.shape[1]:
+    def _grown(self, now: list[int]) -> bool:
+        """Add a one to each row, if that is all that has changed; else some rows may be wrong."""
+        if len(now) != len(self._before) or max(now) > self._width:
             return False
-        self._rows[self._range[: len(lengths)], lengths - 1] = 1
+        numbers, start = self._numbers, -1
+        for length, before in zip(now, self._before, strict=True):
+            if length != before + 1:
+                return False
+            numbers[start + length] = 1
+            start += self._width
         return True
 
-    def _fill(self, lengths: np.ndarray) -> None:
-        longest = int(lengths.max())
-        width = min(self.capacity, -(-longest // STRIDE) * STRIDE)
-        self._rows = self._values[: len(lengths) * width].reshape(len(lengths), width)
-        np.less(self._range[:width], lengths[:, None], out=self._rows, casting="unsafe")
-        self._before = lengths.copy()
+    def _fill(self, lengths: np.ndarray, longest: int) -> None:
+        self._width = min(self.capacity, -(-longest // STRIDE) * STRIDE)
+        rows = self._values[: len(lengths) * self._width].reshape(len(lengths), self._width)
+        np.less(self._range[: self._width], lengths[:, None], out=rows, casting="unsafe")

@@ -61,5 +61,5 @@ def test_a_mask_that_is_not_written_is_noticed(generator: OrtGenerator, monkeypa
     prompt, sampling = [5, 6, 7, 8], Sampling(max_new_tokens=40)
     right = list(generator.stream(prompt, sampling))
     monkeypatch.setattr(generator, "_idle", None)
-    monkeypatch.setattr(StepMask, "_grown", lambda mask, lengths: True)
+    monkeypatch.setattr(StepMask, "_grown", lambda mask, now: mask._width > 0)
     assert list(generator.stream(prompt, sampling)) != right
