@@ -4,9 +4,9 @@ An 82M LLaMA (12 layers, width 768, 12 query and 4 key/value heads, vocabulary 8
 prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits. Our side runs the bundles of `export-onnx`
 and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4 bits, what its own builder makes of the
 weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a graph of nothing but our bundle's
-matrix products: no engine that runs these kernels can be faster than they are. Each side is a process that waits while
-another works. In every round each side answers with one token and with all: the difference is decoding without the
-prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same tokens. `--peers` is
+matrix products, `kernels` one of these and its attention: no engine that runs these operators can be faster. Each side
+is a process that waits while another works. In every round each side answers with one token and with all: the
+difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same tokens. `--peers` is
 the interpreter of an environment with what `benchmarks/peers/decode.py` names; without it only Optimum is beside us.
 
     python benchmarks/decode.py --peers peers/bin/python --threads 2 --rounds 5
@@ -147,7 +147,7 @@ def start(home: Path, kind: str, threads: int, peers: str | None, device: str) -
     if kind == "fp16":
         commands["transformers"] = ours("transformers", home / "hf")
     else:
-        commands["products"] = ours("products", home / kind / "model")
+        commands |= {name: ours(name, home / kind / "model") for name in ("products", "kernels")}
     if kind == "fp32":
         commands["optimum"] = ours("optimum", home / "optimum")
     if peers and kind != "fp16":
@@ -206,7 +206,9 @@ def compare(
     """Let the sides take turns, the order turned round every time."""
     prompts = np.random.default_rng(0).integers(3, vocabulary, (batch, PROMPT)).tolist()
     answers = {name: side.ask(prompts, NEW)[1] for name, side in sides.items()}
-    different = [name for name, tokens in answers.items() if name != "products" and tokens != answers["llmctl"]]
+    different = [
+        name for name, tokens in answers.items() if name not in ("products", "kernels") and tokens != answers["llmctl"]
+    ]
     if equal and different:
         raise SystemExit(f"other tokens than ours from {', '.join(different)}: nothing was compared")
     decode: dict[str, list[float]] = {name: [] for name in sides}

@@ -49,55 +49,105 @@ def transformers_answers(directory: Path, threads: int, device: str) -> Any:
 
 def products_answers(bundle: Path, threads: int, device: str) -> Any:
     """The matrix products of a step alone, as often as an answer has steps behind its prompt; the tokens are zeros."""
+    return _kernels_answers(bundle, threads, device, attention=False)
+
+
+def kernels_answers(bundle: Path, threads: int, device: str) -> Any:
+    """The matrix products and the attention of a step, over a cache as long as an answer's; no norms, no gate."""
+    return _kernels_answers(bundle, threads, device, attention=True)
+
+
+def _kernels_answers(bundle: Path, threads: int, device: str, *, attention: bool) -> Any:
     import onnx
-    from onnx import helper
 
     from llmctl.ort.sessions import open_session
 
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes: list[Any] = []
-    widths: dict[str, int] = {}
-    for node in model.graph.node:
-        if node.op_type not in ("MatMulNBits", "MatMul", "FusedMatMul") or node.input[1] not in stored:
-            continue
-        sizes = {item.name: item.i for item in node.attribute}
-        shape = stored[node.input[1]].dims[:: -1 if sizes.get("transB") else 1]
-        inner, outer = (sizes["K"], sizes["N"]) if node.op_type == "MatMulNBits" else shape
-        node.input[0], node.output[0] = f"of {inner}", f"product {len(nodes)}"
-        widths[node.input[0]], widths[node.output[0]] = inner, outer
-        nodes.append(node)
-    values = {
-        name: helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["rows", width])
-        for name, width in widths.items()
-    }
-    del model.graph.node[:], model.graph.input[:], model.graph.output[:], model.graph.value_info[:]
-    model.graph.node.extend(nodes)
-    model.graph.input.extend(value for name, value in values.items() if name.startswith("of"))
-    model.graph.output.extend(value for name, value in values.items() if name.startswith("product"))
-    used = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    file = bundle / "products.onnx"  # beside the weights that it refers to
+    widths, caches = _keep_kernels(model, attention=attention)
+    file = bundle / f"kernels-{attention}.onnx"  # beside the weights that it refers to
     onnx.save(model, file)
     session = open_session(file, device, threads)
     file.unlink()
     bound: dict[int, Any] = {}
 
+    def bind(rows: int, capacity: int) -> Any:
+        binding = session.io_binding()
+        arrays: dict[str, np.ndarray] = {name: np.ones((rows, 1, width), np.float32) for name, width in widths.items()}
+        arrays |= {name: np.ones((rows, *sizes[0], capacity, sizes[1]), np.float32) for name, sizes in caches.items()}
+        if caches:
+            arrays["last"], arrays["total"] = np.zeros(rows, np.int32), np.array(capacity, np.int32)
+        inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
+        for name in inputs:
+            array = arrays[name]
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name in outputs:
+            array = arrays[name.replace("present.", "past_key_values.")]
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding, arrays
+
     def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        if len(prompts) not in bound:
-            binding = session.io_binding()
-            arrays = {name: np.ones((len(prompts), width), np.float32) for name, width in widths.items()}
-            for name, array in arrays.items():
-                bind = binding.bind_input if name.startswith("of") else binding.bind_output
-                bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
-            bound[len(prompts)] = binding, arrays
-        for _ in range(new - 1):
-            session.run_with_iobinding(bound[len(prompts)][0])
+        rows, read = len(prompts), len(prompts[0])
+        if rows not in bound or new > 1:
+            bound[rows] = bind(rows, read + new)
+        binding, arrays = bound[rows]
+        for step in range(new - 1):
+            if caches:
+                arrays["last"][:] = read + step
+            session.run_with_iobinding(binding)
         return [[0] * new for _ in prompts]
 
     return answer
+
+
+def _keep_kernels(model: Any, *, attention: bool) -> tuple[dict[str, int], dict[str, tuple[tuple[int, ...], int]]]:
+    """Leave nothing in a bundle's graph but its products and, if asked for, its attention.
+
+    Each reads inputs of the graph, but attention the product of queries, keys and values. Gives the widths of the
+    inputs and outputs, and of each cache tensor the sizes before and behind its tokens.
+    """
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[Any] = []
+    widths: dict[str, int] = {}
+    places: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention" and attention:
+            node.input[0], node.input[5], node.input[6] = places[node.input[0]], "last", "total"
+            sizes = {item.name: item.i for item in node.attribute}
+            heads, keys = sizes["num_heads"], sizes["kv_num_heads"]
+            node.output[0] = f"attention {len(nodes)}"
+            widths[node.output[0]] = widths[node.input[0]] * heads // (heads + 2 * keys)
+            nodes.append(node)
+        if node.op_type not in ("MatMulNBits", "MatMul", "FusedMatMul") or node.input[1] not in stored:
+            continue
+        sizes = {item.name: item.i for item in node.attribute}
+        shape = stored[node.input[1]].dims[:: -1 if sizes.get("transB") else 1]
+        inner, outer = (sizes["K"], sizes["N"]) if node.op_type == "MatMulNBits" else shape
+        places[node.output[0]] = f"product {len(nodes)}"
+        node.input[0], node.output[0] = f"of {inner}", places[node.output[0]]
+        widths[node.input[0]], widths[node.output[0]] = inner, outer
+        nodes.append(node)
+    caches = [value for value in graph.input if attention and value.name.startswith("past_key_values.")]
+    presents = [value for value in graph.output if attention and value.name.startswith("present.")]
+    floats = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 1, width])
+        for name, width in widths.items()
+    }
+    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    graph.input.extend([value for name, value in floats.items() if name.startswith("of ")] + caches)
+    graph.output.extend([value for name, value in floats.items() if not name.startswith("of ")] + presents)
+    if caches:
+        graph.input.append(helper.make_tensor_value_info("last", TensorProto.INT32, ["rows"]))
+        graph.input.append(helper.make_tensor_value_info("total", TensorProto.INT32, []))
+    used = {name for node in nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    dims = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in caches}
+    return widths, {name: ((sizes[1],), sizes[3]) for name, sizes in dims.items()}
 
 
 def optimum_answers(directory: Path, threads: int, device: str) -> Any:
@@ -122,6 +172,7 @@ def optimum_answers(directory: Path, threads: int, device: str) -> Any:
 SIDES = {
     "llmctl": llmctl_answers,
     "products": products_answers,
+    "kernels": kernels_answers,
     "optimum": optimum_answers,
     "transformers": transformers_answers,
 }
