@@ -8,9 +8,10 @@ artifact is decided by the hook `open_generator`.
 
 from __future__ import annotations
 
+import collections.abc
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from llmctl.errors import UsageError
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 LEAST_PENALTY = 0.01
 """Of repetition. Logits are divided by it in float32, which a number near zero would make infinite."""
+LARGEST = 1e30
+"""Of biases and penalties: sums with a beam's score, and quotients by `LEAST_PENALTY`, stay in float32's range."""
+
+Tokens = collections.abc.Generator[int, None, int | None]
+"""The ids of an answer one by one; what it returns is the EOS id that ended it, None at a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +41,11 @@ class Sampling:
     Equal seeds give equal tokens on one device and build; without a seed every call differs.
 
     `n` answers to one prompt come from `Generator.candidates`: the n best beams, or n draws with the seeds `seed`,
-    `seed + 1`, … so that each equals a single run with its seed. An answer's score is its log-probability divided by
-    its length to the power `length_penalty` (0: the sum, 1: the mean; above 1 favours long answers); beams are ranked
-    by it. `early_stopping` says when a beam search ends that has `beams` finished answers: True at once, False when
-    the best unfinished beam scores below the worst of them at its present length, "never" when it would do so even at
-    the greatest length.
+    `seed + 1`, … (0 after the greatest), so that each equals a single run with its seed. An answer's score is its
+    log-probability divided by its length to the power `length_penalty` (0: the sum, 1: the mean; above 1 favours long
+    answers); beams are ranked by it. `early_stopping` says when a beam search ends that has `beams` finished answers:
+    True at once, False when the best unfinished beam scores below the worst of them at its present length, "never" when
+    it would do so even at the greatest length.
     """
 
     max_new_tokens: int = 256
@@ -70,7 +76,7 @@ class Sampling:
                 f"repetition_penalty must be at least {LEAST_PENALTY}, got {self.repetition_penalty}",
             ),
             *(
-                (math.isfinite(value), f"{name} must be a finite number, got {value}")
+                (abs(value) <= LARGEST, f"{name} must be in [-{LARGEST:g}, {LARGEST:g}], got {value}")
                 for name, value in (
                     ("repetition_penalty", self.repetition_penalty),
                     ("frequency_penalty", self.frequency_penalty),
@@ -79,8 +85,8 @@ class Sampling:
             ),
             *(
                 (
-                    token >= 0 and math.isfinite(value),
-                    f"logit_bias of token {token} is {value}: give an id and a number",
+                    token >= 0 and abs(value) <= LARGEST,
+                    f"logit_bias of token {token} is {value}: give an id and a number in [-{LARGEST:g}, {LARGEST:g}]",
                 )
                 for token, value in self.logit_bias
             ),
@@ -138,7 +144,7 @@ class Sampling:
 
     def draws(self) -> list[Sampling]:
         """The `n` single runs that the answers equal, each with its own seed."""
-        seeds = (None if self.seed is None else self.seed + i for i in range(self.n))
+        seeds = (None if self.seed is None else (self.seed + i) % 2**63 for i in range(self.n))
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
