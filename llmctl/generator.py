@@ -162,6 +162,10 @@ class Candidate:
     ended: bool
     """Ended with an EOS id, not at a limit."""
     length_penalty: float = 1.0
+    end: int | None = None
+    """The EOS id it ended with, where that is known."""
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """The likeliest tokens in the place of each that `logprobs` scores, if an engine was asked for them."""
 
     @property
     def logprob(self) -> float:
@@ -178,7 +182,8 @@ class Candidate:
         """The answer up to its token `count`; itself if it is no longer."""
         if count >= len(self.ids):
             return self
-        return replace(self, ids=self.ids[:count], logprobs=self.logprobs[:count], ended=False)
+        logprobs, tops = self.logprobs[:count], self.tops[:count]
+        return replace(self, ids=self.ids[:count], logprobs=logprobs, ended=False, end=None, tops=tops)
 
 
 @runtime_checkable
@@ -216,8 +221,9 @@ class Generator(Protocol):
     ) -> Iterator[int]:
         """Yield new token ids one by one; ends at an EOS id, `max_new_tokens` or the context length.
 
-        With beams all of them come at the end. `constraint`, in its first state, says what the answer must look like;
-        it is copied. Raises UsageError for a prompt as `room` does, and for `n > 1`.
+        With beams all of them come at the end. A generator (`Tokens`) returns the EOS id. `constraint`, in its first
+        state, says what the answer must look like; it is copied. Raises UsageError for a prompt as `room` does, and for
+        `n > 1`.
         """
 
     def generate(

@@ -26,12 +26,9 @@ class Answers:
         allocation: Allocation,
         speculation: Speculation | None,
         eos_ids: frozenset[int],
-        chunk: int,
         forget: Callable[[Task], None],
     ) -> None:
         self._slots, self._allocation, self._speculation, self._eos_ids = slots, allocation, speculation, eos_ids
-        self._chunk = chunk
-        """Tokens that are read at a time where an answer is read once more for its scores."""
         self._forget = forget
         """Told of a request whose last lane has ended."""
         self.generated = 0
@@ -176,8 +173,7 @@ class Answers:
                 events.append(self._event(task, choice, (), (), "stop"))  # fewer answers exist
                 continue
             self.generated += len(answer.ids)
-            ends = self._eos_ids if answer.ended else frozenset[int]()
-            scored = score_answer(task, answer.ids, ends, self._slots, self._chunk)
+            scored = score_answer(task, answer)
             reason: FinishReason = "stop" if answer.ended else "length"
             events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
         self.end_all(task)

@@ -60,9 +60,7 @@ class OrtEngine:
         if self._speculation is not None:
             self.memory_bytes += self._speculation.drafter.memory_bytes
         self._allocation = Allocation(self._slots, self._pool, remembers=options.prefix_cache)
-        self._answers = Answers(
-            self._slots, self._allocation, self._speculation, self.eos_ids, options.prefill_tokens, self._forget
-        )
+        self._answers = Answers(self._slots, self._allocation, self._speculation, self.eos_ids, self._forget)
         self._waiting: FairQueue[Task] = FairQueue()
         self._tasks: dict[int, Task] = {}
         self._reading: list[Task] = []
