@@ -6,8 +6,9 @@ and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4 
 weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a graph of nothing but our bundle's
 matrix products, `kernels` one of these and its attention: no engine that runs these operators can be faster. Each side
 is a process that waits while another works. In every round each side answers with one token and with all: the
-difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same tokens. `--peers` is
-the interpreter of an environment with what `benchmarks/peers/decode.py` names; without it only Optimum is beside us.
+difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must
+give the same tokens. `--peers` is the interpreter of an environment with what `benchmarks/peers/decode.py` names;
+without it only Optimum is beside us.
 
     python benchmarks/decode.py --peers peers/bin/python --threads 2 --rounds 5
 

@@ -12,7 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llmctl.errors import UsageError
 from llmctl.generator import Candidate, Sampling
+
+Top = tuple[tuple[int, float], ...]
+"""Tokens and their log-probabilities by the model itself, best first."""
 
 
 class Continuation(NamedTuple):
@@ -24,6 +28,8 @@ class Continuation(NamedTuple):
     """The model's own."""
     score: float
     """What the search adds up: `logprob`, changed by bias, penalties and constraints."""
+    top: Top = ()
+    """The likeliest tokens in its place, if they are to be kept."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,12 @@ class Beam:
     logprobs: tuple[float, ...] = ()
     total: float = 0.0
     """Sum of the scores: of `logprobs` where nothing changes them."""
+    tops: tuple[Top, ...] = ()
 
-    def extend(self, token: int, logprob: float, score: float) -> Beam:
+    def extend(self, by: Continuation) -> Beam:
         """The beam with one more token."""
-        return Beam((*self.ids, token), (*self.logprobs, logprob), self.total + score)
+        tops = (*self.tops, by.top) if by.top else ()
+        return Beam((*self.ids, by.token), (*self.logprobs, by.logprob), self.total + by.score, tops)
 
 
 class BeamSearch:
@@ -74,14 +82,22 @@ class BeamSearch:
         return [beam.ids[-1] for beam in self.beams]
 
     def step(self, best: Sequence[Continuation]) -> list[int]:
-        """Take the best continuations, best first; for each new beam the old one that it continues, none at the end."""
+        """Take the best continuations, best first; for each new beam the old one that it continues, none at the end.
+
+        A beam that nothing continues is given up. UsageError if that is so of all, and no answer is finished.
+        """
+        if not (best or self._finished):
+            raise UsageError(
+                "no beam can go on: the constraint allows no token, or the logits are not numbers",
+                hint="relax the schema, regex or grammar",
+            )
         full = len(self.beams[0].ids) + 1 == self.limit
         going: list[tuple[int, Beam]] = []
-        for rank, (parent, token, logprob, score) in enumerate(best):
-            ended = token in self.eos_ids
-            longer = self.beams[parent].extend(token, logprob, score)
+        for rank, one in enumerate(best):
+            ended = one.token in self.eos_ids
+            longer = self.beams[one.beam].extend(one)
             if not (ended or full):
-                going.append((parent, longer))
+                going.append((one.beam, longer))
             elif self._accepts(rank):
                 self._finish(longer, ended)
         self._finished.sort(key=lambda one: one[0], reverse=True)
@@ -97,8 +113,9 @@ class BeamSearch:
         return rank < self.width
 
     def _finish(self, beam: Beam, ended: bool) -> None:
-        ids = list(beam.ids[:-1] if ended else beam.ids)
-        answer = Candidate(ids, list(beam.logprobs), ended, self.sampling.length_penalty)
+        ids, end = (beam.ids[:-1], beam.ids[-1]) if ended else (beam.ids, None)
+        penalty = self.sampling.length_penalty
+        answer = Candidate(list(ids), list(beam.logprobs), ended, penalty, end, list(beam.tops))
         self._finished.append((self._worth(answer, beam.total), answer))
 
     def _worth(self, answer: Candidate, total: float) -> float:

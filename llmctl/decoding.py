@@ -56,11 +56,17 @@ class Answer:
     limit: int
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    ended: bool = False
+    end: int | None = None
+    """The EOS id it ended with."""
+
+    @property
+    def ended(self) -> bool:
+        """Ended with an EOS id."""
+        return self.end is not None
 
     def candidate(self, length_penalty: float) -> Candidate:
         """The answer with its scores; `draw` must have been given `score`."""
-        return Candidate(self.ids, self.logprobs, self.ended, length_penalty)
+        return Candidate(self.ids, self.logprobs, self.ended, length_penalty, self.end)
 
 
 def draw(
@@ -84,8 +90,9 @@ def draw(
             answer = answers[at[row]]
             if score is not None:
                 answer.logprobs.append(score(logits[row], token))
-            answer.ended = token in eos_ids
-            if not answer.ended:
+            if token in eos_ids:
+                answer.end = token
+            else:
                 answer.ids.append(token)
             if answer.ended or len(answer.ids) == answer.limit:
                 alive.remove(at[row])

@@ -8,9 +8,10 @@ artifact is decided by the hook `open_generator`.
 
 from __future__ import annotations
 
+import collections.abc
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from llmctl.errors import UsageError
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 LEAST_PENALTY = 0.01
 """Of repetition. Logits are divided by it in float32, which a number near zero would make infinite."""
+LARGEST = 1e30
+"""Of biases and penalties: sums with a beam's score, and quotients by `LEAST_PENALTY`, stay in float32's range."""
+
+Tokens = collections.abc.Generator[int, None, int | None]
+"""The ids of an answer one by one; what it returns is the EOS id that ended it, None at a limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +41,11 @@ class Sampling:
     Equal seeds give equal tokens on one device and build; without a seed every call differs.
 
     `n` answers to one prompt come from `Generator.candidates`: the n best beams, or n draws with the seeds `seed`,
-    `seed + 1`, … so that each equals a single run with its seed. An answer's score is its log-probability divided by
-    its length to the power `length_penalty` (0: the sum, 1: the mean; above 1 favours long answers); beams are ranked
-    by it. `early_stopping` says when a beam search ends that has `beams` finished answers: True at once, False when
-    the best unfinished beam scores below the worst of them at its present length, "never" when it would do so even at
-    the greatest length.
+    `seed + 1`, … (0 after the greatest), so that each equals a single run with its seed. An answer's score is its
+    log-probability divided by its length to the power `length_penalty` (0: the sum, 1: the mean; above 1 favours long
+    answers); beams are ranked by it. `early_stopping` says when a beam search ends that has `beams` finished answers:
+    True at once, False when the best unfinished beam scores below the worst of them at its present length, "never" when
+    it would do so even at the greatest length.
     """
 
     max_new_tokens: int = 256
@@ -70,7 +76,7 @@ class Sampling:
                 f"repetition_penalty must be at least {LEAST_PENALTY}, got {self.repetition_penalty}",
             ),
             *(
-                (math.isfinite(value), f"{name} must be a finite number, got {value}")
+                (abs(value) <= LARGEST, f"{name} must be in [-{LARGEST:g}, {LARGEST:g}], got {value}")
                 for name, value in (
                     ("repetition_penalty", self.repetition_penalty),
                     ("frequency_penalty", self.frequency_penalty),
@@ -79,8 +85,8 @@ class Sampling:
             ),
             *(
                 (
-                    token >= 0 and math.isfinite(value),
-                    f"logit_bias of token {token} is {value}: give an id and a number",
+                    token >= 0 and abs(value) <= LARGEST,
+                    f"logit_bias of token {token} is {value}: give an id and a number in [-{LARGEST:g}, {LARGEST:g}]",
                 )
                 for token, value in self.logit_bias
             ),
@@ -138,7 +144,7 @@ class Sampling:
 
     def draws(self) -> list[Sampling]:
         """The `n` single runs that the answers equal, each with its own seed."""
-        seeds = (None if self.seed is None else self.seed + i for i in range(self.n))
+        seeds = (None if self.seed is None else (self.seed + i) % 2**63 for i in range(self.n))
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
@@ -156,6 +162,10 @@ class Candidate:
     ended: bool
     """Ended with an EOS id, not at a limit."""
     length_penalty: float = 1.0
+    end: int | None = None
+    """The EOS id it ended with, where that is known."""
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    """The likeliest tokens in the place of each that `logprobs` scores, if an engine was asked for them."""
 
     @property
     def logprob(self) -> float:
@@ -172,7 +182,8 @@ class Candidate:
         """The answer up to its token `count`; itself if it is no longer."""
         if count >= len(self.ids):
             return self
-        return replace(self, ids=self.ids[:count], logprobs=self.logprobs[:count], ended=False)
+        logprobs, tops = self.logprobs[:count], self.tops[:count]
+        return replace(self, ids=self.ids[:count], logprobs=logprobs, ended=False, end=None, tops=tops)
 
 
 @runtime_checkable
@@ -210,8 +221,9 @@ class Generator(Protocol):
     ) -> Iterator[int]:
         """Yield new token ids one by one; ends at an EOS id, `max_new_tokens` or the context length.
 
-        With beams all of them come at the end. `constraint`, in its first state, says what the answer must look like;
-        it is copied. Raises UsageError for a prompt as `room` does, and for `n > 1`.
+        With beams all of them come at the end. A generator (`Tokens`) returns the EOS id. `constraint`, in its first
+        state, says what the answer must look like; it is copied. Raises UsageError for a prompt as `room` does, and for
+        `n > 1`.
         """
 
     def generate(

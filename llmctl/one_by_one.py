@@ -12,14 +12,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from llmctl.engine import EngineOptions, EngineStats, Event, FinishReason, QueueFullError, Request, TokenScores
 from llmctl.errors import UsageError
 from llmctl.generator import Candidate, choose_adapter
 
 if TYPE_CHECKING:
-    from llmctl.generator import Generator
+    from llmctl.generator import Generator, Tokens
 
 OPTIONS = EngineOptions()
 
@@ -47,6 +47,8 @@ class OneByOne:
         self._waiting: OrderedDict[str, deque[tuple[int, Request]]] = OrderedDict()
         self._ticket = 0
         self._running: Iterator[list[Event]] | None = None
+        self._said_end: int | None = None
+        """The EOS id that the draw ended with, if the model tells."""
         self._wanted: dict[int, set[int]] = {}
         """Ticket -> the choices that somebody still waits for."""
         self._steps = self._prompt_tokens = self._generated = 0
@@ -146,7 +148,8 @@ class OneByOne:
 
     def _tokens(self, request: Request) -> Iterator[int]:
         guide = {} if request.constraint is None else {"constraint": request.constraint}
-        return self._answering.stream(request.prompt, request.sampling, **guide)
+        stream = self._answering.stream(request.prompt, request.sampling, **guide)
+        self._said_end = yield from cast("Tokens", stream)  # any other iterator returns None
 
     def _streamed(self, ticket: int, request: Request) -> Iterator[list[Event]]:
         limit, count = request.sampling.max_new_tokens, 0
@@ -171,7 +174,7 @@ class OneByOne:
             reason = events[-1].finish_reason or reason
             if events[-1].finish_reason is None:
                 yield []
-        scores = self._scores(request, ids, reason == "stop")
+        scores = self._scores(request, ids, reason == "stop", self._said_end)
         yield [Event(ticket, tokens=tuple(ids), scores=scores, finish_reason=reason)]
 
     def _candidates(self, ticket: int, request: Request) -> list[Event]:
@@ -183,20 +186,22 @@ class OneByOne:
         )
         events = []
         for choice, one in enumerate(found):
-            scores = () if request.logprobs is None else self._scores(request, one.ids, one.ended)
+            scores = () if request.logprobs is None else self._scores(request, one.ids, one.ended, one.end)
             reason: FinishReason = "stop" if one.ended else "length"
             events.append(Event(ticket, choice, tuple(one.ids), scores, finish_reason=reason))
         # Fewer beams come back where fewer answers exist; those who wait for the others are told that it is over.
         missing = range(len(found), request.sampling.n)
         return events + [Event(ticket, choice, finish_reason="stop") for choice in missing]
 
-    def _scores(self, request: Request, ids: Sequence[int], ended: bool) -> tuple[TokenScores, ...]:
-        """Of the tokens of an answer, and of the likeliest EOS id where it `ended`."""
-        ids = [*ids, *([min(self.eos_ids)] if ended and self.eos_ids else [])]
+    def _scores(self, request: Request, ids: Sequence[int], ended: bool, end: int | None) -> tuple[TokenScores, ...]:
+        """Of the tokens of an answer, and where it `ended` of `end`: of the likeliest EOS id if that is unknown."""
+        unknown = ended and end is None and bool(self.eos_ids)
+        last = min(self.eos_ids) if unknown else end
+        ids = [*ids, last] if ended and last is not None else list(ids)
         if not ids:
             return ()
         logits = self._answering.answer_logits(request.prompt, ids)
-        if ended and self.eos_ids:
+        if unknown:
             ids[-1] = max(self.eos_ids, key=lambda token: float(logits[-1][token]))
         return tuple(score(row, token, request.logprobs or 0) for row, token in zip(logits, ids, strict=True))
 

@@ -26,12 +26,9 @@ class Answers:
         allocation: Allocation,
         speculation: Speculation | None,
         eos_ids: frozenset[int],
-        chunk: int,
         forget: Callable[[Task], None],
     ) -> None:
         self._slots, self._allocation, self._speculation, self._eos_ids = slots, allocation, speculation, eos_ids
-        self._chunk = chunk
-        """Tokens that are read at a time where an answer is read once more for its scores."""
         self._forget = forget
         """Told of a request whose last lane has ended."""
         self.generated = 0
@@ -80,14 +77,29 @@ class Answers:
         """
         failed: dict[int, Exception] = {}
         chosen = choose(logits, [lane.state for lane in lanes], failed).tolist()
-        if failed:
-            for row, error in failed.items():
-                self.fail(lanes[row].task, error, events)
-            going = [row for row, lane in enumerate(lanes) if not lane.done]
-            lanes, logits, chosen = [lanes[row] for row in going], logits[going], [chosen[row] for row in going]
-        scored = score_lanes(lanes, logits, chosen)
+        for row, error in failed.items():
+            self.fail(lanes[row].task, error, events)
+        scored = self._scored(lanes, logits, chosen, events)
         for i, (lane, token) in enumerate(zip(lanes, chosen, strict=True)):
-            self._advance(lane, (token,), (scored[i],) if i in scored else (), events)
+            if not lane.done:
+                self._advance(lane, (token,), (scored[i],) if i in scored else (), events)
+
+    def _scored(
+        self, lanes: Sequence[Lane], logits: np.ndarray, chosen: Sequence[int], events: list[Event]
+    ) -> dict[int, TokenScores]:
+        """As `score_lanes`. Where memory ends they are tried one by one, and whose scores fail has failed."""
+        try:
+            return score_lanes(lanes, logits, chosen)
+        except Exception:
+            found: dict[int, TokenScores] = {}
+            for i, lane in enumerate(lanes):
+                try:
+                    one = score_lanes(lanes[i : i + 1], logits[i : i + 1], chosen[i : i + 1])
+                except Exception as error:
+                    self.fail(lane.task, error, events)
+                else:
+                    found.update((i, scores) for scores in one.values())
+            return found
 
     def _advance(self, lane: Lane, tokens: Sequence[int], scored: Sequence[TokenScores], events: list[Event]) -> None:
         """An answer goes on with `tokens`, up to its end; the last of them is fed by the next step."""
@@ -161,8 +173,7 @@ class Answers:
                 events.append(self._event(task, choice, (), (), "stop"))  # fewer answers exist
                 continue
             self.generated += len(answer.ids)
-            ends = self._eos_ids if answer.ended else frozenset[int]()
-            scored = score_answer(task, answer.ids, ends, self._slots, self._chunk)
+            scored = score_answer(task, answer)
             reason: FinishReason = "stop" if answer.ended else "length"
             events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
         self.end_all(task)

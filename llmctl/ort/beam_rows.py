@@ -8,7 +8,7 @@ import numpy as np
 
 from llmctl.engine import TokenScores
 from llmctl.generator import Candidate
-from llmctl.ort.sampling import rank, scores
+from llmctl.ort.sampling import rank
 from llmctl.ort.slots import Slots
 from llmctl.ort.tasks import Lane, Task
 
@@ -18,7 +18,8 @@ def advance(task: Task, logits: np.ndarray, slots: Slots) -> bool:
     search, old = task.search, task.beams
     assert search is not None
     states = [lane.state for lane in old] if old[0].state.adjusts else []
-    parents = search.step(rank(logits, search.totals, search.wanted, states))
+    top = task.request.logprobs or 0
+    parents = search.step(rank(logits, search.totals, search.wanted, states, top))
     if not parents:
         return False
     new = _spread(task, parents, slots)
@@ -65,23 +66,10 @@ def found_answers(task: Task) -> list[Candidate | None]:
     return found + [None] * (wanted - len(found))
 
 
-def score_answer(
-    task: Task, answer: Sequence[int], ends: frozenset[int], slots: Slots, chunk: int
-) -> tuple[TokenScores, ...]:
-    """The scores of an answer that a search has found, if asked for: it is read once more, as no beam kept them.
-
-    `ends`: the EOS ids, of which the likeliest is scored behind it, if it ended with one.
-    """
-    count, slot = task.request.logprobs, task.beams[0].slot
-    if count is None or not (answer or ends):
+def score_answer(task: Task, answer: Candidate) -> tuple[TokenScores, ...]:
+    """The scores of an answer that a search has found, its end's too, if asked for: the beam kept them as it grew."""
+    if task.request.logprobs is None:
         return ()
-    slots.lengths[slot] = len(task.prompt) - 1
-    whole = np.concatenate([task.prompt[-1:], np.asarray(answer if ends else answer[:-1], np.int32)])
-    found: list[TokenScores] = []
-    for at in range(0, len(whole), chunk):
-        logits = slots.feed(slot, whole[at : at + chunk])
-        tokens = list(answer[at : at + len(logits)])
-        if len(tokens) < len(logits):
-            tokens.append(max(ends, key=lambda end: float(logits[-1, end])))
-        found += scores(logits, tokens, count)
-    return tuple(found)
+    tokens = answer.ids if answer.end is None else [*answer.ids, answer.end]
+    tops = answer.tops or [()] * len(tokens)
+    return tuple(TokenScores(*found) for found in zip(tokens, answer.logprobs, tops, strict=True))

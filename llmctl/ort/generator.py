@@ -14,7 +14,7 @@ from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.engine import Constraint, Engine, EngineOptions, Request
 from llmctl.errors import InputError, MachineError, UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
+from llmctl.generator import GREEDY, Candidate, Sampling, Tokens, check_bias, check_single, prompt_room
 from llmctl.one_by_one import OneByOne
 from llmctl.ort.adapters import number_of, open_adapters
 from llmctl.ort.bundle import DECODER, DECODER_WITH_PAST, ENCODER, Bundle, read_bundle
@@ -212,12 +212,11 @@ class OrtGenerator:
         rows.restart()
         return rows
 
-    def _stream(
-        self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None
-    ) -> Iterator[int]:
+    def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None) -> Tokens:
         if sampling.beams > 1:
-            yield from self.candidates(prompt, sampling, constraint)[0].ids
-            return
+            best = self.candidates(prompt, sampling, constraint)[0]
+            yield from best.ids
+            return best.end
         sample = Sampler(sampling, prompt, self.vocab_size, constraint)
         rows = self._borrow(len(prompt) + limit)
         try:
@@ -225,10 +224,11 @@ class OrtGenerator:
             for left in reversed(range(limit)):
                 token = sample(logits)
                 if token in self.eos_ids:
-                    return
+                    return token
                 yield token
                 if left:
                     logits = rows.step((token,))[0]
+            return None
         finally:
             self._idle = rows
 

@@ -98,8 +98,11 @@ def state(
     return AnswerState(sampling, prompt, constraint and constraint.copy())
 
 
-def adjust(logits: np.ndarray, rows: Sequence[int], states: Sequence[AnswerState]) -> None:
-    """Write bias, penalties and constraints into `logits (B, V)` float32: those of `states[i]` into row `rows[i]`."""
+def adjust(logits: np.ndarray, rows: Sequence[int], states: Sequence[AnswerState], *, dead_ends: bool = False) -> None:
+    """Write bias, penalties and constraints into `logits (B, V)` float32: those of `states[i]` into row `rows[i]`.
+
+    Raises UsageError where a constraint allows nothing; with `dead_ends` such a row becomes -inf.
+    """
     biased = [(row, one.bias_ids, one.bias) for row, one in zip(rows, states, strict=True) if len(one.bias)]
     if biased:
         at = _places([(row, ids) for row, ids, _ in biased])
@@ -119,7 +122,7 @@ def adjust(logits: np.ndarray, rows: Sequence[int], states: Sequence[AnswerState
     for row, one in zip(rows, states, strict=True):
         if one.constraint is not None:
             allowed = one.constraint.mask()
-            if not allowed.any():
+            if not (dead_ends or allowed.any()):
                 raise UsageError("the constraint allows no token here", hint="relax the schema, regex or grammar")
             np.copyto(logits[row], -np.inf, where=~allowed)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmctl.beams import Continuation
+from llmctl.beams import Continuation, Top
 from llmctl.engine import Constraint, TokenScores
 from llmctl.errors import UsageError
 from llmctl.generator import Sampling
@@ -130,15 +130,17 @@ def scores(logits: np.ndarray, tokens: Sequence[int], k: int) -> list[TokenScore
     likely = log_probabilities(logits)
     rows = np.arange(len(logits))
     chosen = likely[rows, np.asarray(tokens, np.int64)].tolist()
+    tops = _tops(logits, likely, k)
+    return [TokenScores(int(token), value, top) for token, value, top in zip(tokens, chosen, tops, strict=True)]
+
+
+def _tops(logits: np.ndarray, likely: np.ndarray, k: int) -> list[Top]:
+    """The `k` likeliest tokens of each row of `logits (B, V)`, whose log-probabilities are `likely`."""
     if not k:
-        return [TokenScores(int(token), value) for token, value in zip(tokens, chosen, strict=True)]
-    pool = _ranked(logits, min(k, logits.shape[1]))
-    best = pool.ids[:, :k]
-    values = likely[rows[:, None], best].tolist()
-    return [
-        TokenScores(int(token), value, tuple(zip(ids, logprobs, strict=True)))
-        for token, value, ids, logprobs in zip(tokens, chosen, best.tolist(), values, strict=True)
-    ]
+        return [()] * len(logits)
+    best = _ranked(logits, min(k, logits.shape[1])).ids[:, :k]
+    values = np.take_along_axis(likely, best, axis=1)
+    return [tuple(zip(*row, strict=True)) for row in zip(best.tolist(), values.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -309,18 +311,20 @@ def log_probability(logits: np.ndarray, token: int) -> float:
 
 
 def rank(
-    logits: np.ndarray, totals: Sequence[float], wanted: int, states: Sequence[AnswerState] = ()
+    logits: np.ndarray, totals: Sequence[float], wanted: int, states: Sequence[AnswerState] = (), top: int = 0
 ) -> list[Continuation]:
     """The `wanted` likeliest continuations of beams with `logits (B, V)`, `totals` added to each beam's; best first.
 
     With `states`, one for each beam, bias, penalties and constraints change the log-probabilities that beams are ranked
-    by, as in transformers; fewer come back where fewer are allowed.
+    by, as in transformers; fewer come back where fewer are allowed, none of a beam that has none. Each brings the `top`
+    likeliest tokens in its place.
     """
     likely = log_probabilities(logits)
     scored = likely
     if any(one.adjusts for one in states):
         scored = likely.astype(np.float32)
-        adjust(scored, range(len(states)), states)
+        adjust(scored, range(len(states)), states, dead_ends=True)
+    tops = _tops(logits, likely, top)
     sums = (scored + np.asarray(totals)[:, None]).ravel()
     best = np.argpartition(-sums, min(wanted, sums.size) - 1)[:wanted]
     best = best[np.argsort(-sums[best], kind="stable")]
@@ -333,6 +337,7 @@ def rank(
             tokens.tolist(),
             likely[beams, tokens].tolist(),
             scored[beams, tokens].tolist(),
+            [tops[beam] for beam in beams],
             strict=True,
         )
     ]

@@ -60,9 +60,7 @@ class OrtEngine:
         if self._speculation is not None:
             self.memory_bytes += self._speculation.drafter.memory_bytes
         self._allocation = Allocation(self._slots, self._pool, remembers=options.prefix_cache)
-        self._answers = Answers(
-            self._slots, self._allocation, self._speculation, self.eos_ids, options.prefill_tokens, self._forget
-        )
+        self._answers = Answers(self._slots, self._allocation, self._speculation, self.eos_ids, self._forget)
         self._waiting: FairQueue[Task] = FairQueue()
         self._tasks: dict[int, Task] = {}
         self._reading: list[Task] = []
@@ -189,15 +187,13 @@ class OrtEngine:
             if drafts is None:
                 step = self._speculation.step if self._speculation else self._slots.step
                 logits = step([lane.token for lane in lanes])  # type: ignore[misc]
+                self._answers.choose(lanes, logits, events)
+            else:
+                self._answers.judge(lanes, drafts, events)
         except Exception as error:  # onnxruntime's share no base; whoever runs must hear of it, and the engine goes on
             self._slots.lengths[: len(lanes)] = 0  # whether keys and values were written nobody knows
             for task in {id(lane.task): lane.task for lane in lanes}.values():
                 self._answers.fail(task, error, events)
-            return
-        if drafts is None:
-            self._answers.choose(lanes, logits, events)
-        else:
-            self._answers.judge(lanes, drafts, events)
 
     def _lose(self, events: list[Event], error: Exception) -> None:
         """No slot holds anything that is known: who has one has failed."""

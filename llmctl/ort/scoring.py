@@ -12,10 +12,10 @@ from llmctl.ort.tasks import Lane, Task
 
 
 def score_lanes(lanes: Sequence[Lane], logits: np.ndarray, chosen: Sequence[int]) -> dict[int, TokenScores]:
-    """Those of the lanes whose request asks for them, by place."""
+    """Those of the lanes that go on and whose request asks for them, by place."""
     by_count: dict[int, list[int]] = {}
     for i, lane in enumerate(lanes):
-        if lane.task.request.logprobs is not None:
+        if not lane.done and lane.task.request.logprobs is not None:
             by_count.setdefault(lane.task.request.logprobs, []).append(i)
     found: dict[int, TokenScores] = {}
     for count, places in by_count.items():

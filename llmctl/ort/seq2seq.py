@@ -11,7 +11,7 @@ from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.engine import Constraint
 from llmctl.errors import UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
+from llmctl.generator import GREEDY, Candidate, Sampling, Tokens, check_bias, check_single, prompt_room
 from llmctl.ort.bundle import DECODER_WITH_PAST, Bundle
 from llmctl.ort.cache import GrowingRows, InPlaceRows, Rows, read_layout
 from llmctl.ort.sampling import AnswerState, check_ids, choose, log_probability, rank, state
@@ -152,22 +152,22 @@ class OrtSeq2Seq:
         """Penalties count what the decoder is given, as in transformers: not what the encoder reads."""
         return state(sampling, [self.start_id], self.vocab_size, constraint)
 
-    def _stream(
-        self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None
-    ) -> Iterator[int]:
+    def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None) -> Tokens:
         if sampling.beams > 1:
-            yield from self.candidates(prompt, sampling, constraint)[0].ids
-            return
+            best = self.candidates(prompt, sampling, constraint)[0]
+            yield from best.ids
+            return best.end
         answer = self._state(sampling, constraint)
         rows, logits = self.begin([prompt], [[self.start_id]], limit)
         last = logits[0, -1]
         for left in reversed(range(limit)):
             token = int(choose(last[None], [answer])[0])
             if token in self.eos_ids:
-                return
+                return token
             yield token
             if left:
                 last = rows.step((token,))[0]
+        return None
 
 
 def _no_continuation() -> UsageError:

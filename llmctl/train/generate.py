@@ -13,7 +13,7 @@ from llmctl.beams import BeamSearch
 from llmctl.decoding import Answer, draw, search_beams
 from llmctl.engine import Constraint
 from llmctl.errors import MachineError, UsageError
-from llmctl.generator import GREEDY, Candidate, Sampling, check_bias, check_single, prompt_room
+from llmctl.generator import GREEDY, Candidate, Sampling, Tokens, check_bias, check_single, prompt_room
 from llmctl.nn.attention import Memory
 from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.opening import open_network
@@ -112,20 +112,22 @@ class TorchGenerator:
 
     def _stream(
         self, prompt: list[int], sampling: Sampling, limit: int, constraint: Constraint | None, sampler: Sampler
-    ) -> Iterator[int]:
+    ) -> Tokens:
         if sampling.beams > 1:
-            yield from self.candidates(prompt, sampling, constraint)[0].ids
-            return
+            best = self.candidates(prompt, sampling, constraint)[0]
+            yield from best.ids
+            return best.end
         # The model runs inside functions of its own: a `with` around a yield would leave inference mode switched on
         # in the caller.
         rows, logits = self._start([prompt], limit)
         for left in reversed(range(limit)):
             token = sampler(logits[0])
             if token in self.eos_ids:
-                return
+                return token
             yield token
             if left:
                 logits = rows.step([token])
+        return None
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, constraint: Constraint | None = None

@@ -71,8 +71,11 @@ class Sampler:
         other.random = self.random.clone_state()
         return other
 
-    def adjusted(self, scores: Tensor) -> Tensor:
-        """`scores (V,)` after bias, penalties and the constraint, in this order; a new tensor."""
+    def adjusted(self, scores: Tensor, *, dead_ends: bool = False) -> Tensor:
+        """`scores (V,)` after bias, penalties and the constraint, in this order; a new tensor.
+
+        Raises UsageError where the constraint allows nothing; with `dead_ends` all of it is -inf.
+        """
         sampling = self.sampling
         scores = scores.clone()
         if sampling.logit_bias:
@@ -87,7 +90,7 @@ class Sampler:
             scores[list(self.said)] -= counts * sampling.frequency_penalty + sampling.presence_penalty
         if self.constraint is not None:
             allowed = torch.from_numpy(self.constraint.mask()).to(scores.device)
-            if not allowed.any():
+            if not (dead_ends or allowed.any()):
                 raise UsageError("the constraint allows no token here", hint="relax the schema, regex or grammar")
             scores.masked_fill_(~allowed, -torch.inf)
         return scores
@@ -132,11 +135,12 @@ def rank(logits: Tensor, totals: Sequence[float], wanted: int, samplers: Sequenc
     """The `wanted` likeliest continuations of beams with `logits (B, V)`, `totals` added to each beam's; best first.
 
     With `samplers`, one for each beam, bias, penalties and constraints change the log-probabilities that beams are
-    ranked by, as in transformers; fewer come back where fewer are allowed.
+    ranked by, as in transformers; fewer come back where fewer are allowed, none of a beam that has none.
     """
     likely = scored = logits.log_softmax(dim=-1)
     if samplers:
-        scored = torch.stack([sampler.adjusted(row) for row, sampler in zip(likely, samplers, strict=True)])
+        rows = zip(likely, samplers, strict=True)
+        scored = torch.stack([sampler.adjusted(row, dead_ends=True) for row, sampler in rows])
     sums = scored + torch.tensor(totals, dtype=scored.dtype, device=scored.device)[:, None]
     best = sums.flatten().topk(min(wanted, sums.numel())).indices
     best = best[sums.flatten()[best].isfinite()]

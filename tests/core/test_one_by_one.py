@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -184,6 +185,28 @@ def test_scores_are_the_models_own_and_an_end_is_scored_too() -> None:
     assert prompt[0] is None
     assert [one.logprob for one in prompt[1:]] == pytest.approx([LIKELY, LIKELY - 3])
     assert [one.top[0][0] for one in prompt[1:]] == [6, 7]
+
+
+class TwoEnds(Counter):
+    """Ends with 0, which is less likely than its other EOS id."""
+
+    eos_ids = frozenset({0, END})
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        yield from super().stream(prompt, sampling)
+        return 0
+
+    def candidates(self, prompt: Sequence[int], sampling: Sampling) -> list[Candidate]:
+        return [replace(one, end=0) for one in super().candidates(prompt, sampling)]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_end_that_is_scored_is_the_one_that_ended_the_answer(n: int) -> None:
+    for model, end, likely in ((TwoEnds(), 0, LIKELY - 3), (Counter(), END, LIKELY)):
+        engine = OneByOne(model, EngineOptions())
+        ticket = engine.submit(asked(37, n=n, tokens=9, logprobs=0))
+        scored = [event.scores[-1] for event in run(engine) if event.ticket == ticket and event.tokens]
+        assert [(one.token, one.logprob) for one in scored] == [(end, pytest.approx(likely))] * n
 
 
 def test_a_score_equals_the_closed_form() -> None:

@@ -10,7 +10,8 @@ import torch
 
 import llmctl_export_onnx
 from llmctl import Artifact
-from llmctl.generator import Sampling
+from llmctl.errors import UsageError
+from llmctl.generator import LARGEST, Sampling
 from llmctl.ort import open_generator
 from llmctl.testing import run_stage
 from llmctl.train.generate import open_model
@@ -121,6 +122,57 @@ def test_constrained_beams_are_allowed_ones_best_first(engine: str, model: Flat)
     # Fewer answers exist than beams: 96, and nothing but an end after it.
     few = generator.candidates(prompt_of(0), Sampling(max_new_tokens=6, beams=4, n=4), Rising(VOCAB, 94))
     assert sorted(one.ids for one in few if one.ended) == [[], [95], [95, 96], [96]]
+
+
+@pytest.mark.parametrize("engine", ["torch", "ort"])
+def test_the_greatest_bias_is_followed_by_beams_as_by_greedy_decoding(engine: str, model: Flat) -> None:
+    generator = model.open(engine)
+    for more in ({}, {"repetition_penalty": 0.01}, {"frequency_penalty": -LARGEST}):
+        sampling = Sampling(max_new_tokens=6, logit_bias=((20, LARGEST),), **more)
+        assert list(generator.stream([5, 6], sampling)) == [20] * 6
+        assert generator.candidates([5, 6], replace(sampling, beams=2))[0].ids == [20] * 6
+
+
+class Forked(Rising):
+    """As `Rising`, but nothing comes after 40 and 95."""
+
+    def mask(self) -> np.ndarray:
+        return super().mask() & (self.last not in (40, 95))
+
+    def copy(self) -> Forked:
+        return Forked(self.vocab, self.last)
+
+
+@pytest.mark.parametrize("engine", ["torch", "ort"])
+def test_a_beam_that_cannot_go_on_is_given_up_and_no_other(engine: str, model: Flat) -> None:
+    generator = model.open(engine)
+    sampling = Sampling(max_new_tokens=4, beams=3, n=3, logit_bias=((40, 5.0),))
+    found = generator.candidates(prompt_of(0), sampling, Forked(VOCAB))
+    assert len(found) == 3
+    assert all(40 not in one.ids[:-1] for one in found)
+    with pytest.raises(UsageError, match="no beam can go on: the constraint allows no token"):
+        generator.candidates(prompt_of(0), sampling, Forked(VOCAB, 95))
+
+
+@pytest.mark.parametrize("engine", ["torch", "ort"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_stream_returns_the_id_that_ended_it(engine: str, beams: int, model: Flat) -> None:
+    generator = model.open(engine)
+    generator.eos_ids = frozenset({7, 20})
+
+    def said(**more) -> tuple[list[int], int | None]:
+        stream, ids = generator.stream([5, 6], Sampling(max_new_tokens=3, beams=beams, **more)), []
+        while True:
+            try:
+                ids.append(next(stream))
+            except StopIteration as stop:
+                return ids, stop.value
+
+    for end in (7, 20):
+        bias = ((7, 0.0), (20, 0.0), (end, 99.0))
+        assert said(logit_bias=tuple(dict(bias).items())) == ([], end)
+    ids, end = said(logit_bias=((7, -99.0), (20, -99.0)))
+    assert (len(ids), end) == (3, None)
 
 
 @pytest.fixture(scope="module")

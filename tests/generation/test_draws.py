@@ -56,6 +56,15 @@ def test_n_draws_equal_n_single_runs_with_following_seeds(engine: str, model: Fl
 
 
 @pytest.mark.parametrize("engine", ["torch", "ort"])
+def test_the_seed_after_the_greatest_is_0(engine: str, model: Flat) -> None:
+    sampling = replace(SAMPLING, seed=2**63 - 2, n=4)
+    assert [one.seed for one in sampling.draws()] == [2**63 - 2, 2**63 - 1, 0, 1]
+    generator = model.open(engine)
+    last = generator.candidates([5, 6, 7], sampling)[2]
+    assert last.ids == list(generator.stream([5, 6, 7], replace(sampling, n=1, seed=0)))
+
+
+@pytest.mark.parametrize("engine", ["torch", "ort"])
 @pytest.mark.parametrize("sampling", [SAMPLING, Sampling(max_new_tokens=8, beams=6, n=6)])
 def test_the_prompt_is_run_once(engine: str, sampling: Sampling, model: Flat, monkeypatch) -> None:
     prefills = []

@@ -287,6 +287,13 @@ def test_scores_are_the_models_own() -> None:
     assert [one.top for one in batch.scores(logits, [0, 1], 0)] == [(), ()]
 
 
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty", "repetition_penalty", "logit_bias"])
+@pytest.mark.parametrize("value", [1e39, -1e39, float("inf"), float("nan")])
+def test_what_leaves_the_range_of_float32_is_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=name):
+        Sampling(**{name: ((2, value),) if name == "logit_bias" else value})
+
+
 def test_a_penalty_that_makes_logits_infinite_is_refused() -> None:
     with pytest.raises(UsageError, match=r"repetition_penalty must be at least 0\.01, got 1e-50"):
         Sampling(repetition_penalty=1e-50)

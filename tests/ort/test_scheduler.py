@@ -18,7 +18,7 @@ from traffic import assert_empty, engine_of, finish, mixed_requests, run_traffic
 from llmctl.engine import EngineOptions, Event, QueueFullError, Request
 from llmctl.errors import UsageError
 from llmctl.generator import Sampling
-from llmctl.ort import OrtGenerator
+from llmctl.ort import OrtGenerator, answers
 from llmctl.ort.cache_memory import HostMemory
 from llmctl.ort.prefixes import PrefixPool
 from llmctl.ort.slots import Slots
@@ -442,6 +442,56 @@ def test_a_session_that_fails_ends_the_running_requests_and_no_others(
     assert [event.ticket for event in events if event.error is not None] == tickets[:2]
     began = {(event.ticket, 0): list(event.tokens) for event in events if event.error is None}
     assert finish(engine, began)[tickets[2], 0] == list(trained_generator.stream([5, 9], request.sampling))
+    assert_empty(engine)
+
+
+def test_memory_that_ends_when_a_token_is_scored_ends_that_request_only(
+    trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(trained_generator, slots=4)
+    draws = Sampling(max_new_tokens=10, temperature=1.0, seed=3, n=2)
+    good = [engine.submit(Request(prompt=[5, 9], sampling=draws, logprobs=2)) for _ in range(2)]
+    bad = engine.submit(Request(prompt=[5, 9], sampling=Sampling(max_new_tokens=10), logprobs=2))
+    score = answers.score_lanes
+
+    def ends(lanes, *more):
+        if any(lane.task.ticket == bad and lane.said == 3 for lane in lanes):
+            raise MemoryError("no memory for scores")
+        return score(lanes, *more)
+
+    monkeypatch.setattr(answers, "score_lanes", ends)
+    found, errors, scored = defaultdict(list), {}, defaultdict(int)
+    while engine.busy:
+        for event in engine.step():
+            found[event.ticket, event.choice] += event.tokens
+            scored[event.ticket, event.choice] += len(event.scores)
+            if event.error is not None:
+                errors[event.ticket] = type(event.error)
+    assert errors == {bad: MemoryError} and len(found[bad, 0]) == 3
+    for ticket in good:
+        for choice, single in enumerate(draws.draws()):
+            assert found[ticket, choice] == list(trained_generator.stream([5, 9], single))
+            assert scored[ticket, choice] >= len(found[ticket, choice])
+    assert_empty(engine)
+
+
+def test_an_error_while_tokens_are_chosen_ends_who_runs_and_nobody_who_waits(
+    trained_generator: OrtGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(trained_generator, slots=1)
+    request = Request(prompt=[5, 9], sampling=Sampling(max_new_tokens=6))
+    running, waiting = engine.submit(request), engine.submit(request)
+    engine.step()
+
+    def fails(*_: object) -> None:
+        raise MemoryError("no memory for logits")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers.Answers, "choose", fails)
+        events = engine.step()
+    assert {event.ticket: type(event.error) for event in events if event.error} == {running: MemoryError}
+    began = {(event.ticket, 0): list(event.tokens) for event in events if event.ticket == waiting and event.tokens}
+    assert finish(engine, began)[waiting, 0] == list(trained_generator.stream([5, 9], request.sampling))
     assert_empty(engine)
 
 
