@@ -157,7 +157,7 @@ class OrtGenerator:
         """Several answers to one prompt with their scores; see `Generator.candidates`."""
         limit = min(sampling.max_new_tokens, self.room(prompt))
         singles = [sampling] if sampling.beams > 1 else sampling.draws()
-        states = [state(single, prompt, self.vocab_size, constraint) for single in singles]
+        states = [state(one, prompt, self.vocab_size, constraint, self.eos_ids, limit) for one in singles]
         rows = self._borrow(len(prompt) + limit)
         try:
             # A copy: the next prompt overwrites the logits.
@@ -218,7 +218,7 @@ class OrtGenerator:
         if sampling.beams > 1:
             yield from self.candidates(prompt, sampling, constraint)[0].ids
             return
-        sample = Sampler(sampling, prompt, self.vocab_size, constraint)
+        sample = Sampler(sampling, prompt, self.vocab_size, constraint, self.eos_ids, limit)
         rows = self._borrow(len(prompt) + limit)
         try:
             logits = prefill(rows, 0, prompt)
