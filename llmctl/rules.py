@@ -116,7 +116,8 @@ class RuleState:
 
     def forced(self) -> tuple[int, ...] | None:
         """The only tokens that may come next; None where nothing is forced."""
-        rules, found = self.rules, None
+        rules = self.rules
+        found: tuple[int, ...] | None = None
         if self.length == 1 and rules.forced_bos_token_id is not None:
             found = (rules.forced_bos_token_id,)
         if rules.forced_eos_token_id and self._said + 1 == self.limit:

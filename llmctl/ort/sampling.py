@@ -319,8 +319,8 @@ def rank(
 ) -> list[Continuation]:
     """The `wanted` likeliest continuations of beams with `logits (B, V)`, `totals` added to each beam's; best first.
 
-    With `states`, one for each beam, bias, penalties, constraints and rules change the log-probabilities that beams are ranked
-    by, as in transformers; fewer come back where fewer are allowed.
+    With `states`, one for each beam, bias, penalties, constraints and rules change the log-probabilities that beams are
+    ranked by, as in transformers; fewer come back where fewer are allowed.
     """
     likely = log_probabilities(logits)
     scored = likely

@@ -81,7 +81,8 @@ class OrtSeq2Seq:
         rows, logits = self.begin([prompt], [[self.start_id]], limit)
         if sampling.beams > 1:
             search = BeamSearch(sampling, self.eos_ids, limit)
-            return search_beams(rows, logits[:, -1], search, rank, self._state(sampling, constraint, limit))[: sampling.n]
+            answer = self._state(sampling, constraint, limit)
+            return search_beams(rows, logits[:, -1], search, rank, answer)[: sampling.n]
         found = [Answer(self._state(single, constraint, limit), limit) for single in sampling.draws()]
         for start in range(0, len(found), BATCH):
             some = found[start : start + BATCH]

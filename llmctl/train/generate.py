@@ -103,9 +103,7 @@ class TorchGenerator:
         sampler = self._sampler(prompt, sampling, constraint, limit)
         return self._stream(list(prompt), sampling, limit, constraint, sampler)
 
-    def _sampler(
-        self, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None, limit: int
-    ) -> Sampler:
+    def _sampler(self, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None, limit: int) -> Sampler:
         """Penalties and rules count what the decoder is given, as in transformers: not what an encoder reads."""
         check_bias(sampling, self.vocab_size)
         given = list(prompt)

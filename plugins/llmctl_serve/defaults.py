@@ -17,8 +17,8 @@ def default_sampling(directory: Path, **given: Any) -> Sampling:
     """How a model wants to be sampled: its `generation_config.json`, read as transformers reads it.
 
     What is `given` overrides the file. Without `do_sample` that is greedy, or a beam search with `num_beams`; with it
-    temperature 1, top-k 50 and top-p 1 unless it says otherwise. A repetition penalty and rules (forced tokens, banned ones) hold for all of them. Who is
-    given beams gets no draws from the file, and who is given draws no beams.
+    temperature 1, top-k 50 and top-p 1 unless it says otherwise. A repetition penalty and rules (forced and banned
+    tokens) hold for all of them. Who is given beams gets no draws from the file, and who is given draws no beams.
     """
     wanted = _read(directory)
     draws = given.get("temperature") or given.get("top_k") or given.get("top_p", 1) < 1 or given.get("min_p")
