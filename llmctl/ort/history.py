@@ -124,7 +124,7 @@ def state(
 
 
 def adjust(logits: np.ndarray, rows: Sequence[int], states: Sequence[AnswerState]) -> None:
-    """Write bias, penalties, constraints, rules into `logits (B, V)` float32: those of `states[i]` into row `rows[i]`."""
+    """Write bias, penalties, constraints, rules into `logits (B, V)` float32: of `states[i]` into row `rows[i]`."""
     biased = [(row, one.bias_ids, one.bias) for row, one in zip(rows, states, strict=True) if len(one.bias)]
     if biased:
         at = _places([(row, ids) for row, ids, _ in biased])
