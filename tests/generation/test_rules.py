@@ -18,6 +18,7 @@ from llmctl.one_by_one import OneByOne
 from llmctl.ort import open_generator
 from llmctl.ort.generator import run_all
 from llmctl.ort.speculation import Speculation
+from llmctl.rules import Rules
 from llmctl.testing import run_stage
 from llmctl_serve.defaults import default_sampling
 
@@ -90,6 +91,23 @@ def test_requests_side_by_side_keep_to_their_own_rules(
     assert found == [list(generator.stream(prompt, one)) for prompt, one in wanted]
     if speculation != "none":
         assert engine.stats().drafted > 0
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_end_is_forced_where_the_context_ends(beams: int, model: Flat) -> None:
+    generator, rules = model.open("ort"), Rules(forced_eos_token_id=(EOS,))
+    prompt = (PROMPTS[0] * 10)[:60]
+    sampling = Sampling(max_new_tokens=NEW, beams=beams, rules=rules)
+    answers = [list(generator.stream(prompt, sampling)), list(model.open("torch").stream(prompt, sampling))]
+    engine = generator.engine(EngineOptions(slots=2))
+    engine.submit(Request(prompt=prompt, sampling=sampling))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    answers.append([token for event in events for token in event.tokens])
+    assert [len(answer) for answer in answers] == [3] * 3, "of 64 positions one is for the end"
+    assert answers[0] == answers[1] == answers[2]
+    assert events[-1].finish_reason == "length"
 
 
 @pytest.fixture(scope="module")
