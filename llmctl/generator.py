@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from llmctl.errors import UsageError
+from llmctl.rules import Rules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,8 @@ class Sampling:
     `temperature=0` is greedy, or beam search if `beams` is above 1. `top_k=0`, `top_p=1` and `min_p=0` switch those
     filters off. `repetition_penalty` divides positive and multiplies negative logits of tokens in prompt or answer
     (Keskar et al. 1909.05858); `frequency_penalty` is subtracted once per occurrence in the answer, `presence_penalty`
-    once for every token that occurs in it, and `logit_bias` added, all three as OpenAI's API has them.
+    once for every token that occurs in it, and `logit_bias` added, all three as OpenAI's API has them. `rules` are what
+    the model's own `generation_config.json` forbids and forces.
     Equal seeds give equal tokens on one device and build; without a seed every call differs.
 
     `n` answers to one prompt come from `Generator.candidates`: the n best beams, or n draws with the seeds `seed`,
@@ -63,6 +65,7 @@ class Sampling:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
     n: int = 1
+    rules: Rules | None = None
 
     def __post_init__(self) -> None:
         for ok, text in (
@@ -141,6 +144,10 @@ class Sampling:
         ):
             if wrong:
                 raise UsageError(text, hint=hint)
+
+    def cuts(self, said: int, limit: int) -> bool:
+        """Whether the model's rules force an end behind `said` tokens of at most `limit`; see `Rules.cuts`."""
+        return self.rules is not None and self.rules.cuts(said, limit)
 
     def draws(self) -> list[Sampling]:
         """The `n` single runs that the answers equal, each with its own seed."""
@@ -274,7 +281,13 @@ def prompt_room(prompt: Sequence[int], context_length: int, encoder_decoder: boo
 
 
 def check_bias(sampling: Sampling, vocab_size: int | None) -> None:
-    """UsageError if the logit bias names an id that is not below `vocab_size`."""
+    """UsageError if the logit bias or a forced token names an id that is not below `vocab_size`."""
+    for token in () if sampling.rules is None else sampling.rules.forced:
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            raise UsageError(
+                f"token {token} is to be forced, the model's vocabulary has {vocab_size}",
+                hint="correct forced_bos_token_id and forced_eos_token_id in the model's generation_config.json",
+            )
     for token, _ in sampling.logit_bias:
         if vocab_size is not None and token >= vocab_size:
             raise UsageError(

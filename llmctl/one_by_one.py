@@ -161,7 +161,7 @@ class OneByOne:
                     yield [Event(ticket, tokens=(token,), finish_reason="length")]
                     return
                 yield [Event(ticket, tokens=(token,))]
-            yield [Event(ticket, finish_reason="stop")]
+            yield [Event(ticket, finish_reason="length" if request.sampling.cuts(count, limit) else "stop")]
         finally:
             tokens.close()  # type: ignore[attr-defined]  # as in `_end`
 
@@ -174,7 +174,8 @@ class OneByOne:
             reason = events[-1].finish_reason or reason
             if events[-1].finish_reason is None:
                 yield []
-        scores = self._scores(request, ids, reason == "stop", self._said_end)
+        ended = len(ids) < request.sampling.max_new_tokens
+        scores = self._scores(request, ids, ended, self._said_end)
         yield [Event(ticket, tokens=tuple(ids), scores=scores, finish_reason=reason)]
 
     def _candidates(self, ticket: int, request: Request) -> list[Event]:
@@ -187,7 +188,8 @@ class OneByOne:
         events = []
         for choice, one in enumerate(found):
             scores = () if request.logprobs is None else self._scores(request, one.ids, one.ended, one.end)
-            reason: FinishReason = "stop" if one.ended else "length"
+            cut = not one.ended or request.sampling.cuts(len(one.ids), request.sampling.max_new_tokens)
+            reason: FinishReason = "length" if cut else "stop"
             events.append(Event(ticket, choice, tuple(one.ids), scores, finish_reason=reason))
         # Fewer beams come back where fewer answers exist; those who wait for the others are told that it is over.
         missing = range(len(found), request.sampling.n)

@@ -105,12 +105,13 @@ class Answers:
         """An answer goes on with `tokens`, up to its end; the last of them is fed by the next step."""
         reason: FinishReason | None = None
         kept = 0
+        limit, sampling = lane.task.limit, lane.task.request.sampling
         for token in tokens:
             if token in self._eos_ids:
-                reason = "stop"
+                reason = "length" if sampling.cuts(lane.said + kept, limit) else "stop"
                 break
             kept += 1
-            if lane.said + kept == lane.task.limit:
+            if lane.said + kept == limit:
                 reason = "length"
                 break
         lane.said += kept
@@ -121,7 +122,8 @@ class Answers:
             if lane.token is None:
                 self._allocation.changed()
             lane.token = tokens[-1]
-        shown = tuple(scored[: kept + (reason == "stop")])  # an end has a score too
+        ended = reason is not None and kept < len(tokens)
+        shown = tuple(scored[: kept + ended])  # an end has a score too
         events.append(self._event(lane.task, lane.choice, tuple(tokens[:kept]), shown, reason))
         if reason is not None:
             self.end(lane)
@@ -174,7 +176,8 @@ class Answers:
                 continue
             self.generated += len(answer.ids)
             scored = score_answer(task, answer)
-            reason: FinishReason = "stop" if answer.ended else "length"
+            cut = not answer.ended or task.request.sampling.cuts(len(answer.ids), task.limit)
+            reason: FinishReason = "length" if cut else "stop"
             events.append(self._event(task, choice, tuple(answer.ids), scored, reason))
         self.end_all(task)
 

@@ -157,7 +157,7 @@ class OrtGenerator:
         """Several answers to one prompt with their scores; see `Generator.candidates`."""
         limit = min(sampling.max_new_tokens, self.room(prompt))
         singles = [sampling] if sampling.beams > 1 else sampling.draws()
-        states = [state(single, prompt, self.vocab_size, constraint) for single in singles]
+        states = [state(one, prompt, self.vocab_size, constraint, self.eos_ids, limit) for one in singles]
         rows = self._borrow(len(prompt) + limit)
         try:
             # A copy: the next prompt overwrites the logits.
@@ -217,7 +217,7 @@ class OrtGenerator:
             best = self.candidates(prompt, sampling, constraint)[0]
             yield from best.ids
             return best.end
-        sample = Sampler(sampling, prompt, self.vocab_size, constraint)
+        sample = Sampler(sampling, prompt, self.vocab_size, constraint, self.eos_ids, limit)
         rows = self._borrow(len(prompt) + limit)
         try:
             logits = prefill(rows, 0, prompt)

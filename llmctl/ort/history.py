@@ -10,6 +10,7 @@ import numpy as np
 from llmctl.engine import Constraint
 from llmctl.errors import UsageError
 from llmctl.generator import Sampling, check_bias
+from llmctl.rules import RuleState
 
 
 class Tally:
@@ -53,7 +54,13 @@ class Tally:
 class AnswerState:
     """One answer while it is chosen. Made by `state`."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], constraint: Constraint | None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        constraint: Constraint | None,
+        rules: RuleState | None = None,
+    ) -> None:
         self.sampling = sampling
         self.random = np.random.default_rng(sampling.seed)
         self.constraint = constraint
@@ -63,7 +70,10 @@ class AnswerState:
         """Tokens of prompt and answer."""
         self.said = Tally() if sampling.frequency_penalty or sampling.presence_penalty else None
         """Tokens of the answer."""
-        self.adjusts = bool(sampling.logit_bias or self.seen or self.said or constraint)
+        self.rules = rules
+        self.never = np.array(rules.always if rules else (), np.int64)
+        """What the rules ban at every position."""
+        self.adjusts = bool(sampling.logit_bias or self.seen or self.said or constraint or rules)
         """Whether logits are changed before a token is chosen, and tokens must be told to `accept`."""
         self.plain = not self.adjusts and sampling.temperature == 0
         """Whether the next token is the argmax of the logits, and that is all."""
@@ -74,7 +84,12 @@ class AnswerState:
             self.seen.add(token)
         if self.said is not None:
             self.said.add(token)
-        if self.constraint is not None:
+        forced = None
+        if self.rules is not None:
+            forced = self.rules.forced()
+            self.rules.accept(token)
+        # What is forced need not be of the form that was asked for, a language's token for instance.
+        if self.constraint is not None and (forced is None or self.constraint.mask()[token]):
             self.constraint.accept(token)
 
     def copy(self) -> AnswerState:
@@ -84,22 +99,32 @@ class AnswerState:
         other.seen = self.seen and self.seen.copy()
         other.said = self.said and self.said.copy()
         other.constraint = self.constraint and self.constraint.copy()
+        other.rules = self.rules and self.rules.copy()
         return other
 
 
 def state(
-    sampling: Sampling, prompt: Sequence[int], vocab_size: int | None, constraint: Constraint | None = None
+    sampling: Sampling,
+    prompt: Sequence[int],
+    vocab_size: int | None,
+    constraint: Constraint | None = None,
+    eos_ids: frozenset[int] = frozenset(),
+    limit: int | None = None,
 ) -> AnswerState:
     """The state of a new answer to `prompt`; for an encoder-decoder that is what the decoder begins with.
 
-    `constraint` is copied. Raises UsageError if the logit bias names an id that is not below `vocab_size`.
+    `constraint` is copied. The sampling's rules need `eos_ids` and the `limit` of the answer, `max_new_tokens` unless
+    it is given. Raises UsageError if the logit bias names an id that is not below `vocab_size`.
     """
     check_bias(sampling, vocab_size)
-    return AnswerState(sampling, prompt, constraint and constraint.copy())
+    rules = None
+    if sampling.rules is not None:
+        rules = RuleState(sampling.rules, prompt, eos_ids, limit or sampling.max_new_tokens, vocab_size)
+    return AnswerState(sampling, prompt, constraint and constraint.copy(), rules)
 
 
 def adjust(logits: np.ndarray, rows: Sequence[int], states: Sequence[AnswerState], *, dead_ends: bool = False) -> None:
-    """Write bias, penalties and constraints into `logits (B, V)` float32: those of `states[i]` into row `rows[i]`.
+    """Write bias, penalties, constraints, rules into `logits (B, V)` float32: of `states[i]` into row `rows[i]`.
 
     Raises UsageError where a constraint allows nothing; with `dead_ends` such a row becomes -inf.
     """
@@ -120,11 +145,33 @@ def adjust(logits: np.ndarray, rows: Sequence[int], states: Sequence[AnswerState
             [tally.counts * np.float32(s.frequency_penalty) + np.float32(s.presence_penalty) for _, tally, s in said]
         )
     for row, one in zip(rows, states, strict=True):
-        if one.constraint is not None:
-            allowed = one.constraint.mask()
-            if not (dead_ends or allowed.any()):
-                raise UsageError("the constraint allows no token here", hint="relax the schema, regex or grammar")
-            np.copyto(logits[row], -np.inf, where=~allowed)
+        if one.constraint is not None or one.rules is not None:
+            _restrict(logits[row], one, dead_ends=dead_ends)
+
+
+def _restrict(logits: np.ndarray, one: AnswerState, *, dead_ends: bool) -> None:
+    """Leave in `logits (V,)` what the constraint and the rules allow, as transformers orders them.
+
+    Where the rules ban all that the constraint allows they do not count: the form is what was asked for.
+    """
+    rules = one.rules
+    forced = None if rules is None else rules.forced()
+    if forced is not None:
+        logits[:] = -np.inf
+        logits[list(forced)] = 0
+        return
+    if one.constraint is not None:
+        allowed = one.constraint.mask()
+        if not (dead_ends or allowed.any()):
+            raise UsageError("the constraint allows no token here", hint="relax the schema, regex or grammar")
+        np.copyto(logits, -np.inf, where=~allowed)
+    if rules is None:
+        return
+    banned = np.concatenate([one.never, np.array(rules.banned(), np.int64)])
+    kept = logits[banned]
+    logits[banned] = -np.inf
+    if one.constraint is not None and np.isneginf(logits.max()):
+        logits[banned] = kept
 
 
 def _places(found: Sequence[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

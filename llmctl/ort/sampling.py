@@ -1,8 +1,8 @@
 """How the next token is chosen from logits: one definition, in numpy, for one answer or a batch of them.
 
 The order is that of transformers (`GenerationMixin._get_logits_processor`): logit bias, repetition penalty, the
-answer's frequency and presence penalties (OpenAI's, after it as in vLLM), the constraint, temperature, top-k, top-p,
-min-p.
+answer's frequency and presence penalties (OpenAI's, after it as in vLLM), the constraint, the model's rules,
+temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from llmctl.engine import Constraint, TokenScores
 from llmctl.errors import UsageError
 from llmctl.generator import Sampling
 from llmctl.ort.history import AnswerState, adjust, state
+from llmctl.rules import NOTHING_LEFT, NOTHING_LEFT_HINT
 
 __all__ = ["AnswerState", "candidates", "check_ids", "choose", "log_probabilities", "rank", "scores", "state"]
 
@@ -97,6 +98,9 @@ def _choose(logits: np.ndarray, states: Sequence[AnswerState], uniform: np.ndarr
     if adjusted:
         logits = logits.copy()
         adjust(logits, adjusted, [states[row] for row in adjusted])
+        for row in adjusted:
+            if states[row].rules is not None and np.isneginf(logits[row].max()):
+                raise UsageError(NOTHING_LEFT, hint=NOTHING_LEFT_HINT)
     tokens = np.empty(len(states), np.int64)
     if len(drawn) < len(states):
         tokens[:] = logits.argmax(axis=1)
@@ -115,8 +119,10 @@ class Sampler:
         prompt: Sequence[int] = (),
         vocab_size: int | None = None,
         constraint: Constraint | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        limit: int | None = None,
     ) -> None:
-        self.state = state(sampling, prompt, vocab_size, constraint)
+        self.state = state(sampling, prompt, vocab_size, constraint, eos_ids, limit)
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token of `logits (V,)`: the argmax at temperature 0, else a draw."""
@@ -315,9 +321,9 @@ def rank(
 ) -> list[Continuation]:
     """The `wanted` likeliest continuations of beams with `logits (B, V)`, `totals` added to each beam's; best first.
 
-    With `states`, one for each beam, bias, penalties and constraints change the log-probabilities that beams are ranked
-    by, as in transformers; fewer come back where fewer are allowed, none of a beam that has none. Each brings the `top`
-    likeliest tokens in its place.
+    With `states`, one for each beam, bias, penalties, constraints and rules change the log-probabilities that beams are
+    ranked by, as in transformers; fewer come back where fewer are allowed, none of a beam that has none. Each brings
+    the `top` likeliest tokens in its place.
     """
     likely = log_probabilities(logits)
     scored = likely

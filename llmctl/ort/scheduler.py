@@ -94,7 +94,7 @@ class OrtEngine:
         task = Task(self._next_ticket, request, prompt, limit, adapter=adapter)
         singles = [sampling] * sampling.beams if sampling.beams > 1 else sampling.draws()
         for choice, single in enumerate(singles):
-            made = state(single, request.prompt, self.vocab_size, request.constraint)
+            made = state(single, request.prompt, self.vocab_size, request.constraint, self.eos_ids, limit)
             task.lanes.append(Lane(task, choice, made))
         if sampling.beams > 1:
             task.search = BeamSearch(sampling, self.eos_ids, limit)

@@ -66,7 +66,7 @@ class OrtSeq2Seq:
         limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
         if sampling.beams > 1:
             return [self.candidates(prompt, sampling, constraint)[0].ids for prompt in prompts]
-        found = [Answer(self._state(sampling, constraint), limit) for limit in limits]
+        found = [Answer(self._state(sampling, constraint, limit), limit) for limit in limits]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
@@ -82,8 +82,9 @@ class OrtSeq2Seq:
         rows, logits = self.begin([prompt], [[self.start_id]], limit)
         if sampling.beams > 1:
             search = BeamSearch(sampling, self.eos_ids, limit)
-            return search_beams(rows, logits[:, -1], search, rank, self._state(sampling, constraint))[: sampling.n]
-        found = [Answer(self._state(single, constraint), limit) for single in sampling.draws()]
+            answer = self._state(sampling, constraint, limit)
+            return search_beams(rows, logits[:, -1], search, rank, answer)[: sampling.n]
+        found = [Answer(self._state(single, constraint, limit), limit) for single in sampling.draws()]
         for start in range(0, len(found), BATCH):
             some = found[start : start + BATCH]
             copies = np.repeat(logits[:, -1], len(some), axis=0)
@@ -148,16 +149,16 @@ class OrtSeq2Seq:
         rows.fill([found[name] for name in layout.present], [count] * len(prompts))
         return rows, np.asarray(found["logits"], np.float32)
 
-    def _state(self, sampling: Sampling, constraint: Constraint | None) -> AnswerState:
-        """Penalties count what the decoder is given, as in transformers: not what the encoder reads."""
-        return state(sampling, [self.start_id], self.vocab_size, constraint)
+    def _state(self, sampling: Sampling, constraint: Constraint | None, limit: int) -> AnswerState:
+        """Penalties and rules count what the decoder is given, as in transformers: not what the encoder reads."""
+        return state(sampling, [self.start_id], self.vocab_size, constraint, self.eos_ids, limit)
 
     def _stream(self, prompt: Sequence[int], sampling: Sampling, limit: int, constraint: Constraint | None) -> Tokens:
         if sampling.beams > 1:
             best = self.candidates(prompt, sampling, constraint)[0]
             yield from best.ids
             return best.end
-        answer = self._state(sampling, constraint)
+        answer = self._state(sampling, constraint, limit)
         rows, logits = self.begin([prompt], [[self.start_id]], limit)
         last = logits[0, -1]
         for left in reversed(range(limit)):

@@ -163,6 +163,7 @@ def stream_text(
     The texts joined are `tokenizer.decode` of all ids, cut before the first stop string.
     """
     limit = min(sampling.max_new_tokens, generator.room(prompt_ids))
+    limit -= sampling.cuts(limit - 1, limit)  # the last token is a forced end
     # A generator of a plugin may be older than constraints.
     if constraint is None:
         return _texts(generator.stream(prompt_ids, sampling), tokenizer, limit, stop)

@@ -99,16 +99,17 @@ class TorchGenerator:
     ) -> Iterator[int]:
         """Yield new ids one by one; see `Generator.stream`. A bad prompt is refused at the call."""
         check_single(sampling)
-        limit, sampler = min(sampling.max_new_tokens, self.room(prompt)), self._sampler(prompt, sampling, constraint)
+        limit = min(sampling.max_new_tokens, self.room(prompt))
+        sampler = self._sampler(prompt, sampling, constraint, limit)
         return self._stream(list(prompt), sampling, limit, constraint, sampler)
 
-    def _sampler(self, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None) -> Sampler:
-        """Penalties count what the decoder is given, as in transformers: not what an encoder reads."""
+    def _sampler(self, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None, limit: int) -> Sampler:
+        """Penalties and rules count what the decoder is given, as in transformers: not what an encoder reads."""
         check_bias(sampling, self.vocab_size)
         given = list(prompt)
         if self.encoder_decoder:
             given = [start for start in (self.model.config.decoder_start_id,) if start is not None]
-        return Sampler(sampling, self.device, given, constraint)
+        return Sampler(sampling, self.device, given, constraint, self.eos_ids, limit, self.vocab_size)
 
     def _stream(
         self, prompt: list[int], sampling: Sampling, limit: int, constraint: Constraint | None, sampler: Sampler
@@ -143,7 +144,7 @@ class TorchGenerator:
         for start in range(0, len(order), count):
             chosen = order[start : start + count]
             rows, logits = self._start([prompts[i] for i in chosen], max(limits[i] for i in chosen))
-            answers = [Answer(self._sampler(prompts[i], sampling, constraint), limits[i]) for i in chosen]
+            answers = [Answer(self._sampler(prompts[i], sampling, constraint, limits[i]), limits[i]) for i in chosen]
             draw(rows, logits, answers, self.eos_ids, choose)
             for i, answer in zip(chosen, answers, strict=True):
                 results[i] = answer.ids
@@ -156,9 +157,9 @@ class TorchGenerator:
         limit = min(sampling.max_new_tokens, self.room(prompt))
         rows, logits = self._start([prompt], limit)
         if sampling.beams > 1:
-            sampler = self._sampler(prompt, sampling, constraint)
+            sampler = self._sampler(prompt, sampling, constraint, limit)
             return search_beams(rows, logits, BeamSearch(sampling, self.eos_ids, limit), rank, sampler)[: sampling.n]
-        answers = [Answer(self._sampler(prompt, single, constraint), limit) for single in sampling.draws()]
+        answers = [Answer(self._sampler(prompt, single, constraint, limit), limit) for single in sampling.draws()]
         count = self._rows(len(prompt) + limit)
         for start in range(0, len(answers), count):
             some = answers[start : start + count]

@@ -16,6 +16,7 @@ from llmctl.beams import Continuation
 from llmctl.engine import Constraint
 from llmctl.errors import UsageError
 from llmctl.generator import Sampling
+from llmctl.rules import NOTHING_LEFT, NOTHING_LEFT_HINT, RuleState
 
 
 class Sampler:
@@ -31,6 +32,9 @@ class Sampler:
         device: torch.device | str = "cpu",
         prompt: Sequence[int] = (),
         constraint: Constraint | None = None,
+        eos_ids: frozenset[int] = frozenset(),
+        limit: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         self.sampling = sampling
         self.constraint = constraint and constraint.copy()
@@ -41,13 +45,18 @@ class Sampler:
             self.random.seed()
         else:
             self.random.manual_seed(sampling.seed)
+        self.rules: RuleState | None = None
+        if sampling.rules is not None:
+            self.rules = RuleState(sampling.rules, prompt, eos_ids, limit or sampling.max_new_tokens, vocab_size)
         penalised = sampling.repetition_penalty != 1 or sampling.frequency_penalty or sampling.presence_penalty
-        self.adjusts = bool(sampling.logit_bias or penalised or constraint is not None)
+        self.adjusts = bool(sampling.logit_bias or penalised or constraint is not None or self.rules)
 
     def __call__(self, logits: Tensor) -> int:
         """The next token of `logits (V,)` float32: the argmax at temperature 0, else a draw."""
         if self.adjusts:
             logits = self.adjusted(logits)
+            if self.rules is not None and logits.max().isneginf():
+                raise UsageError(NOTHING_LEFT, hint=NOTHING_LEFT_HINT)
         if self.sampling.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -60,7 +69,12 @@ class Sampler:
     def accept(self, token: int) -> None:
         """The answer goes on with this token."""
         self.said[token] += 1
-        if self.constraint is not None:
+        forced = None
+        if self.rules is not None:
+            forced = self.rules.forced()
+            self.rules.accept(token)
+        # What is forced need not be of the form that was asked for, a language's token for instance.
+        if self.constraint is not None and (forced is None or self.constraint.mask()[token]):
             self.constraint.accept(token)
 
     def copy(self) -> Sampler:
@@ -68,11 +82,12 @@ class Sampler:
         other = copy.copy(self)
         other.said = self.said.copy()
         other.constraint = self.constraint and self.constraint.copy()
+        other.rules = self.rules and self.rules.copy()
         other.random = self.random.clone_state()
         return other
 
     def adjusted(self, scores: Tensor, *, dead_ends: bool = False) -> Tensor:
-        """`scores (V,)` after bias, penalties and the constraint, in this order; a new tensor.
+        """`scores (V,)` after bias, penalties, the constraint and the rules, in this order; a new tensor.
 
         Raises UsageError where the constraint allows nothing; with `dead_ends` all of it is -inf.
         """
@@ -88,12 +103,26 @@ class Sampler:
         if self.said and (sampling.frequency_penalty or sampling.presence_penalty):
             counts = scores.new_tensor(list(self.said.values()))
             scores[list(self.said)] -= counts * sampling.frequency_penalty + sampling.presence_penalty
+        return self._restricted(scores, dead_ends=dead_ends)
+
+    def _restricted(self, scores: Tensor, *, dead_ends: bool) -> Tensor:
+        """What the constraint and the rules leave; as `llmctl.ort.history` has it."""
+        rules = self.rules
+        forced = None if rules is None else rules.forced()
+        if forced is not None:
+            scores.fill_(-torch.inf)
+            scores[list(forced)] = 0
+            return scores
         if self.constraint is not None:
             allowed = torch.from_numpy(self.constraint.mask()).to(scores.device)
             if not (dead_ends or allowed.any()):
                 raise UsageError("the constraint allows no token here", hint="relax the schema, regex or grammar")
             scores.masked_fill_(~allowed, -torch.inf)
-        return scores
+        if rules is None:
+            return scores
+        ruled = scores.clone()
+        ruled[[*rules.always, *rules.banned()]] = -torch.inf
+        return scores if self.constraint is not None and ruled.max().isneginf() else ruled
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -134,8 +163,8 @@ def log_probability(logits: Tensor, token: int) -> float:
 def rank(logits: Tensor, totals: Sequence[float], wanted: int, samplers: Sequence[Sampler] = ()) -> list[Continuation]:
     """The `wanted` likeliest continuations of beams with `logits (B, V)`, `totals` added to each beam's; best first.
 
-    With `samplers`, one for each beam, bias, penalties and constraints change the log-probabilities that beams are
-    ranked by, as in transformers; fewer come back where fewer are allowed, none of a beam that has none.
+    With `samplers`, one for each beam, bias, penalties, constraints and rules change the log-probabilities that beams
+    are ranked by, as in transformers; fewer come back where fewer are allowed, none of a beam that has none.
     """
     likely = scored = logits.log_softmax(dim=-1)
     if samplers:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import InputError
+from llmctl.generation_config import of_config
 from llmctl.text.pooling import POOLING_FILES
 from llmctl.text.tokenizer import FILES
 
@@ -39,9 +40,7 @@ def copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     generation = target / "generation_config.json"
     if not generation.is_file():
-        config = read_config(source)
-        keys = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
-        _write(generation, {key: config[key] for key in keys if config.get(key) is not None})
+        _write(generation, of_config(read_config(source)))
 
 
 @dataclass(frozen=True)

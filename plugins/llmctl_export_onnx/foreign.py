@@ -25,6 +25,7 @@ TASKS = {
     "SequenceClassification": "text-classification",
     "TokenClassification": "token-classification",
     "QuestionAnswering": "question-answering",
+    "MTModel": "text2text-generation-with-past",  # Marian
     "Model": "feature-extraction",
 }
 """Ending of a transformers class name to Optimum's task."""

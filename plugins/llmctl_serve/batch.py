@@ -150,7 +150,8 @@ class LocalAnswers:
         found = []
         form = session.followed(masking)
         for prompt, ids in zip(prompts, generator.generate(prompts, sampling, *form), strict=True):
-            ended = len(ids) < min(sampling.max_new_tokens, generator.room(prompt))
+            limit = min(sampling.max_new_tokens, generator.room(prompt))
+            ended = len(ids) < limit and not sampling.cuts(len(ids), limit)
             whole = Candidate(ids, [], ended)
             found.append([Said(completion_of(session.tokenizer, whole, session.stop), whole)])
         return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llmctl import InputError
+from llmctl.generation_config import FILE, read_generation_config, rules_of
 from llmctl.generator import Sampling
 
 DRAWING = {"temperature", "top_k", "top_p", "min_p"}
@@ -17,11 +17,10 @@ def default_sampling(directory: Path, **given: Any) -> Sampling:
     """How a model wants to be sampled: its `generation_config.json`, read as transformers reads it.
 
     What is `given` overrides the file. Without `do_sample` that is greedy, or a beam search with `num_beams`; with it
-    temperature 1, top-k 50 and top-p 1 unless it says otherwise. A repetition penalty holds for all of them. Who is
-    given beams gets no draws from the file, and who is given draws no beams.
+    temperature 1, top-k 50 and top-p 1 unless it says otherwise. A repetition penalty and rules (forced and banned
+    tokens) hold for all of them. Who is given beams gets no draws from the file, and who is given draws no beams.
     """
-    path = directory / "generation_config.json"
-    wanted = _read(path)
+    wanted = _read(directory)
     draws = given.get("temperature") or given.get("top_k") or given.get("top_p", 1) < 1 or given.get("min_p")
     settled = set()
     if "beams" in given and not draws or ("beams" in wanted and given.get("temperature") == 0):
@@ -31,41 +30,18 @@ def default_sampling(directory: Path, **given: Any) -> Sampling:
     wanted = {name: value for name, value in wanted.items() if name not in settled}
     if "beams" in wanted and wanted.get("temperature"):
         raise InputError(
-            f"{path} asks for beams that are drawn (do_sample with num_beams), which is not offered",
+            f"{directory / FILE} asks for beams that are drawn (do_sample with num_beams), which is not offered",
             hint="set do_sample to false or num_beams to 1 there",
         )
     return Sampling(**{**wanted, **given})
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "num_beams": (int,),
-    "length_penalty": (int, float),
-    "early_stopping": (bool, str),
-    "do_sample": (bool,),
-    "temperature": (int, float),
-    "top_k": (int,),
-    "top_p": (int, float),
-    "min_p": (int, float),
-    "repetition_penalty": (int, float),
-}
-"""What each value may be."""
-
-
-def _read(path: Path) -> dict[str, Any]:
+def _read(directory: Path) -> dict[str, Any]:
     """The values of `Sampling` that the file sets."""
-    if not path.is_file():
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{path} holds no JSON object", hint="write {} for no defaults")
-    said = {name: value for name, value in config.items() if value is not None}
-    for name, kinds in _KINDS.items():
-        if name in said and (not isinstance(said[name], kinds) or (isinstance(said[name], bool) and bool not in kinds)):
-            raise InputError(f"{path}: {name} is {said[name]!r}", hint="correct it or leave it out")
+    said = read_generation_config(directory)
     found = {name: said[name] for name in ("repetition_penalty",) if name in said}  # greedy or not
+    if (rules := rules_of(said)) is not None:
+        found["rules"] = rules
     if said.get("num_beams", 1) > 1:
         found |= {"beams": said["num_beams"]}
         found |= {name: said[name] for name in ("length_penalty", "early_stopping") if name in said}

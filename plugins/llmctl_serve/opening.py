@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmctl import Artifact, InputError, UsageError
 from llmctl.engine import Engine, EngineOptions
+from llmctl.generation_config import warn_of_unhonoured
 from llmctl.generator import Generator
 from llmctl.one_by_one import OneByOne
 from llmctl.ort.encoder import OrtEncoder, open_encoder
@@ -57,6 +58,7 @@ class Opener:
                 hint="use a draft that was trained with the model's own tokenizer",
             )
         engine = self.engine(opened)
+        warn_of_unhonoured(artifact.path)
         return Service(
             **common,  # type: ignore[arg-type]
             generator=opened,

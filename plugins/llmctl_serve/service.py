@@ -294,8 +294,11 @@ class Service:
             name: getattr(self.default if getattr(request, name) is None else request, name)
             for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
         }
+        rules = self.default.rules
+        if rules is not None and request.ignore_eos:
+            rules = replace(rules, forced_eos_token_id=())
         if self.default.beams > 1 and temperature == 0:
-            return replace(self.default, **common, **penalties, n=draws)
+            return replace(self.default, **common, **penalties, rules=rules, n=draws)
         return Sampling(
             **common,
             **penalties,
@@ -303,6 +306,7 @@ class Service:
             top_k=self.default.top_k if request.top_k is None else request.top_k,
             top_p=self.default.top_p if request.top_p is None else request.top_p,
             min_p=self.default.min_p if request.min_p is None else request.min_p,
+            rules=rules,
             n=draws if temperature > 0 else 1,
         )
 

@@ -150,6 +150,7 @@ def open_session(
     adapter: str | None = None,
 ) -> Session:
     """Open a model, with an adapter if one is named; `given` overrides its `generation_config.json` where not None."""
+    from llmctl.generation_config import warn_of_unhonoured
     from llmctl.generator import choose_adapter
     from llmctl.registry import get_registry
     from llmctl.text.tokenizer import Tokenizer
@@ -157,6 +158,7 @@ def open_session(
 
     found = find_model(artifact)
     sampling = default_sampling(found.path, **{key: value for key, value in given.items() if value is not None})
+    warn_of_unhonoured(found.path)
     tokenizer = Tokenizer.load(found.path)
     generator = choose_adapter(get_registry().open_generator(found, device=device, threads=threads), adapter)
     session = Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)

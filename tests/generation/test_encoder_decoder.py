@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from llmctl.errors import UsageError
+from llmctl.generation_config import rules_of
 from llmctl.generator import Generator, Sampling
 from llmctl.nn.attention import Memory
 from llmctl.train.generate import TorchGenerator, open_model
@@ -142,6 +143,23 @@ def test_penalties_count_what_the_decoder_is_given_as_in_transformers(pair, sour
         torch.manual_seed(seed)
         expected = theirs_say(theirs, source, do_sample=True, **options)
         assert said(ours, source, Sampling(seed=seed, **options)) == expected
+
+
+def test_a_models_rules_are_kept_to_as_in_transformers(pair, sources) -> None:
+    theirs, ours = pair
+    options = {"forced_bos_token_id": 7, "forced_eos_token_id": EOS, "bad_words_ids": [[PAD], [7, 4]]}
+    options |= {"no_repeat_ngram_size": 2, "min_length": 5, "begin_suppress_tokens": [5], "suppress_tokens": [9]}
+    rules = rules_of(options)
+    for source in sources:
+        greedy = Sampling(max_new_tokens=10, rules=rules)
+        expected = theirs_say(theirs, source, max_new_tokens=10, do_sample=False, **options)
+        assert said(ours, source, greedy) == expected
+        assert list(ours.stream(source, greedy)) == expected[0][0]
+        beams = Sampling(max_new_tokens=10, beams=2, n=2, rules=rules)
+        more = {"do_sample": False, "num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 10}
+        assert said(ours, source, beams) == theirs_say(theirs, source, **more, **options)
+    with_rules = ours.generate(sources, Sampling(max_new_tokens=10, rules=rules))
+    assert with_rules == [list(ours.stream(source, Sampling(max_new_tokens=10, rules=rules))) for source in sources]
 
 
 def test_the_encoder_runs_once_for_all_draws_and_steps(pair, sources, monkeypatch) -> None:

@@ -403,6 +403,7 @@ def test_another_encoder_decoder_goes_through_optimum(tmp_path: Path) -> None:
         ("BertForQuestionAnswering", "question-answering"),
         ("BertModel", "feature-extraction"),
         ("BartForConditionalGeneration", "text2text-generation-with-past"),
+        ("MarianMTModel", "text2text-generation-with-past"),
     ],
 )
 def test_the_task_follows_from_the_architecture(architecture: str, task: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from llmctl.errors import UsageError
+from llmctl.generation_config import read_generation_config, rules_of
 from llmctl.generator import GREEDY, Sampling
 from llmctl.registry import get_registry
 from llmctl.stage import Artifact
@@ -20,6 +21,8 @@ class Translator:
 
     def __init__(self, artifact: Artifact) -> None:
         self._tokenizer = Tokenizer.load(artifact.path)
+        self._rules = rules_of(read_generation_config(artifact.path))
+        """The target language, for instance, of a model with several."""
         self._model = get_registry().open_generator(artifact, device="cpu", threads=1)
         if not self._model.encoder_decoder:
             raise UsageError(
@@ -35,9 +38,9 @@ class Translator:
         for n in fits:
             longest = max(8, min(2 * len(prompts[n]), self._model.context_length - 1))
             sampling = (
-                Sampling(max_new_tokens=longest, temperature=TEMPERATURE, seed=seed)
+                Sampling(max_new_tokens=longest, temperature=TEMPERATURE, seed=seed, rules=self._rules)
                 if seed is not None
-                else Sampling(max_new_tokens=longest, temperature=GREEDY.temperature)
+                else Sampling(max_new_tokens=longest, temperature=GREEDY.temperature, rules=self._rules)
             )
             found[n] = self._tokenizer.decode(self._model.generate([prompts[n]], sampling)[0]).strip()
         return found

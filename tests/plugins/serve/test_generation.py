@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from llmctl.generator import Sampling
+from llmctl.rules import Rules
 from llmctl_serve.defaults import default_sampling
 
 QUESTION = [{"role": "user", "content": "Which module provides dedent?"}]
@@ -150,6 +151,11 @@ def test_sampling_defaults_come_from_the_model(server, tmp_path):
     assert sampling() == sampling(temperature=0) == replace(own, seed=1)
     assert sampling(temperature=0.3) == Sampling(temperature=0.3, seed=1)
     assert sampling(top_p=0.5) == Sampling(temperature=1.0, top_p=0.5, seed=1)
+    rules = Rules(forced_eos_token_id=(2,), no_repeat_ngram_size=3)
+    for one in (own, Sampling()):
+        wanting = replace(server.service, default=replace(one, rules=rules))
+        assert sampling().rules == sampling(temperature=0.3).rules == rules
+        assert sampling(ignore_eos=True).rules == Rules(no_repeat_ngram_size=3)
 
 
 def test_logprobs_are_those_of_the_model(server):
