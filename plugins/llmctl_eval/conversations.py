@@ -57,7 +57,7 @@ def generate_answers(subject: Subject, params: EvalParams, batch: Sequence[Quest
     """Greedy answers to a batch; a question without room in the context counts as answered wrongly."""
     prompts = [subject.tokenizer.encode_chat(one.prompt, add_generation_prompt=True).ids for one in batch]
     fits = [len(prompt) < subject.generator.context_length for prompt in prompts]
-    sampling = Sampling(max_new_tokens=params.max_new_tokens)
+    sampling = Sampling(max_new_tokens=params.max_new_tokens, rules=subject.rules)
     answers = iter(
         subject.generator.generate([p for p, fit in zip(prompts, fits, strict=True) if fit], sampling)
         if any(fits)

@@ -69,8 +69,8 @@ def beginnings(part: SplitTokens, params: EvalParams) -> list[list[int]]:
 def answer(subject: Subject, params: EvalParams, way: Strategy, number: int, start: list[int]) -> Sample:
     """All answers of one strategy to one beginning, with what is measured on them."""
     # No two draws of an evaluation share a seed.
-    seed = params.seed + number * params.answers
-    sampling = Sampling(max_new_tokens=params.max_new_tokens, seed=seed, **STRATEGIES[way](params))
+    seed = (params.seed + number * params.answers) % 2**63
+    sampling = Sampling(max_new_tokens=params.max_new_tokens, seed=seed, rules=subject.rules, **STRATEGIES[way](params))
     began = time.perf_counter()
     found = subject.generator.candidates(start, sampling)
     seconds = time.perf_counter() - began

@@ -139,7 +139,7 @@ def translate(subject: Subject, params: EvalParams, rows: Sequence[Row]) -> Iter
     """Greedy answers of an encoder-decoder, or of anything that generates."""
     prompts = [subject.tokenizer.frame_document(subject.tokenizer.encode(row["source"])) for row in rows]
     fits = [len(prompt) <= subject.generator.context_length for prompt in prompts]
-    sampling = Sampling(max_new_tokens=params.max_new_tokens)
+    sampling = Sampling(max_new_tokens=params.max_new_tokens, rules=subject.rules)
     answers = iter(
         subject.generator.generate([p for p, fit in zip(prompts, fits, strict=True) if fit], sampling)
         if any(fits)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from llmctl import Artifact, InputError
+from llmctl.generation_config import read_generation_config, rules_of
 from llmctl.generator import Generator
 from llmctl.reader import Reader
 from llmctl.registry import get_registry
+from llmctl.rules import Rules
 from llmctl.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -37,6 +39,11 @@ class Subject:
     def generator(self) -> Generator:
         """The model, to generate with."""
         return get_registry().open_generator(self.artifact, device=self.device, threads=self.threads)
+
+    @cached_property
+    def rules(self) -> Rules | None:
+        """What its answers keep to, by its own `generation_config.json`."""
+        return rules_of(read_generation_config(self.artifact.path))
 
     @cached_property
     def reader(self) -> Reader:

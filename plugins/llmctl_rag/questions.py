@@ -10,7 +10,9 @@ from itertools import islice
 from typing import Any
 
 from llmctl import Artifact, Context, InputError
+from llmctl.generation_config import read_generation_config, rules_of
 from llmctl.generator import Generator, Sampling
+from llmctl.rules import Rules
 from llmctl.text.datasets import read_rows, splits
 from llmctl.text.grounding import (
     REFUSAL,
@@ -57,6 +59,8 @@ class Answerer:
     params: RagParams
     generator: Generator | None = None
     tokenizer: Tokenizer | None = None
+    rules: Rules | None = None
+    """What the model's answers keep to, by its own `generation_config.json`."""
 
     @classmethod
     def open(cls, params: RagParams, index: Index, model: Artifact | None) -> Answerer:
@@ -66,7 +70,8 @@ class Answerer:
         from llmctl.registry import get_registry
 
         opened = get_registry().open_generator(model, device=params.device, threads=params.threads)
-        return cls(index, params, opened, Tokenizer.load(model.path))
+        rules = rules_of(read_generation_config(model.path))
+        return cls(index, params, opened, Tokenizer.load(model.path), rules)
 
     def answer(self, question: str) -> tuple[Grounds, Answer]:
         """What was found, and what is said from it."""
@@ -78,7 +83,8 @@ class Answerer:
         ids, passages = self._prompt(self.tokenizer, self.generator.context_length, question, grounds)
         if not passages:
             return grounds, Answer(REFUSAL, [], True)
-        text = complete(self.generator, self.tokenizer, ids, Sampling(max_new_tokens=self.params.max_new_tokens)).text
+        sampling = Sampling(max_new_tokens=self.params.max_new_tokens, rules=self.rules)
+        text = complete(self.generator, self.tokenizer, ids, sampling).text
         return grounds, Answer(attribute(self.index, text, passages), passages, False)
 
     def _prompt(
