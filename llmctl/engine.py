@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from llmctl.errors import LlmctlError
+from llmctl.errors import LlmctlError, UsageError
 from llmctl.generator import Sampling
 
 if TYPE_CHECKING:
@@ -55,6 +55,12 @@ class Request:
     """Who asks: waiting requests of different clients are admitted in turn."""
     adapter: str | None = None
     """The adapter that answers; None: the model as it is."""
+
+    def __post_init__(self) -> None:
+        """UsageError for a negative number of alternatives."""
+        for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None and value < 0:
+                raise UsageError(f"{name} must not be negative, got {value}", hint="0 scores the tokens alone")
 
 
 @dataclass(frozen=True)

@@ -244,3 +244,9 @@ def test_closing_cancels_everything_and_speculation_is_refused() -> None:
     assert model.closed == 1
     with pytest.raises(UsageError, match="answers one request after the other"):
         OneByOne(model, EngineOptions(speculation="prompt-lookup"))
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_a_request_for_fewer_than_no_alternatives_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} must not be negative, got -1"):
+        Request(prompt=[5], sampling=Sampling(), **{name: -1})
