@@ -3,7 +3,8 @@
 A LLaMA with random weights (by default the 82M one: 12 layers, width 768, vocabulary 8192) is exported plain and with
 random adapters of all its linear layers; with `--bits` both are quantized. The engine answers a batch of prompts of 64
 tokens; timed are the steps in which all rows run. Cases take turns; printed is the median over the rounds of the
-tokens per second, and of their ratio to the plain bundle in the same round. What is made stays in `--home`, if given.
+tokens per second, and of their ratio to the plain bundle in the same round. Then requests for all the adapters come and
+go while the others run, their prompts read in between. What is made stays in `--home`, if given.
 
     python benchmarks/adapters.py --threads 2 --rounds 5 --bits 4
 """
@@ -110,6 +111,24 @@ def speed(generator: OrtGenerator, batch: int, adapters: Sequence[str | None], n
     return (after - before) / seconds
 
 
+def turnover(generator: OrtGenerator, batch: int, adapters: Sequence[str | None], new: int) -> float:
+    """Tokens per second of requests that come and go: each has one of the adapters, and 1 to `2 * new` tokens."""
+    random = np.random.default_rng(0)
+    count, context = 5 * batch, PROMPT + 2 * new
+    engine = generator.engine(EngineOptions(slots=batch, max_queue=count, prefix_cache=False, context=context))
+    bias = tuple((end, -1e9) for end in generator.eos_ids)
+    for client in range(count):
+        sampling = Sampling(max_new_tokens=int(random.integers(1, 2 * new + 1)), logit_bias=bias)
+        prompt, name = random.integers(3, VOCABULARY, 8).tolist(), adapters[random.integers(len(adapters))]
+        engine.submit(Request(prompt=prompt, sampling=sampling, adapter=name, client=str(client)))
+    start = time.perf_counter()
+    while engine.busy:
+        engine.step()
+    seconds, tokens = time.perf_counter() - start, engine.stats().generated_tokens
+    engine.close()
+    return tokens / seconds
+
+
 def main() -> None:
     """Print a table, then the same as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,6 +157,10 @@ def main() -> None:
                 ratio = statistics.median(one[name] / one["plain"] for one in rounds)
                 print(f"batch {batch:2} {name:16} {value:8.1f} tokens/s, {ratio:.3f} of plain")
                 found.append({"batch": batch, "case": name, "tokens_per_s": value, "ratio": ratio})
+            if batch > 1:
+                value = statistics.median(turnover(adapted, batch, names, args.new) for _ in range(args.rounds))
+                print(f"batch {batch:2} coming and going {value:8.1f} tokens/s")
+                found.append({"batch": batch, "case": "coming and going", "tokens_per_s": value})
     print(json.dumps({"benchmark": "adapters", "machine": platform.machine(), "bits": args.bits, "cases": found}))
 
 

@@ -1,22 +1,20 @@
-"""LoRA adapters beside one graph: in memory at once, and bound to a call for the rows that want them.
+"""LoRA adapters beside one graph: in memory at once, for calls whose rows want one or another.
 
 The graph is one of ONNX Runtime's multi-LoRA convention: a product `x W` that can be adapted has the further inputs
 `NAME.lora_A.weight (in, rank)` and `NAME.lora_B.weight (rank, out)` with empty defaults, and adds `x A B`. A file
 `adapters/NAME.onnx_adapter` of the bundle holds their values. ONNX Runtime itself applies an adapter to a whole call
 (`RunOptions.add_active_adapter`), and not to one with bound memory, as the engine's are.
 
-Here rows of one batch may have different adapters. Those that a call needs are put side by side, so that their ranks
-add up, and the graph's input `KIND.lora_mask (rows, 1, rank)` says which of the columns of `x A` are a row's own: the
-others are multiplied by 0, which changes no sum. A batch is one call, however many adapters its rows have.
+Here rows of one batch may have different adapters. Those that a call needs stand side by side (`adapter_rows`), so that
+their ranks add up, and the graph's input `KIND.lora_mask (rows, 1, rank)` says which of the columns of `x A` are a
+row's own: the others are multiplied by 0, which changes no sum. A batch is one call, however many adapters it has.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,6 @@ from llmctl.generator import unknown_adapter
 DIRECTORY, ENDING, INDEX = "adapters", ".onnx_adapter", "adapters.json"
 """Where a bundle has its adapters, and what says where they come from."""
 DOWN, UP, MASK = ".lora_A.weight", ".lora_B.weight", ".lora_mask"
-COMBINATIONS = 8
-"""Sets of adapters that are kept side by side; another one is put together again, a copy of a few megabytes."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 _FLOATS: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
@@ -41,40 +37,35 @@ def kind_of(site: str) -> str:
     return _NUMBER.sub("", site)
 
 
-@dataclass(frozen=True, eq=False)
-class Combination:
-    """Some adapters side by side."""
-
-    values: Mapping[str, ort.OrtValue]
-    """By the graph's inputs."""
-    owners: Mapping[str, np.ndarray]
-    """By the masks' names: for each column the number of the adapter that it belongs to, `(rank,)`."""
-
-
 class Adapters:
     """The adapters of one session. They are numbered from 1 on, in the order of `names`; 0 is the model as it is."""
 
     def __init__(self, session: ort.InferenceSession, files: Mapping[str, Path], device: str = "cpu") -> None:
         inputs = {value.name: value for value in session.get_overridable_initializers()}
         self.names = tuple(files)
-        self._device = device
-        self._sites = sorted(name.removesuffix(DOWN) for name in inputs if name.endswith(DOWN))
-        for name in (wanted for site in self._sites for wanted in (site + UP, kind_of(site) + MASK)):
+        self.device = device
+        sites = sorted(name.removesuffix(DOWN) for name in inputs if name.endswith(DOWN))
+        for name in (wanted for site in sites for wanted in (site + UP, kind_of(site) + MASK)):
             if name not in inputs:  # graphs of other programs have no masks
                 raise InputError(
                     f"{next(iter(files.values()))} cannot be used: its graph has no input `{name}`",
                     hint="export the model and its adapters together with `llmctl export-onnx`",
                 )
-        self._dtypes: dict[str, np.dtype[Any]] = {
+        self.dtypes: dict[str, np.dtype[Any]] = {
             name: _FLOATS[value.type] for name, value in inputs.items() if value.type in _FLOATS
         }
-        self._sizes = {site: (inputs[site + DOWN].shape[0], inputs[site + UP].shape[1]) for site in self._sites}
+        self.sites: dict[str, tuple[int, int]] = {
+            site: (inputs[site + DOWN].shape[0], inputs[site + UP].shape[1]) for site in sites
+        }
+        """The products that can be adapted, with their widths (in, out)."""
         self._factors = [self._read(path) for path in files.values()]
         self._ones = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.ones((1, 1, 1), self._dtypes[name]))
-            for name in {kind_of(site) + MASK for site in self._sites}
+            name: ort.OrtValue.ortvalue_from_numpy(np.ones((1, 1, 1), self.dtypes[name]))
+            for name in {kind_of(site) + MASK for site in self.sites}
         }
-        self._combined: OrderedDict[tuple[int, ...], Combination] = OrderedDict()
+        self._ranks = [{kind_of(site): one[site + DOWN].shape[1] for site in self.sites} for one in self._factors]
+        self._bytes = [sum(matrix.nbytes for matrix in one.values()) for one in self._factors]
+        self._own: dict[int, Mapping[str, ort.OrtValue]] = {}
 
     def number(self, name: str | None) -> int:
         """Of the adapter called `name`; UsageError if there is none."""
@@ -88,40 +79,38 @@ class Adapters:
         """The inputs of a call whose rows all have one adapter; none for 0."""
         return dict(self._factors[number - 1]) if number else {}
 
-    def combination(self, numbers: Sequence[int]) -> Combination:
-        """The adapters with these numbers side by side; without any, the inputs are empty."""
-        key = tuple(numbers)
-        found = self._combined.get(key)
-        if found is None:
-            found = self._combined[key] = self._combine(key)
-            while len(self._combined) > COMBINATIONS:
-                self._combined.popitem(last=False)
-        self._combined.move_to_end(key)
-        return found
+    def ranks(self, number: int) -> dict[str, int]:
+        """Columns that this adapter's products have, by their kinds."""
+        return self._ranks[number - 1]
 
-    def masks(self, combination: Combination, rows: np.ndarray) -> dict[str, ort.OrtValue]:
-        """Which columns are those of the adapters `rows (B,)`, by the masks' names."""
+    def size(self, number: int) -> int:
+        """Bytes of its matrices."""
+        return self._bytes[number - 1]
+
+    def memory_bytes(self, count: int) -> int:
+        """Most bytes of all adapters, and of those that `count` rows can have side by side.
+
+        On a device they are twice: there, and in the host's memory.
+        """
+        several = sorted(self._bytes, reverse=True)[:count]
+        held = sum(self._bytes) + (sum(several) if len(several) > 1 else 0)
+        return held if self.device == "cpu" else 2 * held
+
+    def own(self, number: int) -> Mapping[str, ort.OrtValue]:
+        """The inputs of calls with no other adapter than this one; for 0 they are empty."""
+        if number not in self._own:
+            self._own[number] = {
+                name: ort.OrtValue.ortvalue_from_numpy(matrix, self.device, 0)  # on the CPU the same memory
+                for name, matrix in (self._factors[number - 1] if number else self._padded({})).items()
+            }
+        return self._own[number]
+
+    def own_masks(self, number: int, rows: np.ndarray) -> Mapping[str, ort.OrtValue]:
+        """The masks beside them, where the rows have this adapter or none, `rows (B,)`."""
         if (rows == rows[0]).all():
             return self._ones
-        found = {}
-        for name, owners in combination.owners.items():
-            own = (owners == rows[:, None, None]).astype(self._dtypes[name])
-            found[name] = ort.OrtValue.ortvalue_from_numpy(own)
-        return found
-
-    def _combine(self, numbers: tuple[int, ...]) -> Combination:
-        chosen = [self._factors[number - 1] for number in numbers]
-        values: dict[str, ort.OrtValue] = {}
-        owners: dict[str, np.ndarray] = {}
-        for site, (rows, columns) in self._sizes.items():
-            dtype = self._dtypes[site + DOWN]
-            downs = [one[site + DOWN] for one in chosen]
-            down = np.concatenate([np.zeros((rows, 0), dtype), *downs], axis=1)
-            up = np.concatenate([np.zeros((0, columns), dtype), *(one[site + UP] for one in chosen)], axis=0)
-            values[site + DOWN] = ort.OrtValue.ortvalue_from_numpy(down, self._device, 0)
-            values[site + UP] = ort.OrtValue.ortvalue_from_numpy(up, self._device, 0)
-            owners[kind_of(site) + MASK] = np.repeat(numbers, [one.shape[1] for one in downs]).astype(np.int64)
-        return Combination(values, owners)
+        own = (rows == number)[:, None, None]
+        return {name: ort.OrtValue.ortvalue_from_numpy(own.astype(self.dtypes[name])) for name in self._ones}
 
     def _read(self, path: Path) -> dict[str, np.ndarray]:
         """The matrices of a file, by the graph's inputs; InputError unless they are this graph's."""
@@ -146,8 +135,8 @@ class Adapters:
                 kind = kind_of(name.removesuffix(UP))
                 ranks[kind] = max(ranks.get(kind, 0), len(array))
         padded = {}
-        for site, (rows, columns) in self._sizes.items():
-            rank, dtype = ranks.get(kind_of(site), 0), self._dtypes[site + DOWN]
+        for site, (rows, columns) in self.sites.items():
+            rank, dtype = ranks.get(kind_of(site), 0), self.dtypes[site + DOWN]
             down, up = np.zeros((rows, rank), dtype), np.zeros((rank, columns), dtype)
             if site + UP in found:
                 own = len(found[site + UP])
@@ -157,44 +146,18 @@ class Adapters:
 
     def _misfit(self, name: str, array: np.ndarray, others: Mapping[str, np.ndarray]) -> str:
         site = name.removesuffix(DOWN) if name.endswith(DOWN) else name.removesuffix(UP)
-        if site not in self._sizes:
+        if site not in self.sites:
             return f"it has no input `{name}`"
         other = others.get(site + (UP if name.endswith(DOWN) else DOWN))
         down, up = (array, other) if name.endswith(DOWN) else (other, array)
         if down is None or up is None:
             return f"only one of the two matrices of `{site}` is there"
-        rows, columns = self._sizes[site]
+        rows, columns = self.sites[site]
         if down.ndim != 2 or up.ndim != 2 or down.shape != (rows, up.shape[0]) or up.shape[1] != columns:
             return f"`{site}` is {list(down.shape)} x {list(up.shape)}, the graph's is [{rows}, r] x [r, {columns}]"
-        if array.dtype != self._dtypes[name]:
-            return f"`{name}` is {array.dtype}, the graph computes in {self._dtypes[name]}"
+        if array.dtype != self.dtypes[name]:
+            return f"`{name}` is {array.dtype}, the graph computes in {self.dtypes[name]}"
         return ""
-
-
-class RowAdapters:
-    """Binds adapters to the calls of one owner of bindings, and does nothing where a binding has the right ones."""
-
-    def __init__(self, adapters: Adapters) -> None:
-        self._adapters = adapters
-        self._bound: dict[ort.IOBinding, tuple[bytes, Combination]] = {}
-        """What each binding has; the combination is held, as its memory is read when the binding runs."""
-
-    def bind(self, binding: ort.IOBinding, rows: np.ndarray) -> None:
-        """The rows of this binding's calls have the adapters `rows (B,)`, by their numbers."""
-        key, (before, bound) = rows.tobytes(), self._bound.get(binding, (b"", None))
-        if key == before:
-            return
-        numbers = sorted({*rows.tolist()} - {0})
-        combination = self._adapters.combination(numbers)
-        values = {**self._adapters.masks(combination, rows), **({} if combination is bound else combination.values)}
-        self._bound.pop(binding, None)  # if memory ends half-way, as on a device, the binding has neither
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-        self._bound[binding] = (key, combination)
-
-    def clear(self) -> None:
-        """Forget all bindings."""
-        self._bound.clear()
 
 
 def number_of(adapters: Adapters | None, name: str | None) -> int:

@@ -268,12 +268,27 @@ def _filter(logits: np.ndarray, pool: _Pool, filters: _Filters) -> _Kept:
 
 
 def _draw(logits: np.ndarray, samplings: Sequence[Sampling], uniform: np.ndarray) -> np.ndarray:
-    """One token for each row: the first whose cumulated probability, likeliest first, is above the row's number."""
+    """One token for each row: the first whose cumulated probability, likeliest first, is above the row's number.
+
+    Rows with a `top_k` of another magnitude are drawn apart: what one of them sorts costs no other row.
+    """
+    filters = _Filters.of(samplings, logits.shape[1])
+    widths = np.where(filters.free, FIRST_POOL, np.maximum(filters.k, FIRST_POOL))
+    magnitudes = np.ceil(np.log2(widths))
+    if (magnitudes == magnitudes[0]).all():
+        return _draw_alike(logits, filters, uniform, int(widths.max()))
+    result = np.empty(len(logits), np.int64)
+    for magnitude in np.unique(magnitudes):
+        rows = np.flatnonzero(magnitudes == magnitude)
+        result[rows] = _draw_alike(logits[rows], filters[rows], uniform[rows], int(widths[rows].max()))
+    return result
+
+
+def _draw_alike(logits: np.ndarray, filters: _Filters, uniform: np.ndarray, width: int) -> np.ndarray:
+    """As `_draw`, for rows of which `width` tokens are sorted at first."""
     size = logits.shape[1]
-    filters = _Filters.of(samplings, size)
     result = np.empty(len(logits), np.int64)
     left = np.arange(len(logits))
-    width = int(max(FIRST_POOL, filters.k[~filters.free].max(initial=0)))
     while True:
         part = logits if len(left) == len(logits) else logits[left]
         pool = _ranked(part, min(width, size))

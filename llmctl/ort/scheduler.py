@@ -55,10 +55,14 @@ class OrtEngine:
         except UsageError:
             self._slots.close()
             raise
-        self.memory_bytes = self._slots.memory_bytes + size * token_bytes(generator.layout)
+        self.cache_bytes = self._slots.memory_bytes + size * token_bytes(generator.layout)
         """Most bytes that keys and values can take, those of past sequences and of a draft model included."""
         if self._speculation is not None:
-            self.memory_bytes += self._speculation.drafter.memory_bytes
+            self.cache_bytes += self._speculation.drafter.memory_bytes
+        self.memory_bytes = self.cache_bytes
+        """Most bytes that keys, values and adapters can take."""
+        if self._adapters is not None:
+            self.memory_bytes += self._adapters.memory_bytes(options.slots)
         self._allocation = Allocation(self._slots, self._pool, remembers=options.prefix_cache)
         self._answers = Answers(self._slots, self._allocation, self._speculation, self.eos_ids, self._forget)
         self._waiting: FairQueue[Task] = FairQueue()

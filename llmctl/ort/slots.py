@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnxruntime as ort
 
-from llmctl.ort.adapters import Adapters, RowAdapters
+from llmctl.ort.adapter_rows import RowAdapters
+from llmctl.ort.adapters import Adapters
 from llmctl.ort.cache import KEEP, Layout
 from llmctl.ort.cache_memory import CacheMemory, open_memory
 from llmctl.ort.step_mask import StepMask

@@ -215,7 +215,7 @@ class Models:
         if model.worker is not None:
             service = model.service
             capacity = model.worker.stats().cache_capacity
-            held = getattr(service.engine, "memory_bytes", 0)  # the engine that answers in turn holds nothing
+            held = getattr(service.engine, "cache_bytes", 0)  # the engine that answers in turn holds nothing
             self._metrics.watch(
                 service.model_id,
                 model.worker.stats,

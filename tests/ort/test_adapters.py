@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +12,15 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import trained
-from traffic import assert_empty, disagreements, engine_of, finish, mixed_requests
+from traffic import engine_of, finish, mixed_requests, run_mixed
 
 from llmctl.engine import Request
 from llmctl.errors import InputError, UsageError
 from llmctl.generator import Sampling, choose_adapter
 from llmctl.one_by_one import OneByOne
 from llmctl.ort import OrtGenerator, open_bundle
-from llmctl.ort.adapters import MASK, Adapters, RowAdapters
+from llmctl.ort.adapter_rows import Places, RowAdapters
+from llmctl.ort.adapters import MASK
 from llmctl.ort.slots import Slots
 from llmctl.testing import StageResult
 
@@ -32,37 +31,6 @@ PROMPT = [3, 50, 7, 71, 90, 12, 40]
 def mixed_adapters(count: int) -> list[Request]:
     """Requests that begin alike, each with the next of the model and its two adapters."""
     return [replace(request, adapter=NAMES[i % 3]) for i, request in enumerate(mixed_requests(count))]
-
-
-def run_mixed(
-    generator: OrtGenerator, requests: Sequence[Request], **options
-) -> tuple[int, int, dict[str | None, list[list[int]]]]:
-    """Answers to requests that join at random steps: wrong and unjudged steps against single runs, and the answers."""
-    random = np.random.default_rng(3)
-    engine = engine_of(generator, **{"slots": 6, "prefill_tokens": 24, "max_queue": len(requests), **options})
-    coming, asked = iter(requests), {}
-    answers: dict[int, list[int]] = defaultdict(list)
-    ends: dict[int, str] = {}
-    while len(asked) < len(requests) or engine.busy:
-        for request in [one for _ in range(random.integers(0, 3)) if (one := next(coming, None)) is not None]:
-            asked[engine.submit(request)] = request
-        for event in engine.step():
-            assert event.error is None
-            answers[event.ticket] += event.tokens
-            if event.finish_reason:
-                ends[event.ticket] = event.finish_reason
-    assert set(ends) == set(asked)
-    assert_empty(engine)
-    found: dict[str | None, list[list[int]]] = defaultdict(list)
-    wrong = close = 0
-    for ticket, request in asked.items():
-        alone = generator.with_adapter(request.adapter)
-        off, unjudged = disagreements(alone, request, answers[ticket], ends[ticket] == "stop")
-        wrong, close = wrong + off, close + unjudged
-        found[request.adapter].append(answers[ticket])
-    assert engine.stats().cached_tokens > 0 or not engine.options.prefix_cache
-    engine.close()
-    return wrong, close, found
 
 
 @pytest.mark.parametrize("name", ["polite", "terse"])
@@ -195,7 +163,7 @@ def _moved_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row gets the sum of all adapters of the batch."""
-    monkeypatch.setattr(Adapters, "masks", lambda adapters, combination, rows: adapters._ones)
+    monkeypatch.setattr(Places, "masks", lambda places, rows: places._adapters._ones)
 
 
 @pytest.mark.parametrize("fault", [_crossed_prefixes, _moved_rows, _no_masks])

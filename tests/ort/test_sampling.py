@@ -245,6 +245,35 @@ def test_a_row_does_not_depend_on_the_others(rows, size: int, spread: float, see
         assert found.tolist() == [int(batch.choose(step[row : row + 1], [one])[0]) for row, one in enumerate(alone)]
 
 
+@settings(max_examples=40)
+@given(
+    ks=st.lists(st.sampled_from([0, 5, 128, 129, 200, 256, 257, 1000, 2500, 4000]), min_size=2, max_size=6),
+    p=st.sampled_from([1.0, 0.9]),
+    spread=st.sampled_from([0.0, 0.3, 5.0]),
+    seed=st.integers(0, 99),
+)
+def test_rows_with_large_and_small_top_k_draw_as_alone(ks: list[int], p: float, spread: float, seed: int) -> None:
+    logits = np.random.default_rng(seed).normal(0, spread, (len(ks), 3000)).round(1).astype(np.float32)
+    samplings = [Sampling(temperature=1.0, top_k=k, top_p=p, seed=seed + row) for row, k in enumerate(ks)]
+    found = batch.choose(logits, [batch.state(one, [1], 3000) for one in samplings])
+    assert found.tolist() == [Sampler(one)(row) for one, row in zip(samplings, logits, strict=True)]
+
+
+def test_a_large_top_k_makes_no_other_row_sort_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    ranked = batch._ranked
+
+    def spy(logits: np.ndarray, width: int):
+        asked.append((len(logits), width))
+        return ranked(logits, width)
+
+    monkeypatch.setattr(batch, "_ranked", spy)
+    ks = [50, 2500, 0, 50, 300, 100]
+    logits = np.random.default_rng(0).normal(0, 5, (len(ks), 3000)).astype(np.float32)
+    batch.choose(logits, [batch.state(Sampling(temperature=1.0, top_k=k, seed=0), [1], 3000) for k in ks])
+    assert sorted(asked) == [(1, 300), (1, 2500), (4, batch.FIRST_POOL)]
+
+
 @settings(max_examples=60)
 @given(sampling=SAMPLINGS, spread=st.sampled_from([0.2, 1.0, 5.0]), seed=st.integers(0, 99))
 def test_a_draw_is_that_of_the_whole_sorted_distribution(sampling: Sampling, spread: float, seed: int) -> None:

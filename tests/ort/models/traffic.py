@@ -101,3 +101,34 @@ def run_traffic(generator: OrtGenerator, count: int, cancels: bool = True, **opt
     assert_empty(engine)
     assert cancels == ("cancelled" in ends.values())
     return engine, sum(wrong for wrong, _ in judged), sum(close for _, close in judged)
+
+
+def run_mixed(
+    generator: OrtGenerator, requests: Sequence[Request], **options
+) -> tuple[int, int, dict[str | None, list[list[int]]]]:
+    """Answers to requests that join at random steps: wrong and unjudged steps against single runs, and the answers."""
+    random = np.random.default_rng(3)
+    engine = engine_of(generator, **{"slots": 6, "prefill_tokens": 24, "max_queue": len(requests), **options})
+    coming, asked = iter(requests), {}
+    answers: dict[int, list[int]] = defaultdict(list)
+    ends: dict[int, str] = {}
+    while len(asked) < len(requests) or engine.busy:
+        for request in [one for _ in range(random.integers(0, 3)) if (one := next(coming, None)) is not None]:
+            asked[engine.submit(request)] = request
+        for event in engine.step():
+            assert event.error is None
+            answers[event.ticket] += event.tokens
+            if event.finish_reason:
+                ends[event.ticket] = event.finish_reason
+    assert set(ends) == set(asked)
+    assert_empty(engine)
+    found: dict[str | None, list[list[int]]] = defaultdict(list)
+    wrong = close = 0
+    for ticket, request in asked.items():
+        alone = generator.with_adapter(request.adapter)
+        off, unjudged = disagreements(alone, request, answers[ticket], ends[ticket] == "stop")
+        wrong, close = wrong + off, close + unjudged
+        found[request.adapter].append(answers[ticket])
+    assert engine.stats().cached_tokens > 0 or not engine.options.prefix_cache
+    engine.close()
+    return wrong, close, found
