@@ -4,7 +4,7 @@ An 82M LLaMA (12 layers, width 768, 12 query and 4 key/value heads, vocabulary 8
 prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits. Our side runs the bundles of `export-onnx`
 and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4 bits, what its own builder makes of the
 weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a graph of nothing but our bundle's
-matrix products, `kernels` one of these and its attention: no engine that runs these operators can be faster. Each side
+matrix products, `kernels` one of these and its attention: what the operators take without norms and sampling. Each side
 is a process that waits while another works. In every round each side answers with one token and with all: the
 difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must
 give the same tokens. `--peers` is the interpreter of an environment with what `benchmarks/peers/decode.py` names;

@@ -60,6 +60,7 @@ def kernels_answers(bundle: Path, threads: int, device: str) -> Any:
 def _kernels_answers(bundle: Path, threads: int, device: str, *, attention: bool) -> Any:
     import onnx
 
+    from llmctl.ort.lazy_zeros import zeros
     from llmctl.ort.sessions import open_session
 
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
@@ -71,9 +72,11 @@ def _kernels_answers(bundle: Path, threads: int, device: str, *, attention: bool
     bound: dict[int, Any] = {}
 
     def bind(rows: int, capacity: int) -> Any:
+        """Values of one width share memory, as activations do in a whole model; zeros, as denormal numbers are slow."""
         binding = session.io_binding()
-        arrays: dict[str, np.ndarray] = {name: np.ones((rows, 1, width), np.float32) for name, width in widths.items()}
-        arrays |= {name: np.ones((rows, *sizes[0], capacity, sizes[1]), np.float32) for name, sizes in caches.items()}
+        shared = {width: np.zeros((rows, 1, width), np.float32) for width in set(widths.values())}
+        arrays: dict[str, np.ndarray] = {name: shared[width] for name, width in widths.items()}
+        arrays |= {name: zeros((rows, *sizes[0], capacity, sizes[1]), np.float32) for name, sizes in caches.items()}
         if caches:
             arrays["last"], arrays["total"] = np.zeros(rows, np.int32), np.array(capacity, np.int32)
         inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
@@ -102,8 +105,8 @@ def _kernels_answers(bundle: Path, threads: int, device: str, *, attention: bool
 def _keep_kernels(model: Any, *, attention: bool) -> tuple[dict[str, int], dict[str, tuple[tuple[int, ...], int]]]:
     """Leave nothing in a bundle's graph but its products and, if asked for, its attention.
 
-    Each reads inputs of the graph, but attention the product of queries, keys and values. Gives the widths of the
-    inputs and outputs, and of each cache tensor the sizes before and behind its tokens.
+    Each reads what the one before it gives, where the width fits, else an input of the graph; what nobody reads is an
+    output. Gives the widths of inputs and outputs, and of each cache tensor the sizes before and behind its tokens.
     """
     from onnx import TensorProto, helper
 
@@ -111,27 +114,31 @@ def _keep_kernels(model: Any, *, attention: bool) -> tuple[dict[str, int], dict[
     stored = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[Any] = []
     widths: dict[str, int] = {}
-    places: dict[str, str] = {}
+    last, reach = "", 0
     for node in graph.node:
-        if node.op_type == "GroupQueryAttention" and attention:
-            node.input[0], node.input[5], node.input[6] = places[node.input[0]], "last", "total"
-            sizes = {item.name: item.i for item in node.attribute}
-            heads, keys = sizes["num_heads"], sizes["kv_num_heads"]
-            node.output[0] = f"attention {len(nodes)}"
-            widths[node.output[0]] = widths[node.input[0]] * heads // (heads + 2 * keys)
-            nodes.append(node)
-        if node.op_type not in ("MatMulNBits", "MatMul", "FusedMatMul") or node.input[1] not in stored:
-            continue
         sizes = {item.name: item.i for item in node.attribute}
-        shape = stored[node.input[1]].dims[:: -1 if sizes.get("transB") else 1]
-        inner, outer = (sizes["K"], sizes["N"]) if node.op_type == "MatMulNBits" else shape
-        places[node.output[0]] = f"product {len(nodes)}"
-        node.input[0], node.output[0] = f"of {inner}", places[node.output[0]]
-        widths[node.input[0]], widths[node.output[0]] = inner, outer
+        if node.op_type == "GroupQueryAttention" and attention:
+            inner = reach
+            outer = inner * sizes["num_heads"] // (sizes["num_heads"] + 2 * sizes["kv_num_heads"])
+            node.input[5], node.input[6] = "last", "total"
+        elif node.op_type == "MatMulNBits":
+            inner, outer = sizes["K"], sizes["N"]
+        elif node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in stored:
+            inner, outer = stored[node.input[1]].dims[:: -1 if sizes.get("transB") else 1]
+        else:
+            continue
+        fits = bool(nodes) and reach == inner
+        if fits:
+            del widths[last]
+        node.input[0], node.output[0] = last if fits else f"of {inner}", f"given {len(nodes)}"
+        last, reach = node.output[0], outer
+        widths[last] = outer
+        if not fits:
+            widths[node.input[0]] = inner
         nodes.append(node)
     caches = [value for value in graph.input if attention and value.name.startswith("past_key_values.")]
     presents = [value for value in graph.output if attention and value.name.startswith("present.")]
-    floats = {
+    floats: dict[str, Any] = {
         name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 1, width])
         for name, width in widths.items()
     }
