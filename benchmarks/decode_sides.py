@@ -76,7 +76,9 @@ def _kernels_answers(bundle: Path, threads: int, device: str, *, attention: bool
         binding = session.io_binding()
         shared = {width: np.zeros((rows, 1, width), np.float32) for width in set(widths.values())}
         arrays: dict[str, np.ndarray] = {name: shared[width] for name, width in widths.items()}
-        arrays |= {name: zeros((rows, *sizes[0], capacity, sizes[1]), np.float32) for name, sizes in caches.items()}
+        for name, sizes in caches.items():  # written, as pages of zeros that nobody wrote are one page
+            arrays[name] = zeros((rows, *sizes[0], capacity, sizes[1]), np.float32)
+            arrays[name][:] = 0.01
         if caches:
             arrays["last"], arrays["total"] = np.zeros(rows, np.int32), np.array(capacity, np.int32)
         inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
