@@ -192,7 +192,7 @@ def loss_after(trained, tokens, tmp_path, arch="llama", **params) -> float:
     return run_stage(PRUNE, tmp_path / name, settings, model=trained(arch), calibration=tokens).metrics["loss.after"]
 
 
-@pytest.mark.parametrize(("arch", "margin"), [("llama", 0.2), ("gpt2", 0.05)])
+@pytest.mark.parametrize(("arch", "margin"), [("llama", 0.2), pytest.param("gpt2", 0.05, marks=pytest.mark.slow)])
 def test_importance_beats_chance_in_width(arch, margin, trained, tokens, tmp_path):
     def loss(importance, seed=0):
         return loss_after(
