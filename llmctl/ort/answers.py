@@ -90,7 +90,7 @@ class Answers:
         """As `score_lanes`. Where memory ends they are tried one by one, and whose scores fail has failed."""
         try:
             return score_lanes(lanes, logits, chosen)
-        except Exception:
+        except Exception:  # of memory, as in the scheduler's `_decode`; each of those below is told to its own request
             found: dict[int, TokenScores] = {}
             for i, lane in enumerate(lanes):
                 try:
