@@ -1,14 +1,15 @@
 """Decoding on the CPU: our engine beside its peers on the same weights, in turns, and beside what the memory can give.
 
 An 82M LLaMA (12 layers, width 768, 12 query and 4 key/value heads, vocabulary 8192) with random weights answers
-prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits. Our side runs the bundles of `export-onnx`
-and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4 bits, what its own builder makes of the
-weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a graph of nothing but our bundle's
-matrix products, `kernels` one of these and its attention: what the operators take without norms and sampling. Each side
-is a process that waits while another works. In every round each side answers with one token and with all: the
-difference is decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must
-give the same tokens. `--peers` is the interpreter of an environment with what `benchmarks/peers/decode.py` names;
-without it only Optimum is beside us.
+prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits; `int4-kv8` has an int8 cache besides. Our
+side runs the bundles of `export-onnx` and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4
+bits, what its own builder makes of the weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a
+graph of nothing but our bundle's matrix products, `two tokens` our bundle's whole graph over a cache of two tokens,
+called with nothing around it: however fast attention is, a step of these operators takes as long. Each side is a
+process that waits while another works. In every round each side answers with one token and with all: the difference is
+decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same
+tokens. `--peers` is the interpreter of an environment with what `benchmarks/peers/decode.py` names; without it only
+Optimum is beside us.
 
     python benchmarks/decode.py --peers peers/bin/python --threads 2 --rounds 5
 
@@ -26,6 +27,7 @@ import json
 import mmap
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -65,7 +67,9 @@ SHAPES = {
         "tie_word_embeddings": True,
     },
 }
-FORMATS = ("fp32", "fp16", "int4")
+UNTILED = "not tiled"
+"""Ours again, without ONNX Runtime's flash kernel of attention, which makes a step over an int8 cache slower."""
+FORMATS = ("fp32", "fp16", "int4", "int4-kv8")
 
 
 def prepare(
@@ -81,6 +85,7 @@ def prepare(
     from llmctl.testing import run_stage
 
     source = home / "hf"
+    int4 = bool({"int4", "int4-kv8"} & set(formats))
     if not (source / "config.json").is_file():
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -90,18 +95,20 @@ def prepare(
         ids = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 2}
         LlamaForCausalLM(LlamaConfig(**shape, **ids)).save_pretrained(source)
     for kind, dtype in (("fp32", "float32"), ("fp16", "float16")):
-        wanted = kind in formats or (kind == "fp32" and "int4" in formats)
+        wanted = kind in formats or (kind == "fp32" and int4)
         if wanted and not (home / kind / "model" / "model.onnx").is_file():
             from llmctl_export_onnx import EXPORT_ONNX
 
             params = {"parity_prompts": 2, "dtype": dtype}
             run_stage(EXPORT_ONNX, home / kind, params, model=Artifact(source, "model.hf"))
-    if "int4" in formats and not (home / "int4" / "model" / "model.onnx").is_file():
+    if int4 and not (home / "int4" / "model" / "model.onnx").is_file():
         from llmctl_quantize import QUANTIZE
 
         # How codes are chosen changes nothing about speed; `rtn` is done sooner.
         params = {"bits": 4, "method": "rtn", "block_size": block, "symmetric": symmetric, "speed_rounds": 1}
         run_stage(QUANTIZE, home / "int4", params, model=Artifact(home / "fp32" / "model", "model.onnx"))
+    if "int4-kv8" in formats and not (home / "int4-kv8" / "model" / "model.onnx").is_file():
+        round_cache(home, shape["vocab_size"])
     if "fp32" in formats and not (home / "optimum" / "model.onnx").is_file():
         from optimum.exporters.onnx import main_export
 
@@ -112,14 +119,35 @@ def prepare(
         subprocess.run([peers, HERE / "peers" / "decode.py", "build", source, home / "genai"], check=True)
 
 
+def round_cache(home: Path, vocabulary: int) -> None:
+    """The 4-bit bundle with an int8 cache; random tokens give its scales, as the weights are random, too."""
+    import onnx
+
+    from llmctl.ort import open_bundle
+    from llmctl_quantize import cache
+
+    texts = np.random.default_rng(1).integers(3, vocabulary, (4, PROMPT + NEW)).tolist()
+    scales = cache.calibrate(open_bundle(home / "fp32" / "model", "cpu"), texts, lambda *_: None)
+    target = home / "int4-kv8" / "model"
+    shutil.copytree(home / "int4" / "model", target)
+    model = onnx.load(target / "model.onnx", load_external_data=False)
+    cache.quantize(model, scales)
+    onnx.save(model, target / "model.onnx")
+
+
 class Side:
     """A process that answers when asked."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
         self.log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env=os.environ | environment,
             )
 
     def ask(self, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
@@ -148,16 +176,24 @@ def start(home: Path, kind: str, threads: int, peers: str | None, device: str) -
     if kind == "fp16":
         commands["transformers"] = ours("transformers", home / "hf")
     else:
-        commands |= {name: ours(name, home / kind / "model") for name in ("products", "kernels")}
+        commands |= {name: ours(name, home / kind / "model") for name in ("products", "two tokens")}
     if kind == "fp32":
         commands["optimum"] = ours("optimum", home / "optimum")
     if peers and kind != "fp16":
         theirs = [peers, str(HERE / "peers" / "decode.py")]
-        commands["genai"] = [*theirs, "genai", str(home / kind / "model"), str(threads)]
-        if kind == "int4":
+        if kind != "int4-kv8":
+            commands["genai"] = [*theirs, "genai", str(home / kind / "model"), str(threads)]
+        if kind != "fp32":
             commands["genai's own"] = [*theirs, "genai", str(home / "genai"), str(threads)]
-        commands["llama.cpp"] = [*theirs, "llama.cpp", str(home / f"{kind}.gguf"), str(threads)]
-    return {name: Side(command, home / f"{name}-{kind}.log") for name, command in commands.items()}
+        commands["llama.cpp"] = [*theirs, "llama.cpp", str(home / f"{kind.split('-')[0]}.gguf"), str(threads)]
+    if kind == "int4-kv8":
+        commands[UNTILED] = commands["llmctl"]
+    return {
+        name: Side(
+            command, home / f"{name}-{kind}.log", {"ORT_GQA_DISABLE_FLASH_ATTENTION": "1"} if name == UNTILED else {}
+        )
+        for name, command in commands.items()
+    }
 
 
 def memory(size: int) -> np.ndarray:
@@ -208,7 +244,9 @@ def compare(
     prompts = np.random.default_rng(0).integers(3, vocabulary, (batch, PROMPT)).tolist()
     answers = {name: side.ask(prompts, NEW)[1] for name, side in sides.items()}
     different = [
-        name for name, tokens in answers.items() if name not in ("products", "kernels") and tokens != answers["llmctl"]
+        name
+        for name, tokens in answers.items()
+        if name not in ("products", "two tokens") and tokens != answers["llmctl"]
     ]
     if equal and different:
         raise SystemExit(f"other tokens than ours from {', '.join(different)}: nothing was compared")

@@ -48,67 +48,90 @@ def transformers_answers(directory: Path, threads: int, device: str) -> Any:
 
 
 def products_answers(bundle: Path, threads: int, device: str) -> Any:
-    """The matrix products of a step alone, as often as an answer has steps behind its prompt; the tokens are zeros."""
-    return _kernels_answers(bundle, threads, device, attention=False)
-
-
-def kernels_answers(bundle: Path, threads: int, device: str) -> Any:
-    """The matrix products and the attention of a step, over a cache as long as an answer's; no norms, no gate."""
-    return _kernels_answers(bundle, threads, device, attention=True)
-
-
-def _kernels_answers(bundle: Path, threads: int, device: str, *, attention: bool) -> Any:
+    """The matrix products of a step alone; tokens are zeros."""
     import onnx
 
-    from llmctl.ort.lazy_zeros import zeros
     from llmctl.ort.sessions import open_session
 
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
-    widths, caches = _keep_kernels(model, attention=attention)
-    file = bundle / f"kernels-{attention}.onnx"  # beside the weights that it refers to
+    widths = _keep_products(model)
+    file = bundle / "products.onnx"  # beside the weights that it refers to
     onnx.save(model, file)
     session = open_session(file, device, threads)
     file.unlink()
+
+    def bind(rows: int) -> tuple[Any, dict[str, np.ndarray]]:
+        """Values of one width share memory, as activations do in a whole model; zeros, as denormal numbers are slow."""
+        shared = {width: np.zeros((rows, 1, width), np.float32) for width in set(widths.values())}
+        return _bind(session, {name: shared[width] for name, width in widths.items()})
+
+    return _repeat(session, bind)
+
+
+def two_tokens_answers(bundle: Path, threads: int, device: str) -> Any:
+    """A whole step, bound once, over a cache of two tokens: all that a step does but read the cache; tokens are zeros.
+
+    No attention, however fast, makes a step of the same graph faster than this.
+    """
+    from llmctl.ort.sessions import open_session
+
+    session = open_session(bundle / "model.onnx", device, threads)
+
+    def bind(rows: int) -> tuple[Any, dict[str, np.ndarray]]:
+        known = {
+            "input_ids": np.ones((rows, 1), np.int64),
+            "attention_mask": np.ones((rows, 2), np.int64),
+            "num_logits_to_keep": np.ones(1, np.int64),
+        }
+        arrays: dict[str, np.ndarray] = {}
+        for value in session.get_inputs():
+            if value.name in known:
+                arrays[value.name] = known[value.name]
+            else:
+                kind = np.int8 if "int8" in value.type else np.float32
+                arrays[value.name] = np.zeros((rows, value.shape[1], 2, value.shape[3]), kind)
+        for value in session.get_outputs():
+            past = value.name.replace("present.", "past_key_values.")
+            arrays[value.name] = arrays[past] if past in arrays else np.zeros((rows, 1, value.shape[2]), np.float32)
+        return _bind(session, arrays)
+
+    return _repeat(session, bind)
+
+
+def _bind(session: Any, arrays: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
+    """A binding of the session's inputs and outputs, and the arrays, which it does not keep alive."""
+    binding = session.io_binding()
+    for values, bind in ((session.get_inputs(), binding.bind_input), (session.get_outputs(), binding.bind_output)):
+        for value in values:
+            array = arrays[value.name]
+            bind(value.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    return binding, arrays
+
+
+def _repeat(session: Any, bind: Any) -> Any:
+    """Answers of zeros: one call of `session` for each step, with a binding for each batch.
+
+    A prompt is some steps, too, as the others' prompts wake threads and fill caches before time counts.
+    """
     bound: dict[int, Any] = {}
 
-    def bind(rows: int, capacity: int) -> Any:
-        """Values of one width share memory, as activations do in a whole model; zeros, as denormal numbers are slow."""
-        binding = session.io_binding()
-        shared = {width: np.zeros((rows, 1, width), np.float32) for width in set(widths.values())}
-        arrays: dict[str, np.ndarray] = {name: shared[width] for name, width in widths.items()}
-        for name, sizes in caches.items():  # written, as pages of zeros that nobody wrote are one page
-            arrays[name] = zeros((rows, *sizes[0], capacity, sizes[1]), np.float32)
-            arrays[name][:] = 0.01
-        if caches:
-            arrays["last"], arrays["total"] = np.zeros(rows, np.int32), np.array(capacity, np.int32)
-        inputs, outputs = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
-        for name in inputs:
-            array = arrays[name]
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        for name in outputs:
-            array = arrays[name.replace("present.", "past_key_values.")]
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return binding, arrays
-
     def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        rows, read = len(prompts), len(prompts[0])
-        if rows not in bound or new > 1:
-            bound[rows] = bind(rows, read + new)
-        binding, arrays = bound[rows]
-        for step in range(new - 1):
-            if caches:
-                arrays["last"][:] = read + step
+        rows = len(prompts)
+        if rows not in bound:
+            bound[rows] = bind(rows)
+        binding, _ = bound[rows]
+        for _ in range(len(prompts[0]) // 4 + new - 1):
             session.run_with_iobinding(binding)
         return [[0] * new for _ in prompts]
 
     return answer
 
 
-def _keep_kernels(model: Any, *, attention: bool) -> tuple[dict[str, int], dict[str, tuple[tuple[int, ...], int]]]:
-    """Leave nothing in a bundle's graph but its products and, if asked for, its attention.
+def _keep_products(model: Any) -> dict[str, int]:
+    """Leave nothing in a bundle's graph but its products.
 
     Each reads what the one before it gives, where the width fits, else an input of the graph; what nobody reads is an
-    output. Gives the widths of inputs and outputs, and of each cache tensor the sizes before and behind its tokens.
+    output. Gives the widths of inputs and outputs.
     """
     from onnx import TensorProto, helper
 
@@ -119,11 +142,7 @@ def _keep_kernels(model: Any, *, attention: bool) -> tuple[dict[str, int], dict[
     last, reach = "", 0
     for node in graph.node:
         sizes = {item.name: item.i for item in node.attribute}
-        if node.op_type == "GroupQueryAttention" and attention:
-            inner = reach
-            outer = inner * sizes["num_heads"] // (sizes["num_heads"] + 2 * sizes["kv_num_heads"])
-            node.input[5], node.input[6] = "last", "total"
-        elif node.op_type == "MatMulNBits":
+        if node.op_type == "MatMulNBits":
             inner, outer = sizes["K"], sizes["N"]
         elif node.op_type in ("MatMul", "FusedMatMul") and node.input[1] in stored:
             inner, outer = stored[node.input[1]].dims[:: -1 if sizes.get("transB") else 1]
@@ -138,25 +157,19 @@ def _keep_kernels(model: Any, *, attention: bool) -> tuple[dict[str, int], dict[
         if not fits:
             widths[node.input[0]] = inner
         nodes.append(node)
-    caches = [value for value in graph.input if attention and value.name.startswith("past_key_values.")]
-    presents = [value for value in graph.output if attention and value.name.startswith("present.")]
     floats: dict[str, Any] = {
         name: helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", 1, width])
         for name, width in widths.items()
     }
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.input.extend([value for name, value in floats.items() if name.startswith("of ")] + caches)
-    graph.output.extend([value for name, value in floats.items() if not name.startswith("of ")] + presents)
-    if caches:
-        graph.input.append(helper.make_tensor_value_info("last", TensorProto.INT32, ["rows"]))
-        graph.input.append(helper.make_tensor_value_info("total", TensorProto.INT32, []))
+    graph.input.extend([value for name, value in floats.items() if name.startswith("of ")])
+    graph.output.extend([value for name, value in floats.items() if not name.startswith("of ")])
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    dims = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in caches}
-    return widths, {name: ((sizes[1],), sizes[3]) for name, sizes in dims.items()}
+    return widths
 
 
 def optimum_answers(directory: Path, threads: int, device: str) -> Any:
@@ -181,7 +194,7 @@ def optimum_answers(directory: Path, threads: int, device: str) -> Any:
 SIDES = {
     "llmctl": llmctl_answers,
     "products": products_answers,
-    "kernels": kernels_answers,
+    "two tokens": two_tokens_answers,
     "optimum": optimum_answers,
     "transformers": transformers_answers,
 }
