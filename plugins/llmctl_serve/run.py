@@ -16,6 +16,7 @@ from typing import Any
 
 from llmctl import Artifact, Context, InputError, StageError, UsageError, __version__
 from llmctl.encoders import open_text_encoder
+from llmctl.heap import settled
 from llmctl.registry import get_registry
 from llmctl.spec.files import home_path, is_there
 from llmctl.text.retrieval import Index
@@ -47,7 +48,11 @@ def run(
     metrics = ServerMetrics(params.metrics_per_key)
     opener = Opener(params)
     opener.check_signature(model)
-    with closing(Guard(params, metrics, api_key, ctx.warn)) as guard, listen(params.host, params.port) as listener:
+    with (
+        closing(Guard(params, metrics, api_key, ctx.warn)) as guard,
+        listen(params.host, params.port) as listener,
+        settled(),  # before the models, which come and go
+    ):
         base = url(listener)
         models = open_models(ctx, params, metrics, model, open_index(params, index, encoder), draft)
         app = create_app(models, guard, ctx.warn, params.page)

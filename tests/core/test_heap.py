@@ -1,7 +1,8 @@
-"""Where glibc puts large blocks, and that freed ones go back; in a process of its own, as settings last."""
+"""Where glibc puts large blocks, and that freed ones go back, in a process of its own as settings last; collections."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 
@@ -72,3 +73,19 @@ def test_elsewhere_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     with heap.side_by_side():
         pass
     heap.give_back()
+
+
+def test_collections_pass_over_what_was_alive_before() -> None:
+    from llmctl.heap import settled
+
+    class Cycle:
+        pass
+
+    with settled():
+        assert gc.get_freeze_count() > 10_000  # the modules of this process
+        assert len(gc.get_objects()) < 10_000
+        dead = Cycle()
+        dead.own = dead  # type: ignore[attr-defined]
+        del dead
+        assert gc.collect() >= 1, "what came later is collected"
+    assert gc.get_freeze_count() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from llmctl import Artifact, MachineError, StageError, UsageError
 from llmctl.testing import run_stage
 from llmctl.text.tokenizer import Tokenizer
-from llmctl_serve import SERVE
+from llmctl_serve import SERVE, run
 from llmctl_serve.params import ServeParams
 from llmctl_serve.server import listen
 
@@ -67,6 +68,17 @@ def test_smoke_asks_over_http_and_leaves_a_receipt(tmp_path, model_dir, opens, s
     assert receipt["model"] == {"id": "byte-model", "artifact": "sha256:abc", "type": "model.onnx"}
     samples = [json.loads(line) for line in (result.outputs["metrics"] / "samples.jsonl").read_text().splitlines()]
     assert [sample["ok"] for sample in samples] == [True, True]
+
+
+def test_modules_are_no_part_of_collections_and_models_are(tmp_path, model_dir, opens, scripted, monkeypatch):
+    opens({model_dir: scripted(Tokenizer.load(model_dir), default="yes")})
+    frozen: list[int] = []
+    opened = run.open_models
+    monkeypatch.setattr(run, "open_models", lambda *args: frozen.append(gc.get_freeze_count()) or opened(*args))
+    params = {"port": 0, "mode": "smoke", "smoke_questions": ["?"]}
+    run_stage(SERVE, tmp_path / "out", params, model=Artifact(model_dir, "model.onnx"))
+    assert frozen[0] > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_smoke_fails_on_an_empty_answer(tmp_path, model_dir, opens, scripted):
