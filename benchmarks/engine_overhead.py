@@ -32,7 +32,8 @@ def bare(generator: OrtGenerator, prompts: list[list[int]], room: int) -> Callab
     session, layout, batch = generator.session, generator.layout, len(prompts)
     memory = HostMemory(layout, batch, room)
     binding = session.io_binding()
-    logits = np.empty((batch, PROMPT, layout.vocab_size), np.float32)
+    length = len(prompts[0])
+    logits = np.empty((batch, length, layout.vocab_size), np.float32)
     mask = np.ones(batch * room, np.int64)
 
     def bind(ids: np.ndarray) -> None:
@@ -50,11 +51,10 @@ def bare(generator: OrtGenerator, prompts: list[list[int]], room: int) -> Callab
 
     prefill = np.array(prompts, np.int64)
     bind(prefill)
-    run(PROMPT)
+    run(length)
     ids = logits[:, -1].argmax(axis=1)[:, None]
     bind(ids)
     last = logits.reshape(-1)[: batch * layout.vocab_size].reshape(batch, layout.vocab_size)
-    length = PROMPT
 
     def step(_kept: HostMemory = memory) -> np.ndarray:  # the binding knows addresses alone and keeps no array alive
         nonlocal length
@@ -70,14 +70,16 @@ def measure(generator: OrtGenerator, batch: int, steps: int) -> dict[str, float]
     """Median seconds of a step, bare and of the engine, and their ratio."""
     random = np.random.default_rng(0)
     prompts = random.integers(3, generator.vocab_size, (batch, PROMPT)).tolist()
-    room = PROMPT + steps + 8
+    room = PROMPT + steps + batch + 8
     engine = generator.engine(EngineOptions(slots=batch, context=room, prefill_tokens=PROMPT))
     sampling = Sampling(max_new_tokens=steps + 8)
     for prompt in prompts:
         engine.submit(Request(prompt=prompt, sampling=sampling))
     while engine.stats().running < batch:
         engine.step()
-    plain = bare(generator, prompts, room)
+    # Its requests have joined one by one, so that its rows are longer than their prompts by this much on average.
+    ahead = random.integers(3, generator.vocab_size, (batch, batch // 2)).tolist()
+    plain = bare(generator, [prompt + more for prompt, more in zip(prompts, ahead, strict=True)], room)
     for _ in range(3):  # what is made at the first call
         plain(), engine.step()
     times: dict[str, list[float]] = {"bare": [], "engine": []}
