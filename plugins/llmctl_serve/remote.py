@@ -182,7 +182,7 @@ def stream_events(endpoint: Endpoint, path: str, body: dict[str, Any]) -> Iterat
     except TimeoutError as error:
         raise HttpFailure("timeout", f"nothing came for {TIMEOUT:g} s") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise HttpFailure("broken off", f"the connection broke: {error}") from error
+        raise HttpFailure("broken off", f"the connection broke: {' '.join(str(error).split())}") from error
     raise HttpFailure("broken off", "the stream ended without [DONE]")
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ import click
 from llmctl import InputError, LlmctlError, UsageError
 from llmctl.console import wants_colour
 from llmctl.spec.files import home_path
+from llmctl_serve.conversation_files import read_conversation
+from llmctl_serve.line_input import FENCE, read_text
 from llmctl_serve.remote import RemoteSession
 from llmctl_serve.session import Session
 
-HISTORY = 2000
-"""Lines that are remembered."""
-FENCE = '"""'
 SETTABLE: dict[str, Callable[[str], Any]] = {
     "max_new_tokens": int,
     "temperature": float,
@@ -46,25 +43,22 @@ COMMANDS = {
     "/tokens": "count the conversation",
     "/quit": "end, as Ctrl-D does",
 }
-NO_TEXT = "write it in UTF-8, as `iconv -f LATIN1 -t UTF-8` does with western Europe's old files"
+QUIT = ("/quit", "/exit")
 HELP = "/help lists the commands, /reset forgets the conversation, /quit ends (as does Ctrl-D)"
 
 
-def check_text(text: str, what: str) -> str:
-    """The text. InputError if it holds what no encoding was found for: bytes that are no UTF-8, half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what} is no text in UTF-8", hint=NO_TEXT) from error
-    return text
-
-
 def show(parts: Iterator[str]) -> None:
-    """Write an answer as it comes, and end the line; an interrupt ends the answer too."""
+    """Write an answer as it comes, and end its line, also where it breaks off; an interrupt ends the answer too."""
+    begun = False
     try:
         for part in parts:
             click.echo(part, nl=False)
             sys.stdout.flush()
+            begun = True
+    except BaseException as error:
+        if begun and not (isinstance(error, KeyboardInterrupt) and sys.stdout.isatty()):  # `^C` stands there
+            click.echo()
+        raise
     finally:
         close = getattr(parts, "close", None)
         if close is not None:
@@ -101,30 +95,34 @@ class Repl:
             try:
                 text, fenced = read_text()
             except EOFError:
-                click.echo()
                 return
             except KeyboardInterrupt:
-                click.echo()
                 if interrupted:
                     return
                 self._say("Ctrl-C again ends, as do /quit and Ctrl-D")
                 interrupted = True
                 continue
-            try:
-                if text in ("/quit", "/exit") and not fenced:
-                    return
-                self._answer(text, fenced)
-                interrupted = False
-            except KeyboardInterrupt:
-                click.echo()
-                self._say("(interrupted)")
-                interrupted = True
-            except LlmctlError as error:
-                self._say(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
-                interrupted = False
-            except Exception as error:  # whatever a model raises: it is told, and the conversation is not lost
-                self._say(f"error: {type(error).__name__}: {error}")
-                interrupted = False
+            except InputError as error:
+                self._explain(error)
+                continue
+            if not fenced and text.partition(" ")[0] in QUIT:
+                return
+            interrupted = self._is_interrupted(text, fenced)
+
+    def _is_interrupted(self, text: str, fenced: bool) -> bool:
+        """Answer; whether Ctrl-C ended it."""
+        try:
+            self._answer(text, fenced)
+        except KeyboardInterrupt:
+            self._say("\n(interrupted)")
+            return True
+        except LlmctlError as error:
+            self._explain(error)
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
+        except Exception as error:  # whatever a model raises: it is told, and the conversation is not lost
+            self._say(f"error: {type(error).__name__}: {error}")
+        return False
 
     def _answer(self, text: str, fenced: bool) -> None:
         word, _, rest = text.partition(" ")
@@ -140,6 +138,9 @@ class Repl:
         show(self.session.ask(question))
         if self.session.spent is not None:
             self._say(self.session.spent.line(), dim=True)
+
+    def _explain(self, error: LlmctlError) -> None:
+        self._say(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
 
     @staticmethod
     def _say(text: str, dim: bool = False) -> None:
@@ -178,9 +179,9 @@ class Repl:
 
     def _show(self, _: str) -> None:
         if self.session.system:
-            click.echo(f"[system] {self.session.system}")
+            self._say(f"[system] {self.session.system}")
         for turn in self.session.turns:
-            click.echo(f"[{turn['role']}] {turn['content']}")
+            self._say(f"[{turn['role']}] {turn['content']}")
 
     def _undo(self, _: str) -> None:
         turns = self.session.turns
@@ -230,61 +231,3 @@ def _path(name: str) -> Path:
     if not name:
         raise UsageError("no file is named", hint="/save FILE, /load FILE")
     return home_path(name)
-
-
-def read_conversation(path: Path) -> tuple[str, list[dict[str, str]]]:
-    """(system message, turns) of a file as /save writes it, or of any `{"messages": […]}`. InputError otherwise."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        messages = [{"role": str(turn["role"]), "content": turn["content"]} for turn in saved["messages"]]
-        system = saved.get("system") or ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no conversation: {error}", hint='write {"messages": […]}, as /save') from error
-    if messages and messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
-    if not all(isinstance(turn["content"], str) for turn in messages) or not isinstance(system, str):
-        raise InputError(f"{path} holds messages that are no text")
-    for text in (system, *(turn["content"] for turn in messages)):
-        check_text(text, f"a message of {path}")
-    if [turn["role"] for turn in messages] != ["user", "assistant"] * (len(messages) // 2):
-        raise InputError(f"{path}: questions and answers do not alternate", hint="end it with an answer")
-    return system, messages
-
-
-def read_text() -> tuple[str, bool]:
-    """What is typed, and whether between two fences: else a line, or lines that end in a backslash and one more."""
-    text = input("> ").strip()
-    if text == FENCE:
-        lines = []
-        while (line := input(". ")).strip() != FENCE:
-            lines.append(line)
-        return "\n".join(lines), True
-    while text.endswith("\\"):
-        text = text[:-1] + "\n" + input(". ").rstrip()
-    return text, False
-
-
-def use_history(wanted: bool) -> Callable[[], None]:
-    """Line editing, with the lines of earlier conversations unless they are not `wanted`; what saves them at the end.
-
-    The file is `$XDG_STATE_HOME/llmctl/chat_history` and readable by its owner alone.
-    """
-    import readline
-
-    if not wanted:
-        return lambda: None
-    path = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "llmctl" / "chat_history"
-    with suppress(OSError):  # there is none yet, or it cannot be read: then there is no history
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY)
-
-    def save() -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-            path.chmod(0o600)
-            readline.write_history_file(path)
-        except OSError as error:
-            click.echo(f"warning: the history cannot be saved in {path}: {error.strerror}", err=True)
-
-    return save
