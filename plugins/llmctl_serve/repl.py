@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ import click
 
 from llmctl import InputError, LlmctlError, UsageError
 from llmctl.console import wants_colour
-from llmctl.spec.files import home_path
-from llmctl_serve.conversation_files import read_conversation
+from llmctl.spec.files import home_path, is_there
+from llmctl_serve.conversation_files import FORCE, read_conversation, write_conversation
 from llmctl_serve.line_input import FENCE, read_text
 from llmctl_serve.remote import RemoteSession
 from llmctl_serve.session import Session
@@ -27,17 +26,17 @@ SETTABLE: dict[str, Callable[[str], Any]] = {
     "repetition_penalty": float,
     "frequency_penalty": float,
     "presence_penalty": float,
-    "seed": lambda text: None if text == "none" else int(text),
+    "seed": int,
 }
 COMMANDS = {
     "/help": "list the commands",
     "/reset": "forget the conversation",
     "/system TEXT": "set the system message; without TEXT remove it",
-    "/set NAME=VALUE": "change sampling, as in /set temperature=0.7; without NAME list it",
+    "/set NAME=VALUE": "change sampling, as in /set temperature=0.7 or seed=none; without NAME list it",
     "/show": "print the conversation",
     "/undo": "take back the last question and its answer",
     "/retry": "ask the last question again",
-    "/save FILE": "write the conversation as JSON",
+    "/save FILE": "write the conversation as JSON; without FILE where it was saved or loaded before",
     "/load FILE": "go on with a conversation from a file",
     "/model NAME": "talk to another model; without NAME say which it is",
     "/tokens": "count the conversation",
@@ -73,6 +72,8 @@ class Repl:
         self.session = session
         self.asked: str | None = None
         """The last question, answered or not; None: that of the conversation."""
+        self.file: Path | None = None
+        """Where this conversation was saved or loaded; other files are not written over."""
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/reset": self._reset,
@@ -157,7 +158,7 @@ class Repl:
 
     def _reset(self, _: str) -> None:
         self.session.reset()
-        self.asked = None
+        self.asked = self.file = None
 
     def _system(self, text: str) -> None:
         self.session.system = text
@@ -166,14 +167,14 @@ class Repl:
     def _set(self, text: str) -> None:
         if not text:
             found = self.session.values()
-            self._say("\n".join(f"{name}={found.get(name)}" for name in SETTABLE))
+            self._say("\n".join(f"{name}={'none' if found.get(name) is None else found[name]}" for name in SETTABLE))
             return
         name, _, value = (part.strip() for part in text.partition("="))
         name = "max_new_tokens" if name == "max_tokens" else name
         if name not in SETTABLE:
             raise UsageError(f"`{name}` cannot be set", hint=f"one of {', '.join(SETTABLE)}")
         try:
-            self.session.set(name, SETTABLE[name](value))
+            self.session.set(name, None if value == "none" else SETTABLE[name](value))
         except ValueError as error:
             raise UsageError(f"{name} cannot be `{value}`", hint=f"for example /set {name}=1") from error
 
@@ -206,19 +207,20 @@ class Repl:
             if self.session.turns is before:  # no new answer: the old one stays
                 self.session.turns = kept
 
-    def _save(self, name: str) -> None:
-        path = _path(name)
-        saved = {"model": self.session.backend, "system": self.session.system, "messages": self.session.turns}
-        try:
-            path.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-        self._say(f"{len(self.session.turns)} messages are in {path}")
+    def _save(self, text: str) -> None:
+        force, _, rest = text.partition(" ")
+        forced = force == FORCE
+        name = rest.strip() if forced else text
+        path = self.file if self.file and not name else _path(name)
+        there, known = is_there(path), self.file is not None and path.resolve() == self.file.resolve()
+        write_conversation(path, self.session.backend, self.session.system, self.session.turns, forced or known)
+        self.file = path
+        self._say(f"{len(self.session.turns)} messages are in {path}{', over what was there' if there else ''}")
 
     def _load(self, name: str) -> None:
         path = _path(name)
         system, turns = read_conversation(path)
-        self.session.system, self.session.turns, self.asked = system, turns, None
+        self.session.system, self.session.turns, self.asked, self.file = system, turns, None, path
         self._say(f"{len(turns)} messages from {path}")
 
     def _model(self, name: str) -> None:

@@ -151,7 +151,7 @@ def test_commands_of_a_conversation(bundle, terminal, tmp_path):
         typed("/retry", "no question")
         typed(f"/load {saved}", "2 messages from")
         typed("/show", "[assistant] json")
-        typed(f"/load {tmp_path}/none", "holds no conversation")
+        typed(f"/load {tmp_path}/none", "none cannot be read: No such file")
         typed("/set max_new_tokens=2")
         typed("/set", "max_new_tokens=2")
         typed("/reset")

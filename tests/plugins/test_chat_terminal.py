@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from llmctl import UsageError
 from llmctl.text.tokenizer import Tokenizer
+from llmctl_serve.conversation_files import write_conversation
 
 from .stub import Plan, Stub
 from .terminal import read_until
@@ -79,3 +85,71 @@ def test_typed_bytes_that_are_no_text_are_refused(bundle, terminal, tmp_path, er
         os.write(typed.master, b"\n")
         typed("loads?", "tokens after")
         os.write(typed.master, b"/exit\n")
+
+
+def test_a_conversation_is_saved_over_its_own_file_only(bundle, terminal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other, link = tmp_path / "other.json", tmp_path / "link.json"
+    other.write_text("mine")
+    link.symlink_to("talk.json")
+    with terminal(bundle, "--no-history") as typed:
+        typed("loads?", "json")
+        typed("/save", "no file is named")
+        typed("/save talk.json", "2 messages are in talk.json\r\n")
+        typed("/save link.json", "over what was there")  # the same file
+        typed("/save other.json", "is there already\r\n  hint: `/save --force other.json` writes over it")
+        typed("/load other.json", "holds no conversation")
+        assert other.read_text() == "mine"
+        typed("/save --force other.json", "2 messages are in other.json, over what was there")
+        typed("again", "json")
+        typed("/save", "4 messages are in other.json")
+        typed(f"/save {bundle}", "is no regular file")
+        typed("/save --force /dev/null", "is no regular file")
+        typed("/save none/talk.json", "none/talk.json cannot be written: No such file")
+        typed("/reset")
+        typed("/save other.json", "is there already")  # it is another conversation's now
+        typed("/load talk.json", "2 messages from talk.json")
+        typed("/save talk.json", "2 messages are in talk.json, over")
+        os.write(typed.master, b"/quit\n")
+    assert len(json.loads(other.read_text())["messages"]) == 4
+    assert stat.S_IMODE(other.stat().st_mode) == 0o600
+    assert link.is_symlink()
+    assert not list(tmp_path.glob(".*.json*"))
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "talk.json"
+    path.write_text("before")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UsageError, match="cannot be written: No space left"):
+        write_conversation(path, "m", "", [], over=True)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_set_stays_set_with_another_model(bundle, opens, scripted, terminal):
+    other = Path(shutil.copytree(bundle, bundle.with_name("other")))
+    tokenizer = Tokenizer.load(bundle)
+    opens({path: scripted(tokenizer, default="abcdefgh", context_length=400) for path in (bundle, other)})
+    with terminal(bundle, "--max-new-tokens", 7, "--no-history") as typed:
+        assert f"{bundle} on scripted" in typed.screen
+        typed("/set top_k=3")
+        typed("/set temperature=none", "temperature needs a value")
+        typed("/set seed=none")
+        typed(f"/model {other}", f"{other} on scripted")
+        typed("/set", "max_new_tokens=7\r\ntemperature=0.0\r\ntop_k=3")
+        typed("/model http://127.0.0.1:1", "is a server, this conversation is with a model that is opened here")
+        typed("/model", f"{other} on scripted")
+        os.write(typed.master, b"/quit\n")
+
+
+def test_what_a_server_does_not_know_can_be_unset(bundle, terminal):
+    with Stub() as stub, terminal(stub.url, "--no-history") as typed:
+        typed("/set top_k=3")
+        typed("one", "three")
+        typed("/set top_k=none")
+        typed("/set", "top_k=none")
+        typed("two", "three")
+        typed(f"/model {bundle}", f"then `llmctl chat {bundle}` and /load FILE")
+        os.write(typed.master, b"/quit\n")
+    assert [body.get("top_k") for body in stub.bodies] == [3, None]
