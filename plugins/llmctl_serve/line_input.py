@@ -84,8 +84,12 @@ def use_history(wanted: bool) -> Callable[[], None]:
     if not wanted:
         return lambda: None
     path = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "llmctl" / "chat_history"
-    with suppress(OSError):  # there is none yet, or it cannot be read: then there is no history
-        readline.read_history_file(path)
+    try:
+        with suppress(FileNotFoundError):  # there is none yet
+            readline.read_history_file(path)
+    except OSError as error:  # nor is it written: what could not be read would be lost
+        click.echo(f"warning: the history in {path} cannot be read: {error.strerror}", err=True)
+        return lambda: None
     readline.set_history_length(HISTORY)
 
     def save() -> None:

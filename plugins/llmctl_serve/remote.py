@@ -131,7 +131,8 @@ class RemoteSession:
         spent = Spent()
         try:
             for event in stream_events(self.endpoint, path, body):
-                for index, text, _, _ in event_parts(event):
+                for index, text, reason, _ in event_parts(event):
+                    spent.cut = spent.cut or (index == 0 and reason == "length")
                     if text and index == 0:
                         spent.note()
                         yield text

@@ -42,20 +42,29 @@ COMMANDS = {
     "/tokens": "count the conversation",
     "/quit": "end, as Ctrl-D does",
 }
+SIGNS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | dict.fromkeys(
+    range(127, 160), 0xFFFD
+)
+"""Unicode's pictures of C0's control characters, U+FFFD for DEL and C1's."""
 QUIT = ("/quit", "/exit")
 HELP = "/help lists the commands, /reset forgets the conversation, /quit ends (as does Ctrl-D)"
 
 
+def visible(text: str) -> str:
+    """The text with signs for control characters: a terminal obeys them, and a model or a server may send any."""
+    return text.translate(SIGNS)
+
+
 def show(parts: Iterator[str]) -> None:
     """Write an answer as it comes, and end its line, also where it breaks off; an interrupt ends the answer too."""
-    begun = False
+    begun, terminal = False, sys.stdout.isatty()
     try:
         for part in parts:
-            click.echo(part, nl=False)
+            click.echo(visible(part) if terminal else part, nl=False)
             sys.stdout.flush()
             begun = True
     except BaseException as error:
-        if begun and not (isinstance(error, KeyboardInterrupt) and sys.stdout.isatty()):  # `^C` stands there
+        if begun and not (isinstance(error, KeyboardInterrupt) and terminal):  # `^C` stands there
             click.echo()
         raise
     finally:
@@ -145,6 +154,7 @@ class Repl:
 
     @staticmethod
     def _say(text: str, dim: bool = False) -> None:
+        text = visible(text)
         click.echo(f"\x1b[2m{text}\x1b[0m" if dim and wants_colour(sys.stderr) else text, err=True)
 
     # -- commands -------------------------------------------------------------------------------------------------

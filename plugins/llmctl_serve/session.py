@@ -137,6 +137,7 @@ class Session:
         try:
             for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop, *form):
                 spent.note(len(delta.token_ids))
+                spent.cut = delta.finish_reason == "length"
                 yield delta.text
         finally:
             spent.end()

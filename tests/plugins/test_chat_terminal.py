@@ -153,3 +153,39 @@ def test_what_a_server_does_not_know_can_be_unset(bundle, terminal):
         typed(f"/model {bundle}", f"then `llmctl chat {bundle}` and /load FILE")
         os.write(typed.master, b"/quit\n")
     assert [body.get("top_k") for body in stub.bodies] == [3, None]
+
+
+def test_an_answer_that_was_cut_says_so(bundle, terminal):
+    with terminal(bundle, "--max-new-tokens", 2, "--no-history") as typed:
+        assert "cut off by max_new_tokens or the end of the context" in typed("loads?", "js\r\n")
+        typed("/set max_new_tokens=9")
+        assert "cut off" not in typed("loads?", "json")
+        os.write(typed.master, b"/quit\n")
+    plans = {"long": Plan(finish="length"), "short": Plan()}
+    with Stub(lambda number, body: plans[body["messages"][-1]["content"]]) as stub, terminal(stub.url) as typed:
+        assert "cut off" in typed("long", "three")
+        assert "cut off" not in typed("short", "three")
+        os.write(typed.master, b"/quit\n")
+
+
+def test_a_terminal_obeys_no_answer(terminal, tmp_path):
+    text = "\x1b]0;title\x07red\x9b31m\tand\n"
+    with Stub(lambda number, body: Plan([text])) as stub:
+        with terminal(stub.url) as typed:
+            typed("hello", "\u241b]0;title\u2407red\ufffd31m")
+            typed("/show", "[assistant] \u241b]0;title")
+            os.write(typed.master, b"/quit\n")
+        with terminal(stub.url, stdout=tmp_path / "answers") as typed:
+            typed("hello", "token after")
+            os.write(typed.master, b"/quit\n")
+    assert (tmp_path / "answers").read_text() == text + "\n"
+
+
+def test_a_history_that_cannot_be_read_is_told_and_not_written(bundle, terminal, tmp_path):
+    history = tmp_path / "state" / "llmctl" / "chat_history"
+    history.mkdir(parents=True)
+    with terminal(bundle) as typed:
+        assert "chat_history cannot be read: " in typed.screen
+        typed("loads?", "json")
+        os.write(typed.master, b"\x04")
+        assert "warning" not in read_until(typed.master, b"\n")
