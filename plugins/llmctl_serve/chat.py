@@ -12,9 +12,10 @@ from llmctl import InputError, UsageError
 from llmctl_serve.candidates import Output
 from llmctl_serve.endpoint import is_url
 from llmctl_serve.forms import Form
+from llmctl_serve.line_input import NO_TEXT, check_text, use_history
 from llmctl_serve.options import options
 from llmctl_serve.remote import RemoteSession, open_remote
-from llmctl_serve.repl import NO_TEXT, Repl, check_text, show, use_history
+from llmctl_serve.repl import Repl, show
 from llmctl_serve.session import Session, find_model, open_session
 
 

@@ -7,15 +7,18 @@ import json
 import ssl
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llmctl import InputError, StageError, UsageError
 from llmctl.generator import Sampling
+from llmctl.spec.files import is_there
 from llmctl_serve.endpoint import (
     Endpoint,
     HttpFailure,
     error_text,
     event_parts,
+    is_url,
     parse_endpoint,
     pick_model,
     read_event,
@@ -87,7 +90,10 @@ class RemoteSession:
         """Talk to another model of the server. UsageError if it has none of that name."""
         names = [str(one.get("id")) for one in list_models(self.endpoint).get("data") or ()]
         if name not in names:
-            raise UsageError(f"{self.endpoint.url} has no model `{name}`", hint=f"it has {', '.join(names)}")
+            hint = f"it has {', '.join(names)}"
+            if is_url(name) or is_there(Path(name)):
+                hint = f"take the conversation there: /save FILE, then `llmctl chat {name}` and /load FILE"
+            raise UsageError(f"{self.endpoint.url} has no model `{name}`", hint=hint)
         self.model = name
 
     def tokens(self) -> str:
@@ -125,7 +131,8 @@ class RemoteSession:
         spent = Spent()
         try:
             for event in stream_events(self.endpoint, path, body):
-                for index, text, _, _ in event_parts(event):
+                for index, text, reason, _ in event_parts(event):
+                    spent.cut = spent.cut or (index == 0 and reason == "length")
                     if text and index == 0:
                         spent.note()
                         yield text
@@ -182,7 +189,7 @@ def stream_events(endpoint: Endpoint, path: str, body: dict[str, Any]) -> Iterat
     except TimeoutError as error:
         raise HttpFailure("timeout", f"nothing came for {TIMEOUT:g} s") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise HttpFailure("broken off", f"the connection broke: {error}") from error
+        raise HttpFailure("broken off", f"the connection broke: {' '.join(str(error).split())}") from error
     raise HttpFailure("broken off", "the stream ended without [DONE]")
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,12 @@ import click
 
 from llmctl import InputError, LlmctlError, UsageError
 from llmctl.console import wants_colour
-from llmctl.spec.files import home_path
+from llmctl.spec.files import home_path, is_there
+from llmctl_serve.conversation_files import FORCE, read_conversation, write_conversation
+from llmctl_serve.line_input import FENCE, read_text
 from llmctl_serve.remote import RemoteSession
 from llmctl_serve.session import Session
 
-HISTORY = 2000
-"""Lines that are remembered."""
-FENCE = '"""'
 SETTABLE: dict[str, Callable[[str], Any]] = {
     "max_new_tokens": int,
     "temperature": float,
@@ -30,41 +26,47 @@ SETTABLE: dict[str, Callable[[str], Any]] = {
     "repetition_penalty": float,
     "frequency_penalty": float,
     "presence_penalty": float,
-    "seed": lambda text: None if text == "none" else int(text),
+    "seed": int,
 }
 COMMANDS = {
     "/help": "list the commands",
     "/reset": "forget the conversation",
     "/system TEXT": "set the system message; without TEXT remove it",
-    "/set NAME=VALUE": "change sampling, as in /set temperature=0.7; without NAME list it",
+    "/set NAME=VALUE": "change sampling, as in /set temperature=0.7 or seed=none; without NAME list it",
     "/show": "print the conversation",
     "/undo": "take back the last question and its answer",
     "/retry": "ask the last question again",
-    "/save FILE": "write the conversation as JSON",
+    "/save FILE": "write the conversation as JSON; without FILE where it was saved or loaded before",
     "/load FILE": "go on with a conversation from a file",
     "/model NAME": "talk to another model; without NAME say which it is",
     "/tokens": "count the conversation",
     "/quit": "end, as Ctrl-D does",
 }
-NO_TEXT = "write it in UTF-8, as `iconv -f LATIN1 -t UTF-8` does with western Europe's old files"
+SIGNS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | dict.fromkeys(
+    range(127, 160), 0xFFFD
+)
+"""Unicode's pictures of C0's control characters, U+FFFD for DEL and C1's."""
+QUIT = ("/quit", "/exit")
 HELP = "/help lists the commands, /reset forgets the conversation, /quit ends (as does Ctrl-D)"
 
 
-def check_text(text: str, what: str) -> str:
-    """The text. InputError if it holds what no encoding was found for: bytes that are no UTF-8, half a character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{what} is no text in UTF-8", hint=NO_TEXT) from error
-    return text
+def visible(text: str) -> str:
+    """The text with signs for control characters: a terminal obeys them, and a model or a server may send any."""
+    return text.translate(SIGNS)
 
 
 def show(parts: Iterator[str]) -> None:
-    """Write an answer as it comes, and end the line; an interrupt ends the answer too."""
+    """Write an answer as it comes, and end its line, also where it breaks off; an interrupt ends the answer too."""
+    begun, terminal = False, sys.stdout.isatty()
     try:
         for part in parts:
-            click.echo(part, nl=False)
+            click.echo(visible(part) if terminal else part, nl=False)
             sys.stdout.flush()
+            begun = True
+    except BaseException as error:
+        if begun and not (isinstance(error, KeyboardInterrupt) and terminal):  # `^C` stands there
+            click.echo()
+        raise
     finally:
         close = getattr(parts, "close", None)
         if close is not None:
@@ -79,6 +81,8 @@ class Repl:
         self.session = session
         self.asked: str | None = None
         """The last question, answered or not; None: that of the conversation."""
+        self.file: Path | None = None
+        """Where this conversation was saved or loaded; other files are not written over."""
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/reset": self._reset,
@@ -101,30 +105,34 @@ class Repl:
             try:
                 text, fenced = read_text()
             except EOFError:
-                click.echo()
                 return
             except KeyboardInterrupt:
-                click.echo()
                 if interrupted:
                     return
                 self._say("Ctrl-C again ends, as do /quit and Ctrl-D")
                 interrupted = True
                 continue
-            try:
-                if text in ("/quit", "/exit") and not fenced:
-                    return
-                self._answer(text, fenced)
-                interrupted = False
-            except KeyboardInterrupt:
-                click.echo()
-                self._say("(interrupted)")
-                interrupted = True
-            except LlmctlError as error:
-                self._say(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
-                interrupted = False
-            except Exception as error:  # whatever a model raises: it is told, and the conversation is not lost
-                self._say(f"error: {type(error).__name__}: {error}")
-                interrupted = False
+            except InputError as error:
+                self._explain(error)
+                continue
+            if not fenced and text.partition(" ")[0] in QUIT:
+                return
+            interrupted = self._is_interrupted(text, fenced)
+
+    def _is_interrupted(self, text: str, fenced: bool) -> bool:
+        """Answer; whether Ctrl-C ended it."""
+        try:
+            self._answer(text, fenced)
+        except KeyboardInterrupt:
+            self._say("\n(interrupted)")
+            return True
+        except LlmctlError as error:
+            self._explain(error)
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
+        except Exception as error:  # whatever a model raises: it is told, and the conversation is not lost
+            self._say(f"error: {type(error).__name__}: {error}")
+        return False
 
     def _answer(self, text: str, fenced: bool) -> None:
         word, _, rest = text.partition(" ")
@@ -141,8 +149,12 @@ class Repl:
         if self.session.spent is not None:
             self._say(self.session.spent.line(), dim=True)
 
+    def _explain(self, error: LlmctlError) -> None:
+        self._say(f"error: {error.message}" + (f"\n  hint: {error.hint}" if error.hint else ""))
+
     @staticmethod
     def _say(text: str, dim: bool = False) -> None:
+        text = visible(text)
         click.echo(f"\x1b[2m{text}\x1b[0m" if dim and wants_colour(sys.stderr) else text, err=True)
 
     # -- commands -------------------------------------------------------------------------------------------------
@@ -156,7 +168,7 @@ class Repl:
 
     def _reset(self, _: str) -> None:
         self.session.reset()
-        self.asked = None
+        self.asked = self.file = None
 
     def _system(self, text: str) -> None:
         self.session.system = text
@@ -165,22 +177,22 @@ class Repl:
     def _set(self, text: str) -> None:
         if not text:
             found = self.session.values()
-            self._say("\n".join(f"{name}={found.get(name)}" for name in SETTABLE))
+            self._say("\n".join(f"{name}={'none' if found.get(name) is None else found[name]}" for name in SETTABLE))
             return
         name, _, value = (part.strip() for part in text.partition("="))
         name = "max_new_tokens" if name == "max_tokens" else name
         if name not in SETTABLE:
             raise UsageError(f"`{name}` cannot be set", hint=f"one of {', '.join(SETTABLE)}")
         try:
-            self.session.set(name, SETTABLE[name](value))
+            self.session.set(name, None if value == "none" else SETTABLE[name](value))
         except ValueError as error:
             raise UsageError(f"{name} cannot be `{value}`", hint=f"for example /set {name}=1") from error
 
     def _show(self, _: str) -> None:
         if self.session.system:
-            click.echo(f"[system] {self.session.system}")
+            self._say(f"[system] {self.session.system}")
         for turn in self.session.turns:
-            click.echo(f"[{turn['role']}] {turn['content']}")
+            self._say(f"[{turn['role']}] {turn['content']}")
 
     def _undo(self, _: str) -> None:
         turns = self.session.turns
@@ -205,19 +217,20 @@ class Repl:
             if self.session.turns is before:  # no new answer: the old one stays
                 self.session.turns = kept
 
-    def _save(self, name: str) -> None:
-        path = _path(name)
-        saved = {"model": self.session.backend, "system": self.session.system, "messages": self.session.turns}
-        try:
-            path.write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written: {error.strerror}") from error
-        self._say(f"{len(self.session.turns)} messages are in {path}")
+    def _save(self, text: str) -> None:
+        force, _, rest = text.partition(" ")
+        forced = force == FORCE
+        name = rest.strip() if forced else text
+        path = self.file if self.file and not name else _path(name)
+        there, known = is_there(path), self.file is not None and path.resolve() == self.file.resolve()
+        write_conversation(path, self.session.backend, self.session.system, self.session.turns, forced or known)
+        self.file = path
+        self._say(f"{len(self.session.turns)} messages are in {path}{', over what was there' if there else ''}")
 
     def _load(self, name: str) -> None:
         path = _path(name)
         system, turns = read_conversation(path)
-        self.session.system, self.session.turns, self.asked = system, turns, None
+        self.session.system, self.session.turns, self.asked, self.file = system, turns, None, path
         self._say(f"{len(turns)} messages from {path}")
 
     def _model(self, name: str) -> None:
@@ -230,61 +243,3 @@ def _path(name: str) -> Path:
     if not name:
         raise UsageError("no file is named", hint="/save FILE, /load FILE")
     return home_path(name)
-
-
-def read_conversation(path: Path) -> tuple[str, list[dict[str, str]]]:
-    """(system message, turns) of a file as /save writes it, or of any `{"messages": […]}`. InputError otherwise."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        messages = [{"role": str(turn["role"]), "content": turn["content"]} for turn in saved["messages"]]
-        system = saved.get("system") or ""
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} holds no conversation: {error}", hint='write {"messages": […]}, as /save') from error
-    if messages and messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
-    if not all(isinstance(turn["content"], str) for turn in messages) or not isinstance(system, str):
-        raise InputError(f"{path} holds messages that are no text")
-    for text in (system, *(turn["content"] for turn in messages)):
-        check_text(text, f"a message of {path}")
-    if [turn["role"] for turn in messages] != ["user", "assistant"] * (len(messages) // 2):
-        raise InputError(f"{path}: questions and answers do not alternate", hint="end it with an answer")
-    return system, messages
-
-
-def read_text() -> tuple[str, bool]:
-    """What is typed, and whether between two fences: else a line, or lines that end in a backslash and one more."""
-    text = input("> ").strip()
-    if text == FENCE:
-        lines = []
-        while (line := input(". ")).strip() != FENCE:
-            lines.append(line)
-        return "\n".join(lines), True
-    while text.endswith("\\"):
-        text = text[:-1] + "\n" + input(". ").rstrip()
-    return text, False
-
-
-def use_history(wanted: bool) -> Callable[[], None]:
-    """Line editing, with the lines of earlier conversations unless they are not `wanted`; what saves them at the end.
-
-    The file is `$XDG_STATE_HOME/llmctl/chat_history` and readable by its owner alone.
-    """
-    import readline
-
-    if not wanted:
-        return lambda: None
-    path = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "llmctl" / "chat_history"
-    with suppress(OSError):  # there is none yet, or it cannot be read: then there is no history
-        readline.read_history_file(path)
-    readline.set_history_length(HISTORY)
-
-    def save() -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-            path.chmod(0o600)
-            readline.write_history_file(path)
-        except OSError as error:
-            click.echo(f"warning: the history cannot be saved in {path}: {error.strerror}", err=True)
-
-    return save

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmctl import Artifact, UsageError
 from llmctl.text.masking import MaskingTime, TimedConstraint
+from llmctl_serve.endpoint import is_url
 from llmctl_serve.forms import Form
 from llmctl_serve.spent import Spent
 
@@ -38,11 +39,15 @@ class Session:
     """On the last answer."""
     device: str = "auto"
     threads: int = 0
+    name: str = ""
+    """What a person calls the model."""
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """What a person has set of `sampling`; the rest is the model's own."""
 
     @property
     def backend(self) -> str:
         """For a human."""
-        return self.generator.backend
+        return f"{self.name} on {self.generator.backend}"
 
     def followed(self, masking: MaskingTime) -> tuple[Constraint, ...]:
         """The form as the last argument of a generator, its time noted in `masking`; empty where there is none."""
@@ -54,17 +59,29 @@ class Session:
 
     def set(self, name: str, value: Any) -> None:
         """Change how answers are chosen. UsageError for a value out of range, or that contradicts another."""
+        if value is None and name != "seed":
+            raise UsageError(f"{name} needs a value", hint=f"for example /set {name}=1")
         self.sampling = replace(self.sampling, **{name: value})
+        self.chosen = {**self.chosen, name: value}
 
     def values(self) -> dict[str, Any]:
         """How answers are chosen."""
         return asdict(self.sampling)
 
     def switch(self, name: str) -> None:
-        """Talk to another model, which goes on with this conversation and answers as its own defaults say."""
-        other = open_session(name, self.device, self.threads, self.stop, {}, form=self.form)
+        """Talk to another model, which goes on with this conversation; what was set stays set, but biases of token ids.
+
+        UsageError for a server's: what is set means something else there.
+        """
+        if is_url(name):
+            raise UsageError(
+                f"{name} is a server, this conversation is with a model that is opened here",
+                hint="take it there: /save FILE, then `llmctl chat URL` and /load FILE",
+            )
+        kept = {key: value for key, value in self.chosen.items() if key != "logit_bias"}
+        other = open_session(name, self.device, self.threads, self.stop, kept, form=self.form)
         self.generator, self.tokenizer, self.sampling = other.generator, other.tokenizer, other.sampling
-        self.constraint = other.constraint
+        self.constraint, self.name, self.chosen = other.constraint, other.name, other.chosen
 
     def tokens(self) -> str:
         """How much of the context the conversation takes."""
@@ -120,6 +137,7 @@ class Session:
         try:
             for delta in stream_text(self.generator, self.tokenizer, ids, self.sampling, self.stop, *form):
                 spent.note(len(delta.token_ids))
+                spent.cut = delta.finish_reason == "length"
                 yield delta.text
         finally:
             spent.end()
@@ -157,11 +175,14 @@ def open_session(
     from llmctl_serve.defaults import default_sampling
 
     found = find_model(artifact)
-    sampling = default_sampling(found.path, **{key: value for key, value in given.items() if value is not None})
+    chosen = {key: value for key, value in given.items() if value is not None}
+    sampling = default_sampling(found.path, **chosen)
     warn_of_unhonoured(found.path)
     tokenizer = Tokenizer.load(found.path)
     generator = choose_adapter(get_registry().open_generator(found, device=device, threads=threads), adapter)
     session = Session(generator, tokenizer, sampling, stop, system, form=form, device=device, threads=threads)
+    session.name = (artifact or str(DEFAULT)) + (f":{adapter}" if adapter else "")
+    session.chosen = chosen
     if form is not None:
         session.constraint = form.constraint(generator, tokenizer)
     return session

@@ -16,6 +16,8 @@ class Spent:
     new: int = 0
     first: float | None = None
     seconds: float = 0.0
+    cut: bool = False
+    """Whether the answer was cut at its greatest length."""
     masking: MaskingTime = field(default_factory=MaskingTime)
     """What following the form of the answer took."""
     begun: float = field(default_factory=time.perf_counter)
@@ -36,4 +38,5 @@ class Spent:
         rest = self.seconds - first
         speed = f", {(self.new - 1) / rest:.3g} tokens/s" if self.new > 1 and rest > 0 else ""
         line = f"{self.new} token{'' if self.new == 1 else 's'} after {self.prompt}, {first:.2f} s to the first{speed}"
-        return f"{line}, {self.masking.line()}" if self.masking.steps else line
+        line = f"{line}, {self.masking.line()}" if self.masking.steps else line
+        return f"{line}; cut off by max_new_tokens or the end of the context" if self.cut else line

@@ -209,7 +209,7 @@ def test_the_label_of_an_error_on_a_terminal(llmctl_env, variables, coloured):
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize(("command", "code"), [("ls", 0), ("plugins", 0), ("nonsense", 2)])
+@pytest.mark.parametrize(("command", "code"), [("ls", 0), ("plugins", 0), ("nonsense", 2), ("generate .", 2)])
 def test_closed_standard_streams(command, code, closed, llmctl_env, tmp_path):
     script = f"{sys.executable} -m llmctl {command} {closed}"
     done = subprocess.run(["bash", "-c", script], env=llmctl_env, cwd=tmp_path, capture_output=True, text=True)

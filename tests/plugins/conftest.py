@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from llmctl import Artifact
 from llmctl.generator import GREEDY, Candidate, Sampling, check_prompt
 from llmctl.registry import Registry
 from llmctl.text.tokenizer import Tokenizer
+
+from .terminal import Typist, open_chat
 
 SPECIAL = ("<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
@@ -219,3 +222,10 @@ def adapted_models(
     params = {"parity_prompts": 2, "threads": 1}
     done = run_stage(EXPORT_ONNX, tmp_path_factory.mktemp("adapted"), params, model=hf, adapters=adapters)
     return directories, done.outputs["model"]
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., AbstractContextManager[Typist]]:
+    """`with terminal(arguments) as typed`: `llmctl chat` in a pty; its history is in the test's directory."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return open_chat

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
-import pty
-import select
-import signal
 import stat
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -25,6 +18,7 @@ from llmctl_serve.chat import chat, generate
 from llmctl_serve.session import Session, find_model
 
 from .stub import Plan, Stub
+from .terminal import read_until
 
 
 @pytest.fixture
@@ -128,72 +122,6 @@ def test_what_is_no_model(tmp_path, monkeypatch):
     assert find_model(None).type == "model.onnx"
 
 
-def read_until(master, *texts, seconds=20):
-    """What is shown until each of the texts has come, one after the other, in whatever pieces."""
-    found, end, deadline = b"", 0, time.monotonic() + seconds
-    for text in texts:
-        while (start := found.find(text, end)) < 0:
-            ready, _, _ = select.select([master], [], [], max(0, deadline - time.monotonic()))
-            assert ready, (text, found)
-            found += os.read(master, 4096)
-        end = start + len(text)
-    return found.decode()
-
-
-def exit_code(child, seconds=20):
-    """Of a process that is about to end; one that does not is killed."""
-    deadline = time.monotonic() + seconds
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            pytest.fail("the program did not end")
-        time.sleep(0.01)
-    return os.waitstatus_to_exitcode(ended[1])
-
-
-@pytest.fixture
-def terminal(tmp_path, monkeypatch):
-    """`with terminal(arguments) as typed`: `llmctl chat` in a pty; `typed(text, answer)` types and waits for both."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-    @contextlib.contextmanager
-    def run(*arguments):
-        child, master = pty.fork()
-        if child == 0:  # the fork has the fixture's scripted model
-            os.dup2(1, 2)
-            sys.stdin = io.TextIOWrapper(io.FileIO(0))
-            sys.stdout = sys.__stdout__ = io.TextIOWrapper(io.FileIO(1, "w"), write_through=True)
-            sys.stderr = sys.__stderr__ = io.TextIOWrapper(io.FileIO(2, "w"), write_through=True)
-            code = 1
-            try:
-                chat.main([str(argument) for argument in arguments], standalone_mode=False)
-                code = 0
-            finally:
-                os._exit(code)
-
-        def press(key):
-            # Faster than any hand, a signal comes between the prompt and the read, which then waits for a line.
-            time.sleep(0.3)
-            while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] not in "SZ":
-                time.sleep(0.01)
-            os.write(master, key)
-
-        def typed(text, answer="", end=b"> "):
-            press(text) if isinstance(text, bytes) else os.write(master, text.encode() + b"\n")
-            return read_until(master, answer.encode(), end)
-
-        typed.screen = read_until(master, b"> ")
-        typed.master, typed.press = master, press
-        try:
-            yield typed
-            assert exit_code(child) == 0
-        finally:
-            os.close(master)
-
-    return run
-
-
 def test_a_real_terminal(bundle, terminal, tmp_path):
     with terminal(bundle) as typed:
         assert "scripted" in typed.screen
@@ -223,7 +151,7 @@ def test_commands_of_a_conversation(bundle, terminal, tmp_path):
         typed("/retry", "no question")
         typed(f"/load {saved}", "2 messages from")
         typed("/show", "[assistant] json")
-        typed(f"/load {tmp_path}/none", "holds no conversation")
+        typed(f"/load {tmp_path}/none", "none cannot be read: No such file")
         typed("/set max_new_tokens=2")
         typed("/set", "max_new_tokens=2")
         typed("/reset")
