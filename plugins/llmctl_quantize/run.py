@@ -19,6 +19,7 @@ from llmctl_quantize.params import QuantizeParams
 from llmctl_quantize.tables import METHODS
 
 DATA = "model.onnx.data"
+HARD_LINKS = "the file has several hard links, as `cp -al` makes them: copy the bundle with `cp -r` instead"
 
 
 def run(ctx: Context, params: QuantizeParams, model: Artifact, data: Artifact | None) -> None:
@@ -176,7 +177,9 @@ def _load(source: Path) -> onnx.ModelProto:
     try:
         return onnx.load(path)
     except Exception as error:  # protobuf, onnx and the file system each have their own
-        raise InputError(f"{path} cannot be read: {error}", hint="export the model again") from error
+        # Against links to files of others onnx refuses external data with several names; ONNX Runtime reads them.
+        hint = HARD_LINKS if "hard link" in str(error) else "export the model again"
+        raise InputError(f"{path} cannot be read: {error}", hint=hint) from error
 
 
 def _parameters(model: onnx.ModelProto) -> int:

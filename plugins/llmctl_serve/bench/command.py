@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llmctl import InputError, StageError, UsageError, __version__
+from llmctl.error_output import json_line, wants_json
+from llmctl.launch.signals import CODES
 from llmctl_serve.bench.exposition import Watch, describe
-from llmctl_serve.bench.load import Load, Record, Runner
+from llmctl_serve.bench.interrupt import Interrupt
+from llmctl_serve.bench.load import Load, Record, Runner, Tick
 from llmctl_serve.bench.options import PROMPT_TOKENS, REQUESTS, Wanted, check_places, read_options
 from llmctl_serve.bench.prompts import Lengths, Prompt, linear_counter, make_prompts, read_prompts
+from llmctl_serve.bench.results import write_files
 from llmctl_serve.bench.summary import add_speed_up, summarise
 from llmctl_serve.bench.tables import show
 from llmctl_serve.endpoint import Endpoint, HttpFailure, parse_endpoint, pick_model
@@ -27,6 +33,18 @@ MADE = 512
 """Prompts made up for a load that ends by time; a load that takes more takes those of others."""
 PROBES = (4, 24)
 """Words of the two requests from which the tokens per word are found."""
+
+
+@dataclass
+class Collected:
+    """What a measurement has brought: of each load that has ended its records, and what the server says of it."""
+
+    model: str
+    chat: bool
+    prompts: Sequence[Prompt]
+    metrics_missing: str
+    records: list[list[Record]]
+    seen: list[dict[str, Any] | None]
 
 
 @click.command()
@@ -62,10 +80,10 @@ def bench(
     device: str | None,
     threads: int | None,
     **given: Any,
-) -> None:
+) -> int | None:
     """Measure a server of OpenAI's API under load, or ARTIFACT, which is served meanwhile.
 
-    Latencies, throughput, failures and goodput; one load after the other.
+    Latencies, throughput, failures and goodput; one load after the other. Ctrl-C reports the loads that have ended.
     """
     if artifact is not None and url is not None:
         raise UsageError("both a model and --url are given", hint="leave one of them out")
@@ -76,26 +94,31 @@ def bench(
     check_places(json_, html)
     wanted = read_options(**given)
     check_arrivals(wanted)
-    if url is not None:
-        endpoint = parse_endpoint(url, api_key_env)
-        result, records = asyncio.run(measure(endpoint, wanted))
-    else:
-        result, records = measure_artifact(artifact, wanted, device or "auto", threads or 0)
-    # First what stays: whoever reads the table may leave before its end.
-    if json_ is not None:
-        rows = [
-            {**load, "records": [record.to_dict() for record in some]}
-            for load, some in zip(result["loads"], records, strict=True)
-        ]
-        json_.write_text(json.dumps({**result, "loads": rows}, indent=1) + "\n", encoding="utf-8")
-    if html is not None:
-        from llmctl_serve.bench.page import render
-
-        html.write_text(render(result, records), encoding="utf-8")
-    show(result)
+    with Interrupt() as interrupt:
+        if url is not None:
+            result, records = measure(parse_endpoint(url, api_key_env), wanted, interrupt)
+        else:
+            result, records = measure_artifact(artifact, wanted, device or "auto", threads or 0, interrupt)
+        # First what stays: whoever reads the table may leave before its end.
+        write_files(result, records, json_, html)
+        missing = wanted.loads[len(records) :]
+        if missing:
+            say_interrupted(missing)
+        show(result)
+    if missing:
+        return CODES[signal.SIGINT]
+    if interrupt.came:  # after the last load had ended
+        raise KeyboardInterrupt
     if not any(load["answered"] for load in result["loads"]):
         record = records[0][-1]
         raise StageError(f"no request was answered ({record.error}: {record.message})", hint="try one with curl first")
+    return None
+
+
+def say_interrupted(missing: Sequence[Load]) -> None:
+    """One line on stderr, in the form of errors."""
+    text = f"interrupted; missing loads: {', '.join(load.label for load in missing)}"
+    click.echo(json_line(text, None, CODES[signal.SIGINT]) if wants_json(sys.argv[1:]) else text, err=True)
 
 
 def check_arrivals(wanted: Wanted) -> None:
@@ -106,7 +129,7 @@ def check_arrivals(wanted: Wanted) -> None:
 
 
 def measure_artifact(
-    artifact: str | None, wanted: Wanted, device: str, threads: int
+    artifact: str | None, wanted: Wanted, device: str, threads: int, interrupt: Interrupt
 ) -> tuple[dict[str, Any], list[list[Record]]]:
     """Serve a model on this machine and measure it."""
     from llmctl.text.tokenizer import Tokenizer
@@ -121,14 +144,42 @@ def measure_artifact(
     api = ("chat" if has_chat else "completions") if wanted.api == "auto" else wanted.api
     wanted = replace(wanted, api=api, tokenizer=tokenizer, model=NAME)
     with hosted(found.path, device, threads) as endpoint:
-        result, records = asyncio.run(measure(endpoint, wanted))
+        result, records = measure(endpoint, wanted, interrupt)
     return {**result, "model": str(artifact or found.path), "url": "served here"}, records
 
 
-async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], list[list[Record]]]:
-    """All loads, one after the other, after the warm-up; the result, and the records of each load."""
+def measure(endpoint: Endpoint, wanted: Wanted, interrupt: Interrupt) -> tuple[dict[str, Any], list[list[Record]]]:
+    """All loads, one after the other, after the warm-up; the result, and the records of each load.
+
+    After an interrupt those of the loads that had ended; KeyboardInterrupt if none had.
+    """
     from llmctl.store.names import timestamp
 
+    found = asyncio.run(collect(endpoint, wanted, interrupt))
+    loads = [
+        {**summarise(load, some, wanted.limits), "server": server}
+        for load, some, server in zip(wanted.loads, found.records, found.seen, strict=False)
+    ]
+    add_speed_up(loads)
+    return {
+        "llmctl": __version__,
+        "written": timestamp(),
+        "url": endpoint.url,
+        "model": found.model,
+        "api": "chat" if found.chat else "completions",
+        "limits": wanted.limits,
+        "prompts": {
+            **_described(wanted),
+            "different": len({json.dumps(prompt.content, sort_keys=True) for prompt in found.prompts}),
+            "asked": wanted.warmup + sum(len(some) for some in found.records),
+        },
+        "metrics_missing": found.metrics_missing,
+        "loads": loads,
+    }, found.records
+
+
+async def collect(endpoint: Endpoint, wanted: Wanted, interrupt: Interrupt) -> Collected:
+    """Ask the server: what it is, the warm-up, all loads."""
     client, watch = HttpClient(endpoint, wanted.timeout), Watch(endpoint)
     try:
         await watch.open()
@@ -139,49 +190,47 @@ async def measure(endpoint: Endpoint, wanted: Wanted) -> tuple[dict[str, Any], l
         if wanted.warmup:
             load = Load("closed", min(wanted.warmup, max(int(load.value) for load in wanted.loads) or 1), wanted.warmup)
             await runner.run(load, prompts, 0, lambda *_: None)
-        records, seen = await run_loads(runner, watch, wanted, prompts)
+        records, seen = await run_loads(runner, watch, wanted, prompts, interrupt)
     except HttpFailure as failure:
         raise StageError(f"{endpoint.url}: {failure.message} ({failure.kind})", hint="is the server up?") from failure
     finally:
         await client.close()
         await watch.close()
-    loads = [
-        {**summarise(load, some, wanted.limits), "server": server}
-        for load, some, server in zip(wanted.loads, records, seen, strict=True)
-    ]
-    add_speed_up(loads)
-    return {
-        "llmctl": __version__,
-        "written": timestamp(),
-        "url": endpoint.url,
-        "model": model,
-        "api": "chat" if chat else "completions",
-        "limits": wanted.limits,
-        "prompts": {
-            **_described(wanted),
-            "different": len({json.dumps(prompt.content, sort_keys=True) for prompt in prompts}),
-            "asked": wanted.warmup + sum(len(some) for some in records),
-        },
-        "metrics_missing": watch.missing or ("" if any(one is not None for one in seen) else "no answer in time"),
-        "loads": loads,
-    }, records
+    why = "interrupted" if interrupt.came else "no answer in time"
+    metrics_missing = watch.missing or ("" if any(one is not None for one in seen) else why)
+    return Collected(model, chat, prompts, metrics_missing, records, seen)
 
 
 async def run_loads(
-    runner: Runner, watch: Watch, wanted: Wanted, prompts: Sequence[Prompt]
+    runner: Runner, watch: Watch, wanted: Wanted, prompts: Sequence[Prompt], interrupt: Interrupt
 ) -> tuple[list[list[Record]], list[dict[str, Any] | None]]:
-    """One load after the other: the records of each, and what the server's metrics say of it."""
+    """One load after the other: the records of each, and what the server's metrics say of it.
+
+    An interrupt ends them: what has ended is returned. CancelledError if nothing has.
+    """
     records: list[list[Record]] = []
-    seen = []
+    seen: list[dict[str, Any] | None] = []
     asked = wanted.warmup
-    for number, load in enumerate(wanted.loads):
-        # Each load goes on where the one before has ended: what was asked may lie in a prefix cache.
-        first = asked % len(prompts)
-        own = [*prompts[first:], *prompts[:first]]
-        async with watch.beside() as watched:
-            records.append(await runner.run(load, own, wanted.seed + number, _ticker(load)))
-        seen.append(describe(watched, runner.model, records[-1]))
-        asked += len(records[-1])
+    try:
+        for number, load in enumerate(wanted.loads):
+            if interrupt.came:  # while the watch waited for the end of its own task
+                break
+            # Each load goes on where the one before has ended: what was asked may lie in a prefix cache.
+            first = asked % len(prompts)
+            own = [*prompts[first:], *prompts[:first]]
+            async with watch.beside() as watched:
+                with _shown(load) as tick:
+                    records.append(await runner.run(load, own, wanted.seed + number, tick))
+                interrupt.keep()
+            seen.append(describe(watched, runner.model, records[-1]))
+            asked += len(records[-1])
+    except asyncio.CancelledError:
+        if not records:
+            raise
+        interrupt.came = True
+        seen += [None] * (len(records) - len(seen))  # it came between the end of a load and the look at the server
+    finally:
+        interrupt.release()
     return records, seen
 
 
@@ -252,16 +301,19 @@ def token_counter(tokenizer: Any, chat: bool) -> Any:
     return lambda text: len(tokenizer.encode(text)) + (tokenizer.bos_id is not None)
 
 
-def _ticker(load: Load) -> Any:
-    """Shows on a terminal how far a load is."""
+@contextmanager
+def _shown(load: Load) -> Iterator[Tick]:
+    """Shows on a terminal how far a load is, as long as it runs."""
     if not sys.stderr.isatty():
         click.echo(f"{load.label} …", err=True)
-        return lambda ended, begun: None
+        yield lambda ended, begun: None
+        return
 
     def tick(ended: int, begun: int) -> None:
         of = f" of {load.requests}" if load.requests else ""
         click.echo(f"\r{load.label}: {ended}{of} answered, {begun - ended} under way\x1b[K", err=True, nl=False)
-        if load.requests == ended:
-            click.echo("\r\x1b[K", err=True, nl=False)
 
-    return tick
+    try:
+        yield tick
+    finally:
+        click.echo("\r\x1b[K", err=True, nl=False)

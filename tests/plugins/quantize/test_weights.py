@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -280,6 +282,24 @@ def test_what_cannot_be_quantized_is_refused(bundle: Artifact, tmp_path: Path) -
     with pytest.raises(InputError, match="has no product with a constant float matrix") as caught:
         quantize(tmp_path / "twice", once)
     assert caught.value.hint == "is it already quantized?"
+
+
+def test_weights_with_several_hard_links_are_refused_with_the_way_out(bundle: Artifact, tmp_path: Path) -> None:
+    """A bundle copied with `cp -al`: onnx reads none, ONNX Runtime does."""
+    linked = Path(shutil.copytree(bundle.path, tmp_path / "linked"))
+    links = Path(shutil.copytree(linked, tmp_path / "links", copy_function=os.link))
+    with pytest.raises(
+        InputError, match=r"links/model\.onnx cannot be read: .*model\.onnx\.data.* hard links"
+    ) as caught:
+        quantize(tmp_path / "out", Artifact(links, "model.onnx"))
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint == (
+        "the file has several hard links, as `cp -al` makes them: copy the bundle with `cp -r` instead"
+    )
+    found, expected = (open_bundle(path, "cpu", 1).logits([5, 6, 7]) for path in (links, bundle.path))
+    assert np.array_equal(found, expected)
+    copied = Path(shutil.copytree(links, tmp_path / "copied"))  # what the hint says
+    quantize(tmp_path / "copied-out", Artifact(copied, "model.onnx"))
 
 
 @pytest.mark.parametrize(

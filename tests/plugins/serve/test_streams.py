@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 CLIENTS = 16
+LENGTH = 64
+"""Tokens of an answer, roughly: long enough for all clients to be at it before the first has ended on a busy machine."""
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def ask(server, number: int, stream: bool, **more):
     text = server.client.completions.create(
         model="byte-model",
         prompt=f"question {number}",
-        max_tokens=16 + number % 5,
+        max_tokens=LENGTH + number % 5,
         temperature=0,
         stream=stream,
         **more,
@@ -37,7 +39,7 @@ def test_sixteen_streams_are_each_the_answer_that_a_client_alone_gets(server) ->
         with ThreadPoolExecutor(CLIENTS) as clients:
             together = list(clients.map(lambda number: ask(server, number, stream=True), range(CLIENTS)))
         assert together == alone
-    steps, tokens = server.worker.stats().steps - before, 2 * sum(16 + number % 5 for number in range(CLIENTS))
+    steps, tokens = server.worker.stats().steps - before, 2 * sum(LENGTH + number % 5 for number in range(CLIENTS))
     assert steps < tokens / 2, "they went side by side"
     stats = server.worker.stats()
     assert (stats.running, stats.waiting) == (0, 0)
