@@ -10,7 +10,7 @@ import pytest
 
 CLIENTS = 16
 LENGTH = 64
-"""Tokens of an answer, roughly: long enough for all clients to be at it before the first has ended on a busy machine."""
+"""Tokens of an answer, roughly: all clients are at it before the first has ended, on a busy machine, too."""
 
 
 @pytest.fixture(scope="module")
