@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def round_cache(home: Path, vocabulary: int) -> None:
 class Side:
     """A process that answers when asked."""
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
@@ -147,7 +147,7 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
-                env=os.environ | environment,
+                env={**os.environ, **(environment or {})},
             )
 
     def ask(self, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
