@@ -5,7 +5,7 @@ prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits; `int
 side runs the bundles of `export-onnx` and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4
 bits, what its own builder makes of the weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a
 graph of nothing but our bundle's matrix products, `two tokens` our bundle's whole graph over a cache of two tokens,
-called with nothing around it: however fast attention is, a step of these operators takes as long. Each side is a
+called with nothing around it: however fast the cache is read, a step of these operators takes as long. Each side is a
 process that waits while another works. In every round each side answers with one token and with all: the difference is
 decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same
 tokens. `--peers` is the interpreter of an environment with what `benchmarks/peers/decode.py` names; without it only
@@ -129,10 +129,13 @@ def round_cache(home: Path, vocabulary: int) -> None:
     texts = np.random.default_rng(1).integers(3, vocabulary, (4, PROMPT + NEW)).tolist()
     scales = cache.calibrate(open_bundle(home / "fp32" / "model", "cpu"), texts, lambda *_: None)
     target = home / "int4-kv8" / "model"
-    shutil.copytree(home / "int4" / "model", target)
-    model = onnx.load(target / "model.onnx", load_external_data=False)
+    fresh = target.with_name("unfinished")  # what bears the name `model` is taken as it is
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(home / "int4" / "model", fresh)
+    model = onnx.load(fresh / "model.onnx", load_external_data=False)
     cache.quantize(model, scales)
-    onnx.save(model, target / "model.onnx")
+    onnx.save(model, fresh / "model.onnx")
+    fresh.rename(target)
 
 
 class Side:

@@ -71,7 +71,8 @@ def products_answers(bundle: Path, threads: int, device: str) -> Any:
 def two_tokens_answers(bundle: Path, threads: int, device: str) -> Any:
     """A whole step, bound once, over a cache of two tokens: all that a step does but read the cache; tokens are zeros.
 
-    No attention, however fast, makes a step of the same graph faster than this.
+    A step of the same graph is no faster however fast its cache is read. What attention does besides, to turn queries
+    and keys to their positions and to store, is in it, so that another operator for attention might take less.
     """
     from llmctl.ort.sessions import open_session
 
