@@ -3,13 +3,14 @@
 An 82M LLaMA (12 layers, width 768, 12 query and 4 key/value heads, vocabulary 8192) with random weights answers
 prompts of 64 tokens with 128 new ones, greedily, in float32 and in 4 bits; `int4-kv8` has an int8 cache besides. Our
 side runs the bundles of `export-onnx` and `quantize`; Optimum its own export; onnxruntime-genai our bundles and, in 4
-bits, what its own builder makes of the weights; llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a
-graph of nothing but our bundle's matrix products, `two tokens` our bundle's whole graph over a cache of two tokens,
-called with nothing around it: however fast the cache is read, a step of these operators takes as long. Each side is a
-process that waits while another works. In every round each side answers with one token and with all: the difference is
-decoding without the prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same
-tokens. `--peers` is the interpreter of an environment with what `benchmarks/peers/decode.py` names; without it only
-Optimum is beside us.
+bits, what its own builder makes of the weights, with the threads of all and with those that it chooses (`as it comes`:
+half of the processors); llama.cpp GGUF files of the same weights, F32 and Q4_0. `products` is a graph of nothing but
+our bundle's matrix products, `two tokens` our bundle's whole graph over a cache of two tokens, called with nothing
+around it: however fast the cache is read, a step of these operators takes as long. Each side is a process that waits
+while another works. In every round each side answers with one token and with all: the difference is decoding without
+the prompt. Ratios are taken round by round, then their median. In float32 all sides must give the same tokens.
+`--peers` is the interpreter of an environment with what `benchmarks/peers/decode.py` names; without it only Optimum is
+beside us.
 
     python benchmarks/decode.py --peers peers/bin/python --threads 2 --rounds 5
 
@@ -155,14 +156,18 @@ class Side:
 
     def ask(self, prompts: list[list[int]], new: int) -> tuple[float, list[list[int]]]:
         """Seconds that the answers took, and the answers."""
+        found = self.exchange({"prompts": prompts, "new": new})
+        return found["seconds"], found["tokens"]
+
+    def exchange(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """One line of JSON to the process, one from it."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"prompts": prompts, "new": new}) + "\n")
+        self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"a side ended early: {self.log.read_text()[-2000:]}")
-        found = json.loads(line)
-        return found["seconds"], found["tokens"]
+        return dict(json.loads(line))
 
     def end(self) -> None:
         """Let the process go."""
@@ -188,6 +193,8 @@ def start(home: Path, kind: str, threads: int, peers: str | None, device: str) -
             commands["genai"] = [*theirs, "genai", str(home / kind / "model"), str(threads)]
         if kind != "fp32":
             commands["genai's own"] = [*theirs, "genai", str(home / "genai"), str(threads)]
+        model = home / ("fp32/model" if kind == "fp32" else "genai")
+        commands["genai as it comes"] = [*theirs, "genai", str(model), "0"]
         commands["llama.cpp"] = [*theirs, "llama.cpp", str(home / f"{kind.split('-')[0]}.gguf"), str(threads)]
     if kind == "int4-kv8":
         commands[UNTILED] = commands["llmctl"]
@@ -302,7 +309,8 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each side")
-    parser.add_argument("--block", type=int, default=0, help="int4: weights that share a scale; 0: the stage's default")
+    wanted = "int4: weights that share a scale; 0: the stage's default, 32. Those of 128 are as many bits as Q4_0's"
+    parser.add_argument("--block", type=int, default=128, help=wanted)
     parser.add_argument("--symmetric", action="store_true", help="int4: no zero points")
     parser.add_argument("--home", type=Path, help="where the exports are kept; a temporary directory by default")
     args = parser.parse_args()
@@ -332,7 +340,7 @@ def report(kind: str, batch: int, found: dict[str, Any], size: int) -> None:
     print(f"\n{kind}, batch {batch}: decoding alone; in brackets with the prompt")
     for name in found["decode"]:
         print(
-            f"  {name:12} {found['decode'][name]:8.1f} ({found['whole'][name]:.1f}) tokens/s   "
+            f"  {name:17} {found['decode'][name]:8.1f} ({found['whole'][name]:.1f}) tokens/s   "
             f"llmctl is {found['ratio'][name]:.2f} ({found['whole_ratio'][name]:.2f}) times as fast"
         )
     speed = found["bandwidth"]

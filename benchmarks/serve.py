@@ -4,7 +4,8 @@ The 82M LLaMA of `benchmarks/decode.py`, float32, greedy. Sixteen streaming clie
 it is answered; the engine alone answers as many prompts of the same lengths in one process without HTTP. In every
 round each side has its turn, with prompts that no round before had; ratios are taken round by round, then their median.
 Then requests arrive by a Poisson process at 70 % of what our server could take, and the time to the first token counts
-from when they were due. Both servers meet the same arrivals; goodput is the share within the limits.
+from when they were due. Both servers, and genai's engine in its process, meet the same arrivals; goodput is the share
+within the limits.
 
     python benchmarks/serve.py --home /tmp/bench --peers peers/bin/python --threads 2
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -74,6 +76,18 @@ def write_tokenizer(directory: Path, size: int) -> None:
     raw.decoder = decoders.Fuse()
     raw.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": chr(FIRST + 2)}))
+
+
+def arrive(side: Any, load: Load, prompts: list[list[int]], new: int) -> list[Record]:
+    """What an engine without a server does with the arrivals of a load."""
+    due = list(load.arrivals(0))
+    found = side.exchange({"prompts": prompts, "new": new, "due": due})
+    if any(len(times) != new for times in found["times"]):
+        raise SystemExit("an answer is too short: nothing was compared")
+    return [
+        Record(at, at, times, times[-1], completion_tokens=len(times), finish_reason="length")
+        for at, times in zip(due, found["times"], strict=True)
+    ]
 
 
 def make_prompts(count: int, length: int, seed: int) -> list[list[int]]:
@@ -222,7 +236,7 @@ def measure(stack: contextlib.ExitStack, home: Path, bundle: Path, args: argpars
 
         return rate
 
-    sides = {name: side.rate for name, side in servers.items()}
+    sides: dict[str, Rate] = {name: side.rate for name, side in servers.items()}
     sides |= {name: alone(process) for name, process in processes.items()}
     rates = compare(sides, args.requests, args.prompt, args.new, args.rounds)
     report(rates, args)
@@ -230,8 +244,9 @@ def measure(stack: contextlib.ExitStack, home: Path, bundle: Path, args: argpars
     load = Load("poisson", round(SHARE * capacity, 3), args.arrivals)
     prompts = make_prompts(args.arrivals, args.prompt, 777)
     limits = parse_limits(args.limits)
-    for name, server in servers.items():
-        found = summarise(load, server.run(load, prompts, args.new), limits)
+    for name in [*servers, *(name for name in processes if name == "genai engine")]:
+        met = servers[name].run if name in servers else functools.partial(arrive, processes[name])
+        found = summarise(load, met(load, prompts, args.new), limits)
         print(
             f"{name}: {load.label} ({SHARE:.0%} of ours): TTFT p50 {found['ttft']['p50'] * 1e3:.0f} ms, "
             f"p95 {found['ttft']['p95'] * 1e3:.0f} ms; goodput ({args.limits}) {found['goodput']['share']:.0%}"

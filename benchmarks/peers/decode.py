@@ -4,7 +4,7 @@ Run by the interpreter of the peers' environment: `pip install gguf safetensors 
 onnx-ir onnxruntime-genai==0.18.0 llama-cpp-python==0.3.36` (build the last with `CMAKE_ARGS=-DGGML_NATIVE=OFF` and the
 processor's vector extensions on). `decode.py convert HF TARGET` writes a GGUF file per format, `decode.py build HF
 TARGET` what genai's own builder makes of the weights in 4 bits; `decode.py llama.cpp FILE THREADS` and `decode.py genai
-BUNDLE THREADS` serve.
+BUNDLE THREADS` serve, genai with as many threads as it chooses if that is 0.
 """
 
 from __future__ import annotations
@@ -155,11 +155,12 @@ def llama_cpp(file: Path, threads: int) -> Answer:
 
 
 def genai(bundle: Path, threads: int) -> Answer:
-    """Its own token loop over one of our bundles; the bundle says how many threads."""
+    """Its own token loop over a bundle; 0 threads: as many as it takes when nobody says, half of the processors."""
     import onnxruntime_genai as og
 
     config = og.Config(str(bundle))
-    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    if threads:
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
 
     def answer(prompts: list[list[int]], new: int) -> list[list[int]]:

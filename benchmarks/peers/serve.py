@@ -8,8 +8,10 @@ token is one character; `serve.py genai BUNDLE THREADS` answers, many prompts si
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,36 +57,57 @@ def genai(bundle: Path, threads: int) -> Any:
     engine = og.Engine(og.Model(config))
     buffer = engine.create_event_buffer(4 * SIDE_BY_SIDE)
 
-    def answer(prompts: list[list[int]], new: int) -> list[list[int]]:
-        said: dict[Any, list[int]] = {}
+    def begin(prompt: list[int], new: int) -> Any:
+        request = engine.create_request()
+        turn = og.TurnOptions(request)
+        turn.set_max_generated_tokens(new)
+        turn.set_min_generated_tokens(new)
+        turn.set_do_sample(False)
+        request.begin_turn(np.asarray(prompt, np.int32), turn)
+        return request
+
+    def answer(prompts: list[list[int]], new: int, due: list[float]) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens, and the seconds after the begin at which they came; no prompt is looked at before it is due."""
+        start = time.perf_counter()
+        said: list[list[int]] = [[] for _ in prompts]
+        times: list[list[float]] = [[] for _ in prompts]
         waiting, running = list(enumerate(prompts)), {}
         while waiting or running:
-            while waiting and len(running) < SIDE_BY_SIDE:
+            while waiting and len(running) < SIDE_BY_SIDE and due[waiting[0][0]] <= time.perf_counter() - start:
                 number, prompt = waiting.pop(0)
-                request = engine.create_request()
-                turn = og.TurnOptions(request)
-                turn.set_max_generated_tokens(new)
-                turn.set_min_generated_tokens(new)
-                turn.set_do_sample(False)
-                request.begin_turn(np.asarray(prompt, np.int32), turn)
+                request = begin(prompt, new)
                 running[id(request)] = (number, request)
-                said[number] = []
+            if not running:
+                time.sleep(max(0.0, due[waiting[0][0]] - (time.perf_counter() - start)))
+                continue
             for event in engine.run(buffer) or ():
                 number, request = running[id(event.request)]
                 if int(event.flags) & int(og.EngineEventFlags.FAILED.value):
                     raise SystemExit(f"genai's engine failed: {event.error_code}")
                 if int(event.flags) & int(og.EngineEventFlags.TOKEN.value):
                     said[number].append(int(event.token))
+                    times[number].append(time.perf_counter() - start)
                 if int(event.flags) & int(og.EngineEventFlags.TURN_FINISHED.value):
                     del running[id(request)]
                     request.close()
-        return [said[number] for number in range(len(prompts))]
+        return said, times
 
     return answer
+
+
+def serve(answer: Any) -> None:
+    """As `decode.py` does, with `due` in and `times` out, seconds after the begin; without `due` all are due then."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        asked = json.loads(line)
+        start = time.perf_counter()
+        tokens, times = answer(asked["prompts"], asked["new"], asked.get("due") or [0.0] * len(asked["prompts"]))
+        print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens, "times": times}), file=answers)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "convert":
         convert(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
-        DECODE["serve"](genai(Path(sys.argv[2]), int(sys.argv[3])))
+        serve(genai(Path(sys.argv[2]), int(sys.argv[3])))
