@@ -77,7 +77,8 @@ def _prompts_on_the_terminal() -> Iterator[None]:
 def use_history(wanted: bool) -> Callable[[], None]:
     """Line editing, with the lines of earlier conversations unless they are not `wanted`; what saves them at the end.
 
-    The file is `$XDG_STATE_HOME/llmctl/chat_history` and readable by its owner alone.
+    The file is `$XDG_STATE_HOME/llmctl/chat_history` and readable by its owner alone. A conversation adds its own lines
+    to what is there when it ends: another may have ended since it began.
     """
     import readline
 
@@ -91,12 +92,18 @@ def use_history(wanted: bool) -> Callable[[], None]:
         click.echo(f"warning: the history in {path} cannot be read: {error.strerror}", err=True)
         return lambda: None
     readline.set_history_length(HISTORY)
+    known = readline.get_current_history_length()
 
     def save() -> None:
+        own = [readline.get_history_item(number + 1) for number in range(known, readline.get_current_history_length())]
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
             path.chmod(0o600)
+            readline.clear_history()
+            readline.read_history_file(path)
+            for line in own:
+                readline.add_history(line)
             readline.write_history_file(path)
         except OSError as error:
             click.echo(f"warning: the history cannot be saved in {path}: {error.strerror}", err=True)

@@ -189,3 +189,14 @@ def test_a_history_that_cannot_be_read_is_told_and_not_written(bundle, terminal,
         typed("loads?", "json")
         os.write(typed.master, b"\x04")
         assert "warning" not in read_until(typed.master, b"\n")
+
+
+def test_conversations_side_by_side_keep_each_others_history(bundle, terminal, tmp_path):
+    with terminal(bundle) as first:
+        first("the first says", "tokens after")
+        with terminal(bundle) as second:
+            second("the second says", "tokens after")
+            os.write(second.master, b"/quit\n")
+        os.write(first.master, b"/quit\n")
+    lines = (tmp_path / "state" / "llmctl" / "chat_history").read_text().splitlines()
+    assert lines == ["the second says", "/quit", "the first says", "/quit"]
