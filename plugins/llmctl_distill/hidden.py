@@ -15,6 +15,7 @@ from llmctl.errors import UsageError
 from llmctl.nn.attention import AttentionContext
 from llmctl.nn.transformer import Block, Transformer
 from llmctl.train.batches import Batch
+from llmctl.train.cross_entropy import wide
 from llmctl.train.objectives import target_states
 from llmctl_distill.losses import LogitDistillation
 from llmctl_distill.relations import RelationLoss
@@ -153,10 +154,9 @@ class HiddenDistillation:
     ) -> Tensor:
         """Of two layers' states at `picks`, summed over these."""
         layer, aim = pair
-        own = seen[layer].left.flatten(0, 1).index_select(0, picks)
-        goal = goals[aim].left.flatten(0, 1).index_select(0, picks).float()
+        own, goal = (found.left.flatten(0, 1).index_select(0, picks) for found in (seen[layer], goals[aim]))
         if PROJECTIONS in model.auxiliary:
             own = model.auxiliary[PROJECTIONS][str(layer)](own)  # type: ignore[index]  # a ModuleDict
         if self.kind == "cosine":
-            return (1 - F.cosine_similarity(own.float(), goal, dim=-1)).sum()
-        return F.mse_loss(own.float(), goal, reduction="sum") / goal.shape[-1]
+            return (1 - F.cosine_similarity(wide(own), wide(goal), dim=-1)).sum()
+        return F.mse_loss(wide(own), wide(goal), reduction="sum") / goal.shape[-1]

@@ -16,6 +16,7 @@ from llmctl.errors import UsageError
 from llmctl.nn.attention import AttentionContext
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.transformer import Block
+from llmctl.train.cross_entropy import wide
 
 UNSEEN = -1e30
 """Score of a token that is not seen: its share is 0, and a difference of two such scores is no NaN."""
@@ -58,14 +59,14 @@ class RelationLoss:
 
     def between(self, student: Layer, teacher: Layer, picks: Tensor) -> Tensor:
         """Of the two layers' relations of the tokens at `picks (N,)`, flat indices."""
-        total = torch.zeros((), device=picks.device)
+        found = []
         for name, scores in (("attention", self._attention), ("values", self._values)):
             if self.kinds in (name, "both"):
                 own = scores(*student)
                 with torch.no_grad():
                     goal = scores(*teacher)
-                total = total + _divergence(own, goal, picks)
-        return total
+                found.append(_divergence(own, goal, picks))
+        return torch.stack(found).sum()
 
     def _attention(self, block: Block, entered: Tensor, context: AttentionContext) -> Tensor:
         """Scores `(B, H, T, T)` whose softmax the last layer's attention is."""
@@ -74,7 +75,7 @@ class RelationLoss:
         q, k, _ = attention.project(block.attention_input(block.mixed(entered, context)))
         q, k = context.rotated(q, k, layer)
         q, k = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(config.heads // config.kv_heads, dim=1)
-        scores = (q @ k.transpose(-1, -2)).float() * config.scale
+        scores = wide(q @ k.transpose(-1, -2)) * config.scale
         if config.attention_softcap:
             scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
         if context.bias is not None:
@@ -84,7 +85,7 @@ class RelationLoss:
     def _values(self, block: Block, entered: Tensor, context: AttentionContext) -> Tensor:
         """Products `(B, heads, T, T)` of values, over the root of their width."""
         _, _, v = block.attention.project(block.attention_input(block.mixed(entered, context)))
-        v = v.reshape(*v.shape[:2], self.heads, -1).transpose(1, 2).float()
+        v = wide(v.reshape(*v.shape[:2], self.heads, -1).transpose(1, 2))
         return _seen(v @ v.transpose(-1, -2) * v.shape[-1] ** -0.5, context, 0)
 
 

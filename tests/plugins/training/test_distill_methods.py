@@ -300,7 +300,9 @@ def test_the_loop_knows_an_objective_that_writes_and_trains_on_weights_as_they_a
 
 def test_a_longer_writer_is_cut_where_the_other_ends_and_the_heaviest_batch_is_as_long_as_it_gets() -> None:
     objective = on_policy(make(0, context=24).eval())
-    objective = replace(objective, length=24, params=objective.params.model_copy(update={"max_new_tokens": 60}))
+    objective = replace(
+        objective, length=24, params=objective.params.model_copy(update={"max_new_tokens": 60, "batch_size": 4})
+    )
     rows = [(prompt, made) for prompt, made in conversations(4)]
     source = PromptSource(rows, 24, objective.params)
     (written,) = objective.write(make(1), 0, [source.batch([(0, place) for place in range(4)])])
@@ -393,8 +395,8 @@ def test_states_of_other_widths_meet_behind_a_matrix_as_by_hand(kind: str, packe
     objective = hidden(teacher, model, None, kind)
     loss, parts = objective.loss(model, pack(made, 64, packed))
     expected = by_hand(teacher, model, made, [(0, 1), (1, 3)])[kind]
-    assert parts["hidden"].item() == pytest.approx(expected, rel=1e-4)  # compared in float32
-    assert loss.item() == pytest.approx(parts["kl"].item() + expected, rel=1e-4)
+    assert parts["hidden"].item() == pytest.approx(expected, rel=1e-9)
+    assert loss.item() == pytest.approx(parts["kl"].item() + expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("relations", ["none", "values", "both"])
@@ -402,8 +404,8 @@ def test_splits_and_packing_give_the_gradient_of_the_whole_and_projections_learn
     teacher, model = make(0).eval(), make(1, dim=16, layers=2)
     objective, made = hidden(teacher, model, relations=relations), examples(9)
     whole = gradient(objective, model, [pack(made, 64)])
-    assert apart(whole, gradient(objective, model, [pack(made[i : i + 2], 64) for i in range(0, 9, 2)])) <= 1e-6
-    assert apart(whole, gradient(objective, model, [pack(made, 64, packed=False)])) <= 1e-6
+    assert apart(whole, gradient(objective, model, [pack(made[i : i + 2], 64) for i in range(0, 9, 2)])) <= 1e-12
+    assert apart(whole, gradient(objective, model, [pack(made, 64, packed=False)])) <= 1e-12
     named = dict(zip([name for name, _ in model.named_parameters()], whole, strict=True))
     assert all(named[f"auxiliary.projections.{layer}.weight"].abs().max() > 1e-4 for layer in (0, 1))
 
@@ -445,7 +447,8 @@ def test_relations_are_those_of_minilm_one_sequence_at_a_time() -> None:
     for kinds, value in (*expected.items(), ("both", sum(expected.values()))):
         _, parts = hidden(teacher, model, relations=kinds).loss(model, pack(made, 64))
         assert value > 1e-3
-        assert parts["relations"].item() == pytest.approx(value, rel=1e-4)
+        rel = 1e-9 if kinds == "values" else 1e-7  # the model's rotary angles are float32
+        assert parts["relations"].item() == pytest.approx(value, rel=rel)
 
 
 def turned(x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -465,7 +468,7 @@ def test_attention_weights_need_as_many_heads_and_values_do_not(train, world, st
 
 
 def test_projections_are_trained_along_and_not_saved(train, teacher, student) -> None:
-    params = {**LEARN, "method": "hidden"}
+    params = {name: value for name, value in LEARN.items() if name != "max_new_tokens"} | {"method": "hidden"}
     result = train("distill", "kd", params, teacher=teacher, student=student)
     assert result.metrics["kl.validation"] < 0.6 * result.metrics["kl.before"]
     curve = [value for _, value in result.curve("hidden")]
