@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,35 +11,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from llmctl.errors import UsageError
 from llmctl.nn.attention import AttentionContext
 from llmctl.nn.transformer import Block, Transformer
 from llmctl.train.batches import Batch
 from llmctl.train.cross_entropy import wide
 from llmctl.train.objectives import target_states
+from llmctl_distill.layers import Layers
 from llmctl_distill.losses import LogitDistillation
 from llmctl_distill.relations import RelationLoss
 
 PROJECTIONS = "projections"
 """Their name in `Transformer.auxiliary`."""
-Layers = tuple[tuple[int, int], ...]
-"""(layer of the student, layer of the teacher), counted from 0."""
-
-
-def layer_pairs(student: int, teacher: int, given: Sequence[int] | None = None) -> Layers:
-    """Which layers are compared, of models with so many; `given` is `DistillParams.layer_map`.
-
-    By default layer i of the student's n is to equal layer round(i m / n) of the teacher's m, halves rounded up.
-    UsageError for a map that does not fit the models.
-    """
-    if given is None:
-        given = [max(1, (2 * layer * teacher + student) // (2 * student)) for layer in range(1, student + 1)]
-    if len(given) != student or max(given) > teacher:
-        raise UsageError(
-            f"layer_map {list(given)} does not fit: the student has {student} layers, the teacher {teacher}",
-            hint=f"give {student} numbers from 1 to {teacher}, 0 for layers without one",
-        )
-    return tuple((layer, goal - 1) for layer, goal in enumerate(given) if goal)
 
 
 def add_projections(model: Transformer, pairs: Layers, width: int, seed: int) -> None:

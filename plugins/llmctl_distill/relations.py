@@ -59,34 +59,39 @@ class RelationLoss:
 
     def between(self, student: Layer, teacher: Layer, picks: Tensor) -> Tensor:
         """Of the two layers' relations of the tokens at `picks (N,)`, flat indices."""
+        own = self._scores(*student)
+        with torch.no_grad():
+            goal = self._scores(*teacher)
+        return torch.stack([_divergence(*pair, picks) for pair in zip(own, goal, strict=True)]).sum()
+
+    def _scores(self, block: Block, entered: Tensor, context: AttentionContext) -> list[Tensor]:
+        """Of the kinds of relations, `(B, heads, T, T)` each."""
+        q, k, v = block.attention.project(block.attention_input(block.mixed(entered, context)))
         found = []
-        for name, scores in (("attention", self._attention), ("values", self._values)):
-            if self.kinds in (name, "both"):
-                own = scores(*student)
-                with torch.no_grad():
-                    goal = scores(*teacher)
-                found.append(_divergence(own, goal, picks))
-        return torch.stack(found).sum()
+        if self.kinds in ("attention", "both"):
+            found.append(_attention(q, k, block.attention.layer, context))
+        if self.kinds in ("values", "both"):
+            found.append(_products(v, self.heads, context))
+        return found
 
-    def _attention(self, block: Block, entered: Tensor, context: AttentionContext) -> Tensor:
-        """Scores `(B, H, T, T)` whose softmax the last layer's attention is."""
-        attention, config = block.attention, context.config
-        layer = attention.layer
-        q, k, _ = attention.project(block.attention_input(block.mixed(entered, context)))
-        q, k = context.rotated(q, k, layer)
-        q, k = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(config.heads // config.kv_heads, dim=1)
-        scores = wide(q @ k.transpose(-1, -2)) * config.scale
-        if config.attention_softcap:
-            scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
-        if context.bias is not None:
-            scores = scores + context.bias
-        return _seen(scores, context, config.layer_window(layer))
 
-    def _values(self, block: Block, entered: Tensor, context: AttentionContext) -> Tensor:
-        """Products `(B, heads, T, T)` of values, over the root of their width."""
-        _, _, v = block.attention.project(block.attention_input(block.mixed(entered, context)))
-        v = wide(v.reshape(*v.shape[:2], self.heads, -1).transpose(1, 2))
-        return _seen(v @ v.transpose(-1, -2) * v.shape[-1] ** -0.5, context, 0)
+def _attention(q: Tensor, k: Tensor, layer: int, context: AttentionContext) -> Tensor:
+    """Scores `(B, H, T, T)` whose softmax the layer's attention is."""
+    config = context.config
+    q, k = context.rotated(q, k, layer)
+    q, k = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(config.heads // config.kv_heads, dim=1)
+    scores = wide(q @ k.transpose(-1, -2)) * config.scale
+    if config.attention_softcap:
+        scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
+    if context.bias is not None:
+        scores = scores + context.bias
+    return _seen(scores, context, config.layer_window(layer))
+
+
+def _products(v: Tensor, heads: int, context: AttentionContext) -> Tensor:
+    """Products `(B, heads, T, T)` of values, over the root of their width."""
+    v = wide(v.reshape(*v.shape[:2], heads, -1).transpose(1, 2))
+    return _seen(v @ v.transpose(-1, -2) * v.shape[-1] ** -0.5, context, 0)
 
 
 def _seen(scores: Tensor, context: AttentionContext, window: int) -> Tensor:

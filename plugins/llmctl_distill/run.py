@@ -14,7 +14,8 @@ from llmctl.train.models import check_decoder, open_model, write_model
 from llmctl.train.objectives import CausalLM, Objective
 from llmctl.train.validation import Validate, mean_loss
 from llmctl_distill.data import open_data, written_data
-from llmctl_distill.hidden import HiddenDistillation, add_projections, drop_projections, layer_pairs
+from llmctl_distill.hidden import HiddenDistillation, add_projections, drop_projections
+from llmctl_distill.layers import layer_pairs
 from llmctl_distill.losses import LogitDistillation
 from llmctl_distill.on_policy import OnPolicyDistillation, shower
 from llmctl_distill.params import DistillParams

@@ -21,7 +21,8 @@ from llmctl.text.tokenizer import Tokenizer
 from llmctl.train.batches import Example, pack
 from llmctl.train.generate import TorchGenerator
 from llmctl.train.objectives import WritingObjective
-from llmctl_distill.hidden import HiddenDistillation, add_projections, layer_pairs
+from llmctl_distill.hidden import HiddenDistillation, add_projections
+from llmctl_distill.layers import layer_pairs
 from llmctl_distill.losses import LogitDistillation
 from llmctl_distill.on_policy import OnPolicyDistillation, PromptSource
 from llmctl_distill.params import DistillParams
