@@ -36,6 +36,7 @@ METHODS: dict[str, list[str]] = {
     "jsd, beta .5": ["--divergence", "jsd"],
     "reverse KL": ["--divergence", "reverse-kl"],
     "hidden states": ["--method", "hidden"],
+    "hidden states, squared": ["--method", "hidden", "--hidden-loss", "mse"],
     "hidden states, relations": ["--method", "hidden", "--relations", "both"],
 }
 SHUFFLED = "shuffled"
@@ -157,7 +158,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"seed {seed}: pruned, not trained: KL {found['cross-entropy']['kl.before']:.4f}")
             for name, row in found.items():
                 kl = row["kl.validation"]
-                print(f"  {name}: KL {kl:.4f}, {kl / base:.3f} of cross-entropy's, CE {row['ce.validation']:.4f}")
+                print(
+                    f"  {name}: KL {kl:.4f}, {kl / base:.3f} of cross-entropy's, CE {row['ce.validation']:.4f}",
+                    flush=True,
+                )
             models = (made["teacher"], found["forward KL"]["model"])
             sizes = [found["forward KL"][name] for name in ("teacher.parameters", "parameters")]
             print(f"  parameters: teacher {sizes[0]}, student {sizes[1]}")

@@ -84,7 +84,7 @@ class HiddenDistillation:
 
     logits: LogitDistillation
     pairs: Layers
-    kind: str = "mse"
+    kind: str = "cosine"
     weight_of_states: float = 1.0
     relations: RelationLoss | None = None
     weight_of_relations: float = 1.0

@@ -54,8 +54,8 @@ class DistillParams(AnswerParams):
         description="hidden: for each layer of the student the teacher's layer that it is to equal, counted from 1; "
         "0: none. Unset: evenly spaced, the last to the last.",
     )
-    hidden_loss: Literal["mse", "cosine"] = Field(
-        "mse", description="hidden: mean squared difference of the channels, or 1 - cosine."
+    hidden_loss: Literal["cosine", "mse"] = Field(
+        "cosine", description="hidden: 1 - cosine, or the mean squared difference of the channels."
     )
     hidden_weight: float = Field(1.0, ge=0, description="hidden: weight of the states' loss beside that of the logits.")
     relations: Literal["none", "values", "attention", "both"] = Field(
@@ -105,7 +105,7 @@ class DistillParams(AnswerParams):
             return f"alpha 1 leaves the teacher's distributions out: drop divergence {self.divergence}, or lower alpha"
         if self.relation_weight is not None and self.relations == "none":
             return "relation_weight weighs relations, of which there are none: set relations"
-        if self.hidden_weight == 0 and (self.hidden_loss != "mse" or self.layer_map is not None):
+        if self.hidden_weight == 0 and (self.hidden_loss != "cosine" or self.layer_map is not None):
             return "hidden_weight 0 leaves the states out: drop hidden_loss and layer_map, or raise it"
         if self.hidden_weight == 0 and self.method == "hidden" and self.relations == "none":
             return "hidden_weight 0 without relations leaves the logits alone: that is the method logits"

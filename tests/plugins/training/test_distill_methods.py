@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from llmctl.nn.config import ModelConfig
 from llmctl.nn.hf import load_model, save_model
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact
+from llmctl.store import Store
 from llmctl.text.datasets import read_rows
 from llmctl.text.tokenizer import Tokenizer
 from llmctl.train.batches import Example, pack
@@ -29,6 +33,7 @@ from llmctl_distill.params import DistillParams
 from llmctl_distill.relations import RelationLoss, relation_heads
 from llmctl_distill.writing import sampling
 
+FAST = {"max_steps": 8, "save_every": 5, "warmup_steps": 2, "threads": 1}
 LEARN = {"max_steps": 60, "batch_size": 12, "lr": 0.01, "embedding_lr": 0.005, "log_every": 20, "max_new_tokens": 12}
 SHAPE = {"arch": "llama", "vocab_size": 50, "dim": 32, "layers": 4, "heads": 4, "context": 64, "eos_id": 1}
 
@@ -70,7 +75,7 @@ def apart(one, other) -> float:
         ({"beta": 0.5}, "beta is of the divergence jsd, not of forward-kl"),
         ({"alpha": 1.0, "divergence": "jsd"}, "alpha 1 leaves the teacher's distributions out"),
         ({"layer_map": [1]}, "layer_map is of the method hidden, not of logits"),
-        ({"hidden_loss": "cosine"}, "hidden_loss is of the method hidden, not of logits"),
+        ({"hidden_loss": "mse"}, "hidden_loss is of the method hidden, not of logits"),
         ({"hidden_weight": 2.0}, "hidden_weight is of the method hidden, not of logits"),
         ({"relations": "values"}, "relations is of the method hidden, not of logits"),
         ({"relation_weight": 2.0}, "relation_weight is of the method hidden, not of logits"),
@@ -95,7 +100,7 @@ def apart(one, other) -> float:
         ({"method": "hidden", "relation_weight": 2.0}, "relation_weight weighs relations, of which there are none"),
         ({"method": "hidden", "hidden_weight": 0.0}, "that is the method logits"),
         (
-            {"method": "hidden", "hidden_weight": 0.0, "relations": "values", "hidden_loss": "cosine"},
+            {"method": "hidden", "hidden_weight": 0.0, "relations": "values", "hidden_loss": "mse"},
             "drop hidden_loss",
         ),
         ({"method": "hidden", "layer_map": [0, 0]}, "names no layer"),
@@ -490,7 +495,7 @@ def test_every_parameter_of_hidden_changes_the_loss(train, world, tmp_path) -> N
     for name, params in {
         "plain": {},
         "layer_map": {"layer_map": [0, 2]},
-        "cosine": {"hidden_loss": "cosine"},
+        "mse": {"hidden_loss": "mse"},
         "weight": {"hidden_weight": 0.5},
         "values": {"relations": "values"},
         "attention": {"relations": "attention"},
@@ -540,3 +545,38 @@ def test_micro_batches_prefetching_and_recomputing_change_nothing(train, student
     assert losses("chunk", loss_chunk=3) == pytest.approx(plain, abs=1e-4)
     assert losses("now", prefetch=0) == plain
     assert losses("again", recompute="full") == plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("params", METHODS[:3], ids=lambda params: params["method"])
+def test_two_processes_train_the_student_of_one(world, teacher, student, tmp_path, params) -> None:
+    """Each writes answers to its share of the prompts, or waits for those of the first."""
+    program = Path(sys.executable).with_name("llmctl")
+    given = {"teacher": teacher, "student": student, "data": world.chat}
+    values = {**FAST, **params, "log_every": 1, "batch_size": 6}
+    found = {}
+    for ranks in (1, 2):
+        (tmp_path / str(ranks)).mkdir()
+        spec = {
+            "llmctl": 1,
+            "name": "d",
+            "sources": {name: {"uri": str(artifact.path), "type": artifact.type} for name, artifact in given.items()},
+            "stages": {
+                "kd": {
+                    "uses": "distill",
+                    "inputs": {name: f"sources.{name}" for name in given},
+                    "with": {**values, "parallel": {"dp_replicate": ranks}},
+                }
+            },
+        }
+        (tmp_path / str(ranks) / "d.yaml").write_text(json.dumps(spec))
+        command = [str(program), "run", "d.yaml", "--store", "store"]
+        run = subprocess.run(command, cwd=tmp_path / str(ranks), capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        path = Store(tmp_path / str(ranks) / "store").resolve("d/kd.metrics") / "curves.jsonl"
+        found[ranks] = [json.loads(line) for line in path.read_text().splitlines()]
+    one, two = ([row["loss"] for row in found[ranks] if "loss" in row] for ranks in (1, 2))
+    assert two == pytest.approx(one, abs=1e-4) and len(one) == FAST["max_steps"]
+    if params["method"] == "on-policy":
+        assert [row.get("on_policy") for row in found[1]] == [row.get("on_policy") for row in found[2]]
