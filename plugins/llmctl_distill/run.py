@@ -43,7 +43,8 @@ def run(ctx: Context, params: DistillParams, teacher: Artifact, student: Artifac
         if validate is not None:
             values["kl.before"] = validate(net.to(compute.device).eval(), compute)["kl.validation"]
     values |= fit(ctx, net, objective, source, params, validate)
-    drop_projections(net)
+    if params.method == "hidden":
+        drop_projections(net)
     sizes = {"parameters": net.config.parameters(), "teacher.parameters": master.config.parameters()}
     write_model(ctx, net, student.path, {**values, **sizes})
 
