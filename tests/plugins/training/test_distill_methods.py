@@ -547,6 +547,15 @@ def test_micro_batches_prefetching_and_recomputing_change_nothing(train, student
     assert losses("again", recompute="full") == plain
 
 
+@pytest.mark.parametrize("params", METHODS, ids=lambda params: params["method"])
+def test_products_in_half_precision_are_near(train, student, params) -> None:
+    def losses(name: str, precision: str) -> list[float]:
+        given = {**params, "log_every": 1, "max_steps": 2, "warmup_steps": 0, "precision": precision, "dropout": 0.0}
+        return [value for _, value in train("distill", name, given, student=student).curve("loss")]
+
+    assert losses("bf16", "bf16")[0] == pytest.approx(losses("float32", "float32")[0], rel=0.03)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("params", METHODS[:3], ids=lambda params: params["method"])
