@@ -385,17 +385,26 @@ class Block(nn.Module):
 
     def attended(self, x: Tensor, context: AttentionContext) -> Tensor:
         """`x` after its own tokens' attention and, in a decoder with an encoder, that over the source."""
-        if self.keep is not None and self.again is not None:
-            assert context.start is not None
-            x = self.keep * x + self.again * context.start
+        x = self.mixed(x, context)
         before = self.order != "post"
-        y = self.attention(self.attention_norm(x) if before else x, context)
+        y = self.attention(self.attention_input(x), context)
         x = x + self._drop(y if self.attention_after is None else self.attention_after(y))
         x = x if before else self.attention_norm(x)
         if self.cross is not None and self.cross_norm is not None:
             x = x + self._drop(self.cross(self.cross_norm(x) if before else x, context))
             x = x if before else self.cross_norm(x)
         return x
+
+    def mixed(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """What the block goes on from: `x`, or its weighted sum with what entered the first block."""
+        if self.keep is None or self.again is None:
+            return x
+        assert context.start is not None
+        return self.keep * x + self.again * context.start
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """What attention reads of `mixed`."""
+        return x if self.order == "post" else self.attention_norm(x)
 
     def ffn_input(self, x: Tensor) -> Tensor:
         """What the feed-forward layer reads of the attended `x`."""

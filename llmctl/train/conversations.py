@@ -40,6 +40,27 @@ class Encoder:
         encoded = self.tokenizer.encode_chat(_messages(row, "messages"))
         return self._checked(row, encoded.ids, np.asarray(encoded.mask, bool))
 
+    def prompt(self, row: Row) -> list[int]:
+        """What stands before the last message of the assistant, or all where another has the last word: the ids up to
+        where an answer begins. None of the row's own answer is read."""
+        messages = asked(_messages(row, "messages"))
+        if not messages:
+            raise Dropped("without a question")
+        ids = self.tokenizer.encode_chat(messages, add_generation_prompt=True).ids
+        if len(ids) >= self.context:
+            self._refuse(row, len(ids), "its question leaves no room for an answer")
+        return ids
+
+    def asked(self, row: Row) -> tuple[list[int], Example]:
+        """A conversation, and what another answer than its last one would follow."""
+        prompt, example = self.prompt(row), self.conversation(row)
+        if example.ids[: len(prompt)].tolist() != prompt:
+            raise InputError(
+                f"row {row.get('id')!r}: the chat template writes the prompt differently once an answer follows",
+                hint="answers can be written only with a template that only appends",
+            )
+        return prompt, example
+
     def pair(self, row: Row) -> tuple[Example, Example]:
         """(chosen, rejected): the prompt and each answer, only the answer supervised."""
         chosen, rejected = self._answer(row, "chosen"), self._answer(row, "rejected")
@@ -63,12 +84,7 @@ class Encoder:
     def _checked(self, row: Row, ids: list[int], mask: np.ndarray) -> Example:
         example = Example(np.asarray(ids, np.int64), mask)
         if len(ids) > self.context + 1:
-            if self.params.too_long == "error":
-                raise InputError(
-                    f"row {row.get('id')!r} has {len(ids)} tokens, the model's context is {self.context}",
-                    hint="shorten it, use a longer context, or set too_long: drop",
-                )
-            raise Dropped("too long")
+            self._refuse(row, len(ids))
         if example.supervised == 0:
             raise Dropped("without an answer")
         if not self.eos_ids.intersection(example.ids[example.mask].tolist()):
@@ -77,6 +93,22 @@ class Encoder:
                 hint=f"the chat template must close the assistant's turn with EOS ({sorted(self.eos_ids)})",
             )
         return example
+
+    def _refuse(self, row: Row, length: int, why: str = "") -> None:
+        """Drop a row of too many tokens, or stop because of it."""
+        if self.params.too_long == "error":
+            raise InputError(
+                f"row {row.get('id')!r} has {length} tokens, the model's context is {self.context}"
+                + (f": {why}" if why else ""),
+                hint="shorten it, use a longer context, or set too_long: drop",
+            )
+        raise Dropped("too long")
+
+
+def asked(messages: Sequence[Any]) -> list[Any]:
+    """The messages before the assistant's last one; all of them where another has the last word."""
+    last = bool(messages) and messages[-1].get("role") == "assistant"
+    return list(messages[:-1] if last else messages)
 
 
 def read_conversations(ctx: Context, data: Artifact, split: str, encoder: Encoder) -> list[Example]:

@@ -6,8 +6,8 @@ that are not here. `benchmarks/memory.py` compares it with what trainings take.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.counts import count, matrices
@@ -51,6 +51,10 @@ class Load:
     masked: bool = False
     cuda: bool = False
     product: int = FLOAT
+    logits: float | None = None
+    """Tensors of the size of the logits that the loss takes at once; None: those of a cross-entropy."""
+    beside: Mapping[str, float] = field(default_factory=dict)
+    """Bytes that the loss takes beside activations and logits, by part."""
 
     @classmethod
     def of(cls, params: TrainParams, length: int, *, cuda: bool, **further: object) -> Load:
@@ -150,8 +154,11 @@ class _Stage:
         by_hand = not self.load.cuda and self.load.product == FLOAT  # llmctl.nn.kernels
         before = gradients if self.load.micro_batches > 1 else 0.0
         head = FLOAT * self.head
-        yield self._at("loss", gradients=before, activations=kept, logits=((2 if by_hand else 3) + capped) * logits)
-        yield self._at("gradient of the head", gradients=before + head, activations=kept, logits=(2 + capped) * logits)
+        given, beside = self.load.logits, self.load.beside
+        most, least = (2 if by_hand else 3, 2) if given is None else (given, given / 2 + 1)
+        yield self._at("loss", gradients=before, activations=kept, logits=(most + capped) * logits, **beside)
+        held = (least + capped) * logits
+        yield self._at("gradient of the head", gradients=before + head, activations=kept, logits=held, **beside)
         late = FLOAT * (self.head if self.tied else 0.0) + (gradients - before if before else 0.0)
         last = self._kept() / max(1, len(self.layers)) + widest(self.config, self.step)
         yield self._at("gradient of the embedding", gradients=gradients + late, activations=last)

@@ -108,14 +108,23 @@ def rows_of(given: Given, length: int) -> int | None:
     return max(1, total // length)
 
 
-def answers(params: TrainParams, inputs: Mapping[str, Given], port: str = "model", per_row: int = 1) -> Forecast:
-    """Of a training on conversations (`per_row` sequences each): as if every one filled the model's context."""
+def answers(
+    params: TrainParams,
+    inputs: Mapping[str, Given],
+    port: str = "model",
+    per_row: int = 1,
+    further: Mapping[str, Any] | None = None,
+) -> Forecast:
+    """Of a training on conversations (`per_row` sequences each): as if every one filled the model's context.
+
+    `further`: what else differs from `Load.of`.
+    """
     config = config_of(inputs[port], port)
     if config.traits.kind == "encoder-decoder":
         raise Unknown("labelled rows have no length of their own")
     length = config.context
     at_once = 1 if params.micro_batch == "auto" else params.sequences_at_once
     rows = per_row * at_once
-    load = {"rows": rows, "targets": rows * length, "masked": params.packing != "none"}
+    load = {"rows": rows, "targets": rows * length, "masked": params.packing != "none", **(further or {})}
     found = forecast(config, params, length, rows=None, upper_bound=True, load=load)
     return replace(found, tokens_per_step=per_row * found.tokens_per_step)

@@ -134,21 +134,35 @@ class TorchGenerator:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling = GREEDY, constraint: Constraint | None = None
     ) -> list[list[int]]:
         """New ids for many prompts, in order; prompts of similar length run together."""
-        check_single(sampling)
-        limits = [min(sampling.max_new_tokens, self.room(prompt)) for prompt in prompts]
-        if sampling.beams > 1:
-            return [self.candidates(prompt, sampling, constraint)[0].ids for prompt in prompts]
-        results: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        count = self._rows(max((len(p) + limit for p, limit in zip(prompts, limits, strict=True)), default=1))
+        return [answer.ids for answer in self.answers(prompts, [sampling] * len(prompts), constraint)]
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], constraint: Constraint | None = None
+    ) -> list[Candidate]:
+        """An answer to each of many prompts with a sampling of its own, in order: how it ended, and no scores but
+        those of beams. Prompts of similar length run together."""
+        for sampling in samplings:
+            check_single(sampling)
+        limits = [
+            min(sampling.max_new_tokens, self.room(prompt)) for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+        found: dict[int, Candidate] = {
+            i: self.candidates(prompts[i], sampling, constraint)[0]
+            for i, sampling in enumerate(samplings)
+            if sampling.beams > 1
+        }
+        order = sorted((i for i in range(len(prompts)) if i not in found), key=lambda i: len(prompts[i]))
+        count = self._rows(max((len(prompts[i]) + limits[i] for i in order), default=1))
         for start in range(0, len(order), count):
             chosen = order[start : start + count]
             rows, logits = self._start([prompts[i] for i in chosen], max(limits[i] for i in chosen))
-            answers = [Answer(self._sampler(prompts[i], sampling, constraint, limits[i]), limits[i]) for i in chosen]
+            answers = [
+                Answer(self._sampler(prompts[i], samplings[i], constraint, limits[i]), limits[i]) for i in chosen
+            ]
             draw(rows, logits, answers, self.eos_ids, choose)
             for i, answer in zip(chosen, answers, strict=True):
-                results[i] = answer.ids
-        return results
+                found[i] = answer.candidate(samplings[i].length_penalty)
+        return [found[i] for i in range(len(prompts))]
 
     def candidates(
         self, prompt: Sequence[int], sampling: Sampling = GREEDY, constraint: Constraint | None = None

@@ -34,7 +34,7 @@ from llmctl.train.guards import Guard
 from llmctl.train.heap import keep_freed
 from llmctl.train.kernels import KernelWatch
 from llmctl.train.memory import HINT
-from llmctl.train.objectives import Objective
+from llmctl.train.objectives import Objective, WritingObjective
 from llmctl.train.optimizers import Optimizers
 from llmctl.train.params import TrainParams
 from llmctl.train.prefetch import Prefetch
@@ -197,7 +197,7 @@ class _Run:
     def update(self) -> None:
         """One optimizer step: gradients of the step's mean loss, clipped, judged, applied."""
         self.heartbeat.enter("data", self.step + 1)
-        batches = self.spread.shares(self.prefetch.take(self.step))
+        batches = self.spread.shares(self.written(self.prefetch.take(self.step)))
         self.heartbeat.enter("gradients", self.step + 1)
         weight, size, targets = self.counted(batches)
         if weight == 0:
@@ -223,6 +223,14 @@ class _Run:
         elif verdict == "rewind":
             restoring.rewind(self)
         self.ctx.progress(self.step, self.total, **self.display.fields(self))
+
+    def written(self, batches: list[Batch]) -> list[Batch]:
+        """The batches that are learned from, of an objective whose model writes them."""
+        objective = self.objective
+        if not isinstance(objective, WritingObjective):
+            return batches
+        self.heartbeat.enter("writing", self.step + 1)
+        return self.spread.look(lambda model: objective.write(model, self.step, batches))
 
     def counted(self, batches: list[Batch]) -> tuple[int, int, int]:
         """Weight, tokens and targets of a step on all ranks; labels are balanced by all of them together."""

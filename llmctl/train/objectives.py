@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -24,6 +24,18 @@ class Objective(Protocol):
 
     def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over the batch, and further sums to be logged as means under their names."""
+
+
+@runtime_checkable
+class WritingObjective(Objective, Protocol):
+    """An objective that learns from what the model itself writes."""
+
+    def write(self, model: Transformer, step: int, batches: list[Batch]) -> list[Batch]:
+        """The micro-batches of `step`, some or all of them replaced by what `model` writes as it is now.
+
+        Called once per step, before anything is counted. It must be a function of the weights, the step and the
+        batches, so that a run that was interrupted writes the same.
+        """
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ DISTILL = Stage(
         "student": In("model.hf"),
         "data": In("dataset.chat", "dataset.tokens"),
     },
-    outputs={"model": Out("model.hf"), "metrics": Out("metrics")},
+    outputs={
+        "model": Out("model.hf"),
+        "answers": Out("dataset.chat", help="method: sequences, what the teacher wrote"),
+        "metrics": Out("metrics"),
+    },
     params="llmctl_distill.params:DistillParams",
     run="llmctl_distill.run:run",
     forecast="llmctl_distill.forecast:forecast",

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from llmctl.errors import InputError
+from llmctl.errors import InputError, UsageError
+from llmctl.nn.foreign import ForeignModel
 from llmctl.nn.transformer import Transformer
 from llmctl.stage import Artifact, Context
-from llmctl.text.datasets import splits
-from llmctl.text.shards import TokenShards
 from llmctl.text.tokenizer import Tokenizer
-from llmctl.train.conversations import Encoder, read_conversations, show_examples
-from llmctl.train.data import ExampleSource, Source, TokenSource
+from llmctl.train.data import Source
 from llmctl.train.device import Compute
 from llmctl.train.loop import fit
 from llmctl.train.models import check_decoder, open_model, write_model
+from llmctl.train.objectives import CausalLM, Objective
 from llmctl.train.validation import Validate, mean_loss
+from llmctl_distill.data import open_data, written_data
+from llmctl_distill.hidden import HiddenDistillation, add_projections, drop_projections
+from llmctl_distill.layers import layer_pairs
 from llmctl_distill.losses import LogitDistillation
+from llmctl_distill.on_policy import OnPolicyDistillation, shower
 from llmctl_distill.params import DistillParams
+from llmctl_distill.relations import RelationLoss, check_relations, relation_heads
 
 
 def run(ctx: Context, params: DistillParams, teacher: Artifact, student: Artifact, data: Artifact) -> None:
@@ -26,17 +30,23 @@ def run(ctx: Context, params: DistillParams, teacher: Artifact, student: Artifac
         check_decoder(one, "teacher and student")
     check_vocabulary(master, net, tokenizer, own)
     length = min(master.config.context, net.config.context)
-    source, held_out = open_data(ctx, data, tokenizer, net, length, params)
     compute = Compute.of(params)
     master.to(compute.device).eval().requires_grad_(False)
-    objective = LogitDistillation(master, params.temperature, params.alpha)
-    validate = validator(held_out, objective, params)
-    before = {}
-    if validate is not None:
-        with compute.limit_threads():
-            before = {"kl.before": validate(net.to(compute.device).eval(), compute)["kl.validation"]}
-    values = fit(ctx, net, objective, source, params, validate)
-    write_model(ctx, net, student.path, {**values, **before, "teacher.parameters": master.config.parameters()})
+    objective, measured = make_objectives(ctx, master, net, tokenizer, length, params)
+    values: dict[str, float] = {}
+    with compute.limit_threads():
+        if params.method == "sequences":
+            source, held_out, values = written_data(ctx, data, tokenizer, master, length, params, teacher.id)
+        else:
+            source, held_out = open_data(ctx, data, tokenizer, net, length, params)
+        validate = validator(held_out, measured, params)
+        if validate is not None:
+            values["kl.before"] = validate(net.to(compute.device).eval(), compute)["kl.validation"]
+    values |= fit(ctx, net, objective, source, params, validate)
+    if params.method == "hidden":
+        drop_projections(net)
+    sizes = {"parameters": net.config.parameters(), "teacher.parameters": master.config.parameters()}
+    write_model(ctx, net, student.path, {**values, **sizes})
 
 
 def check_vocabulary(teacher: Transformer, student: Transformer, tokenizer: Tokenizer, own: Tokenizer) -> None:
@@ -54,39 +64,56 @@ def check_vocabulary(teacher: Transformer, student: Transformer, tokenizer: Toke
         )
 
 
-def open_data(
-    ctx: Context, data: Artifact, tokenizer: Tokenizer, model: Transformer, length: int, params: DistillParams
-) -> tuple[Source, Source | None]:
-    """The sources of `train` and, where there is one, `validation`, of conversations or token shards."""
-    if data.type == "dataset.tokens":
-        shards = TokenShards.open(data)
-        if shards.tokenizer != tokenizer.digest:
-            raise InputError(
-                f"{shards.directory} was made with another tokenizer than the teacher's",
-                hint="take the tokens from the `tokenize` stage that the teacher was trained with",
-            )
-        found = [name for name in ("train", "validation") if name in shards.splits]
-        sources: dict[str, Source] = {name: TokenSource(shards.split(name), length, params) for name in found}
-    else:
-        encoder = Encoder(tokenizer, length, model.config.eos_ids, params)
-        examples = {
-            name: read_conversations(ctx, data, name, encoder)
-            for name in ("train", "validation")
-            if name == "train" or name in splits(data)
-        }
-        show_examples(ctx, tokenizer, examples["train"])
-        sources = {name: ExampleSource(rows, length, params) for name, rows in examples.items()}
-    if "train" not in sources:
-        raise InputError(f"{data.path} has no split `train`")
-    return sources["train"], sources.get("validation")
+def make_objectives(
+    ctx: Context, teacher: Transformer, student: Transformer, tokenizer: Tokenizer, length: int, params: DistillParams
+) -> tuple[Objective, Objective]:
+    """What the method minimises, and what is measured on held-out data, where nobody writes.
+
+    The method `hidden` adds its projections to the student.
+    """
+    logits = LogitDistillation(teacher, params.temperature, params.alpha, params.mixture)
+    if params.method == "sequences":
+        return CausalLM(), logits
+    if params.method == "on-policy":
+        show = shower(ctx.log, tokenizer, params.log_every)
+        own = OnPolicyDistillation(
+            teacher, params.temperature, beta=params.mixture, params=params, length=length, show=show
+        )
+        return own, logits
+    if params.method == "hidden":
+        objective = match_hidden(logits, student, params)
+        return objective, objective
+    return logits, logits
 
 
-def validator(source: Source | None, objective: LogitDistillation, params: DistillParams) -> Validate | None:
+def match_hidden(logits: LogitDistillation, student: Transformer, params: DistillParams) -> HiddenDistillation:
+    """The objective of the method `hidden`; the student gets its projections."""
+    teacher = logits.teacher
+    if any(isinstance(model, ForeignModel) for model in (teacher, student)):
+        raise UsageError(
+            "the layers of a model that transformers computes cannot be looked into",
+            hint="set method to logits, sequences or on-policy",
+        )
+    own, aim = student.config, teacher.config
+    pairs = layer_pairs(own.layers, aim.layers, params.layer_map) if params.hidden_weight else ()
+    add_projections(student, pairs, aim.dim, params.seed)
+    relations = None
+    if params.relations != "none":
+        check_relations(own, aim, params.relations)
+        relations = RelationLoss(own.layers - 1, aim.layers - 1, params.relations, relation_heads(own, aim))
+    weight = 1.0 if params.relation_weight is None else params.relation_weight
+    return HiddenDistillation(logits, pairs, params.hidden_loss, params.hidden_weight, relations, weight)
+
+
+def validator(source: Source | None, objective: Objective, params: DistillParams) -> Validate | None:
     """The objective, KL and cross-entropy on held-out data; None without any."""
     if source is None:
         return None
 
     def validate(model: Transformer, compute: Compute) -> dict[str, float]:
-        return mean_loss(model, objective, source.sweep(params.eval_batches), compute)
+        found = mean_loss(model, objective, source.sweep(params.eval_batches), compute)
+        if params.method == "sequences":
+            found["loss.validation"] = found["ce.validation"]  # what is minimised, here of the data's own answers
+        return found
 
     return validate

@@ -236,6 +236,24 @@ def test_sampled_batches_equal_streams_and_seeds_matter(pair, prompts):
     assert len(drawn) > 1  # two alone may both end at once
 
 
+def test_answers_have_samplings_of_their_own_and_say_how_they_ended(pair, prompts):
+    _, ours, _ = pair
+    samplings = [Sampling(max_new_tokens=4 + n, temperature=1.0, seed=n) for n in range(len(prompts))]
+    samplings[1] = Sampling(max_new_tokens=5, beams=2)
+    found = ours.answers(prompts, samplings)
+    for prompt, sampling, answer in zip(prompts, samplings, found, strict=True):
+        stream = ours.stream(prompt, sampling)
+        ids: list[int] = []
+        while True:
+            try:
+                ids.append(next(stream))
+            except StopIteration as stop:
+                assert (answer.ids, answer.end, answer.ended) == (ids, stop.value, stop.value is not None)
+                break
+    # The control: one seed for all gives something else.
+    assert [answer.ids for answer in found] != ours.generate(prompts, samplings[0])
+
+
 def test_logits_and_logprobs_equal_transformers(pair, prompts):
     theirs, ours, _ = pair
     tokens = prompts[3] + prompts[4]

@@ -98,6 +98,33 @@ def inputs(world: World) -> dict[str, dict[str, Artifact]]:
     }
 
 
+@pytest.fixture(scope="session")
+def teacher(world: World, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Knows the answers to the questions of `world.chat`."""
+    params = {**FAST, "max_steps": 120, "batch_size": 24, "lr": 0.02, "embedding_lr": 0.01}
+    directory = tmp_path_factory.mktemp("teacher")
+    made = run_stage(get_registry().stages["sft"], directory, params, model=world.model, data=world.chat)
+    return made.outputs["model"]
+
+
+@pytest.fixture(scope="session")
+def student(world: World, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Narrower than the world's model and with one layer; knows nothing."""
+    import torch
+
+    from llmctl.nn.config import ModelConfig
+    from llmctl.nn.hf import save_model
+    from llmctl.nn.transformer import Transformer
+
+    torch.manual_seed(3)
+    config = ModelConfig(
+        arch="llama", vocab_size=300, dim=24, layers=1, heads=2, ff_dim=48, context=48, bos_id=0, eos_id=1, pad_id=2
+    )
+    directory = tmp_path_factory.mktemp("student")
+    save_model(Transformer(config), directory, tokenizer_from=world.tokenizer.path)
+    return Artifact(directory, "model.hf")
+
+
 @pytest.fixture
 def train(tmp_path: Path, inputs: dict[str, dict[str, Artifact]]) -> Trainer:
     """Run a training stage: `train("sft", "name", {"lr": …}, data=…)`; short by default."""

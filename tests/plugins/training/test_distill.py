@@ -49,23 +49,6 @@ def test_at_a_high_temperature_the_gradient_is_hintons_limit() -> None:
     assert torch.allclose(student.grad, centred / 19, atol=1e-3)
 
 
-@pytest.fixture
-def student(world, tmp_path: Path) -> Artifact:
-    """Half as wide and with one layer; knows nothing."""
-    torch.manual_seed(3)
-    config = ModelConfig(
-        arch="llama", vocab_size=300, dim=24, layers=1, heads=2, ff_dim=48, context=48, bos_id=0, eos_id=1, pad_id=2
-    )
-    save_model(Transformer(config), tmp_path / "small", tokenizer_from=world.tokenizer.path)
-    return Artifact(tmp_path / "small", "model.hf")
-
-
-@pytest.fixture
-def teacher(train) -> Artifact:
-    params = {"max_steps": 120, "batch_size": 24, "lr": 0.02, "embedding_lr": 0.01}
-    return train("sft", "teacher", params).outputs["model"]
-
-
 class Shuffled(LogitDistillation):
     """The teacher's distributions in another order of positions."""
 

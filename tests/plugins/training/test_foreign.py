@@ -207,3 +207,21 @@ def test_what_saves_memory_reaches_foreign_models(train, weights, foreign) -> No
     assert kept["none"] > 4 * kept["full"]
     with pytest.raises(UsageError, match="recompute selective is not possible for opt,"):
         train("sft", "selective", {"recompute": "selective"}, model=foreign("opt"))
+
+
+@pytest.mark.parametrize("method", ["sequences", "on-policy"])
+def test_foreign_teachers_and_students_write(train, foreign, method: str) -> None:
+    model = foreign("gpt_neox")
+    params = {"method": method, "max_new_tokens": 6, "max_steps": 3, "log_every": 1}
+    result = train("distill", params=params, teacher=model, student=model)
+    if method == "on-policy":
+        # A student that is its own teacher has nothing to learn, whatever it writes.
+        assert result.curve("loss")[0][1] == pytest.approx(0, abs=1e-6)
+    else:
+        assert result.metrics["answers"] == 24
+
+
+def test_a_foreign_models_layers_cannot_be_looked_into(train, foreign) -> None:
+    with pytest.raises(UsageError, match="cannot be looked into") as error:
+        train("distill", params={"method": "hidden"}, teacher=foreign("opt"))
+    assert "logits" in (error.value.hint or "")
