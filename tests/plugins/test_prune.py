@@ -277,7 +277,7 @@ def test_each_block_is_measured_on_what_the_pruned_ones_compute(trained, tokens,
         entering.append(flow[0].x.clone())
         return original(block, flow)
 
-    monkeypatch.setattr("llmctl_prune.run.channel_activation", spy)
+    monkeypatch.setattr("llmctl_prune.structured.channel_activation", spy)
     settings = {"calibration_tokens": 2000, "mlp_width_removed": 0.5}
     result = run_stage(PRUNE, tmp_path, settings, model=trained("llama"), calibration=tokens)
     pruned = load_model(result.outputs["model"].path)
