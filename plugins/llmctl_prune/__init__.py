@@ -1,4 +1,4 @@
-"""Remove what matters least of a model: layers, heads and MLP channels, or single weights."""
+"""Remove what matters least of a model: layers, heads, channels or weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llmctl import In, Out, Stage, hookimpl
 
 PRUNE = Stage(
     name="prune",
-    help="Remove what matters least: layers, heads, MLP channels (a smaller model), or single weights.",
+    help="Remove what matters least of a model: layers, heads, channels or weights.",
     inputs={
         "model": In("model.hf"),
         "calibration": In("dataset.chat", "dataset.tokens", help="what importance is measured on"),
