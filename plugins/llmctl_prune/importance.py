@@ -87,12 +87,13 @@ def group_activation(block: Block, flow: Sequence[Stream]) -> Tensor:
     large output may write nothing. `flow` is what enters the block.
     """
     out, groups = block.attention.out, block.attention.config.kv_heads
-    columns = out.weight.unflatten(1, (groups, -1))
+    columns = out.weight.reshape(len(out.weight), groups, -1)
     total, count = torch.zeros(groups, dtype=torch.float64, device=out.weight.device), 0
 
     def look(module: nn.Module, args: tuple[Tensor]) -> None:
         nonlocal count
-        rows = stream.picked(args[0]).unflatten(1, (groups, -1))
+        rows = stream.picked(args[0])
+        rows = rows.reshape(len(rows), groups, -1)
         for group in range(groups):
             total[group] += (rows[:, group] @ columns[:, group].T).norm(dim=1).double().sum()
         count += len(rows)
@@ -112,8 +113,8 @@ def group_magnitude(block: Block) -> Tensor:
     Unchanged when a scale moves from one to the other; queries and keys only say where a head looks.
     """
     attention, groups = block.attention, block.attention.config.kv_heads
-    values = attention.v.weight.unflatten(0, (groups, -1)).flatten(1).norm(dim=1)
-    written = attention.out.weight.unflatten(1, (groups, -1)).norm(dim=(0, 2))
+    values = attention.v.weight.reshape(groups, -1).norm(dim=1)
+    written = attention.out.weight.reshape(len(attention.out.weight), groups, -1).norm(dim=(0, 2))
     score: Tensor = values.double() * written.double()
     return score
 

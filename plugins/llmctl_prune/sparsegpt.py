@@ -21,7 +21,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal[dead] = 1
     diagonal += damping * diagonal.mean()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True)
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor
 
 
 def sparsegpt(

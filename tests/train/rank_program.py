@@ -69,7 +69,7 @@ class Pairs(Source):
 def make_sparse(model: Transformer) -> None:
     """Half of the weights of every matrix of the blocks become 0."""
     with torch.no_grad():
-        for name, parameter in model.blocks.named_parameters():
+        for parameter in model.blocks.parameters():
             if parameter.ndim == 2:
                 parameter.masked_fill_(torch.rand(parameter.shape) < 0.5, 0)
 
