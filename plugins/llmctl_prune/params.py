@@ -48,7 +48,11 @@ class PruneParams(Params):
         "`magnitude`: weight norms; `random`: the control.",
     )
     sparsity: float = Field(
-        0.5, gt=0, lt=1, description="Share of the weights to set to 0: of each row, with `magnitude` of each matrix."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of the weights to set to 0: of each row with `wanda`, of each matrix with `magnitude`, of "
+        "each block of columns with `sparsegpt`.",
     )
     pattern: Pattern = Field(
         "unstructured",
