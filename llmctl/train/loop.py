@@ -46,6 +46,7 @@ from llmctl.train.spread import Spread
 from llmctl.train.throughput import Throughput
 from llmctl.train.trial import settle
 from llmctl.train.validation import Validate
+from llmctl.train.zeros import Zeros, require_zeros
 
 
 def fit(
@@ -73,6 +74,8 @@ def fit(
     total = params.max_steps or max(1, math.ceil(params.epochs * source.steps_per_epoch))
     if any(parameter.dtype in HALVES for parameter in model.parameters()):
         model.float()  # such weights stall: an update below their last digit is lost
+    if params.keep_zeros:
+        require_zeros(model)
     with joined(params.parallel, compute.device) as ranks:
         # The model that was given stays as it is until the end.
         trained = copy.deepcopy(model) if params.parallel.changes else model
@@ -138,6 +141,7 @@ class _Run:
         self.model = self.spread.model.train()
         self.optimizers = Optimizers(self.model, params, ranks)
         self.averages = Averages(self.model, self.optimizers, params.ema)
+        self.zeros = Zeros(self.model, params.keep_zeros)
         self.loss_scale = LossScale() if compute.precision == "fp16" else None
         self.guard = Guard(params, scaled=self.loss_scale is not None)
         self.readings = Readings(self.take)
@@ -212,6 +216,7 @@ class _Run:
         self.heartbeat.enter("optimizer", self.step + 1)
         if verdict == "take":
             self.optimizers.step(self.factor(self.step), *self.pace(self.step))
+            self.zeros.keep()
             self.averages.update(self.step)
         self.optimizers.drop_gradients()
         self.step += 1

@@ -123,6 +123,10 @@ class TrainParams(Params):
         False, description="Muon: level the size of a matrix's rows, or of its columns if those are more (NorMuon)."
     )
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; longer gradients are scaled down. 0: off.")
+    keep_zeros: bool = Field(
+        False,
+        description="Weights of the hidden matrices that are 0 in the model that is given stay 0, as after `prune`.",
+    )
     ema: float = Field(
         0.0, ge=0, lt=1, description="Decay of a running mean of the weights, which becomes the model. 0: off."
     )
@@ -195,6 +199,8 @@ class TrainParams(Params):
                 raise ValueError("schedule-free replaces the schedule: set schedule to constant")
             if self.ema:
                 raise ValueError("schedule-free has a mean of the weights of its own: set ema to 0")
+            if self.keep_zeros:
+                raise ValueError("keep_zeros does not reach the mean that schedule-free makes the model")
             if not self.beta1:
                 raise ValueError("schedule-free needs beta1 above 0")
         if reason := misfit(self):

@@ -1,4 +1,4 @@
-"""Make a model physically smaller by removing what matters least."""
+"""Remove what matters least of a model: layers, heads, channels or weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llmctl import In, Out, Stage, hookimpl
 
 PRUNE = Stage(
     name="prune",
-    help="Make a model physically smaller by removing what matters least.",
+    help="Remove what matters least of a model: layers, heads, channels or weights.",
     inputs={
         "model": In("model.hf"),
         "calibration": In("dataset.chat", "dataset.tokens", help="what importance is measured on"),
@@ -15,7 +15,7 @@ PRUNE = Stage(
     params="llmctl_prune.params:PruneParams",
     run="llmctl_prune.run:run",
     extra="train",
-    headline=("parameters.removed",),
+    headline=("parameters.removed", "sparsity"),
 )
 
 

@@ -1,4 +1,4 @@
-"""How much each layer and each MLP channel matters."""
+"""How much each layer, each group of heads and each MLP channel matters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmctl.nn.attention import AttentionContext
 from llmctl.nn.transformer import Block, FeedForward, Transformer
@@ -77,6 +77,45 @@ def channel_magnitude(ffn: FeedForward) -> Tensor:
     score: Tensor = ffn.up.weight.norm(dim=1).double() * ffn.down.weight.norm(dim=0).double()
     if ffn.gate is not None:
         score = score * ffn.gate.weight.norm(dim=1).double()
+    return score
+
+
+def group_activation(block: Block, flow: Sequence[Stream]) -> Tensor:
+    """Mean norm of what each key/value head and its query heads write to the residual stream, `(KV,)`.
+
+    Minitron's score of a head (arXiv 2407.14679), the norm of its output, behind the output matrix, without which a
+    large output may write nothing. `flow` is what enters the block.
+    """
+    out, groups = block.attention.out, block.attention.config.kv_heads
+    columns = out.weight.reshape(len(out.weight), groups, -1)
+    total, count = torch.zeros(groups, dtype=torch.float64, device=out.weight.device), 0
+
+    def look(module: nn.Module, args: tuple[Tensor]) -> None:
+        nonlocal count
+        rows = stream.picked(args[0])
+        rows = rows.reshape(len(rows), groups, -1)
+        for group in range(groups):
+            total[group] += (rows[:, group] @ columns[:, group].T).norm(dim=1).double().sum()
+        count += len(rows)
+
+    hook = out.register_forward_pre_hook(look)
+    try:
+        for stream in flow:
+            block.attended(stream.x, stream.context)
+    finally:
+        hook.remove()
+    return total / count
+
+
+def group_magnitude(block: Block) -> Tensor:
+    """Norm of a group's rows of the value matrix times that of its columns of the output matrix, `(KV,)`.
+
+    Unchanged when a scale moves from one to the other; queries and keys only say where a head looks.
+    """
+    attention, groups = block.attention, block.attention.config.kv_heads
+    values = attention.v.weight.reshape(groups, -1).norm(dim=1)
+    written = attention.out.weight.reshape(len(attention.out.weight), groups, -1).norm(dim=(0, 2))
+    score: Tensor = values.double() * written.double()
     return score
 
 

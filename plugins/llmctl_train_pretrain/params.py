@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import PositiveFloat, field_validator, model_validator
@@ -203,6 +204,10 @@ class PretrainParams(TrainParams):
             if (size := getattr(self, name)) is not None and size % ranks:
                 raise ValueError(f"{name} {size} cannot be cut into the {ranks} equal parts of parallel.tp")
         return self
+
+    def required_inputs(self) -> Mapping[str, str]:
+        """A model that has zeros, where zeros are kept."""
+        return {"model": "keep_zeros"} if self.keep_zeros else {}
 
     def shape(self) -> dict[str, Any]:
         """The shape parameters that were set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -65,3 +66,14 @@ def test_adapters_are_timed_beside_the_plain_bundle() -> None:
     cases = re.findall(r"batch +2 (.+?) +[\d.]+ tokens/s, ([\d.]+) of plain", found)
     assert [name for name, _ in cases] == ["plain", "without adapter", "one", "model and two", "all 2"]
     assert cases[0][1] == "1.000"
+
+
+@pytest.mark.slow
+def test_pruned_bundles_are_smaller_and_timed() -> None:
+    shape = ["--dim", "64", "--layers", "2", "--rounds", "1", "--prompt", "16", "--steps", "2"]
+    sides = json.loads(shown(str(BENCHMARKS / "prune.py"), *shape).splitlines()[-1])["sides"]
+    dense, sparse = sides.pop("dense"), sides.pop("wanda, half 0")
+    for size in ("parameters", "safetensors", "onnx"):
+        assert all(side[size] < dense[size] for side in sides.values())
+        assert sparse[size] == pytest.approx(dense[size], rel=1e-3)  # the control: zeros take their place
+    assert all(side[f"{what}_ratio"] > 0 for side in sides.values() for what in ("prompt", "step"))

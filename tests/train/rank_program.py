@@ -66,12 +66,22 @@ class Pairs(Source):
         )
 
 
+def make_sparse(model: Transformer) -> None:
+    """Half of the weights of every matrix of the blocks become 0."""
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            if parameter.ndim == 2:
+                parameter.masked_fill_(torch.rand(parameter.shape) < 0.5, 0)
+
+
 def run(case: dict[str, Any], out: Path) -> dict[str, float]:
     """One case; the loss of every step and the final weights go to `out`. Returns the bytes that this rank held."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**{**SHAPE, **case.get("shape", {})}))
     if case.get("double"):
         model.double()
+    if case.get("sparse"):
+        make_sparse(model)
     params = TrainParams(**{**PARAMS, **case.get("params", {})})
     held: dict[str, float] = {}
     finish = loop._Run.finish

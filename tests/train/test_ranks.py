@@ -55,7 +55,7 @@ def held(out: Path, name: str, ranks: int) -> list[dict[str, float]]:
 
 
 def case(name: str, parallel: Case | None = None, shape: Case | None = None, **more: Any) -> Case:
-    top = {key: more.pop(key) for key in ("double", "fault") if key in more}
+    top = {key: more.pop(key) for key in ("double", "fault", "sparse") if key in more}
     return {
         "name": name,
         "shape": shape or {},

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,17 +15,12 @@ torch = pytest.importorskip("torch")
 
 import transformers  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 from llmctl.errors import InputError, UsageError  # noqa: E402
-from llmctl.nn.config import ModelConfig  # noqa: E402
 from llmctl.nn.hf import load_model, save_model  # noqa: E402
 from llmctl.nn.transformer import Transformer  # noqa: E402
 from llmctl.stage import Artifact  # noqa: E402
 from llmctl.testing import run_stage  # noqa: E402
-from llmctl.text import tokenizer as text_tokenizer  # noqa: E402
-from llmctl.text.datasets import DatasetWriter  # noqa: E402
-from llmctl.text.shards import ShardWriter  # noqa: E402
 from llmctl.train.batches import Example, pack  # noqa: E402
 from llmctl_prune import PRUNE  # noqa: E402
 from llmctl_prune import importance as importance_module  # noqa: E402
@@ -35,101 +28,7 @@ from llmctl_prune.importance import block_influence, channel_activation, channel
 from llmctl_prune.params import PruneParams  # noqa: E402
 from llmctl_prune.surgery import best, keep_channels, remove_layer, width_kept  # noqa: E402
 
-SPECIAL = ["<|bos|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
-VOCAB = 256 + len(SPECIAL)
-CONTEXT = 64
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def documents() -> list[str]:
-    text = Path(textwrap.__file__).read_text() + Path(json.decoder.__file__).read_text()
-    return [text[i : i + 300] for i in range(0, len(text), 300)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory) -> Path:
-    """Bytes as tokens, with the project's special tokens and chat template."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(SPECIAL + letters)}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save(str(directory / "tokenizer.json"))
-    names = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "pad_token": SPECIAL[2]}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "special_tokens_map.json").write_text(json.dumps(names))
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tokens(tokenizer_dir, tmp_path_factory) -> Artifact:
-    tokenizer = text_tokenizer.Tokenizer.load(tokenizer_dir)
-    directory = tmp_path_factory.mktemp("tokens")
-    with ShardWriter(directory, vocab_size=VOCAB, tokenizer=tokenizer.digest) as writer:
-        for number, text in enumerate(documents()):
-            split = "validation" if number % 5 == 0 else "train"
-            writer.add(split, tokenizer.encode_document(text), len(text.encode()))
-    return Artifact(directory, "dataset.tokens")
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> Artifact:
-    directory = tmp_path_factory.mktemp("chat")
-    with DatasetWriter(directory, "dataset.chat") as writer:
-        for number, text in enumerate(documents()):
-            messages = [{"role": "user", "content": "go on"}, {"role": "assistant", "content": text[:50]}]
-            row = {"id": str(number), "messages": messages}
-            writer.add("validation" if number % 5 == 0 else "train", row)
-    return Artifact(directory, "dataset.chat")
-
-
-@pytest.fixture(scope="module")
-def trained(tokens, tokenizer_dir, tmp_path_factory):
-    """Models that have learned the text for a few seconds; `trained("gpt2")` is its artifact."""
-    done: dict[str, Artifact] = {}
-    ids = np.fromfile(tokens.path / "train-00000.bin", dtype="<u2").astype(np.int64)
-
-    def get(arch: str) -> Artifact:
-        if arch in done:
-            return done[arch]
-        torch.manual_seed(0)
-        shape = {"vocab_size": VOCAB, "dim": 64, "layers": 3, "heads": 4, "ff_dim": 160, "context": CONTEXT}
-        kv_heads = 4 if arch == "gpt2" else 2
-        model = Transformer(ModelConfig(arch=arch, kv_heads=kv_heads, **shape, bos_id=0, eos_id=1, pad_id=2))
-        hidden = [p for p in model.blocks.parameters() if p.ndim == 2]
-        rest = [p for p in model.parameters() if p.ndim == 1 or all(p is not q for q in hidden)]
-        # Muon, because after so few steps of AdamW the MLP hardly matters.
-        optimizers = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0), torch.optim.AdamW(rest, lr=3e-3)]
-        rng = np.random.default_rng(0)
-        steps = 200
-        for step in range(steps):
-            for optimizer, rate in zip(optimizers, (0.02, 3e-3), strict=True):
-                optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 10, (steps - step) / (steps / 2))
-            rows = np.stack([ids[s : s + CONTEXT + 1] for s in rng.integers(0, len(ids) - CONTEXT - 1, 16)])
-            batch = torch.from_numpy(rows)
-            loss = torch.nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            model.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-        directory = tmp_path_factory.mktemp(arch)
-        save_model(model, directory, tokenizer_dir)
-        done[arch] = Artifact(directory, "model.hf")
-        return done[arch]
-
-    return get
-
-
-def sequences(model: Transformer, count: int = 4) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, model.config.vocab_size, (count, 30), generator=generator)
+from .conftest import CONTEXT, VOCAB, sequences  # noqa: E402
 
 
 @pytest.mark.parametrize("arch", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
@@ -277,7 +176,7 @@ def test_each_block_is_measured_on_what_the_pruned_ones_compute(trained, tokens,
         entering.append(flow[0].x.clone())
         return original(block, flow)
 
-    monkeypatch.setattr("llmctl_prune.run.channel_activation", spy)
+    monkeypatch.setattr("llmctl_prune.structured.channel_activation", spy)
     settings = {"calibration_tokens": 2000, "mlp_width_removed": 0.5}
     result = run_stage(PRUNE, tmp_path, settings, model=trained("llama"), calibration=tokens)
     pruned = load_model(result.outputs["model"].path)
