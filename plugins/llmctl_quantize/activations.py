@@ -11,6 +11,7 @@ leave a head tied to its embedding (FusedMatMul) as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -143,5 +144,5 @@ class _Graph:
             self._done.add(name)
             self._graph.initializer.append(numpy_helper.from_array(value, name))
 
-    def _add(self, operator: str, inputs: list[str], out: str, **attributes: object) -> None:
+    def _add(self, operator: str, inputs: list[str], out: str, **attributes: Any) -> None:
         self.nodes.append(helper.make_node(operator, inputs, [out], name=f"{out}_{operator}", **attributes))

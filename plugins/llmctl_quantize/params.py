@@ -39,11 +39,17 @@ class QuantizeParams(Params):
         "with weights per channel, dynamic: ranges found at run time, static: ranges from `data`",
     )
     calibration: Literal["minmax", "percentile", "entropy"] = Field(
-        "minmax", description="static ranges: all that `data` shows, the middle `percentile` of it, or clipped by entropy"
+        "minmax",
+        description="static ranges: all that `data` shows, the middle `percentile` of it, or clipped by entropy",
     )
-    percentile: float = Field(99.99, gt=50, le=100, description="share of the values that `calibration: percentile` keeps")
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="share of the values that `calibration: percentile` keeps"
+    )
     smooth: float | None = Field(
-        None, ge=0, le=1, description="static: SmoothQuant's alpha, 0.5 in the paper; unset leaves activations as they are"
+        None,
+        ge=0,
+        le=1,
+        description="static: SmoothQuant's alpha, 0.5 in the paper; unset leaves activations as they are",
     )
     reduce_range: bool = Field(
         False, description="dynamic and static: weights in 7 bits, exact on x86 processors without VNNI, too"
@@ -63,8 +69,8 @@ class QuantizeParams(Params):
         None,
         ge=0,
         le=1,
-        description="smallest share of tokens on `data` whose likeliest successor stays; default 0.9 with `activations` "
-        "dynamic or static, else none",
+        description="smallest share of tokens on `data` whose likeliest successor stays; default 0.9 with "
+        "`activations` dynamic or static, else none",
     )
     eval_tokens: int = Field(16384, ge=64, description="held-out tokens on which quality is measured")
     speed_rounds: int = Field(15, ge=1, affects="nothing", description="rounds of the interleaved speed comparison")
@@ -80,7 +86,9 @@ class QuantizeParams(Params):
         if self.integer:
             if self.bits != 8:
                 raise ValueError(f"`activations: {self.activations}` multiplies 8-bit weights: `bits: 8`")
-            self._unset(_OF_BLOCKS, f"is for weights in blocks, `activations: {self.activations}` has one scale a channel")
+            self._unset(
+                _OF_BLOCKS, f"is for weights in blocks, `activations: {self.activations}` has one scale a channel"
+            )
             if self.embedding_bits == 4:
                 raise ValueError(f"`activations: {self.activations}` keeps tables in 8 bits: `embedding_bits: 8`, or 0")
         else:

@@ -45,7 +45,9 @@ def read(
     for name, values in _observe(model, texts, scratch, threads, progress):
         low, high = values.min(axis=0), values.max(axis=0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise InputError(f"`{name}` holds numbers that are not finite", hint="is the model damaged? `llmctl eval` it")
+            raise InputError(
+                f"`{name}` holds numbers that are not finite", hint="is the model damaged? `llmctl eval` it"
+            )
         if name in found:
             low, high = np.minimum(low, found[name][0]), np.maximum(high, found[name][1])
         found[name] = low, high
@@ -86,7 +88,7 @@ def quantiles(counts: np.ndarray, low: float, high: float, percentile: float) ->
         return low, high
     edges = np.linspace(low, high, BINS + 1)
     share, outside = np.cumsum(counts) / counts.sum(), (1 - percentile / 100) / 2
-    first, last = np.searchsorted(share, outside, "right"), np.searchsorted(share, 1 - outside, "left")
+    first, last = int(np.searchsorted(share, outside, "right")), int(np.searchsorted(share, 1 - outside, "left"))
     return float(edges[min(first, BINS - 1)]), float(edges[min(last, BINS - 1) + 1])
 
 

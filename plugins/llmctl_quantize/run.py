@@ -46,7 +46,10 @@ def _too_much_worse(params: QuantizeParams, values: dict[str, float]) -> StageEr
         found, knob = f"bits per byte by {rise:.2%}, the budget is {params.budget:.2%}", "max_bits_per_byte_rise"
         return StageError(f"{_verb(params, 'raise')} {found}", hint=f"{_remedy(params)}, or raise `{knob}`")
     if not agreement >= params.agreement:
-        found, knob = f"top-1 agreement at {agreement:.2%}, at least {params.agreement:.2%} is asked", "min_top1_agreement"
+        found, knob = (
+            f"top-1 agreement at {agreement:.2%}, at least {params.agreement:.2%} is asked",
+            "min_top1_agreement",
+        )
         return StageError(f"{_verb(params, 'leave')} {found}", hint=f"{_remedy(params)}, or lower `{knob}`")
     return None
 
@@ -143,13 +146,19 @@ def _calibration(
     ctx: Context, params: QuantizeParams, source: Path, data: Artifact | None
 ) -> tuple[OrtGenerator, list[list[int]]]:
     """The bundle as it came, and the texts of the training split from which something is learned."""
-    what = "an int8 cache takes its scales" if params.activations != "static" else "static activations take their ranges"
+    what = (
+        "an int8 cache takes its scales" if params.activations != "static" else "static activations take their ranges"
+    )
     if data is None:
         raise InputError(f"{what} from text, and there is no `data`", hint="give the input")
     names = quality.split_names(data)
     if quality.training(names) == quality.held_out(names):
         ctx.warn(f"`data` has one split: the bundle is judged on the text of its calibration, `{names[0]}`")
-    generator = open_bundle(source, "cpu", params.threads)
+    try:
+        generator = open_bundle(source, "cpu", params.threads)
+    except InputError as error:
+        hint = "take `activations: dynamic`" if params.activations == "static" else error.hint
+        raise InputError(f"{what} from text that a decoder reads: {error.message}", hint=hint) from error
     texts = _texts(generator, source, data, quality.training, params.calibration_tokens)
     return generator, [text.ids for text in texts]
 

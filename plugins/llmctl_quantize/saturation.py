@@ -1,13 +1,12 @@
 """Whether integer products are exact on this processor.
 
-x86 processors without VNNI add two products of uint8 and int8 in 16 bits, and what does not fit is cut off: a graph then
-answers otherwise than elsewhere. Weights in 7 bits, `reduce_range`, always fit.
+x86 processors without VNNI add two products of uint8 and int8 in 16 bits, and what does not fit is cut off: a graph
+then answers otherwise than elsewhere. Weights in 7 bits, `reduce_range`, always fit.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
