@@ -55,6 +55,8 @@ def quantize(
         else:
             graph.product(node, graph.weights(constants[name], 0 if table else 1), table)
     put(model, graph.nodes)
+    if ranges is not None:
+        _subtract_biases(model)
 
 
 def round_weights(matrix: np.ndarray, axis: int, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +77,31 @@ def scale_of(low: float, high: float) -> tuple[np.float32, np.uint8]:
     if scale < np.finfo(np.float32).tiny:
         return np.float32(1), np.uint8(0)
     return scale, np.uint8(np.clip(np.rint(-low / scale), 0, LEVELS))
+
+
+def _subtract_biases(model: onnx.ModelProto) -> None:
+    """Subtract what was a product's bias with its sign turned, which is the same number.
+
+    Of a MatMul and an Add of two dimensions ONNX Runtime (1.31) makes a Gemm before it looks for integers, and then
+    multiplies floats.
+    """
+    constants = constants_of(model.graph)
+    same = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Identity"}
+    products = {node.output[0] for node in model.graph.node if node.op_type == "MatMul"}
+    for node in model.graph.node:
+        biases = [name for name in (same.get(name, name) for name in node.input) if name in constants]
+        if node.op_type != "Add" or len(biases) != 1 or not products.intersection(node.input):
+            continue
+        negative = f"{biases[0]}_negative"
+        if negative not in constants:
+            array = -numpy_helper.to_array(constants[biases[0]])
+            constants[negative] = numpy_helper.from_array(array, negative)
+            model.graph.initializer.append(constants[negative])
+        inputs = [*products.intersection(node.input), negative]
+        node.op_type = "Sub"
+        del node.input[:]
+        node.input.extend(inputs)
+    put(model, list(model.graph.node))
 
 
 class _Graph:
