@@ -43,7 +43,7 @@ class QuantizeParams(Params):
         description="static ranges: all that `data` shows, the middle `percentile` of it, or clipped by entropy",
     )
     percentile: float = Field(
-        99.99, gt=50, le=100, description="share of the values that `calibration: percentile` keeps"
+        99.99, gt=50, le=100, description="percentage of the values that `calibration: percentile` keeps"
     )
     smooth: float | None = Field(
         None,
