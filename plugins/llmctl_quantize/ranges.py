@@ -2,7 +2,7 @@
 
 `minmax` takes the whole range, `percentile` leaves out the outermost values, `entropy` clips where the rounded
 distribution is closest to the original in Kullback-Leibler divergence (Migacz, GTC 2017). ONNX Runtime's calibrators
-keep every activation of all text in memory, and its entropy rounds expectations to whole counts; ours keep a histogram.
+of these two hold every activation of all text in memory at once, and its `entropy` rounds expected counts to whole.
 """
 
 from __future__ import annotations
@@ -24,14 +24,10 @@ BINS = 2048
 """Bins of a histogram, over magnitudes for `entropy`."""
 ENTROPY_LEVELS = 128
 """Codes that a magnitude has: those of one sign."""
-ACTIVATIONS = 2**26
-"""Most numbers that are observed at once, 256 MB."""
-WINDOW = 512
-"""Most tokens that are read at once."""
+ACTIVATIONS = 2**27
+"""Most numbers that are observed at once, 512 MB. A text with more is read in pieces, each from its beginning."""
 
 Progress = Callable[[int, int], None]
-Clip = Callable[[np.ndarray, float, float], Range]
-"""`(histogram of BINS, low, high) -> range` of one tensor."""
 
 
 def read(
@@ -83,7 +79,7 @@ def clipped(
 
 
 def quantiles(counts: np.ndarray, low: float, high: float, percentile: float) -> Range:
-    """The middle `percentile` of the values, as many left out below as above, in whole bins; 0 stays within."""
+    """The middle `percentile` of the values, as many left out below as above, in whole bins."""
     if not counts.sum():
         return low, high
     edges = np.linspace(low, high, BINS + 1)
@@ -128,7 +124,7 @@ def _observe(
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     widths = {node.input[0]: dims[name][1 if table else 0] for node, name, table in products_of(model.graph)}
     names = list(widths)
-    window = max(1, min(WINDOW, ACTIVATIONS // sum(widths.values())))
+    window = max(1, ACTIVATIONS // sum(widths.values()))
     session = _session(model, names, scratch, threads)
     feed = _feeder(session, scratch)
     for done, ids in enumerate(texts):

@@ -68,6 +68,8 @@ def _facts(params: QuantizeParams, source: Artifact) -> dict[str, Any]:
     found = {
         "bits": params.bits or source.metadata.get("bits"),
         "activations": params.activations if params.integer else source.metadata.get("activations"),
+        # Whether the answers are the same on processors without VNNI, too.
+        "reduce_range": params.reduce_range if params.integer else source.metadata.get("reduce_range"),
         "kv_cache_dtype": "int8" if params.int8_cache else source.metadata.get("kv_cache_dtype"),
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -277,18 +277,32 @@ def test_ranges_are_what_torch_sees(trained: Artifact, bundle: Artifact, tmp_pat
     )
 
 
-def test_a_histogram_in_pieces_is_one(bundle: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much is observed at once changes the memory alone, as far as attention within a piece allows."""
+def test_clipping_leaves_out_the_outermost_values(bundle: Artifact, tmp_path: Path) -> None:
     graph = onnx.load(bundle / "model.onnx")
     activations.prepare(graph)
     pieces = [[7, 8, 9], [9, 30, 31, 32]]
-    one = ranges.whole(ranges.read(graph, pieces, tmp_path, 1, lambda *_: None))
-    settings = (graph, pieces, one)
-    monkeypatch.setattr(ranges, "BINS", 64)
-    found = ranges.clipped(*settings, "percentile", 100.0, tmp_path, 1, lambda *_: None)
-    assert all(found[name] == pytest.approx(one[name], rel=1e-5) for name in one)
-    less = ranges.clipped(*settings, "percentile", 90.0, tmp_path, 1, lambda *_: None)
-    assert all(less[name][0] >= one[name][0] and less[name][1] < one[name][1] for name in one)
+    whole = ranges.whole(ranges.read(graph, pieces, tmp_path, 1, lambda *_: None))
+    clipped = [
+        ranges.clipped(graph, pieces, whole, "percentile", percentile, tmp_path, 1, lambda *_: None)
+        for percentile in (100.0, 90.0)
+    ]
+    assert all(clipped[0][name] == pytest.approx(whole[name], rel=1e-5) for name in whole)
+    assert all(clipped[1][name][0] > whole[name][0] and clipped[1][name][1] < whole[name][1] for name in whole)
+
+
+def test_long_texts_are_read_in_pieces(bundle: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many tokens as memory has room for: what is seen is what the pieces alone show."""
+    graph = onnx.load(bundle / "model.onnx")
+    activations.prepare(graph)
+    ids = list(range(10, 34))
+    width = 2 * (96 + 96 + 96 + 160) + 96  # of all that products read
+    apart = ranges.read(graph, [ids[start : start + 8] for start in (0, 8, 16)], tmp_path, 1, lambda *_: None)
+    at_once = ranges.read(graph, [ids], tmp_path, 1, lambda *_: None)
+    monkeypatch.setattr(ranges, "ACTIVATIONS", 8 * width + 1)
+    found = ranges.read(graph, [ids], tmp_path, 1, lambda *_: None)
+    for name in found:
+        assert np.allclose(found[name], apart[name], atol=1e-5)
+    assert any(not np.allclose(found[name], at_once[name], atol=1e-5) for name in found)
 
 
 def test_numbers_that_are_not_finite_are_refused(bundle: Artifact, tmp_path: Path) -> None:

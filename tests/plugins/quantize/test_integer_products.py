@@ -300,6 +300,7 @@ def test_weights_in_seven_bits(bundle: Artifact, tokens: Artifact, tmp_path: Pat
         model = onnx.load(result.outputs["model"] / "model.onnx")
         codes = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8]
         assert max(np.abs(numpy_helper.to_array(t).astype(int)).max() for t in codes) == largest
+        assert result.outputs["model"].metadata["reduce_range"] is reduce_range
         warned = [event["text"] for kind, event in result.events if kind == "warning"]
         assert any("set `reduce_range: true`" in text for text in warned) is not reduce_range
 
