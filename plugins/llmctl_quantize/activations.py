@@ -114,12 +114,13 @@ class _Graph:
 
     def weights(self, tensor: onnx.TensorProto, axis: int) -> tuple[str, str]:
         """Names of the codes and the scales of a matrix, whose output channels lie along `axis`."""
-        codes, scales = f"{tensor.name}_int8", f"{tensor.name}_scale"
+        name = f"{tensor.name}_rows" if axis == 0 else tensor.name  # one matrix may be read as a table and as a factor
+        codes, scales = f"{name}_int8", f"{name}_scale"
         if codes not in self._done:
             self._done.add(codes)
             values = round_weights(numpy_helper.to_array(tensor), axis, self._limit)
-            for name, array in zip((codes, scales), values, strict=True):
-                self._graph.initializer.append(numpy_helper.from_array(array, name))
+            for part, array in zip((codes, scales), values, strict=True):
+                self._graph.initializer.append(numpy_helper.from_array(array, part))
         return codes, scales
 
     def gather(self, node: onnx.NodeProto, weights: tuple[str, str]) -> None:

@@ -194,6 +194,19 @@ def test_a_channel_of_zeros_stays_zero() -> None:
     assert scales.tolist() == [1, pytest.approx(2 / 127)]
 
 
+def test_a_matrix_that_is_table_and_factor_is_rounded_for_each() -> None:
+    (w,) = matrices(6, (INNER, INNER))
+    model = layers(w)
+    model.graph.node.insert(0, helper.make_node("Gather", ["w0", "ids"], ["looked_up"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([3, 5]), "ids"))
+    model.graph.output.append(helper.make_tensor_value_info("looked_up", kinds.FLOAT, [2, INNER]))
+    x = np.random.default_rng(8).normal(size=(4, INNER)).astype(np.float32)
+    session = ort.InferenceSession(quantized(model, None).SerializeToString(), providers=["CPUExecutionProvider"])
+    product_, rows = session.run(None, {"x": x})
+    assert np.abs(rows - w[[3, 5]]).max() <= np.abs(w[[3, 5]]).max() / 127
+    assert np.abs(product_ - x @ w).max() < 0.1
+
+
 def saturated(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Sums as `vpmaddubsw` makes them: two products each are added in 16 bits, and cut off."""
     pairs = np.einsum("rpk,pkn->rpn", codes.reshape(len(codes), -1, 2), weights.reshape(-1, 2, weights.shape[1]))
