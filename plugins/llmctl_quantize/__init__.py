@@ -1,4 +1,4 @@
-"""Store a model's weights and cache in fewer bits and measure what that costs."""
+"""Store a model's weights and cache in fewer bits, multiply integers, and measure what that costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUANTIZE = Stage(
             "dataset.tokens",
             "dataset.chat",
             optional=True,
-            help="text of the quality check and of an int8 cache's scales",
+            help="text of the quality check, of static ranges and of an int8 cache's scales",
         ),
     },
     outputs={"model": Out(same_as="model"), "metrics": Out("metrics")},

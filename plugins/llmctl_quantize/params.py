@@ -9,7 +9,8 @@ from pydantic import model_validator
 
 from llmctl import Field, Params
 
-_OF_WEIGHTS = ("method", "block_size", "symmetric", "accuracy_level", "embedding_bits")
+_OF_BLOCKS = ("method", "block_size", "symmetric", "accuracy_level")
+_OF_WEIGHTS = (*_OF_BLOCKS, "embedding_bits", "activations")
 
 
 class QuantizeParams(Params):
@@ -32,16 +33,44 @@ class QuantizeParams(Params):
     embedding_bits: Literal[0, 4, 8] = Field(
         8, description="bits of embedding tables and of a head tied to one; 0 leaves them as they are"
     )
+    activations: Literal["auto", "dynamic", "static"] = Field(
+        "auto",
+        description="what the products read: auto as `accuracy_level` says; in 8 bits per tensor, for integer products "
+        "with weights per channel, dynamic: ranges found at run time, static: ranges from `data`",
+    )
+    calibration: Literal["minmax", "percentile", "entropy"] = Field(
+        "minmax",
+        description="static ranges: all that `data` shows, the middle `percentile` of it, or clipped by entropy",
+    )
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="percentage of the values that `calibration: percentile` keeps"
+    )
+    smooth: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="static: SmoothQuant's alpha, 0.5 in the paper; unset leaves activations as they are",
+    )
+    reduce_range: bool = Field(
+        False, description="dynamic and static: weights in 7 bits, exact on x86 processors without VNNI, too"
+    )
     kv_cache_dtype: Literal["auto", "int8"] = Field(
         "auto", description="keys and values in the cache: auto as the graph has them; int8 with scales from `data`"
     )
     calibration_tokens: int = Field(
         16384,
         ge=64,
-        description="tokens of `data`, of its training split, that the scales of an int8 cache come from",
+        description="tokens of `data`, of its training split, that static ranges and an int8 cache's scales come from",
     )
     max_bits_per_byte_rise: float | None = Field(
         None, ge=0, description="largest relative rise of bits per byte on `data`; default 0.05 at 4 bits, else 0.01"
+    )
+    min_top1_agreement: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="smallest share of tokens on `data` whose likeliest successor stays; default 0.9 with "
+        "`activations` dynamic or static, else none",
     )
     eval_tokens: int = Field(16384, ge=64, description="held-out tokens on which quality is measured")
     speed_rounds: int = Field(15, ge=1, affects="nothing", description="rounds of the interleaved speed comparison")
@@ -50,20 +79,44 @@ class QuantizeParams(Params):
     @model_validator(mode="after")
     def _nothing_in_vain(self) -> Self:
         """A parameter of what is not done would change nothing."""
-        fields = type(self).model_fields
         if not self.bits:
             if not self.int8_cache:
                 raise ValueError("`bits: 0` leaves nothing to do without `kv_cache_dtype: int8`")
-            vain = [name for name in _OF_WEIGHTS if getattr(self, name) != fields[name].default]
-            if vain:
-                raise ValueError(f"`{vain[0]}` is about weights, which `bits: 0` leaves as they are")
-        if not self.int8_cache and self.calibration_tokens != fields["calibration_tokens"].default:
-            raise ValueError("`calibration_tokens` is for `kv_cache_dtype: int8`")
+            self._unset(_OF_WEIGHTS, "is about weights, which `bits: 0` leaves as they are")
+        if self.integer:
+            if self.bits != 8:
+                raise ValueError(f"`activations: {self.activations}` multiplies 8-bit weights: `bits: 8`")
+            self._unset(
+                _OF_BLOCKS, f"is for weights in blocks, `activations: {self.activations}` has one scale a channel"
+            )
+            if self.embedding_bits == 4:
+                raise ValueError(f"`activations: {self.activations}` keeps tables in 8 bits: `embedding_bits: 8`, or 0")
+        else:
+            self._unset(("reduce_range",), "is for `activations: dynamic` or `static`")
+        if self.activations != "static":
+            self._unset(("calibration", "smooth"), "is for `activations: static`")
+            if not self.int8_cache:
+                self._unset(("calibration_tokens",), "is for `kv_cache_dtype: int8` or `activations: static`")
+        if self.calibration != "percentile":
+            self._unset(("percentile",), "is for `calibration: percentile`")
         return self
+
+    def _unset(self, names: tuple[str, ...], why: str) -> None:
+        """ValueError for the first of `names` that is not as it is without being given."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` {why}")
 
     def required_inputs(self) -> Mapping[str, str]:
         """See `Params`."""
+        if self.activations == "static":
+            return {"data": "activations: static"}
         return {"data": "kv_cache_dtype: int8"} if self.int8_cache else {}
+
+    @property
+    def integer(self) -> bool:
+        """Whether products are of integers, with a scale per output channel and one per tensor of activations."""
+        return self.activations != "auto"
 
     @property
     def int8_cache(self) -> bool:
@@ -88,3 +141,10 @@ class QuantizeParams(Params):
         if self.max_bits_per_byte_rise is not None:
             return self.max_bits_per_byte_rise
         return 0.05 if self.bits == 4 else 0.01
+
+    @property
+    def agreement(self) -> float:
+        """The smallest top-1 agreement in force; 0 allows any."""
+        if self.min_top1_agreement is not None:
+            return self.min_top1_agreement
+        return 0.9 if self.integer else 0.0

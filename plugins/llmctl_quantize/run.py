@@ -14,7 +14,7 @@ from llmctl.ort import OrtGenerator, open_bundle, open_encoder
 from llmctl.ort.adapters import DIRECTORY as ADAPTERS
 from llmctl.ort.cache_memory import token_bytes
 from llmctl.text.pooling import POOLING_FILES
-from llmctl_quantize import cache, quality, weights
+from llmctl_quantize import activations, cache, quality, ranges, saturation, smooth, weights
 from llmctl_quantize.params import QuantizeParams
 from llmctl_quantize.tables import METHODS
 
@@ -33,31 +33,54 @@ def run(ctx: Context, params: QuantizeParams, model: Artifact, data: Artifact | 
         raise
     ctx.report(values)
     ctx.describe("model", parameters=values["parameters"], **_facts(params, model))
-    rise = values.get("bits_per_byte.ratio", 1.0) - 1
-    if not rise <= params.budget:
+    problem = _too_much_worse(params, values)
+    if problem is not None:
         shutil.rmtree(target, ignore_errors=True)
-        raise StageError(
-            f"{_verb(params)} bits per byte by {rise:.2%}, the budget is {params.budget:.2%}",
-            hint="try a smaller `block_size` or more bits, or raise `max_bits_per_byte_rise`"
-            if params.bits
-            else "take the scales from more and other text (`calibration_tokens`), or raise `max_bits_per_byte_rise`",
+        raise problem
+
+
+def _too_much_worse(params: QuantizeParams, values: dict[str, float]) -> StageError | None:
+    """What is wrong with a bundle of these metrics; nothing where quality was not measured."""
+    rise, agreement = values.get("bits_per_byte.ratio", 1.0) - 1, values.get("top1_agreement", 1.0)
+    if not rise <= params.budget:
+        found, knob = f"bits per byte by {rise:.2%}, the budget is {params.budget:.2%}", "max_bits_per_byte_rise"
+        return StageError(f"{_verb(params, 'raise')} {found}", hint=f"{_remedy(params)}, or raise `{knob}`")
+    if not agreement >= params.agreement:
+        found, knob = (
+            f"top-1 agreement at {agreement:.2%}, at least {params.agreement:.2%} is asked",
+            "min_top1_agreement",
         )
+        return StageError(f"{_verb(params, 'leave')} {found}", hint=f"{_remedy(params)}, or lower `{knob}`")
+    return None
+
+
+def _remedy(params: QuantizeParams) -> str:
+    """What may cost less quality."""
+    if not params.bits:
+        return "take the scales from more and other text (`calibration_tokens`)"
+    if params.activations == "static":
+        return "try another `calibration`, `smooth: 0.5` or `activations: dynamic`"
+    return "leave `activations` out" if params.integer else "try a smaller `block_size` or more bits"
 
 
 def _facts(params: QuantizeParams, source: Artifact) -> dict[str, Any]:
     """What the bundle is described by, beside its size: what it was, where nothing changed it."""
     found = {
         "bits": params.bits or source.metadata.get("bits"),
+        "activations": params.activations if params.integer else source.metadata.get("activations"),
+        # Whether the answers are the same on processors without VNNI, too.
+        "reduce_range": params.reduce_range if params.integer else source.metadata.get("reduce_range"),
         "kv_cache_dtype": "int8" if params.int8_cache else source.metadata.get("kv_cache_dtype"),
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _verb(params: QuantizeParams) -> str:
+def _verb(params: QuantizeParams, verb: str) -> str:
     """What was done, as the beginning of a sentence."""
+    weights_are = f"{params.bits} bits" + (f" with {params.activations} activations" if params.integer else "")
     if not params.int8_cache:
-        return f"{params.bits} bits raise"
-    return f"{params.bits} bits and an int8 cache raise" if params.bits else "an int8 cache raises"
+        return f"{weights_are} {verb}"
+    return f"{weights_are} and an int8 cache {verb}" if params.bits else f"an int8 cache {verb}s"
 
 
 def _quantize(
@@ -70,7 +93,9 @@ def _quantize(
     if params.int8_cache:
         cache.refuse(model, source)
         cache.quantize(model, _scales(ctx, params, source, data))
-    if params.bits:
+    if params.integer:
+        _integer_products(ctx, params, model, source, data, target)
+    elif params.bits:
         weights.quantize(
             model,
             METHODS[params.rounding],
@@ -85,16 +110,59 @@ def _quantize(
     return {"parameters": parameters, "bytes": after, "bytes.before": before, "bytes.ratio": after / before}
 
 
+def _integer_products(
+    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, source: Path, data: Artifact | None, scratch: Path
+) -> None:
+    """Weights per channel, and activations per tensor with ranges from `data` or found at run time."""
+    activations.prepare(model)
+    found = None
+    if params.activations == "static":
+        found = _ranges(ctx, params, model, _calibration(ctx, params, source, data)[1], scratch)
+    embeddings = params.embedding_bits == 8
+    activations.quantize(model, found, embeddings=embeddings, reduce_range=params.reduce_range)
+    if not params.reduce_range and not saturation.exact():
+        ctx.warn("this processor cuts sums of products off at 16 bits: set `reduce_range: true` for exact ones")
+
+
+def _ranges(
+    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, texts: list[list[int]], scratch: Path
+) -> dict[str, activations.Range]:
+    """The ranges of what the products of `model` read in `texts`; `smooth` moves part of them to the weights."""
+    channels = ranges.read(model, texts, scratch, params.threads, ctx.progress)
+    if params.smooth is not None:
+        channels = smooth.migrate(model, channels, params.smooth)
+    found = ranges.whole(channels)
+    if params.calibration == "minmax":
+        return found
+    method = params.calibration
+    return ranges.clipped(model, texts, found, method, params.percentile, scratch, params.threads, ctx.progress)
+
+
 def _scales(ctx: Context, params: QuantizeParams, source: Path, data: Artifact | None) -> dict[str, np.ndarray]:
     """The scales of the cache, from what the bundle as it came keeps there while it reads `data`."""
+    generator, texts = _calibration(ctx, params, source, data)
+    return cache.calibrate(generator, texts, ctx.progress)
+
+
+def _calibration(
+    ctx: Context, params: QuantizeParams, source: Path, data: Artifact | None
+) -> tuple[OrtGenerator, list[list[int]]]:
+    """The bundle as it came, and the texts of the training split from which something is learned."""
+    what = (
+        "an int8 cache takes its scales" if params.activations != "static" else "static activations take their ranges"
+    )
     if data is None:
-        raise InputError("an int8 cache takes its scales from text, and there is no `data`", hint="give the input")
+        raise InputError(f"{what} from text, and there is no `data`", hint="give the input")
     names = quality.split_names(data)
     if quality.training(names) == quality.held_out(names):
-        ctx.warn(f"`data` has one split: the int8 cache is judged on the text that its scales come from, `{names[0]}`")
-    generator = open_bundle(source, "cpu", params.threads)
+        ctx.warn(f"`data` has one split: the bundle is judged on the text of its calibration, `{names[0]}`")
+    try:
+        generator = open_bundle(source, "cpu", params.threads)
+    except InputError as error:
+        hint = "take `activations: dynamic`" if params.activations == "static" else error.hint
+        raise InputError(f"{what} from text that a decoder reads: {error.message}", hint=hint) from error
     texts = _texts(generator, source, data, quality.training, params.calibration_tokens)
-    return cache.calibrate(generator, [text.ids for text in texts], lambda done, total: ctx.progress(done, total))
+    return generator, [text.ids for text in texts]
 
 
 def _texts(

@@ -14,9 +14,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from llmctl.errors import InputError
+from llmctl_quantize.matrices import MICROSOFT, constants_of, matrix_of, put, refuse_halves, split_gemm
 from llmctl_quantize.tables import Method, Table
-
-MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
@@ -45,15 +44,14 @@ def quantize(
     InputError if it has no product to quantize, or one with a matrix of half precision.
     """
     graph = model.graph
-    _split_gemm(graph)
-    given = {value.name for value in graph.input}  # defaults of inputs, such as those of adapters, are no weights
-    constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in given}
-    _refuse_halves(graph, constants)
+    split_gemm(graph)
+    refuse_halves(graph)
+    constants = constants_of(graph)
     done: dict[str, Stored] = {}
     nodes: list[onnx.NodeProto] = []
     products = 0
     for node in graph.node:
-        name, table = _matrix_of(node, constants)
+        name, table = matrix_of(node, constants)
         width = embedding_bits if table else bits
         if name is None or not width:
             nodes.append(node)
@@ -71,36 +69,9 @@ def quantize(
             products += 1
     if not products:
         raise InputError("the graph has no product with a constant float matrix", hint="is it already quantized?")
-    del graph.node[:]
-    graph.node.extend(nodes)
-    if all(opset.domain != MICROSOFT for opset in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(MICROSOFT, 1))
-    _drop_unused(graph)
-
-
-def _refuse_halves(graph: onnx.GraphProto, constants: dict[str, onnx.TensorProto]) -> None:
-    """Half of the digits are gone there: quantized from it, a matrix would be worse than it need be."""
-    halves: dict[int, str] = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
-    for node in graph.node:
-        tensor = constants.get(node.input[1]) if node.op_type in ("MatMul", "FusedMatMul") else None
-        if tensor is not None and tensor.data_type in halves:
-            raise InputError(
-                f"the graph's matrices are {halves[tensor.data_type]}, and quantization starts from float32",
-                hint="export the model again with `dtype: float32`, and quantize that",
-            )
-
-
-def _matrix_of(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> tuple[str | None, bool]:
-    """The constant float matrix that a node reads, and whether it is a table `(N, K)` rather than a factor `(K, N)`."""
-    table = node.op_type == "Gather" and _attribute(node, "axis", 0) == 0
-    tied = {"transA": 0, "transB": 1, "transBatchA": 0, "transBatchB": 0, "alpha": 1.0}
-    head = node.op_type == "FusedMatMul" and all(_attribute(node, k, k == "alpha") == v for k, v in tied.items())
-    if not (table or head or node.op_type == "MatMul"):
-        return None, False
-    name = node.input[0] if table else node.input[1]
-    tensor = constants.get(name)
-    floats = tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2
-    return (name if floats else None), table or head
+    used = {name for node in nodes for name in node.input} | {out.name for out in graph.output}
+    # The blocks of a table that has no head are read by nobody.
+    put(model, [node for node in nodes if not node.name.endswith("_values_blocks") or node.output[0] in used])
 
 
 def _store(graph: onnx.GraphProto, name: str, found: Table, shape: tuple[int, ...], bits: int, block: int) -> Stored:
@@ -169,35 +140,3 @@ def _gather(graph: onnx.GraphProto, node: onnx.NodeProto, stored: Stored) -> lis
             graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), bounds[-1]))
         made.append(helper.make_node("Slice", [out, *bounds], [node.output[0]], name=f"{out}_cut"))
     return made
-
-
-def _split_gemm(graph: onnx.GraphProto) -> None:
-    """A plain Gemm (foreign GPT-2 graphs) is a MatMul and an Add."""
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        plain = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-        defaults = {"alpha": 1.0, "beta": 1.0}
-        if node.op_type != "Gemm" or any(_attribute(node, k, defaults.get(k, 0)) != v for k, v in plain.items()):
-            nodes.append(node)
-            continue
-        out = f"{node.output[0]}_product" if len(node.input) > 2 else node.output[0]
-        nodes.append(helper.make_node("MatMul", node.input[:2], [out], name=node.name))
-        if len(node.input) > 2:
-            nodes.append(helper.make_node("Add", [out, node.input[2]], [node.output[0]], name=f"{node.name}_bias"))
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Nodes whose output nobody reads (blocks of a table that has no head), then initializers likewise."""
-    used = {name for node in graph.node for name in node.input} | {out.name for out in graph.output}
-    nodes = [node for node in graph.node if not node.name.endswith("_values_blocks") or node.output[0] in used]
-    read = {name for node in nodes for name in node.input} | {out.name for out in graph.output}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(kept)
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)

@@ -518,6 +518,11 @@ def test_a_quantized_encoder_is_run_beside_the_one_it_comes_from(
         expected = max(np.abs(after[name] - value).max() / np.abs(value).max() for name, value in before.items())
         assert away[-1] == pytest.approx(expected, rel=1e-6)
     assert 0 < away[0] < away[1] < 0.5
+    settings = {"activations": "dynamic", "threads": 1}
+    result = run_stage(QUANTIZE, tmp_path / "dynamic", settings, model=bundle)
+    assert 0 < result.metrics["outputs.relative_difference"] < 0.1
+    graph = onnx.load(result.outputs["model"] / "model.onnx", load_external_data=False).graph
+    assert "MatMulInteger" in {node.op_type for node in graph.node}
     quantize = llmctl_quantize.weights.quantize
 
     def spoiled(model: Any, *arguments: Any, **options: Any) -> None:
