@@ -84,6 +84,13 @@ def test_what_cannot_be_kept_is_refused(make_context, make_model, make_examples)
         params(keep_zeros=True, optimizer="schedule-free", schedule="constant")
 
 
+def test_a_fresh_model_has_no_zeros_to_keep() -> None:
+    from llmctl_train_pretrain.params import PretrainParams
+
+    assert PretrainParams(keep_zeros=True).required_inputs() == {"model": "keep_zeros"}
+    assert PretrainParams().required_inputs() == {}
+
+
 @pytest.mark.slow
 def test_ranks_keep_the_zeros_of_their_parts(tmp_path) -> None:
     schemes = {"ddp": {"dp_replicate": 2}, "zero-3": {"dp_shard": 2}, "tp": {"tp": 2}}
