@@ -21,7 +21,7 @@ DISTILL = Stage(
     run="llmctl_distill.run:run",
     forecast="llmctl_distill.forecast:forecast",
     extra="train",
-    rev=2,  # rows of more than 2^24 tokens come in another order
+    rev=3,  # what a teacher writes is an output, `answers`
     headline=("kl.validation", "kl.train"),
 )
 
