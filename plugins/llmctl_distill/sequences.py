@@ -53,6 +53,8 @@ def write_answers(
     head = {"facts": _facts(params, prompts, teacher)}
     if not ctx.wants("model"):
         while len(found := _read(path, head)) < len(prompts):
+            if ctx.should_stop():
+                raise ctx.stopped(0)
             time.sleep(PAUSE)
         return found
     found = _read(path, head)

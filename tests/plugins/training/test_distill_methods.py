@@ -18,7 +18,7 @@ from llmctl.generator import Sampling
 from llmctl.nn.config import ModelConfig
 from llmctl.nn.hf import load_model, save_model
 from llmctl.nn.transformer import Transformer
-from llmctl.stage import Artifact
+from llmctl.stage import Artifact, Context
 from llmctl.store import Store
 from llmctl.text.datasets import read_rows
 from llmctl.text.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ from llmctl_distill.losses import LogitDistillation
 from llmctl_distill.on_policy import OnPolicyDistillation, PromptSource
 from llmctl_distill.params import DistillParams
 from llmctl_distill.relations import RelationLoss, relation_heads
+from llmctl_distill.sequences import Question, write_answers
 from llmctl_distill.writing import sampling
 
 FAST = {"max_steps": 8, "save_every": 5, "warmup_steps": 2, "threads": 1}
@@ -210,6 +211,12 @@ def test_a_stopped_run_goes_on_behind_what_was_written(train, teacher, student, 
     asked.clear()
     train("distill", "stopped", {**params, "seed": 1}, **given)
     assert sum(asked) == 24
+
+
+def test_a_process_that_waits_for_answers_can_be_stopped(tmp_path) -> None:
+    waiting = Context("distill", {}, tmp_path, lambda *_: None, stop=lambda: True)
+    with pytest.raises(TempFail, match="stopped"):
+        write_answers(waiting, [Question({}, [1, 2])], None, DistillParams(method="sequences"), "teacher")
 
 
 # -- on-policy ---------------------------------------------------------------------------------------------------------
