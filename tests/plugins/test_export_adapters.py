@@ -129,16 +129,29 @@ def test_half_precision(tmp_path: Path, llama: Artifact, adapter: Path) -> None:
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("params", "operator", "share"),
+    [
+        ({"bits": 8}, "MatMulNBits", 0.02),
+        ({"bits": 4}, "MatMulNBits", 0.25),
+        ({"activations": "dynamic"}, "MatMulInteger", 0.05),
+    ],
+    ids=["8", "4", "dynamic"],
+)
 def test_a_quantized_bundle_keeps_its_adapters(
-    tmp_path: Path, llama: Artifact, adapter: Path, exported: StageResult, bits: int
+    tmp_path: Path,
+    llama: Artifact,
+    adapter: Path,
+    exported: StageResult,
+    params: dict[str, Any],
+    operator: str,
+    share: float,
 ) -> None:
     """The adapted quantized model is nearer to the adapted model than to anything else, and its base to the base."""
-    params = {"bits": bits, "threads": 1, "speed_rounds": 1}
-    done = run_stage(QUANTIZE, tmp_path, params, model=exported.outputs["model"])
+    done = run_stage(QUANTIZE, tmp_path, {**params, "threads": 1, "speed_rounds": 1}, model=exported.outputs["model"])
     generator = open_bundle(done.outputs["model"].path, "cpu", 1)
     graph = onnx.load(done.outputs["model"] / "model.onnx", load_external_data=False).graph
-    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 2 * 4 + 1
+    assert sum(node.op_type == operator for node in graph.node) == 2 * 4 + 1
     expected = lora.merged(llama.path, adapter)(torch.tensor([PROMPT])).logits[0].detach().numpy()
     base = transformers.AutoModelForCausalLM.from_pretrained(llama.path)(torch.tensor([PROMPT])).logits[0]
     base = base.detach().numpy()
@@ -146,7 +159,7 @@ def test_a_quantized_bundle_keeps_its_adapters(
         (generator.with_adapter("polite").logits(PROMPT), expected, base),
         (generator.logits(PROMPT), base, expected),
     ):
-        assert np.abs(found - right).mean() < (0.02, 0.25)[bits == 4] * np.abs(right - wrong).mean()
+        assert np.abs(found - right).mean() < share * np.abs(right - wrong).mean()
     sampling = Sampling(max_new_tokens=8)
     assert len(list(generator.with_adapter("polite").stream(PROMPT, sampling))) > 0
 

@@ -21,6 +21,7 @@ from llmctl.generator import Sampling
 from llmctl.nn.config import TRAITS, RopeScaling
 from llmctl.ort import OrtSeq2Seq, open_bundle, open_encoder, open_generator
 from llmctl.testing import StageResult, run_stage
+from llmctl.text.datasets import DatasetWriter
 from llmctl.text.pooling import normalises, pool, read_pooling, says_pooling, write_pooling
 from llmctl_export_onnx import EXPORT_ONNX
 
@@ -523,6 +524,12 @@ def test_a_quantized_encoder_is_run_beside_the_one_it_comes_from(
     assert 0 < result.metrics["outputs.relative_difference"] < 0.1
     graph = onnx.load(result.outputs["model"] / "model.onnx", load_external_data=False).graph
     assert "MatMulInteger" in {node.op_type for node in graph.node}
+    with DatasetWriter(tmp_path / "chat", "dataset.chat") as writer:
+        writer.add("train", {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]})
+    chat = Artifact(tmp_path / "chat", "dataset.chat")
+    with pytest.raises(InputError, match="static activations take their ranges from text that a decoder reads") as told:
+        run_stage(QUANTIZE, tmp_path / "static", {**settings, "activations": "static"}, model=bundle, data=chat)
+    assert told.value.hint == "take `activations: dynamic`"
     quantize = llmctl_quantize.weights.quantize
 
     def spoiled(model: Any, *arguments: Any, **options: Any) -> None:
