@@ -107,6 +107,7 @@ def _refuse(model: onnx.ModelProto) -> None:
         raise InputError("the graph is in half precision already", hint="`bits: 16` starts from a float32 bundle")
     quantized = {node.op_type for node in graph.node if "Quantize" in node.op_type or "NBits" in node.op_type}
     quantized |= {node.op_type for node in graph.node if "Integer" in node.op_type}
+    kinds |= {value.type.tensor_type.elem_type for value in graph.input}
     if quantized or kinds & {TensorProto.INT8, TensorProto.UINT8}:
         raise InputError(
             f"the graph is quantized already ({', '.join(sorted(quantized)) or 'an int8 cache'})",

@@ -92,7 +92,7 @@ class QuantizeParams(Params):
         if self.half:
             self._unset(_OF_WEIGHTS, "is for weights of 4 or 8 bits, `bits: 16` rounds the whole graph to float16")
             if self.int8_cache:
-                raise ValueError("`kv_cache_dtype: int8` is for a graph in float32: the CPU's operator takes no float16")
+                raise ValueError("`kv_cache_dtype: int8` needs a float32 graph: the CPU's operator takes no float16")
         if self.integer:
             if self.bits != 8:
                 raise ValueError(f"`activations: {self.activations}` multiplies 8-bit weights: `bits: 8`")
