@@ -94,6 +94,21 @@ def halve(model: onnx.ModelProto) -> Halved:
     return found
 
 
+def rounded(name: str, array: np.ndarray) -> np.ndarray:
+    """In float16; InputError for a finite number that it cannot hold."""
+    if array.size == 1 and np.isfinite(array).all() and np.abs(array).max() >= BEYOND:
+        array = np.clip(array, -LARGEST, LARGEST)
+    with np.errstate(over="ignore"):
+        found = array.astype(np.float16)
+    lost = np.isinf(found) & np.isfinite(array)
+    if lost.any():
+        raise InputError(
+            f"`{name}` holds {array[lost][0]:.8g}, and the largest number of float16 is {LARGEST:.0f}",
+            hint="`bits: 8` holds it, with scales in float32",
+        )
+    return found
+
+
 def excess(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, as a multiple of what the roundings of float16 explain; above 1 is too much, or NaN."""
     bound = ROUNDINGS * WIDTH * max(1.0, float(np.abs(expected).max(initial=0.0)))
@@ -215,27 +230,12 @@ def _store(graph: onnx.GraphProto, halves: set[str], names: dict[str, str]) -> H
         if name in names and name in halves:
             kept.append(numpy_helper.from_array(array, names[name]))
         if name in halves:
-            rounded = _rounded(name, array)
+            narrow = rounded(name, array)
             found.weights += int(np.count_nonzero(array))
-            found.zeroed += int(np.count_nonzero(array) - np.count_nonzero(rounded))
-            tensor.CopyFrom(numpy_helper.from_array(rounded, name))
+            found.zeroed += int(np.count_nonzero(array) - np.count_nonzero(narrow))
+            tensor.CopyFrom(numpy_helper.from_array(narrow, name))
     graph.initializer.extend(kept)
     return found
-
-
-def _rounded(name: str, array: np.ndarray) -> np.ndarray:
-    """In float16; InputError for a finite number that it cannot hold."""
-    if array.size == 1 and np.isfinite(array).all() and np.abs(array).max() >= BEYOND:
-        array = np.clip(array, -LARGEST, LARGEST)
-    with np.errstate(over="ignore"):
-        rounded = array.astype(np.float16)
-    lost = np.isinf(rounded) & np.isfinite(array)
-    if lost.any():
-        raise InputError(
-            f"`{name}` holds {array[lost][0]:.8g}, and the largest number of float16 is {LARGEST:.0f}",
-            hint="`bits: 8` holds it, with scales in float32",
-        )
-    return rounded
 
 
 def _rewrite(plan: _Plan, halves: set[str], names: dict[str, str]) -> None:
@@ -270,7 +270,7 @@ def _narrow(node: onnx.NodeProto) -> None:
         if node.op_type == "Cast" and item.name == "to" and item.i == _FLOAT:
             item.i = _HALF
         elif node.op_type == "ConstantOfShape" and item.t.data_type == _FLOAT:
-            item.t.CopyFrom(numpy_helper.from_array(_rounded(node.output[0], numpy_helper.to_array(item.t))))
+            item.t.CopyFrom(numpy_helper.from_array(rounded(node.output[0], numpy_helper.to_array(item.t))))
     if node.op_type == "ConstantOfShape" and not node.attribute:
         node.attribute.append(helper.make_attribute("value", helper.make_tensor("value", _HALF, [1], [0.0])))
 

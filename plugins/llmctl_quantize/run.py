@@ -14,7 +14,7 @@ from llmctl.ort import OrtGenerator, open_bundle, open_encoder
 from llmctl.ort.adapters import DIRECTORY as ADAPTERS
 from llmctl.ort.cache_memory import token_bytes
 from llmctl.text.pooling import POOLING_FILES
-from llmctl_quantize import activations, cache, halves, quality, ranges, saturation, smooth, weights
+from llmctl_quantize import activations, adapter_files, cache, halves, quality, ranges, saturation, smooth, weights
 from llmctl_quantize.params import QuantizeParams
 from llmctl_quantize.tables import METHODS
 
@@ -101,7 +101,7 @@ def _quantize(
         cache.quantize(model, _scales(ctx, params, source, data))
     rounded: dict[str, float] = {}
     if params.half:
-        rounded = _halve(ctx, model, source)
+        rounded = _halve(ctx, model)
     elif params.integer:
         _integer_products(ctx, params, model, source, data, target)
     elif params.bits:
@@ -115,18 +115,15 @@ def _quantize(
             accuracy=params.accuracy_level,
         )
     _write(model, source, target)
+    if params.half:
+        adapter_files.halve(target)
     before, after = _bytes(source), _bytes(target)
     sizes = {"bytes": after, "bytes.before": before, "bytes.ratio": after / before}
     return {"parameters": parameters, **sizes, **rounded}
 
 
-def _halve(ctx: Context, model: onnx.ModelProto, source: Path) -> dict[str, float]:
+def _halve(ctx: Context, model: onnx.ModelProto) -> dict[str, float]:
     """Make the whole graph float16; the share of its weights that became 0."""
-    if (source / ADAPTERS).is_dir():
-        raise InputError(
-            f"{source} holds adapters in float32, which a graph in float16 does not take",
-            hint="export the model again with its `adapters` and `dtype: float16`",
-        )
     found = halves.halve(model)
     if found.share > NOTICED:
         ctx.warn(f"{found.share:.2%} of the weights are too small for float16 and became 0")
@@ -243,12 +240,18 @@ def _compare(
 
 
 def _logits(before: OrtGenerator, after: OrtGenerator) -> dict[str, float]:
-    """The largest difference of the logits on drawn ids; StageError beyond what the roundings of float16 explain."""
+    """The largest difference of the logits on drawn ids, with each adapter, too.
+
+    StageError beyond what the roundings of float16 explain.
+    """
     count = min(PROBED, before.context_length)
     ids = np.random.default_rng(0).integers(before.vocab_size, size=count).tolist()
-    expected, found = before.logits(ids), after.logits(ids)
-    _check_half("logits", found, expected)
-    return {"logits.max_abs_diff": float(np.abs(found - expected).max())}
+    away = []
+    for name in (None, *before.adapter_names):
+        expected, found = before.with_adapter(name).logits(ids), after.with_adapter(name).logits(ids)
+        _check_half("logits" if name is None else f"logits of {name}", found, expected)
+        away.append(float(np.abs(found - expected).max()))
+    return {"logits.max_abs_diff": max(away)}
 
 
 def _check_half(name: str, found: np.ndarray, expected: np.ndarray) -> None:

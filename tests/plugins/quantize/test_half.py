@@ -139,12 +139,12 @@ def test_a_budget_that_is_exceeded_leaves_no_bundle(
     bundle: Artifact, tokens: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the measurement: weights of three digits fewer cost more than the budget."""
-    exact = halves._rounded
+    exact = halves.rounded
 
     def coarse(name: str, array: np.ndarray) -> np.ndarray:
         return exact(name, array if array.size < 100 else np.round(array, 1))
 
-    monkeypatch.setattr(halves, "_rounded", coarse)
+    monkeypatch.setattr(halves, "rounded", coarse)
     monkeypatch.setattr(halves, "ROUNDINGS", 1e6)
     with pytest.raises(StageError, match=r"16 bits raise bits per byte by .*, the budget is 0\.10%") as caught:
         quantize(tmp_path, bundle, tokens)
@@ -401,11 +401,3 @@ def test_branches_are_refused() -> None:
     with pytest.raises(InputError, match="branches, loops or functions of its own") as caught:
         halves.halve(onnx.parser.parse_model(HEAD + text))
     assert "\n" not in str(caught.value)
-
-
-def test_adapters_are_refused(bundle: Artifact, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
-    (path / "adapters").mkdir()
-    with pytest.raises(InputError, match="holds adapters in float32") as caught:
-        quantize(tmp_path / "out", Artifact(path, "model.onnx"))
-    assert "`dtype: float16`" in str(caught.value.hint)
