@@ -16,8 +16,11 @@ _OF_WEIGHTS = (*_OF_BLOCKS, "embedding_bits", "activations")
 class QuantizeParams(Params):
     """How weights and the cache are stored, and how much worse the model may become."""
 
-    bits: Literal[0, 4, 8] = Field(
-        8, description="bits per weight of the matrix products; 0 leaves all weights as they are"
+    bits: Literal[0, 4, 8, 16] = Field(
+        8,
+        description="bits per weight of the matrix products; 0 leaves all weights as they are; 16 is float16, for the "
+        "whole graph and its cache. There is no bfloat16: ONNX Runtime multiplies it on CUDA only, and quality is "
+        "measured on the CPU",
     )
     method: Literal["auto", "rtn", "search"] = Field(
         "auto",
@@ -63,7 +66,10 @@ class QuantizeParams(Params):
         description="tokens of `data`, of its training split, that static ranges and an int8 cache's scales come from",
     )
     max_bits_per_byte_rise: float | None = Field(
-        None, ge=0, description="largest relative rise of bits per byte on `data`; default 0.05 at 4 bits, else 0.01"
+        None,
+        ge=0,
+        description="largest relative rise of bits per byte on `data`; default 0.05 at 4 bits, "
+        "0.001 at 16 bits, else 0.01",
     )
     min_top1_agreement: float | None = Field(
         None,
@@ -83,6 +89,10 @@ class QuantizeParams(Params):
             if not self.int8_cache:
                 raise ValueError("`bits: 0` leaves nothing to do without `kv_cache_dtype: int8`")
             self._unset(_OF_WEIGHTS, "is about weights, which `bits: 0` leaves as they are")
+        if self.half:
+            self._unset(_OF_WEIGHTS, "is for weights of 4 or 8 bits, `bits: 16` rounds the whole graph to float16")
+            if self.int8_cache:
+                raise ValueError("`kv_cache_dtype: int8` needs a float32 graph: the CPU's operator takes no float16")
         if self.integer:
             if self.bits != 8:
                 raise ValueError(f"`activations: {self.activations}` multiplies 8-bit weights: `bits: 8`")
@@ -119,6 +129,11 @@ class QuantizeParams(Params):
         return self.activations != "auto"
 
     @property
+    def half(self) -> bool:
+        """Whether the whole graph becomes float16."""
+        return self.bits == 16
+
+    @property
     def int8_cache(self) -> bool:
         """Whether keys and values are kept in 8 bits."""
         return self.kv_cache_dtype == "int8"
@@ -140,7 +155,7 @@ class QuantizeParams(Params):
         """The relative rise of bits per byte in force."""
         if self.max_bits_per_byte_rise is not None:
             return self.max_bits_per_byte_rise
-        return 0.05 if self.bits == 4 else 0.01
+        return {4: 0.05, 16: 0.001}.get(self.bits, 0.01)
 
     @property
     def agreement(self) -> float:

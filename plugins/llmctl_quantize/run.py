@@ -14,11 +14,15 @@ from llmctl.ort import OrtGenerator, open_bundle, open_encoder
 from llmctl.ort.adapters import DIRECTORY as ADAPTERS
 from llmctl.ort.cache_memory import token_bytes
 from llmctl.text.pooling import POOLING_FILES
-from llmctl_quantize import activations, cache, quality, ranges, saturation, smooth, weights
+from llmctl_quantize import activations, adapter_files, cache, halves, quality, ranges, saturation, smooth, weights
 from llmctl_quantize.params import QuantizeParams
 from llmctl_quantize.tables import METHODS
 
 DATA = "model.onnx.data"
+NOTICED = 0.01
+"""Share of weights that may become 0 unmentioned."""
+PROBED = 64
+"""Drawn ids on which the logits of a graph in float16 are compared."""
 HARD_LINKS = "the file has several hard links, as `cp -al` makes them: copy the bundle with `cp -r` instead"
 
 
@@ -56,6 +60,8 @@ def _too_much_worse(params: QuantizeParams, values: dict[str, float]) -> StageEr
 
 def _remedy(params: QuantizeParams) -> str:
     """What may cost less quality."""
+    if params.half:
+        return "keep the bundle in float32, or try `bits: 8`"
     if not params.bits:
         return "take the scales from more and other text (`calibration_tokens`)"
     if params.activations == "static":
@@ -93,7 +99,10 @@ def _quantize(
     if params.int8_cache:
         cache.refuse(model, source)
         cache.quantize(model, _scales(ctx, params, source, data))
-    if params.integer:
+    rounded: dict[str, float] = {}
+    if params.half:
+        rounded = _halve(ctx, model)
+    elif params.integer:
         _integer_products(ctx, params, model, source, data, target)
     elif params.bits:
         weights.quantize(
@@ -106,8 +115,19 @@ def _quantize(
             accuracy=params.accuracy_level,
         )
     _write(model, source, target)
+    if params.half:
+        adapter_files.halve(target)
     before, after = _bytes(source), _bytes(target)
-    return {"parameters": parameters, "bytes": after, "bytes.before": before, "bytes.ratio": after / before}
+    sizes = {"bytes": after, "bytes.before": before, "bytes.ratio": after / before}
+    return {"parameters": parameters, **sizes, **rounded}
+
+
+def _halve(ctx: Context, model: onnx.ModelProto) -> dict[str, float]:
+    """Make the whole graph float16; the share of its weights that became 0."""
+    found = halves.halve(model)
+    if found.share > NOTICED:
+        ctx.warn(f"{found.share:.2%} of the weights are too small for float16 and became 0")
+    return {"weights.zeroed": found.share}
 
 
 def _integer_products(
@@ -203,9 +223,10 @@ def _compare(
                 hint="leave `data` out to quantize unmeasured",
             ) from error
         ctx.warn(f"neither quality nor speed were measured: {error.message}")
-        return _compare_encoders(source, target, params.threads)
+        return _compare_encoders(params, source, target)
     after = open_bundle(target, "cpu", params.threads)
-    values = quality.speed(before, after, params.speed_rounds)
+    values = _logits(before, after) if params.half else {}
+    values |= quality.speed(before, after, params.speed_rounds)
     if params.int8_cache:
         values |= {
             "cache.bytes_per_token": token_bytes(after.layout),
@@ -218,18 +239,46 @@ def _compare(
     return values | quality.measure(before, after, texts, lambda done, total: ctx.progress(done, total))
 
 
-def _compare_encoders(source: Path, target: Path, threads: int) -> dict[str, float]:
+def _logits(before: OrtGenerator, after: OrtGenerator) -> dict[str, float]:
+    """The largest difference of the logits on drawn ids, with each adapter, too.
+
+    StageError beyond what the roundings of float16 explain.
+    """
+    count = min(PROBED, before.context_length)
+    ids = np.random.default_rng(0).integers(before.vocab_size, size=count).tolist()
+    away = []
+    for name in (None, *before.adapter_names):
+        expected, found = before.with_adapter(name).logits(ids), after.with_adapter(name).logits(ids)
+        _check_half("logits" if name is None else f"logits of {name}", found, expected)
+        away.append(float(np.abs(found - expected).max()))
+    return {"logits.max_abs_diff": max(away)}
+
+
+def _check_half(name: str, found: np.ndarray, expected: np.ndarray) -> None:
+    """StageError, written so that NaN fails, for an output that is further off than rounding explains."""
+    times = halves.excess(found, expected)
+    if not times <= 1:
+        raise StageError(
+            f"`{name}` in float16 is {times:.3g} times as far off as rounding explains",
+            hint="do activations leave the range of float16? Keep the bundle in float32, or try `bits: 8`",
+        )
+
+
+def _compare_encoders(params: QuantizeParams, source: Path, target: Path) -> dict[str, float]:
     """How far the outputs of a quantized encoder are from the model's own, on two rows of ids: at least it runs.
 
     Nothing for a graph that is neither a decoder nor an encoder of ours.
     """
     try:
-        before = open_encoder(source, "cpu", threads)
+        before = open_encoder(source, "cpu", params.threads)
     except InputError:
         return {}
-    after = open_encoder(target, "cpu", threads)
+    after = open_encoder(target, "cpu", params.threads)
     rows = [[0, 1, 2, 3], [3, 2, 1, 0]]
     expected, found = before.run(rows), after.run(rows)
+    if params.half:
+        for name, value in expected.items():
+            _check_half(name, found[name], value)
     away = [float(np.abs(found[name] - value).max() / (np.abs(value).max() or 1.0)) for name, value in expected.items()]
     if not np.isfinite(away).all():
         raise StageError("the quantized encoder gives no numbers", hint="try more bits, or a smaller `block_size`")

@@ -164,6 +164,33 @@ def test_a_quantized_bundle_keeps_its_adapters(
     assert len(list(generator.with_adapter("polite").stream(PROMPT, sampling))) > 0
 
 
+def test_in_float16_both_are_what_an_export_is(
+    exported: StageResult, llama: Artifact, adapter: Path, tmp_path: Path
+) -> None:
+    """Rounded by `quantize`, the graph and the adapter beside it answer bit for bit as those exported in float16."""
+    params = {"bits": 16, "threads": 1, "speed_rounds": 1}
+    done = run_stage(QUANTIZE, tmp_path / "half", params, model=exported.outputs["model"])
+    half = export(tmp_path / "out", llama, adapter, dtype="float16")
+    found, expected = (open_bundle(x.outputs["model"].path, "cpu", 1) for x in (done, half))
+    for name in (None, "polite"):
+        assert np.array_equal(found.with_adapter(name).logits(PROMPT), expected.with_adapter(name).logits(PROMPT))
+    assert np.abs(found.logits(PROMPT) - found.with_adapter("polite").logits(PROMPT)).max() > 0.1  # control
+
+
+def test_an_adapter_that_float16_cannot_hold_is_refused(llama: Artifact, adapter: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    planted = Path(shutil.copytree(adapter, tmp_path / "planted"))
+    weights = load_file(planted / "adapter_model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith("down_proj.lora_A.weight"))
+    weights[name][1, 2] = 70_000
+    save_file(weights, planted / "adapter_model.safetensors")
+    single = export(tmp_path / "out", llama, planted, tolerance=1000).outputs["model"]
+    with pytest.raises(InputError, match=r"`blocks.0.ffn.down.lora_A.weight` of `planted.onnx_adapter` holds 70000"):
+        run_stage(QUANTIZE, tmp_path / "half", {"bits": 16, "threads": 1}, model=single)
+    assert not (tmp_path / "half" / "model").exists()
+
+
 @pytest.mark.slow
 def test_names_are_given_or_those_of_the_directories(tmp_path: Path, llama: Artifact, adapter: Path) -> None:
     result = export(tmp_path / "out", llama, adapter, adapter, adapter_names=["one", "two"])

@@ -305,7 +305,7 @@ def test_weights_with_several_hard_links_are_refused_with_the_way_out(bundle: Ar
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"bits": 2}, "4 or 8"),
+        ({"bits": 2}, "8 or 16"),
         ({"method": "gptq"}, "'auto', 'rtn' or 'search'"),
     ],
 )
