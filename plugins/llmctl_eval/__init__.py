@@ -32,7 +32,7 @@ EVAL = Stage(
 )
 COMPARE = Stage(
     name="compare",
-    help="Compare variants of a model on this machine: size, speed, memory, quality.",
+    help="Compare variants of a model: size, speed, memory, quality.",
     inputs={
         "model": In("model.onnx", many=True, help="two or more bundles; ratios are to the first"),
         "data": In("dataset.tokens", "dataset.chat", optional=True, help="what quality is measured on"),

@@ -15,7 +15,7 @@ RESERVED = ("best", "pareto", "models", "data")
 
 
 class CompareParams(Params):
-    """Compare variants of a model on this machine: size, speed, memory, quality."""
+    """Compare variants of a model: size, speed, memory, quality."""
 
     names: list[str] = Field(
         default=[], description="name of each bundle, in the order of `model`; none: model-1, model-2, …"
