@@ -135,7 +135,7 @@ def cell(column: str, values: Numbers) -> str:
         return f"{value:.4f}"
     name = next(RATIOS[key] for key, own in TIMED.items() if own == column)
     low, high = values[f"{name}_low"], values[f"{name}_high"]
-    text = f"{value:.3g}{' ms' if column.endswith('ms') else ''}"
+    text = (f"{value:.0f}" if value >= 100 else f"{value:.3g}") + (" ms" if column.endswith("ms") else "")
     # The first variant beside itself says nothing.
     return text if low == high else f"{text} ({values[name]:.2f}: {low:.2f}–{high:.2f})"
 
@@ -167,10 +167,10 @@ def render(found: Mapping[str, Numbers], params: CompareParams) -> str:
     from llmctl_eval.scatter import scatter
 
     charts = []
-    for column in ("bits_per_byte", "bytes"):
-        points = {name: (v["step_ms"], v[column]) for name, v in found.items() if column in v}
+    for column, title, unit in (("bits_per_byte", "bits per byte", 1), ("bytes", "MiB", 2**20)):
+        points = {name: (v["step_ms"], v[column] / unit) for name, v in found.items() if column in v}
         if points:
-            charts.append((f"{HEADINGS[column]} against ms per step", scatter(points, pareto(found))))
+            charts.append((f"{title} against ms per step", scatter(points, pareto(found))))
     head, *rows = cells(found)
     return fill_page(
         Path(__file__).with_name("compare.html"), head=head, rows=rows, charts=charts, **params.model_dump()
