@@ -55,7 +55,7 @@ def run(ctx: Context, params: CompareParams, model: Sequence[Artifact], data: Ar
 def names_of(params: CompareParams, models: Sequence[Artifact]) -> list[str]:
     """The name of each variant. UsageError for one model alone, or if not as many are named as there are."""
     if len(models) < 2:
-        raise UsageError("compare has one model alone", hint="bind two bundles or more to `model`")
+        raise UsageError("there is one model alone", hint="bind two bundles or more to `model`")
     if params.names and len(params.names) != len(models):
         raise UsageError(
             f"{len(params.names)} names are given for {len(models)} models", hint="name each, in their order"
