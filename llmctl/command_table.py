@@ -52,7 +52,7 @@ HIDDEN = (Command(name="stage", help="Run one stage of a request (internal).", t
 
 ORDER = (
     "data", "tokenize", "embed", "train-pretrain", "sft", "rlhf", "prune", "distill", "quantize", "export-onnx",
-    "serve", "eval", "probe", "rag", "prompt", "monitor",
+    "serve", "eval", "compare", "probe", "rag", "prompt", "monitor",
 )  # fmt: skip
 """The order of stages in `--help`; others follow by name."""
 

@@ -1,4 +1,4 @@
-"""Measure a model: perplexity, exact match, ranking, labelled tasks, with intervals."""
+"""Measure a model: perplexity, exact match, ranking, labelled tasks, with intervals; compare variants of it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,22 @@ EVAL = Stage(
         "perplexity.bits_per_byte",
     ),
 )
+COMPARE = Stage(
+    name="compare",
+    help="Compare variants of a model: size, speed, memory, quality.",
+    inputs={
+        "model": In("model.onnx", many=True, help="two or more bundles; ratios are to the first"),
+        "data": In("dataset.tokens", "dataset.chat", optional=True, help="what quality is measured on"),
+    },
+    outputs={"report": Out("report"), "metrics": Out("metrics")},
+    params="llmctl_eval.compare_params:CompareParams",
+    run="llmctl_eval.comparing:run",
+    extra="eval",
+    headline=("pareto",),
+)
 
 
 @hookimpl
 def register_stages() -> list[Stage]:
-    """Offer the stage `eval`."""
-    return [EVAL]
+    """Offer the stages `eval` and `compare`."""
+    return [EVAL, COMPARE]
