@@ -21,6 +21,8 @@ def open_data(
 ) -> tuple[Source, Source | None]:
     """The sources of `train` and, where there is one, `validation`, of conversations or token shards."""
     if data.type == "dataset.tokens":
+        if params.method == "on-policy":
+            raise without_prompts(data, params)
         return _open_tokens(data, tokenizer, length, params)
     encoder = Encoder(tokenizer, length, model.config.eos_ids, params)
     if params.method == "on-policy":
@@ -41,15 +43,18 @@ def open_held_out(ctx: Context, data: Artifact, encoder: Encoder) -> Source | No
     return ExampleSource(read_conversations(ctx, data, "validation", encoder), encoder.context, encoder.params)
 
 
+def without_prompts(data: Artifact, params: DistillParams) -> UsageError:
+    """Why token shards are no data for a method that writes answers."""
+    return UsageError(
+        f"the method {params.method} writes answers to prompts, {data.path} has none: it holds tokens",
+        hint="bind `data` to conversations (dataset.chat), or set method to logits",
+    )
+
+
 def _open_tokens(
     data: Artifact, tokenizer: Tokenizer, length: int, params: DistillParams
 ) -> tuple[Source, Source | None]:
     shards = TokenShards.open(data)
-    if params.method in ("sequences", "on-policy"):
-        raise UsageError(
-            f"the method {params.method} writes answers to prompts, {shards.directory} has none: it holds tokens",
-            hint="bind `data` to conversations (dataset.chat), or set method to logits",
-        )
     if shards.tokenizer != tokenizer.digest:
         raise InputError(
             f"{shards.directory} was made with another tokenizer than the teacher's",
@@ -74,7 +79,7 @@ def written_data(
     """As `open_data` of conversations, with answers to the prompts of `train` that the teacher, whose id is `name`,
     writes; they are left as the output `answers`. And what there is to say of them in numbers."""
     if data.type == "dataset.tokens":
-        return *_open_tokens(data, tokenizer, length, params), {}
+        raise without_prompts(data, params)
     encoder = Encoder(tokenizer, length, teacher.config.eos_ids, params)
     questions = read_questions(ctx, data, encoder)
     answers = write_answers(ctx, questions, make_generator(teacher), params, name)
