@@ -95,7 +95,7 @@ def test_bash_completes_commands_stages_options_and_values(bash):
     assert bash("llmctl ru") == ["run"]
     assert bash("llmctl token") == ["tokenize", "tokenizers"]
     assert bash("llmctl tokenize --vocab") == ["--vocab-size"]
-    assert bash("llmctl quantize --bits ") == ["0", "4", "8"]
+    assert bash("llmctl quantize --bits ") == ["0", "4", "8", "16"]
     assert bash("llmctl check quickst") == ["quickstart"]
     assert bash("llmctl completion f") == ["fish"]
 
