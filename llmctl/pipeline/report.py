@@ -79,7 +79,7 @@ def render(pipeline: Pipeline, result: RunResult) -> str:
 
 
 def fill_page(template: Path, **values: Any) -> str:
-    """A page from its template, which may `{% include "style.css" %}`: the style that llmctl's pages share."""
+    """A page from its template, which may extend `base.html`: the head and the style that llmctl's pages share."""
     import jinja2
 
     loader = jinja2.FileSystemLoader([template.parent, Path(__file__).parent])

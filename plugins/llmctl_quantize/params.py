@@ -105,7 +105,7 @@ class QuantizeParams(Params):
             self._unset(("reduce_range",), "is for `activations: dynamic` or `static`")
         if self.activations != "static":
             self._unset(("calibration", "smooth"), "is for `activations: static`")
-            if not self.int8_cache:
+            if not self.calibrated:
                 self._unset(("calibration_tokens",), "is for `kv_cache_dtype: int8` or `activations: static`")
         if self.calibration != "percentile":
             self._unset(("percentile",), "is for `calibration: percentile`")
@@ -137,6 +137,11 @@ class QuantizeParams(Params):
     def int8_cache(self) -> bool:
         """Whether keys and values are kept in 8 bits."""
         return self.kv_cache_dtype == "int8"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether something is learned from text."""
+        return self.int8_cache or self.activations == "static"
 
     @property
     def rounding(self) -> str:

@@ -96,14 +96,16 @@ def _quantize(
     source = artifact.path
     model = _load(source)
     parameters = artifact.metadata.get("parameters") or _parameters(model)
-    if params.int8_cache:
-        cache.refuse(model, source)
-        cache.quantize(model, _scales(ctx, params, source, data))
+    texts: list[list[int]] = []
+    if params.calibrated:
+        scales, texts = _calibration(ctx, params, model, source, data)
+        if params.int8_cache:
+            cache.quantize(model, scales)
     rounded: dict[str, float] = {}
     if params.half:
         rounded = _halve(ctx, model)
     elif params.integer:
-        _integer_products(ctx, params, model, source, data, target)
+        _integer_products(ctx, params, model, texts, target)
     elif params.bits:
         weights.quantize(
             model,
@@ -131,13 +133,12 @@ def _halve(ctx: Context, model: onnx.ModelProto) -> dict[str, float]:
 
 
 def _integer_products(
-    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, source: Path, data: Artifact | None, scratch: Path
+    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, texts: list[list[int]], scratch: Path
 ) -> None:
-    """Weights per channel, and activations per tensor with ranges from `data` or found at run time."""
+    """Weights per channel, and activations per tensor with ranges from `texts` or found at run time."""
     activations.prepare(model)
-    found = None
-    if params.activations == "static":
-        found = _ranges(ctx, params, model, _calibration(ctx, params, source, data)[1], scratch)
+    static = params.activations == "static"
+    found = _ranges(ctx, params, model, texts, scratch) if static else None
     embeddings = params.embedding_bits == 8
     activations.quantize(model, found, embeddings=embeddings, reduce_range=params.reduce_range)
     if not params.reduce_range and not saturation.exact():
@@ -158,19 +159,16 @@ def _ranges(
     return ranges.clipped(model, texts, found, method, params.percentile, scratch, params.threads, ctx.progress)
 
 
-def _scales(ctx: Context, params: QuantizeParams, source: Path, data: Artifact | None) -> dict[str, np.ndarray]:
-    """The scales of the cache, from what the bundle as it came keeps there while it reads `data`."""
-    generator, texts = _calibration(ctx, params, source, data)
-    return cache.calibrate(generator, texts, ctx.progress)
-
-
 def _calibration(
-    ctx: Context, params: QuantizeParams, source: Path, data: Artifact | None
-) -> tuple[OrtGenerator, list[list[int]]]:
-    """The bundle as it came, and the texts of the training split from which something is learned."""
+    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, source: Path, data: Artifact | None
+) -> tuple[dict[str, np.ndarray], list[list[int]]]:
+    """What is learned from the text of the training split, read once: the scales of an int8 cache from what the
+    bundle as it came keeps there, and the texts themselves, for the ranges of activations."""
     what = (
         "an int8 cache takes its scales" if params.activations != "static" else "static activations take their ranges"
     )
+    if params.int8_cache:
+        cache.refuse(model, source)
     if data is None:
         raise InputError(f"{what} from text, and there is no `data`", hint="give the input")
     names = quality.split_names(data)
@@ -181,8 +179,9 @@ def _calibration(
     except InputError as error:
         hint = "take `activations: dynamic`" if params.activations == "static" else error.hint
         raise InputError(f"{what} from text that a decoder reads: {error.message}", hint=hint) from error
-    texts = _texts(generator, source, data, quality.training, params.calibration_tokens)
-    return generator, [text.ids for text in texts]
+    texts = [text.ids for text in _texts(generator, source, data, quality.training, params.calibration_tokens)]
+    scales = cache.calibrate(generator, texts, ctx.progress) if params.int8_cache else {}
+    return scales, texts
 
 
 def _texts(

@@ -343,9 +343,15 @@ def test_one_split_is_judged_by_itself_and_said_to_be(
     shards = TokenShards.open(tokens)
     with ShardWriter(tmp_path / "one", vocab_size=262, tokenizer=shards.tokenizer, splits=("train",)) as writer:
         writer.add("train", np.asarray(shards.split("train").tokens).tolist(), 999)
-    found = quantize(tmp_path / "out", bundle, Artifact(tmp_path / "one", "dataset.tokens"), calibration_tokens=64)
+    one = Artifact(tmp_path / "one", "dataset.tokens")
+    found = quantize(tmp_path / "out", bundle, one, calibration_tokens=64)
     assert any(kind == "warning" and "has one split" in event["text"] for kind, event in found.events)
     assert not any(kind == "warning" and "has one split" in event["text"] for kind, event in result.events)
+
+    both = {"bits": 8, "activations": "static", "min_top1_agreement": 0.0, "max_bits_per_byte_rise": 9.0}
+    found = quantize(tmp_path / "both", bundle, one, calibration_tokens=64, **both)
+    warned = [event["text"] for kind, event in found.events if kind == "warning"]
+    assert sum("has one split" in text for text in warned) == 1, "what calibrates cache and activations is read once"
 
 
 def test_without_data_the_stage_fakes_nothing(bundle: Artifact, tmp_path: Path) -> None:
