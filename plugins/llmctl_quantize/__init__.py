@@ -20,6 +20,7 @@ QUANTIZE = Stage(
     params="llmctl_quantize.params:QuantizeParams",
     run="llmctl_quantize.run:run",
     extra="optimum",
+    rev=2,  # scales and ranges reach as far as every adapter, and each is judged
     headline=("bytes.ratio", "cache.bytes_per_token"),
 )
 

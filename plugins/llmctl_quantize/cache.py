@@ -29,23 +29,27 @@ Progress = Callable[[int, int], None]
 def calibrate(generator: OrtGenerator, texts: Sequence[Sequence[int]], progress: Progress) -> dict[str, np.ndarray]:
     """The scales `(KV, d)` float32 of every cache tensor, by its input's name, from what reading `texts` leaves there.
 
-    A scale is the largest magnitude over 127. A channel of nothing but whole numbers up to 127 gets 1, which is exact:
-    padding of narrow heads, and the tokens that some models keep in their cache. InputError for numbers that are not
-    finite, and for whole ones that int8 cannot hold.
+    The texts are read once without an adapter and once with each, since all share these scales. A scale is the largest
+    magnitude over 127. A channel of nothing but whole numbers up to 127 gets 1, which is exact: padding of narrow
+    heads, and the tokens that some models keep in their cache. InputError for numbers that are not finite, and for
+    whole ones that int8 cannot hold.
     """
     layout = generator.layout
     shape = (layout.kv_heads, layout.head_dim)
     largest = {name: np.zeros(shape, np.float32) for name in layout.past}
     whole = {name: np.ones(shape, bool) for name in layout.past}
-    rows = InPlaceRows(generator.session, layout, 1, max(len(ids) for ids in texts))
-    for done, ids in enumerate(texts):
-        rows.restart()
-        prefill(rows, 0, ids)
-        for name, value in zip(layout.past, rows.cache, strict=True):
-            values = value.numpy()[0, :, : len(ids)]
-            np.maximum(largest[name], np.abs(values).max(axis=1), out=largest[name])
-            whole[name] &= (values == np.rint(values)).all(axis=1)
-        progress(done + 1, len(texts))
+    adapters = (None, *generator.adapter_names)
+    for turn, adapter in enumerate(adapters):
+        feeds = generator.with_adapter(adapter).adapter_feeds
+        rows = InPlaceRows(generator.session, layout, 1, max(len(ids) for ids in texts), adapter=feeds)
+        for done, ids in enumerate(texts):
+            rows.restart()
+            prefill(rows, 0, ids)
+            for name, value in zip(layout.past, rows.cache, strict=True):
+                values = value.numpy()[0, :, : len(ids)]
+                np.maximum(largest[name], np.abs(values).max(axis=1), out=largest[name])
+                whole[name] &= (values == np.rint(values)).all(axis=1)
+            progress(turn * len(texts) + done + 1, len(adapters) * len(texts))
     return {name: _scales(name, largest[name], whole[name]) for name in layout.past}
 
 

@@ -28,17 +28,25 @@ ACTIVATIONS = 2**27
 """Most numbers that are observed at once, 512 MB. A text with more is read in pieces, each from its beginning."""
 
 Progress = Callable[[int, int], None]
+Adapters = Sequence[Mapping[str, np.ndarray]]
+"""For each reading of the texts the inputs that put an adapter to the graph; none of them for the model as it is."""
+PLAIN: Adapters = ({},)
 
 
 def read(
-    model: onnx.ModelProto, texts: Sequence[Sequence[int]], scratch: Path, threads: int, progress: Progress
+    model: onnx.ModelProto,
+    texts: Sequence[Sequence[int]],
+    scratch: Path,
+    threads: int,
+    progress: Progress,
+    adapters: Adapters = PLAIN,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The lowest and the highest value of each channel, two `(K,)`, of every tensor that a product reads.
 
-    InputError for a tensor with numbers that are not finite.
+    With `adapters` over all of their readings. InputError for a tensor with numbers that are not finite.
     """
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for name, values in _observe(model, texts, scratch, threads, progress):
+    for name, values in _observe(model, texts, scratch, threads, progress, adapters):
         low, high = values.min(axis=0), values.max(axis=0)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise InputError(
@@ -64,10 +72,11 @@ def clipped(
     scratch: Path,
     threads: int,
     progress: Progress,
+    adapters: Adapters = PLAIN,
 ) -> dict[str, Range]:
     """The part of each of `ranges` that `method`, `percentile` or `entropy`, keeps of what `texts` leave there."""
     counts = {name: np.zeros(BINS, np.int64) for name in ranges}
-    for name, values in _observe(model, texts, scratch, threads, progress):
+    for name, values in _observe(model, texts, scratch, threads, progress, adapters):
         low, high = ranges[name]
         if method == "entropy":
             values, low, high = np.abs(values), 0.0, max(-low, high)
@@ -118,21 +127,27 @@ def divergence(counts: np.ndarray, size: int) -> float:
 
 
 def _observe(
-    model: onnx.ModelProto, texts: Sequence[Sequence[int]], scratch: Path, threads: int, progress: Progress
+    model: onnx.ModelProto,
+    texts: Sequence[Sequence[int]],
+    scratch: Path,
+    threads: int,
+    progress: Progress,
+    adapters: Adapters,
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """What each tensor that a product reads holds, `(tokens, K)`, text by text and tensor by tensor."""
+    """What each tensor that a product reads holds, `(tokens, K)`, reading by reading, text by text, one by one."""
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     widths = {node.input[0]: dims[name][1 if table else 0] for node, name, table in products_of(model.graph)}
     names = list(widths)
     window = max(1, ACTIVATIONS // sum(widths.values()))
     session = _session(model, names, scratch, threads)
     feed = _feeder(session, scratch)
-    for done, ids in enumerate(texts):
+    readings = [(adapter, ids) for adapter in adapters for ids in texts]
+    for done, (adapter, ids) in enumerate(readings):
         for start in range(0, len(ids), window):
-            found = session.run(names, feed(ids[start : start + window]))
+            found = session.run(names, {**feed(ids[start : start + window]), **adapter})
             for name, value in zip(names, found, strict=True):
                 yield name, value.reshape(-1, widths[name])
-        progress(done + 1, len(texts))
+        progress(done + 1, len(readings))
 
 
 def _session(model: onnx.ModelProto, names: list[str], scratch: Path, threads: int) -> ort.InferenceSession:

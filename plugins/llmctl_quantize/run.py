@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -44,17 +44,20 @@ def run(ctx: Context, params: QuantizeParams, model: Artifact, data: Artifact | 
 
 
 def _too_much_worse(params: QuantizeParams, values: dict[str, float]) -> StageError | None:
-    """What is wrong with a bundle of these metrics; nothing where quality was not measured."""
-    rise, agreement = values.get("bits_per_byte.ratio", 1.0) - 1, values.get("top1_agreement", 1.0)
-    if not rise <= params.budget:
-        found, knob = f"bits per byte by {rise:.2%}, the budget is {params.budget:.2%}", "max_bits_per_byte_rise"
-        return StageError(f"{_verb(params, 'raise')} {found}", hint=f"{_remedy(params)}, or raise `{knob}`")
-    if not agreement >= params.agreement:
-        found, knob = (
-            f"top-1 agreement at {agreement:.2%}, at least {params.agreement:.2%} is asked",
-            "min_top1_agreement",
-        )
-        return StageError(f"{_verb(params, 'leave')} {found}", hint=f"{_remedy(params)}, or lower `{knob}`")
+    """What is wrong with a bundle of these metrics, with any adapter; nothing where quality was not measured."""
+    measured = "bits_per_byte.ratio"
+    for prefix in (key.removesuffix(measured) for key in values if key.endswith(measured)):
+        adapter = prefix.removeprefix("adapters.").removesuffix(".")
+        where = f" with the adapter `{adapter}`" if adapter else ""
+        rise, agreement = values[prefix + measured] - 1, values[f"{prefix}top1_agreement"]
+        if not rise <= params.budget:
+            found = f"bits per byte by {rise:.2%}{where}, the budget is {params.budget:.2%}"
+            hint = f"{_remedy(params)}, or raise `max_bits_per_byte_rise`"
+            return StageError(f"{_verb(params, 'raise')} {found}", hint=hint)
+        if not agreement >= params.agreement:
+            found = f"top-1 agreement at {agreement:.2%}{where}, at least {params.agreement:.2%} is asked"
+            hint = f"{_remedy(params)}, or lower `min_top1_agreement`"
+            return StageError(f"{_verb(params, 'leave')} {found}", hint=hint)
     return None
 
 
@@ -96,16 +99,14 @@ def _quantize(
     source = artifact.path
     model = _load(source)
     parameters = artifact.metadata.get("parameters") or _parameters(model)
-    texts: list[list[int]] = []
-    if params.calibrated:
-        scales, texts = _calibration(ctx, params, model, source, data)
-        if params.int8_cache:
-            cache.quantize(model, scales)
+    learned = _calibrate(ctx, params, model, source, data) if params.calibrated else None
+    if params.int8_cache and learned is not None:
+        cache.quantize(model, learned.scales)
     rounded: dict[str, float] = {}
     if params.half:
         rounded = _halve(ctx, model)
     elif params.integer:
-        _integer_products(ctx, params, model, texts, target)
+        _integer_products(ctx, params, model, learned, target)
     elif params.bits:
         weights.quantize(
             model,
@@ -133,12 +134,13 @@ def _halve(ctx: Context, model: onnx.ModelProto) -> dict[str, float]:
 
 
 def _integer_products(
-    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, texts: list[list[int]], scratch: Path
+    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, learned: Learned | None, scratch: Path
 ) -> None:
-    """Weights per channel, and activations per tensor with ranges from `texts` or found at run time."""
+    """Weights per channel, and activations per tensor with ranges from text or found at run time."""
     activations.prepare(model)
-    static = params.activations == "static"
-    found = _ranges(ctx, params, model, texts, scratch) if static else None
+    found = None
+    if params.activations == "static" and learned is not None:
+        found = _ranges(ctx, params, model, learned, scratch)
     embeddings = params.embedding_bits == 8
     activations.quantize(model, found, embeddings=embeddings, reduce_range=params.reduce_range)
     if not params.reduce_range and not saturation.exact():
@@ -146,24 +148,36 @@ def _integer_products(
 
 
 def _ranges(
-    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, texts: list[list[int]], scratch: Path
+    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, learned: Learned, scratch: Path
 ) -> dict[str, activations.Range]:
-    """The ranges of what the products of `model` read in `texts`; `smooth` moves part of them to the weights."""
-    channels = ranges.read(model, texts, scratch, params.threads, ctx.progress)
+    """The ranges of what the products of `model` read in the texts; `smooth` moves part of them to the weights."""
+    texts, adapters = learned.texts, learned.adapters
+    channels = ranges.read(model, texts, scratch, params.threads, ctx.progress, adapters)
     if params.smooth is not None:
         channels = smooth.migrate(model, channels, params.smooth)
     found = ranges.whole(channels)
     if params.calibration == "minmax":
         return found
     method = params.calibration
-    return ranges.clipped(model, texts, found, method, params.percentile, scratch, params.threads, ctx.progress)
+    return ranges.clipped(
+        model, texts, found, method, params.percentile, scratch, params.threads, ctx.progress, adapters
+    )
 
 
-def _calibration(
+class Learned(NamedTuple):
+    """What the text of the training split says of a bundle as it came."""
+
+    texts: list[list[int]]
+    adapters: ranges.Adapters
+    """The model alone, then each adapter of the bundle."""
+    scales: dict[str, np.ndarray]
+    """Those of an int8 cache, if it is to be one: see `cache.calibrate`."""
+
+
+def _calibrate(
     ctx: Context, params: QuantizeParams, model: onnx.ModelProto, source: Path, data: Artifact | None
-) -> tuple[dict[str, np.ndarray], list[list[int]]]:
-    """What is learned from the text of the training split, read once: the scales of an int8 cache from what the
-    bundle as it came keeps there, and the texts themselves, for the ranges of activations."""
+) -> Learned:
+    """Read the text once for all that is learned from it."""
     what = (
         "an int8 cache takes its scales" if params.activations != "static" else "static activations take their ranges"
     )
@@ -180,8 +194,9 @@ def _calibration(
         hint = "take `activations: dynamic`" if params.activations == "static" else error.hint
         raise InputError(f"{what} from text that a decoder reads: {error.message}", hint=hint) from error
     texts = [text.ids for text in _texts(generator, source, data, quality.training, params.calibration_tokens)]
+    adapters = [generator.with_adapter(name).adapter_feeds for name in (None, *generator.adapter_names)]
     scales = cache.calibrate(generator, texts, ctx.progress) if params.int8_cache else {}
-    return scales, texts
+    return Learned(texts, adapters, scales)
 
 
 def _texts(
@@ -235,7 +250,15 @@ def _compare(
         ctx.warn("no `data`: what quantization costs in quality was not measured, and no budget applied")
         return values
     texts = _texts(before, source, data, quality.held_out, params.eval_tokens)
-    return values | quality.measure(before, after, texts, lambda done, total: ctx.progress(done, total))
+    for name in (None, *before.adapter_names):
+        found = quality.measure(before.with_adapter(name), after.with_adapter(name), texts, ctx.progress)
+        values |= {_metric(key, name): value for key, value in found.items()}
+    return values
+
+
+def _metric(key: str, adapter: str | None) -> str:
+    """What a number is called that is measured with each adapter."""
+    return key if adapter is None else f"adapters.{adapter}.{key}"
 
 
 def _logits(before: OrtGenerator, after: OrtGenerator) -> dict[str, float]:
