@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from llmctl.errors import InputError, LlmctlError, MachineError, StageError, TempFail, UsageError
-from llmctl.hookspecs import Command, hookimpl
-from llmctl.stage import Artifact, Context, In, Out, Stage
-
 if TYPE_CHECKING:
     from llmctl.deprecation import Deprecated
+    from llmctl.errors import InputError, LlmctlError, MachineError, StageError, TempFail, UsageError
+    from llmctl.hookspecs import Command, hookimpl
     from llmctl.spec.params import Field, Params
+    from llmctl.stage import Artifact, Context, In, Out, Stage
 
 __version__ = "0.1.0"
 
@@ -42,16 +41,25 @@ __all__ = [
     "hookimpl",
 ]
 
+_PLACES = {
+    "llmctl.errors": ("InputError", "LlmctlError", "MachineError", "StageError", "TempFail", "UsageError"),
+    "llmctl.hookspecs": ("Command", "hookimpl"),
+    "llmctl.spec.params": ("Field", "Params"),
+    "llmctl.stage": ("Artifact", "Context", "In", "Out", "Stage"),
+}
+
 _DEPRECATED: dict[str, Deprecated] = {}
 """Names that still work and warn; a test fails when one outlives its version."""
 
 
 def __getattr__(name: str) -> Any:
-    # Params and Field import pydantic (0.1 s CPU), so they are resolved on first use only.
-    if name in ("Field", "Params"):
-        from llmctl.spec import params
+    # On first use: pydantic costs 0.1 s CPU, and the sooner `__main__` begins, the sooner it can catch a Ctrl-C.
+    for module, names in _PLACES.items():
+        if name in names:
+            from importlib import import_module
 
-        return getattr(params, name)
+            value = globals()[name] = getattr(import_module(module), name)
+            return value
     from llmctl.deprecation import deprecated_attribute
 
     return deprecated_attribute(__name__, name, _DEPRECATED)

@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
-from llmctl.cli import main
+import sys
+from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """Run the command line. A Ctrl-C is no traceback, neither while it is imported nor while it leaves for another."""
+    try:
+        import signal  # noqa: F401  # for `_ignore_interrupts`, which must not be interrupted itself
+
+        from llmctl.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        _ignore_interrupts()
+        print("interrupted", file=sys.stderr)  # noqa: T201  # before anything of ours can print
+        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:
+            _ignore_interrupts()
+        raise
+
+
+def _ignore_interrupts() -> None:
+    if signal := sys.modules.get("signal"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
 
 if __name__ == "__main__":
     main()

@@ -137,6 +137,17 @@ def test_ctrl_c(install, llmctl_env, tmp_path):
     assert b"Traceback" not in stderr
 
 
+@pytest.mark.parametrize("moment", ["while it starts", "while it leaves"])
+def test_ctrl_c_at_other_times(site, llmctl_env, tmp_path, moment):
+    """While `click`, which all commands need, is imported; a second one when the first has been answered."""
+    press = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(0.01)"
+    again = f"import atexit\natexit.register(lambda: exec({press!r}))\n"
+    (site / "click.py").write_text((again if moment == "while it leaves" else "") + press)
+    command = [sys.executable, "-m", "llmctl", "--help"]
+    done = subprocess.run(command, env=llmctl_env, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_a_reader_that_leaves(install, llmctl_env, tmp_path):
     install("ways", {"ways": "ways_plugin"}, PLUGIN)
     script = f'{sys.executable} -m llmctl end floods | head -1 >/dev/null; echo "${{PIPESTATUS[@]}}"'
