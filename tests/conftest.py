@@ -11,11 +11,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+from .warm_start import WarmStart
 
 # An example that takes long says that the machine is busy.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -95,8 +97,15 @@ def llmctl_env(site: Path, tmp_path: Path) -> dict[str, str]:
     return {**env, **own}
 
 
+@pytest.fixture(scope="session")
+def warm_start() -> Iterator[WarmStart]:
+    """What the commands of `llmctl` fork from."""
+    with WarmStart({name: value for name, value in os.environ.items() if name != "PYTHONPATH"}) as process:
+        yield process
+
+
 @pytest.fixture
-def llmctl(llmctl_env: dict[str, str], tmp_path: Path) -> Run:
+def llmctl(llmctl_env: dict[str, str], tmp_path: Path, warm_start: WarmStart) -> Run:
     """Run the real command line in `tmp_path/work`: `llmctl("check", "spec.yaml")`; `stdin` is /dev/null."""
     work = tmp_path / "work"
     work.mkdir()
@@ -104,19 +113,14 @@ def llmctl(llmctl_env: dict[str, str], tmp_path: Path) -> Run:
     def run(
         *args: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60, **kw
     ):
-        command: Sequence[str] = [sys.executable, "-m", "llmctl", *map(str, args)]
+        words, variables, place = [*map(str, args)], {**llmctl_env, **(env or {})}, cwd or work
         kw.setdefault("stdin", subprocess.DEVNULL)
         if "input" in kw:
             del kw["stdin"]
-        return subprocess.run(
-            command,
-            env={**llmctl_env, **(env or {})},
-            cwd=cwd or work,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            **kw,
-        )
+        if set(kw) == {"stdin"} and warm_start.fits(variables):
+            return warm_start.run(words, variables, place, timeout=timeout, **kw)
+        command: Sequence[str] = [sys.executable, "-m", "llmctl", *words]
+        return subprocess.run(command, env=variables, cwd=place, capture_output=True, text=True, timeout=timeout, **kw)
 
     return run
 
