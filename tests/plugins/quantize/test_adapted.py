@@ -132,6 +132,7 @@ def test_integer_products_are_judged_with_each(
         quantize(tmp_path / "b", adapted, tokens, bits=8, activations=activations, min_top1_agreement=1.0)
 
 
+@pytest.mark.slow
 def test_ranges_are_those_of_the_model_and_of_the_merged_one(
     trained: Artifact, bundle: Artifact, merged: Any, adapted: Artifact, tokens: Artifact, tmp_path: Path
 ) -> None:
