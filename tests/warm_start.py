@@ -31,10 +31,11 @@ LARGEST = 1 << 20
 
 
 class WarmStart:
-    """The process that forks; a context manager. Runs one command at a time."""
+    """The process that forks; a context manager. It runs one command at a time, and `fits` none beside it."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self.env = dict(env)
+        self.turn = threading.Lock()
         self.ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self.process = subprocess.Popen(
@@ -53,8 +54,8 @@ class WarmStart:
         self.process.wait()
 
     def fits(self, env: Mapping[str, str]) -> bool:
-        """Whether an interpreter that starts with `env` begins as this one did."""
-        return _read_at_start(env) == _read_at_start(self.env)
+        """Whether nothing is running, and an interpreter that starts with `env` begins as this one did."""
+        return not self.turn.locked() and _read_at_start(env) == _read_at_start(self.env)
 
     def run(
         self, args: Sequence[str], env: Mapping[str, str], cwd: Path, stdin: IO[bytes] | int, timeout: float
@@ -66,24 +67,31 @@ class WarmStart:
         request = json.dumps({"args": list(args), "env": dict(env), "cwd": str(cwd)}).encode()
         command = [sys.executable, "-m", "llmctl", *args]
         readers = [_Reader(), _Reader()]
-        with Path(os.devnull).open("rb") as nothing:
-            source = nothing if stdin == subprocess.DEVNULL else stdin
-            place = source if isinstance(source, int) else source.fileno()
-            socket.send_fds(self.ours, [request], [place, *(reader.end for reader in readers)])
-        for reader in readers:
-            os.close(reader.end)
+        with self.turn:
+            with Path(os.devnull).open("rb") as nothing:
+                source = nothing if stdin == subprocess.DEVNULL else stdin
+                place = source if isinstance(source, int) else source.fileno()
+                socket.send_fds(self.ours, [request], [place, *(reader.end for reader in readers)])
+            for reader in readers:
+                os.close(reader.end)
+            code = self._wait(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, code, *(reader.text() for reader in readers))
+
+    def _wait(self, timeout: float) -> int | None:
+        """The exit code; None for a command that had to be killed."""
         child = int(self.ours.recv(64))
         self.ours.settimeout(timeout)
         try:
-            code = int(self.ours.recv(64))
+            return int(self.ours.recv(64))
         except TimeoutError:
             os.kill(child, signal.SIGKILL)
             self.ours.settimeout(None)
             self.ours.recv(64)
-            raise subprocess.TimeoutExpired(command, timeout) from None
+            return None
         finally:
             self.ours.settimeout(None)
-        return subprocess.CompletedProcess(command, code, *(reader.text() for reader in readers))
 
 
 class _Reader(threading.Thread):
