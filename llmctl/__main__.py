@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import NoReturn
 
@@ -16,7 +17,8 @@ def main() -> NoReturn:
         run()
     except KeyboardInterrupt:
         _ignore_interrupts()
-        print("interrupted", file=sys.stderr)  # noqa: T201  # before anything of ours can print
+        with contextlib.suppress(OSError, AttributeError):  # closed, or None for `2>&-`
+            sys.stderr.write("interrupted\n")
         sys.exit(130)
     except SystemExit as end:
         if end.code == 130:

@@ -28,6 +28,7 @@ READ_AT_START = ("PYTHON", "LC_", "LANG", "TZ", "LD_")
 COMMANDS = ("llmctl.cli", "llmctl.stage_command", "llmctl.spec.commands", "llmctl.store.commands")
 """Modules of the commands that tests run most, besides all of the two packages that read and run a spec."""
 LARGEST = 1 << 20
+"""Bytes of a request: arguments and environment."""
 
 
 class WarmStart:
@@ -123,6 +124,7 @@ def _preload() -> None:
             importlib.import_module(module.name)
     for name in COMMANDS:
         importlib.import_module(name)
+    assert threading.active_count() == 1, "a fork has none of the threads that modules start"
 
 
 def _serve(control: socket.socket) -> None:
@@ -144,6 +146,7 @@ def _serve(control: socket.socket) -> None:
 
 def _become(request: dict[str, object], streams: Sequence[int]) -> None:
     """Take over what a new interpreter would have begun with."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -163,5 +166,6 @@ def _become(request: dict[str, object], streams: Sequence[int]) -> None:
 if __name__ == "__main__":
     _preload()
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever stops the tests closes the socket, too
     _serve(socket.socket(fileno=int(sys.argv[1])))
     runpy.run_module("llmctl", run_name="__main__", alter_sys=True)

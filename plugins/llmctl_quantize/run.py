@@ -99,8 +99,8 @@ def _quantize(
     source = artifact.path
     model = _load(source)
     parameters = artifact.metadata.get("parameters") or _parameters(model)
-    learned = _calibrate(ctx, params, model, source, data) if params.calibrated else None
-    if params.int8_cache and learned is not None:
+    learned = _calibrate(ctx, params, model, source, data) if params.calibrated else NOTHING
+    if params.int8_cache:
         cache.quantize(model, learned.scales)
     rounded: dict[str, float] = {}
     if params.half:
@@ -134,13 +134,11 @@ def _halve(ctx: Context, model: onnx.ModelProto) -> dict[str, float]:
 
 
 def _integer_products(
-    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, learned: Learned | None, scratch: Path
+    ctx: Context, params: QuantizeParams, model: onnx.ModelProto, learned: Learned, scratch: Path
 ) -> None:
     """Weights per channel, and activations per tensor with ranges from text or found at run time."""
     activations.prepare(model)
-    found = None
-    if params.activations == "static" and learned is not None:
-        found = _ranges(ctx, params, model, learned, scratch)
+    found = _ranges(ctx, params, model, learned, scratch) if params.activations == "static" else None
     embeddings = params.embedding_bits == 8
     activations.quantize(model, found, embeddings=embeddings, reduce_range=params.reduce_range)
     if not params.reduce_range and not saturation.exact():
@@ -172,6 +170,9 @@ class Learned(NamedTuple):
     """The model alone, then each adapter of the bundle."""
     scales: dict[str, np.ndarray]
     """Those of an int8 cache, if it is to be one: see `cache.calibrate`."""
+
+
+NOTHING = Learned([], ranges.PLAIN, {})
 
 
 def _calibrate(
@@ -250,8 +251,13 @@ def _compare(
         ctx.warn("no `data`: what quantization costs in quality was not measured, and no budget applied")
         return values
     texts = _texts(before, source, data, quality.held_out, params.eval_tokens)
-    for name in (None, *before.adapter_names):
-        found = quality.measure(before.with_adapter(name), after.with_adapter(name), texts, ctx.progress)
+    adapters = (None, *before.adapter_names)
+    for turn, name in enumerate(adapters):
+
+        def progress(done: int, total: int, turn: int = turn) -> None:
+            ctx.progress(turn * total + done, len(adapters) * total)
+
+        found = quality.measure(before.with_adapter(name), after.with_adapter(name), texts, progress)
         values |= {_metric(key, name): value for key, value in found.items()}
     return values
 

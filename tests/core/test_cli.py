@@ -148,6 +148,13 @@ def test_ctrl_c_at_other_times(site, llmctl_env, tmp_path, moment):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+def test_ctrl_c_with_nowhere_to_say_it(site, llmctl_env, tmp_path):
+    (site / "click.py").write_text("raise KeyboardInterrupt")
+    script = f'{sys.executable} -m llmctl --help 2>&-; echo "$?"'
+    done = subprocess.run(["bash", "-c", script], env=llmctl_env, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("130\n", "")
+
+
 def test_a_reader_that_leaves(install, llmctl_env, tmp_path):
     install("ways", {"ways": "ways_plugin"}, PLUGIN)
     script = f'{sys.executable} -m llmctl end floods | head -1 >/dev/null; echo "${{PIPESTATUS[@]}}"'

@@ -25,6 +25,17 @@ def test_nothing_heavy_is_imported(args, llmctl_env):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_package_by_itself_imports_nothing_of_its_own(llmctl_env):
+    """Each name of the plugin API comes with its module, and pydantic with `Params` alone."""
+    code = (
+        "import sys, llmctl\n"
+        "def show(): print([n for n in sys.modules if n.startswith(('llmctl.', 'pydantic.'))])\n"
+        "show()\nllmctl.InputError\nshow()\nfrom llmctl import *\nprint(all(n in globals() for n in llmctl.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=llmctl_env, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "['llmctl.errors']", "True"]
+
+
 def test_the_guard_can_fail(llmctl_env):
     code = f"import sys, yaml\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], env=llmctl_env, capture_output=True, text=True, check=True)
