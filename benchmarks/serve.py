@@ -3,9 +3,9 @@
 The 82M LLaMA of `benchmarks/decode.py`, float32, greedy. Sixteen streaming clients ask over HTTP, each again as soon as
 it is answered; the engine alone answers as many prompts of the same lengths in one process without HTTP. In every
 round each side has its turn, with prompts that no round before had; ratios are taken round by round, then their median.
-Then requests arrive by a Poisson process at 70 % of what our server could take, and the time to the first token counts
-from when they were due. Both servers, and genai's engine in its process, meet the same arrivals; goodput is the share
-within the limits.
+Then requests arrive by Poisson processes at `--shares` of what our server could take, and the time to the first token
+counts from when they were due. Both servers, and genai's engine in its process, meet the same arrivals; goodput is the
+share within the limits.
 
     python benchmarks/serve.py --home /tmp/bench --peers peers/bin/python --threads 2
 """
@@ -44,10 +44,12 @@ from llmctl_serve.http_client import HttpClient
 HERE = Path(__file__).parent
 FIRST = 0x4E00
 """The character of token 0, as in `benchmarks/peers/serve.py`."""
-CLIENTS, SHARE = 16, 0.7
+CLIENTS = 16
 DECODE = runpy.run_path(str(HERE / "decode.py"))
 Rate = Callable[[list[list[int]], int], float]
 """Prompts and the length of an answer to tokens per second."""
+Arrivals = Callable[[Load, list[list[int]], int], list[Record]]
+"""A load, its prompts and the length of an answer to what became of each request."""
 
 
 def prepare(home: Path, peers: str | None) -> Path:
@@ -199,7 +201,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64, help="of each round")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--arrivals", type=int, default=100, help="requests of the Poisson load")
+    parser.add_argument("--arrivals", type=int, default=100, help="requests of each Poisson load")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.9], help="of our throughput, its rates")
     parser.add_argument("--limits", default="ttft=1s,tpot=100ms", help="of goodput")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
@@ -241,18 +244,25 @@ def measure(stack: contextlib.ExitStack, home: Path, bundle: Path, args: argpars
     rates = compare(sides, args.requests, args.prompt, args.new, args.rounds)
     report(rates, args)
     capacity = statistics.median(rates["llmctl server"]) / args.new
-    load = Load("poisson", round(SHARE * capacity, 3), args.arrivals)
-    prompts = make_prompts(args.arrivals, args.prompt, 777)
-    limits = parse_limits(args.limits)
-    for name in [*servers, *(name for name in processes if name == "genai engine")]:
-        met = servers[name].run if name in servers else functools.partial(arrive, processes[name])
-        found = summarise(load, met(load, prompts, args.new), limits)
-        print(
-            f"{name}: {load.label} ({SHARE:.0%} of ours): TTFT p50 {found['ttft']['p50'] * 1e3:.0f} ms, "
-            f"p95 {found['ttft']['p95'] * 1e3:.0f} ms; goodput ({args.limits}) {found['goodput']['share']:.0%}"
-        )
-        kept = {key: found[key] for key in ("load", "ttft", "tpot", "goodput")}
-        print(json.dumps({"benchmark": "serve", "side": name, "machine": platform.machine(), **kept}), flush=True)
+    met: dict[str, Arrivals] = {name: side.run for name, side in servers.items()}
+    if "genai engine" in processes:
+        met["genai engine"] = functools.partial(arrive, processes["genai engine"])
+    for number, share in enumerate(args.shares):
+        load = Load("poisson", round(share * capacity, 3), args.arrivals)
+        prompts = make_prompts(args.arrivals, args.prompt, 777 + number)
+        for name, run in met.items():
+            tell(name, share, summarise(load, run(load, prompts, args.new), parse_limits(args.limits)), args)
+
+
+def tell(name: str, share: float, found: dict[str, Any], args: argparse.Namespace) -> None:
+    """How one side met a load."""
+    ttft = {key: found["ttft"][key] * 1e3 for key in ("p50", "p95")}
+    print(
+        f"{name}: {found['load']} ({share:.0%} of ours): TTFT p50 {ttft['p50']:.0f} ms, p95 {ttft['p95']:.0f} ms; "
+        f"goodput ({args.limits}) {found['goodput']['share']:.0%}"
+    )
+    kept = {key: found[key] for key in ("load", "ttft", "tpot", "goodput")}
+    print(json.dumps({"benchmark": "serve", "side": name, "machine": platform.machine(), **kept}), flush=True)
 
 
 def report(rates: dict[str, list[float]], args: argparse.Namespace) -> None:
